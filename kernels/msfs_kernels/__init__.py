@@ -1,0 +1,1 @@
+"""The attention op of msfs_functional: registration, CPU kernel, Triton kernels."""

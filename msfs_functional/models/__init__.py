@@ -1,0 +1,1 @@
+"""Models: an nn.Module skeleton per architecture, used through `functional(...)` only."""

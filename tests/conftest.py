@@ -1,0 +1,24 @@
+"""Shared test set-up: deterministic hypothesis, one thread a worker, GPU tests only where a GPU is."""
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("msfs", deadline=None, max_examples=20, print_blob=True)
+settings.load_profile("msfs")
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """Compiled graphs of one test never count against another test's recompile limit."""
+    torch._dynamo.reset()
+    yield
