@@ -1,24 +1,23 @@
 """What a run tells: on the terminal, in metrics.jsonl, in TensorBoard.
 
-    runs/toy/config.json             what was asked for
-    runs/toy/metrics.jsonl           one record a line: step, seconds, tokens, tokens/s, loss, ...
-    runs/toy/tensorboard/            the same as events
-    runs/toy/<name>.png              pictures
+    runs/toy/metrics.jsonl      one record a line: step, seconds, tokens, tokens/s, loss, ...
+    runs/toy/tensorboard/       the same as events
+    runs/toy/<name>.png         pictures
 
 Only rank 0 writes and prints. Metrics of a training step may be tensors on the device: they are
 kept as they are and read once an interval, so that tracking never makes a step wait.
 """
 
 import contextlib
-import dataclasses
 import json
 import os
-import shutil
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -27,33 +26,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CONFIG, METRICS = "config.json", "metrics.jsonl"
+METRICS = "metrics.jsonl"
 Number = float | int | Tensor
-
-
-def new_run(run_dir: str | Path, config: Any, *, overwrite: bool = False) -> Path:
-    """Make the directory of a run and write its config.json.
-
-    Args:
-        run_dir: may exist if it is empty or (with `overwrite`) an earlier run, which is deleted.
-        config: dataclass or dict; what JSON does not know is written as its string.
-
-    Raises:
-        ValueError: the directory holds something already.
-    """
-    run_dir = Path(run_dir)
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        if not (run_dir / CONFIG).is_file():
-            raise ValueError(f"{run_dir} exists and is not a run (no {CONFIG}): choose another")
-        if not overwrite:
-            raise ValueError(f"run {run_dir} exists: resume it, overwrite it or choose another")
-        shutil.rmtree(run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    made = dataclasses.is_dataclass(config) and not isinstance(config, type)
-    plain = dataclasses.asdict(cast(Any, config)) if made else config
-    text = json.dumps(plain, indent=1, default=str, ensure_ascii=False)
-    (run_dir / CONFIG).write_text(text + "\n", encoding="utf-8")
-    return run_dir
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -319,17 +293,25 @@ class Tracker:
         if self._writer:
             self._writer.add_text("notes", f"```\n{text}\n```", self._step)
 
-    def figure(self, name: str, figure: "Figure") -> None:
-        """Write a picture as `<name>.png` into the run, and to the events."""
+    def figure(self, name: str, figure: "Figure", *, dpi: int = 150) -> None:
+        """Write a picture as `<name>.png` into the run, and to the events; needs no display.
+
+        Characters that no installed font has are drawn as boxes.
+        """
         if self.rank != 0:
             return
-        from msfs_functional import pictures
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
 
         if name != Path(name).name or name.startswith("."):
             raise ValueError(f"figure name {name!r} must be a plain file name without .png")
-        pictures.save_png(figure, self.run_dir / f"{name}.png")
-        if self._writer:
-            self._writer.add_image(name, pictures.pixels(figure), self._step, dataformats="HWC")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing")
+            figure.savefig(self.run_dir / f"{name}.png", dpi=dpi)
+            if self._writer:
+                canvas = FigureCanvasAgg(figure)
+                canvas.draw()
+                pixels = np.asarray(canvas.buffer_rgba()).copy()  # height, width, RGBA
+                self._writer.add_image(name, pixels, self._step, dataformats="HWC")
 
     def _print(self, text: str) -> None:
         if self._bar:
