@@ -23,12 +23,13 @@ def cross_entropy(
 ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
     """Sum over items of -log softmax(logits)[label] in nats, and the number of items.
 
-        loss = (1 - e) (lse - logits[label]) + e (lse - mean(logits)) + z lse^2,  lse = logsumexp(logits)
+        loss = (1 - e) (lse - logits[label]) + e (lse - mean(logits)) + z lse^2
+        lse = logsumexp(logits)
 
     Computed in float32 (float64 for float64 logits).
 
     Args:
-        label_smoothing: e in [0, 1]; as in torch's F.cross_entropy (Szegedy et al. 2016, section 7).
+        label_smoothing: e in [0, 1], as in F.cross_entropy (Szegedy et al. 2016, section 7).
         ignore_index: items with this label count nothing.
         z_loss: z >= 0; keeps the softmax's denominator near 1 (Chowdhery et al. 2022, section 5).
 
