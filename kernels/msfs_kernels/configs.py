@@ -24,7 +24,9 @@ class Config(NamedTuple):
     tma: bool = False
 
 
-def key(kernel: str, chip: str, dtype: torch.dtype, head_dim: int, causal: bool, length: int) -> str:
+def key(
+    kernel: str, chip: str, dtype: torch.dtype, head_dim: int, causal: bool, length: int
+) -> str:
     width = "32" if dtype == torch.float32 else "16"
     size = "short" if length <= 2048 else "long"
     return f"{chip}/{kernel}/{width}bit/{head_dim}/{'causal' if causal else 'full'}/{size}"

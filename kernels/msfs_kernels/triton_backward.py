@@ -60,7 +60,9 @@ def delta_kernel(do, o, dlse, delta, do_strides, o_strides, dlse_strides, H, T,
     total = tl.sum(a * b, 1)
     if dlse is not None:
         start = batch.to(tl.int64) * dlse_strides[0] + head.to(tl.int64) * dlse_strides[1]
-        total -= tl.load(dlse + start + i.to(tl.int64) * dlse_strides[2], mask=i < T, other=0.0).to(tl.float32)
+        total -= tl.load(dlse + start + i.to(tl.int64) * dlse_strides[2], mask=i < T, other=0.0).to(
+            tl.float32
+        )
     tl.store(delta + flat_head.to(tl.int64) * T + i, total, mask=i < T)
 
 
@@ -134,7 +136,9 @@ def key_blocks(
                 rows = start + tl.arange(0, BM)
                 pointers = dq + (flat_head.to(tl.int64) * T + start) * K
                 pointers += tl.arange(0, BM)[:, None] * K + d[None, :]
-                tl.atomic_add(pointers, share, mask=(rows < T)[:, None] & (d < K)[None, :], sem="relaxed")
+                tl.atomic_add(
+                    pointers, share, mask=(rows < T)[:, None] & (d < K)[None, :], sem="relaxed"
+                )
     return dk, dv
 
 
@@ -165,8 +169,12 @@ def key_kernel(
         flat_head = batch * H + head
         facts = row_facts(masks, batch, head, H, S)
         length = facts[0]
-        low, full_low, full_high, high = query_range(column, facts, masks, batch, T, S, CAUSAL, BM, BN)
-        if FUSED and not EVEN:  # a key beyond the length has some probability; its share must not reach dq
+        low, full_low, full_high, high = query_range(
+            column, facts, masks, batch, T, S, CAUSAL, BM, BN
+        )
+        if (
+            FUSED and not EVEN
+        ):  # a key beyond the length has some probability; its share must not reach dq
             full_low = tl.where(column + BN > length, high, full_low)
             full_high = tl.maximum(full_high, full_low)
         if not EVEN:
@@ -288,8 +296,12 @@ def bias_kernel(
                 facts = row_facts(masks, batch, head, H, S)
                 if column < facts[0]:
                     flat_head = batch * H + head
-                    keys = load_tile(k, k_strides, batch, head // GROUP, column, S, BN, KP, K, True, False)
-                    values = load_tile(v, v_strides, batch, head // GROUP, column, S, BN, VP, V, True, False)
+                    keys = load_tile(
+                        k, k_strides, batch, head // GROUP, column, S, BN, KP, K, True, False
+                    )
+                    values = load_tile(
+                        v, v_strides, batch, head // GROUP, column, S, BN, VP, V, True, False
+                    )
                     queries = load_tile(q, q_strides, batch, head, row, T, BM, KP, K, True, False)
                     grads = load_tile(do, do_strides, batch, head, row, T, BM, VP, V, True, False)
                     log_sums = load_log_sums(lse, flat_head, row, T, BM)
@@ -301,17 +313,27 @@ def bias_kernel(
                         scale_log2, CAUSAL, True,
                     )  # fmt: skip
                     total += ds
-    start = dbias + own_batch.to(tl.int64) * dbias_strides[0] + own_head.to(tl.int64) * dbias_strides[1]
+    start = (
+        dbias + own_batch.to(tl.int64) * dbias_strides[0] + own_head.to(tl.int64) * dbias_strides[1]
+    )
     if SUM_T and SUM_S:
-        pointer = start + tl.program_id(0).to(tl.int64) * dbias_strides[2] + tl.program_id(1) * dbias_strides[3]
+        pointer = (
+            start
+            + tl.program_id(0).to(tl.int64) * dbias_strides[2]
+            + tl.program_id(1) * dbias_strides[3]
+        )
         tl.store(pointer, tl.sum(tl.sum(total, 1), 0))
     elif SUM_T:
         columns = column + tl.arange(0, BN)
-        pointers = start + tl.program_id(0).to(tl.int64) * dbias_strides[2] + columns * dbias_strides[3]
+        pointers = (
+            start + tl.program_id(0).to(tl.int64) * dbias_strides[2] + columns * dbias_strides[3]
+        )
         tl.store(pointers, tl.sum(total, 0), mask=columns < S)
     elif SUM_S:
         rows = row + tl.arange(0, BM)
-        pointers = start + rows.to(tl.int64) * dbias_strides[2] + tl.program_id(1) * dbias_strides[3]
+        pointers = (
+            start + rows.to(tl.int64) * dbias_strides[2] + tl.program_id(1) * dbias_strides[3]
+        )
         tl.store(pointers, tl.sum(total, 1), mask=rows < T)
     else:
         pointers = start + i.to(tl.int64) * dbias_strides[2] + j.to(tl.int64) * dbias_strides[3]
@@ -325,7 +347,17 @@ def plan_delta(do: Tensor, o: Tensor, dlse: Tensor | None, delta: Tensor) -> Lau
     return Launch(
         delta_kernel,
         (triton.cdiv(T, BM) * B * H,),
-        (do, o, dlse, delta, do.stride(), o.stride(), None if dlse is None else dlse.stride(), H, T),
+        (
+            do,
+            o,
+            dlse,
+            delta,
+            do.stride(),
+            o.stride(),
+            None if dlse is None else dlse.stride(),
+            H,
+            T,
+        ),
         dict(V=V, BM=BM, VP=VP, num_warps=4),
     )
 
@@ -350,7 +382,9 @@ def plan_keys(
     (B, H, T, K), (_, G, S, V) = q.shape, v.shape
     masks = masks_of(options, (B, H, T, S))
     KP, VP = padded(K), padded(V)
-    config = config or choose("keys" if dq is None else "fused", q.dtype, max(KP, VP), options.causal, max(T, S))
+    config = config or choose(
+        "keys" if dq is None else "fused", q.dtype, max(KP, VP), options.causal, max(T, S)
+    )
     BM, BN = config.block_m, config.block_n
     tma = config.tma and tma_ready(q, k, v, do) and (dq is None or K % 4 == 0)
     return Launch(
@@ -481,7 +515,9 @@ def plan_bias(
             1 if h == H else H,
         ),
         common(q, k, v, options)
-        | dict(BM=BM, BN=BN, SUM_T=sum_t, SUM_S=sum_s, num_warps=config.warps, num_stages=config.stages),
+        | dict(
+            BM=BM, BN=BN, SUM_T=sum_t, SUM_S=sum_s, num_warps=config.warps, num_stages=config.stages
+        ),
     )
     return launch, partial
 

@@ -35,7 +35,9 @@ def visible(q: Tensor, k: Tensor, options: Options) -> Tensor:
     if options.causal:
         seen = seen & (j <= p)
     if options.window >= 0:
-        seen = seen & ((p - j < options.window) if options.causal else ((p - j).abs() < options.window))
+        seen = seen & (
+            (p - j < options.window) if options.causal else ((p - j).abs() < options.window)
+        )
     if options.prefix_lengths is not None:
         seen = seen | (j < options.prefix_lengths[:, None, None, None])
     if options.key_lengths is not None:
@@ -60,7 +62,9 @@ def kept(q: Tensor, k: Tensor, options: Options) -> Tensor:
     return (word >= round(options.dropout * 2**32)).double() / (1 - options.dropout)
 
 
-def textbook(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
+def textbook(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor]:
     """softmax(cap(scale q k^T) - alibi + bias) v with the mask drawn out, in q's dtype; (o, lse)."""
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
@@ -85,7 +89,9 @@ def textbook(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: Opti
     return p @ v, s.logsumexp(-1).masked_fill(~some[..., 0], float("-inf"))
 
 
-def random_case(seed: int, device: str, largest: int = 300, dtypes: tuple[torch.dtype, ...] | None = None) -> Case:
+def random_case(
+    seed: int, device: str, largest: int = 300, dtypes: tuple[torch.dtype, ...] | None = None
+) -> Case:
     """Shapes to `largest` tokens, any head grouping, any strides, any combination of options."""
     draw = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -98,7 +104,9 @@ def random_case(seed: int, device: str, largest: int = 300, dtypes: tuple[torch.
     V = K if draw.random() < 0.7 else draw.choice((8, 16, 40, 64, 96))
 
     def tensor(heads: int, tokens: int, dim: int) -> Tensor:
-        layout = draw.choice(("heads first", "tokens first", "sliced", "strided dim", "broadcast batch"))
+        layout = draw.choice(
+            ("heads first", "tokens first", "sliced", "strided dim", "broadcast batch")
+        )
         rows = 1 if layout == "broadcast batch" else B
         if layout == "tokens first":
             x = torch.randn(rows, tokens, heads, dim, generator=generator).transpose(1, 2)
@@ -124,8 +132,12 @@ def random_case(seed: int, device: str, largest: int = 300, dtypes: tuple[torch.
     if chance(0.2):
         fields["prefix_lengths"] = integers(0, S + 1, B)
     if chance(0.2):
-        fields["q_segments"] = integers(0, 3, B, T).sort(-1).values if chance(0.5) else integers(0, 3, B, T)
-        fields["k_segments"] = integers(0, 3, B, S).sort(-1).values if chance(0.5) else integers(0, 3, B, S)
+        fields["q_segments"] = (
+            integers(0, 3, B, T).sort(-1).values if chance(0.5) else integers(0, 3, B, T)
+        )
+        fields["k_segments"] = (
+            integers(0, 3, B, S).sort(-1).values if chance(0.5) else integers(0, 3, B, S)
+        )
     if chance(0.2):
         fields["softcap"] = draw.choice((1.5, 20.0))
     if chance(0.2):
@@ -142,7 +154,9 @@ def random_case(seed: int, device: str, largest: int = 300, dtypes: tuple[torch.
     if chance(0.1):
         q = q * 30  # row log-sum-exps far outside float16's and e^88's range
     said = {name: tuple(x.shape) if isinstance(x, Tensor) else x for name, x in fields.items()}
-    return Case(f"seed {seed} {dtype} B{B} H{H} G{G} T{T} S{S} K{K} V{V} {said}", q, k, v, Options(**fields))
+    return Case(
+        f"seed {seed} {dtype} B{B} H{H} G{G} T{T} S{S} K{K} V{V} {said}", q, k, v, Options(**fields)
+    )
 
 
 def preserved(x: Tensor, dtype: torch.dtype, device: str) -> Tensor:
@@ -152,12 +166,17 @@ def preserved(x: Tensor, dtype: torch.dtype, device: str) -> Tensor:
     return torch.as_strided(storage, x.shape, x.stride())
 
 
-def by_formula(case: Case, dtype: torch.dtype, given: dict[str, Tensor], tangents: dict[str, Tensor]) -> dict[str, Tensor]:
+def by_formula(
+    case: Case, dtype: torch.dtype, given: dict[str, Tensor], tangents: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """o, lse, gradients and tangents of the textbook formula computed in `dtype`."""
     inputs = {"q": case.q, "k": case.k, "v": case.v}
     if case.options.has_float_bias and case.options.bias is not None:
         inputs["bias"] = case.options.bias
-    leaves = {name: x.detach().to(dtype).contiguous().clone().requires_grad_() for name, x in inputs.items()}
+    leaves = {
+        name: x.detach().to(dtype).contiguous().clone().requires_grad_()
+        for name, x in inputs.items()
+    }
 
     def formula(*args: Tensor) -> tuple[Tensor, Tensor]:
         q, k, v = args[:3]
@@ -165,7 +184,9 @@ def by_formula(case: Case, dtype: torch.dtype, given: dict[str, Tensor], tangent
 
     o, lse = formula(*leaves.values())
     finite = lse > float("-inf")
-    seeded = (o * given["o"].to(dtype)).sum() + (lse.masked_fill(~finite, 0.0) * given["lse"].to(dtype)).sum()
+    seeded = (o * given["o"].to(dtype)).sum() + (
+        lse.masked_fill(~finite, 0.0) * given["lse"].to(dtype)
+    ).sum()
     grads = torch.autograd.grad(seeded, list(leaves.values()))
     out = {"o": o.detach(), "lse": lse.detach()}
     out |= {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
@@ -175,7 +196,9 @@ def by_formula(case: Case, dtype: torch.dtype, given: dict[str, Tensor], tangent
     return out | {"to": to, "tlse": tlse}
 
 
-def by_kernels(case: Case, given: dict[str, Tensor], tangents: dict[str, Tensor]) -> dict[str, Tensor]:
+def by_kernels(
+    case: Case, given: dict[str, Tensor], tangents: dict[str, Tensor]
+) -> dict[str, Tensor]:
     q, k, v, options = case.q, case.k, case.v, case.options
     o, lse = forward(q, k, v, options)
     out = {"o": o, "lse": lse}
@@ -184,7 +207,9 @@ def by_kernels(case: Case, given: dict[str, Tensor], tangents: dict[str, Tensor]
     out |= {"dq": dq, "dk": dk, "dv": dv}
     if dbias is not None:
         out["dbias"] = dbias
-    to, tlse = tangent(tangents["q"], tangents["k"], tangents["v"], tangents.get("bias"), q, k, v, o, lse, options)
+    to, tlse = tangent(
+        tangents["q"], tangents["k"], tangents["v"], tangents.get("bias"), q, k, v, o, lse, options
+    )
     return out | {"to": to, "tlse": tlse}
 
 
@@ -221,5 +246,7 @@ def failures(case: Case, seed: int = 0) -> list[str]:
         bound = 2 * allowed.max() + 4 * rounding * scale if truth.numel() else scale
         worst = error.max() if truth.numel() else torch.zeros(())
         if not same or not bool(worst <= bound):
-            wrong.append(f"{name}: error {worst:.3g}, allowed {bound:.3g}, largest value {scale:.3g}")
+            wrong.append(
+                f"{name}: error {worst:.3g}, allowed {bound:.3g}, largest value {scale:.3g}"
+            )
     return wrong

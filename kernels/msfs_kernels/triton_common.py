@@ -54,8 +54,14 @@ def load_tile(x, strides, batch, head, row, rows, ROWS: tl.constexpr, COLS: tl.c
     else:
         i = tl.arange(0, ROWS)
         d = tl.arange(0, COLS)
-        start = batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1] + tl.cast(row, tl.int64) * strides[2]
-        pointers = (x + start) + (i.to(tl.int64)[:, None] * strides[2] + d.to(tl.int64)[None, :] * strides[3])
+        start = (
+            batch.to(tl.int64) * strides[0]
+            + head.to(tl.int64) * strides[1]
+            + tl.cast(row, tl.int64) * strides[2]
+        )
+        pointers = (x + start) + (
+            i.to(tl.int64)[:, None] * strides[2] + d.to(tl.int64)[None, :] * strides[3]
+        )
         if BOUNDED and D != COLS:
             return tl.load(pointers, mask=(row + i < rows)[:, None] & (d < D)[None, :], other=0.0)
         elif BOUNDED:
@@ -67,13 +73,32 @@ def load_tile(x, strides, batch, head, row, rows, ROWS: tl.constexpr, COLS: tl.c
 
 
 @triton.jit
-def store_tile(x, strides, value, batch, head, row, rows, ROWS: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr):
+def store_tile(
+    x,
+    strides,
+    value,
+    batch,
+    head,
+    row,
+    rows,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    D: tl.constexpr,
+):
     """x[batch, head, row : row + ROWS, :D] = value, cut at (rows, D)."""
     i = tl.arange(0, ROWS)
     d = tl.arange(0, COLS)
-    start = batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1] + tl.cast(row, tl.int64) * strides[2]
-    pointers = (x + start) + (i.to(tl.int64)[:, None] * strides[2] + d.to(tl.int64)[None, :] * strides[3])
-    tl.store(pointers, value.to(x.dtype.element_ty), mask=(row + i < rows)[:, None] & (d < D)[None, :])
+    start = (
+        batch.to(tl.int64) * strides[0]
+        + head.to(tl.int64) * strides[1]
+        + tl.cast(row, tl.int64) * strides[2]
+    )
+    pointers = (x + start) + (
+        i.to(tl.int64)[:, None] * strides[2] + d.to(tl.int64)[None, :] * strides[3]
+    )
+    tl.store(
+        pointers, value.to(x.dtype.element_ty), mask=(row + i < rows)[:, None] & (d < D)[None, :]
+    )
 
 
 @triton.jit
@@ -99,7 +124,9 @@ def tanh(x):
     """tanh to fp32 rounding: a series near zero, where 1 - 2 / (e^2x + 1) would cancel."""
     square = x * x
     tail = -0.33333333 + square * (0.13333333 + square * (-0.053968254 + square * 0.021869488))
-    return tl.where(square < 0.0625, x + x * square * tail, 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0))
+    return tl.where(
+        square < 0.0625, x + x * square * tail, 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0)
+    )
 
 
 @triton.jit
@@ -121,7 +148,9 @@ def tile_scores(products, i, j, batch, head, T, S, facts, masks, scale_log2):
         scores -= facts[2] * tl.abs(i + (S - T) - j).to(tl.float32)
     if masks.bias is not None:
         offsets = tile_offsets(i, j, masks.strides, batch, head)
-        scores += tl.load(masks.bias + offsets, mask=(i < T) & (j < S), other=0.0).to(tl.float32) * LOG2E
+        scores += (
+            tl.load(masks.bias + offsets, mask=(i < T) & (j < S), other=0.0).to(tl.float32) * LOG2E
+        )
     return scores, derivative
 
 
@@ -159,7 +188,17 @@ def tile_kept(i, j, head, facts, masks):
 
 
 @triton.jit
-def segment_reach(mine, others, first, count, total_others, batch, total_mine, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
+def segment_reach(
+    mine,
+    others,
+    first,
+    count,
+    total_others,
+    batch,
+    total_mine,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
     """The range [low, high) of the other axis whose segment ids fall within this block's smallest and largest id.
 
     Exact for packed sequences (ids in runs), never too small for any ids: the kernels skip what lies outside.
@@ -173,7 +212,9 @@ def segment_reach(mine, others, first, count, total_others, batch, total_mine, B
     high = 0
     for start in range(0, total_others, CHUNK):
         j = start + tl.arange(0, CHUNK)
-        other = tl.load(others + batch.to(tl.int64) * total_others + j, mask=j < total_others, other=0)
+        other = tl.load(
+            others + batch.to(tl.int64) * total_others + j, mask=j < total_others, other=0
+        )
         meets = (other >= smallest) & (other <= largest) & (j < total_others)
         low = tl.minimum(low, tl.min(tl.where(meets, j, total_others), 0))
         high = tl.maximum(high, tl.max(tl.where(meets, j + 1, 0), 0))
@@ -181,7 +222,9 @@ def segment_reach(mine, others, first, count, total_others, batch, total_mine, B
 
 
 @triton.jit
-def key_range(row, facts, masks, batch, T, S, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def key_range(
+    row, facts, masks, batch, T, S, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):
     """Key blocks that queries row .. row + BM - 1 can see: [low, high), of which [full_low, full_high) need no mask.
 
     All four are multiples of BN except high. Blocks outside are never touched.
@@ -210,7 +253,9 @@ def key_range(row, facts, masks, batch, T, S, CAUSAL: tl.constexpr, BM: tl.const
             full_high = tl.maximum(full_high, facts[1])
     if masks.q_segments is not None:
         count = tl.minimum(BM, T - row)
-        reach_low, reach_high = segment_reach(masks.q_segments, masks.k_segments, row, count, S, batch, T, BM, 1024)
+        reach_low, reach_high = segment_reach(
+            masks.q_segments, masks.k_segments, row, count, S, batch, T, BM, 1024
+        )
         low = tl.maximum(low, reach_low // BN * BN)
         high = tl.minimum(high, reach_high)
     if masks.q_segments is not None or masks.mask is not None:
@@ -222,7 +267,9 @@ def key_range(row, facts, masks, batch, T, S, CAUSAL: tl.constexpr, BM: tl.const
 
 
 @triton.jit
-def query_range(column, facts, masks, batch, T, S, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def query_range(
+    column, facts, masks, batch, T, S, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):
     """Query blocks that keys column .. column + BN - 1 are seen by: the transpose of `key_range`.
 
     [low, high), of which [full_low, full_high) need no mask on queries; multiples of BM except high.
@@ -250,7 +297,9 @@ def query_range(column, facts, masks, batch, T, S, CAUSAL: tl.constexpr, BM: tl.
             full_low = tl.where(last < facts[1], 0, full_low)
     if masks.q_segments is not None:
         count = tl.minimum(BN, S - column)
-        reach_low, reach_high = segment_reach(masks.k_segments, masks.q_segments, column, count, T, batch, S, BN, 1024)
+        reach_low, reach_high = segment_reach(
+            masks.k_segments, masks.q_segments, column, count, T, batch, S, BN, 1024
+        )
         low = tl.maximum(low, reach_low)
         high = tl.minimum(high, reach_high)
     low = low // BM * BM
@@ -331,7 +380,9 @@ def tma_ready(*tensors: Tensor) -> bool:
 
     def ready(x: Tensor) -> bool:
         step = 16 // x.element_size()
-        outer = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
+        outer = [
+            stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1
+        ]
         return (
             x.element_size() == 2
             and x.data_ptr() % 16 == 0
@@ -347,10 +398,12 @@ def tma_ready(*tensors: Tensor) -> bool:
 def descriptor(x: Tensor, rows: int, cols: int) -> TensorDescriptor:
     """A copy-engine descriptor of x for tiles of (rows, cols) of one batch row and head."""
     unit = max(8, triton.cdiv(x.shape[-1], 8) * 8)
-    strides = [stride if size > 1 else unit for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
+    strides = [
+        stride if size > 1 else unit
+        for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)
+    ]
     return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, cols])
 
 
 def tiles(x: Tensor, rows: int, cols: int, tma: bool) -> Any:
     return descriptor(x, rows, cols) if tma else x
-

@@ -65,7 +65,11 @@ def resources(compiled: Any, capability: int) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+        usage = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True
+        ).stdout
     registers = max((int(n) for n in re.findall(r"REG:(\d+)", usage)), default=0)
     spills = max((int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage)), default=0)
-    return Resources(registers, spills, compiled.metadata.shared, compiled.asm["ptx"].count("wgmma.mma_async"))
+    return Resources(
+        registers, spills, compiled.metadata.shared, compiled.asm["ptx"].count("wgmma.mma_async")
+    )

@@ -19,7 +19,6 @@ pay for comparisons. The matrix units take the probabilities in the dtype of V, 
 Source: Dao 2023 (FlashAttention-2), Algorithm 1; Milakov and Gimelshein 2018 for the online softmax.
 """
 
-
 import torch
 import triton
 import triton.language as tl
@@ -62,12 +61,20 @@ def forward_blocks(
         scores = tl.dot(q, keys.T, input_precision=PRECISION)
         if SIMPLE:  # scores stay raw products, the scale rides in the exponential's multiply-add
             if MASKED:
-                scores = tl.where(tile_visible(i, j, batch, head, T, S, facts, masks, CAUSAL), scores, float("-inf"))
+                scores = tl.where(
+                    tile_visible(i, j, batch, head, T, S, facts, masks, CAUSAL),
+                    scores,
+                    float("-inf"),
+                )
             new_top = tl.maximum(top, tl.max(scores, 1) * scale_log2)
         else:
             scores, _ = tile_scores(scores, i, j, batch, head, T, S, facts, masks, scale_log2)
             if MASKED:
-                scores = tl.where(tile_visible(i, j, batch, head, T, S, facts, masks, CAUSAL), scores, float("-inf"))
+                scores = tl.where(
+                    tile_visible(i, j, batch, head, T, S, facts, masks, CAUSAL),
+                    scores,
+                    float("-inf"),
+                )
             new_top = tl.maximum(top, tl.max(scores, 1))
         # A row that has seen no key yet keeps top = -inf; subtracting zero in its place avoids inf - inf.
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -139,7 +146,13 @@ def forward_kernel(
 
 def is_even(masks: Masks, causal: bool, keys: int, block: int) -> bool:
     """Whether no key block ever needs a mask."""
-    structured = (masks.key_lengths, masks.window, masks.prefix_lengths, masks.q_segments, masks.mask)
+    structured = (
+        masks.key_lengths,
+        masks.window,
+        masks.prefix_lengths,
+        masks.q_segments,
+        masks.mask,
+    )
     return not causal and all(x is None for x in structured) and keys % block == 0
 
 
@@ -158,7 +171,9 @@ def plan_forward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, option
     config = config or choose("forward", q.dtype, max(KP, VP), options.causal, max(T, S))
     BM, BN = config.block_m, config.block_n
     tma = config.tma and tma_ready(q, k, v)
-    simple = masks.softcap is None and masks.alibi is None and masks.bias is None and options.scale > 0
+    simple = (
+        masks.softcap is None and masks.alibi is None and masks.bias is None and options.scale > 0
+    )
     return Launch(
         forward_kernel,
         (triton.cdiv(T, BM) * B * H,),
