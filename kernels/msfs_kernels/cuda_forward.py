@@ -1,6 +1,6 @@
 """The op's forward in CUDA C++ (forward.cu), compiled by NVRTC at its first call, about a second.
 
-It is there to be read: causal masks, grouped heads, any T and S, fp16 and bf16, head dims 64 and 128.
+It is there to be read: causal masks, grouped heads, any T and S, fp16 and bf16, head dims 64, 128.
 What it computes is `attention`'s o and lse, so its derivatives are those of the op.
 """
 

@@ -1,4 +1,4 @@
-"""The CUDA C++ forward equals the fp64 formula as nearly as plain PyTorch in the same dtype does."""
+"""The CUDA C++ forward is as near to the fp64 formula as plain PyTorch in the same dtype is."""
 
 import pytest
 import torch
