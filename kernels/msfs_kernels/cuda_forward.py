@@ -38,7 +38,8 @@ def find_problem(q: Tensor, v: Tensor, options: Options) -> str | None:
         if given is not default and given != default
     ]
     if extra:
-        return f"options {', '.join(extra)}: implementation 'cuda' knows causal masks only; use 'flash'"
+        named = ", ".join(extra)
+        return f"options {named}: implementation 'cuda' knows causal masks only; use 'flash'"
     return None
 
 
