@@ -40,7 +40,7 @@ class Predicate(NamedTuple):
 
 
 class Mood(NamedTuple):
-    """Tense, polarity and English adverb of a clause; `time`: whether an adverb of time may join."""
+    """Tense, polarity and adverb of a clause; `time` says whether an adverb of time may join."""
 
     tense: str
     negative: bool = False
@@ -74,7 +74,7 @@ def readable(verb: Verb, tense: str, person: int) -> bool:
 
 
 def mood(rng: random.Random, verb: Verb, person: int, *, asked: bool = False) -> Mood:
-    """A tense that suits the verb, with adverb or negation; `asked` leaves out what is odd to ask."""
+    """A tense that suits the verb, adverb, negation; `asked` leaves out what is odd to ask."""
     while True:
         tense = draw(rng, _TENSES)
         if verb.state and tense in ("progressive", "was", "must", "can"):

@@ -1,9 +1,9 @@
 """The corpus: sentences drawn from the patterns, and splits that test composition.
 
-Some 370 lemmas and 22 sentence patterns (`actions.py`, `descriptions.py`, `linked.py`) over clauses,
-noun phrases, word forms and a lexicon. Translating it takes what real Italian takes: gender and
-number that agree across the sentence, articles by sound, contractions, adjectives behind the noun,
-auxiliaries and participles, clitics, subjects left unsaid.
+Some 400 lemmas and 22 sentence patterns (`actions.py`, `descriptions.py`, `linked.py`) over
+clauses, noun phrases, word forms and a lexicon. Translating it takes what real Italian takes:
+gender and number that agree across the sentence, articles by sound, contractions, adjectives
+behind the noun, auxiliaries and participles, clitics, subjects left unsaid.
 
 English decides the Italian, so that one reference is enough: "you" is one person, persons whose
 gender English hides are masculine, the simple past is the passato prossimo, "used to" the

@@ -49,9 +49,16 @@ def being(rng: random.Random, person: int, tense: str = "") -> tuple[str, str, s
     return be[person], base, essere[person], avere[person]
 
 
-def _quality(rng: random.Random, who: Phrase) -> tuple[Adjective, Pairs]:
+# States of persons that come and go.
+_PASSING = {"tired", "happy", "sad", "nervous", "sick", "poor", "rich", "lazy"}
+
+
+def _quality(
+    rng: random.Random, who: Phrase, allowed: set[str] | None = None
+) -> tuple[Adjective, Pairs]:
     """An adjective that suits a phrase, and the combination they make."""
-    entry = pick(rng, lexicon().adjectives[who.noun.kind if who.noun else "P"])
+    fitting = lexicon().adjectives[who.noun.kind if who.noun else "P"]
+    entry = pick(rng, [a for a in fitting if a.english in allowed] if allowed else fitting)
     return entry, frozenset({(entry.english, who.noun.lemma)}) if who.noun else NO_PAIRS
 
 
@@ -62,7 +69,7 @@ def state(rng: random.Random, who: Phrase, tense: str = "") -> tuple[str, str, P
         feeling, sensazione = pick(rng, list(SENSATIONS.items()))
         said = words(who.english, be, base, feeling)
         return said, italian.join(who.direct, avere, sensazione), who.pairs
-    entry, pairs = _quality(rng, who)
+    entry, pairs = _quality(rng, who, _PASSING)
     said = words(who.english, be, base, entry.english)
     detto = italian.join(who.direct, essere, entry.italian[who.form])
     return said, detto, who.pairs | pairs

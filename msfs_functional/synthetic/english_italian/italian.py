@@ -158,8 +158,10 @@ _FUTURE_STEM = {
 }  # fmt: skip
 # Infinitives that were shortened: their other forms come from the full one.
 _FULL = {"bere": "bevere", "tradurre": "traducere", "dire": "dicere"}
-_PARTICIPLE = {"bere": "bevuto", "tradurre": "tradotto", "dire": "detto", "essere": "stato", "venire": "venuto",
-               "piacere": "piaciuto"}  # fmt: skip
+_PARTICIPLE = {
+    "bere": "bevuto", "tradurre": "tradotto", "dire": "detto", "essere": "stato",
+    "venire": "venuto", "piacere": "piaciuto",
+}  # fmt: skip
 
 
 def _soft(stem: str, ending: str) -> str:

@@ -71,46 +71,46 @@ W: moon luna f--, sun sole m--, sea mare m--, sky cielo m--, star stella f, clou
 
 # english italian[/masculine plural], then the kinds it fits; ^ stands before the Italian noun.
 _ADJECTIVES = """
-red rosso RCMVENOFI, green verde RCMVENOFW, yellow giallo RCMVENOFW, black nero ACMVENOI,
-white bianco ACMVENOFGW, blue blu CMVENOFW, grey grigio ACMVNW, new nuovo TCMVENOFIUHG,
-broken rotto ENOFIMV, heavy pesante NOFICT, light leggero NOC, empty vuoto NEGLX, clean pulito
-CMVENOFGLX, dirty sporco CMVENOFGLX, expensive costoso BCMVNOFIDGH, old ^vecchio PAMVENOFITCGLXW,
-small ^piccolo ARNOFVMEGLXWDI, big ^grande ARNOFVMEGLXWDI, beautiful ^bello PACONFIUHGLXWTV,
-young ^giovane PA, good ^buono RDB, tall alto PWG, strange strano PATUHOCGL, happy felice PA,
-sad triste PAUHT, tired stanco PA, kind gentile P, rich ricco P, poor povero P, famous famoso
-PTUHG, intelligent intelligente PA, strong forte PA, lazy pigro PA, brave coraggioso PA,
-elegant elegante PC, nervous nervoso PA, sick malato PA, Italian italiano PTUHDCM, fresh fresco RDB,
-sweet dolce RDB, delicious delizioso RD, hot caldo DB, cold freddo DBW, modern moderno GTUHF,
-ancient antico/antichi GTXOL, quiet tranquillo PAGLX, noisy rumoroso PAMGLX, interesting interessante
-TUHGL, boring noioso TUHP, difficult difficile T, long lungo TXHC, fast veloce MVA, slow lento MVA,
-dangerous pericoloso MXAL, round rotondo OFNEW
+red rosso RCMVENOFI, green verde RCMVENOFW, yellow giallo RCMVENOFW, black nero ACMVENOI, white
+bianco ACMVENOFGW, blue blu CMVENOFW, grey grigio ACMVNW, new nuovo TCMVENOFIUHG, broken rotto
+ENOFIMV, heavy pesante NOFICT, light leggero NOC, empty vuoto NEGLX, clean pulito CMVENOFGLX,
+dirty sporco CMVENOFGLX, expensive costoso BCMVNOFIDGH, old ^vecchio PAMVENOFITCGLXW, small
+^piccolo ARNOFVMEGLXWDI, big ^grande ARNOFVMEGLXWDI, beautiful ^bello PACONFIUHGLXWTV, young
+^giovane PA, good ^buono RDB, tall alto PWG, strange strano PATUHOCGL, happy felice PA, sad triste
+PAUHT, tired stanco PA, kind gentile P, rich ricco P, poor povero P, famous famoso PTUHG,
+intelligent intelligente PA, strong forte PA, lazy pigro PA, brave coraggioso PA, elegant elegante
+PC, nervous nervoso PA, sick malato PA, Italian italiano PTUHDCM, fresh fresco RDB, sweet dolce
+RDB, delicious delizioso RD, hot caldo DB, cold freddo DBW, modern moderno GTUHF, ancient
+antico/antichi GTXOL, quiet tranquillo PAGLX, noisy rumoroso PAMGLX, interesting interessante
+TUHGL, boring noioso TUHP, difficult difficile T, long lungo TXHC, fast veloce MVA, slow lento
+MVA, dangerous pericoloso MXAL, round rotondo OFNEW
 """
 
 _TRANSITIVE = """
 eat/ate/eaten mangiare RD, cook cucinare D, drink/drank/drunk bere B, read/read leggere/letto T,
 write/wrote/written scrivere/scritto T, wear/wore/worn indossare C, drive/drove/driven guidare M,
-open aprire/aperto EN, close chiudere/chiuso EN, buy/bought comprare RDBTCMVNOFI,
-sell/sold vendere RDBTCMVNOFIA, find/found trovare TCNOA, lose/lost perdere/perso TCNO,
-see/saw/seen vedere/visto= PAMVOGLXWH, look_at guardare PAOWHTV, look_for cercare PATCNO,
-wait_for aspettare PKV, listen_to ascoltare UP, hear/heard sentire= UPA, carry portare NOFI,
-clean pulire+ FEGMO, wash lavare CMRA, break/broke/broken rompere/rotto OE,
-paint dipingere/dipinto FEWG, draw/drew/drawn disegnare PAWG, hide/hid/hidden nascondere/nascosto TNO,
-steal/stole/stolen rubare OMVC, choose/chose/chosen scegliere/scelto CTOD,
-forget/forgot/forgotten dimenticare CTNO, prefer preferire+= BTCDRUH, love amare= PKA, hate odiare= PAUC,
-understand/understood capire+= TPK, finish finire+ TD, prepare preparare DB, repair riparare MVI,
-admire ammirare= WPO, call chiamare PK, help aiutare PK, greet salutare PK, follow seguire PAM,
-invite invitare PK, thank ringraziare PK, meet/met incontrare PK, photograph fotografare AWG,
-visit visitare GL, cross attraversare X, play suonare I, study studiare T, build/built costruire+ GFV,
-take/took/taken prendere/preso OVNC, touch toccare OAF, correct correggere/corretto T,
-translate tradurre T, remember ricordare= TUPH, sing/sang/sung cantare U, watch guardare H
+open aprire/aperto EN, close chiudere/chiuso EN, buy/bought comprare RDBTCMVNOFI, sell/sold
+vendere RDBTCMVNOFIA, find/found trovare TCNOA, lose/lost perdere/perso TCNO, see/saw/seen
+vedere/visto= PAMVOGLXWH, look_at guardare PAOWHTV, look_for cercare PATCNO, wait_for aspettare
+PKV, listen_to ascoltare UP, hear/heard sentire= UPA, carry portare NOFI, clean pulire+ FEGMO,
+wash lavare CMRA, break/broke/broken rompere/rotto OE, paint dipingere/dipinto FEWG,
+draw/drew/drawn disegnare PAWG, hide/hid/hidden nascondere/nascosto TNO, steal/stole/stolen rubare
+OMVC, choose/chose/chosen scegliere/scelto CTOD, forget/forgot/forgotten dimenticare CTNO, prefer
+preferire+= BTCDRUH, love amare= PKA, hate odiare= PAUC, understand/understood capire+= TPK,
+finish finire+ TD, prepare preparare DB, repair riparare MVI, admire ammirare= WPO, call chiamare
+PK, help aiutare PK, greet salutare PK, follow seguire PAM, invite invitare PK, thank ringraziare
+PK, meet/met incontrare PK, photograph fotografare AWG, visit visitare GL, cross attraversare X,
+play suonare I, study studiare T, build/built costruire+ GFV, take/took/taken prendere/preso OVNC,
+touch toccare OAF, correct correggere/corretto T, translate tradurre T, remember ricordare= TUPH,
+sing/sang/sung cantare U, watch guardare H
 """
 
 _INTRANSITIVE = """
-sleep/slept dormire PKA, work lavorare PK, swim/swam/swum nuotare PKA, dance ballare PK,
-cry piangere/pianto PK, laugh ridere/riso PK, travel viaggiare PK, smile sorridere/sorriso PK,
+sleep/slept dormire PKA, work lavorare PK, swim/swam/swum nuotare PKA, dance ballare PK, cry
+piangere/pianto PK, laugh ridere/riso PK, travel viaggiare PK, smile sorridere/sorriso PK,
 run/ran/run correre/corso PKA, walk camminare PKA, shout gridare PK, have/had_lunch pranzare PK,
-have/had_dinner cenare PK, arrive arrivare* PKV, leave/left partire* PKV, go/went/gone_out uscire* PK,
-come/came/come_back tornare* PKA, fall/fell/fallen cadere* PKO, stay restare* PK,
+have/had_dinner cenare PK, arrive arrivare* PKV, leave/left partire* PKV, go/went/gone_out uscire*
+PK, come/came/come_back tornare* PKA, fall/fell/fallen cadere* PKO, stay restare* PK,
 wake/woke/woken_up svegliarsi PK, get/got_up alzarsi PK, get/got_dressed vestirsi PK,
 fall/fell/fallen_asleep addormentarsi PKA, get/got_bored annoiarsi PK, have/had_fun divertirsi PK,
 get/got_angry arrabbiarsi PK, stop fermarsi PKMV, get/got_lost perdersi/perso PK
@@ -146,7 +146,8 @@ TIMES = {
     "progressive": {"now": "adesso", "today": "oggi", "this morning": "stamattina"},
     "past": {
         "yesterday": "ieri", "last week": "la settimana scorsa", "last year": "l'anno scorso",
-        "this morning": "stamattina", "two days ago": "due giorni fa", "yesterday evening": "ieri sera",
+        "this morning": "stamattina", "two days ago": "due giorni fa",
+        "yesterday evening": "ieri sera",
     },
     "future": {
         "tomorrow": "domani", "next week": "la settimana prossima", "next year": "l'anno prossimo",

@@ -174,11 +174,8 @@ def joined(rng: random.Random) -> Sentence:
     if conjunction in ("when", "if"):
         if tense == "past":
             first, second = second, first
-        return end(
-            f"{conjunction} {first[0]}, {second[0]}",
-            f"{congiunzione} {first[1]}, {second[1]}",
-            pairs,
-        )
+        said, detto = f"{first[0]}, {second[0]}", f"{first[1]}, {second[1]}"
+        return end(f"{conjunction} {said}", f"{congiunzione} {detto}", pairs)
     comma = "," if conjunction == "but" else ""
     return end(
         f"{first[0]}{comma} {conjunction} {second[0]}",
