@@ -1,7 +1,7 @@
 """Drawing noun phrases and places: what is there, whose it is, how many, what it is like."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from msfs_functional.synthetic.english_italian import italian
@@ -31,14 +31,15 @@ def pick(rng: random.Random, items: Sequence[T]) -> T:
     return items[int(rng.random() * len(items))]
 
 
-def draw(rng: random.Random, weights: dict[T, float]) -> T:
+def draw(rng: random.Random, weights: Mapping[T, float]) -> T:
     """One of the keys, as likely as its weight says."""
     rest = rng.random() * sum(weights.values())
+    key = next(iter(weights))
     for key, weight in weights.items():
         rest -= weight
         if rest < 0:
-            return key
-    return next(reversed(weights))
+            break
+    return key
 
 
 _DETERMINERS = {
