@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import checks, ops  # noqa: F401, registers the ops
 from .options import OPS, accumulate_dtype
+from .philox import fold_in
 from .refusal import refused
 
 
@@ -97,7 +98,6 @@ def flash_attention(
         return (o, lse) if return_lse else o
     lead, (H, T, K), (G, S, Kv) = q.shape[:-3], q.shape[-3:], v.shape[-3:]
     B = math.prod(lead)
-    device = q.device
 
     def per_row(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.to(torch.int32).expand(lead).reshape(B)
@@ -113,13 +113,7 @@ def flash_attention(
         alibi_slopes = alibi_slopes.to(accumulate_dtype(q.dtype)).expand(*lead, H).reshape(B, H)
     rng = None
     if dropout > 0 and dropout_key is not None:
-        from .philox import philox_4x32
-
-        rows = torch.arange(B, device=device)
-        zero = torch.zeros_like(rows)
-        rng = torch.stack(
-            philox_4x32(rows, zero, zero, zero, dropout_key[0], dropout_key[1])[:2], -1
-        )
+        rng = fold_in(dropout_key, torch.arange(B, device=q.device))
     o, lse = OPS.attention(
         q.reshape(B, H, T, K),
         k.expand(*lead, G, S, K).reshape(B, G, S, K),

@@ -6,7 +6,7 @@ Plain torch operations on T x S matrices, differentiable by torch itself, writte
 import math
 
 import torch
-from msfs_kernels.philox import philox_4x32
+from msfs_kernels.philox import fold_in, philox_4x32
 from torch import Tensor
 
 
@@ -44,9 +44,7 @@ def attention_mask(
 def dropout_factors(shape: tuple[int, ...], rate: float, key: Tensor) -> Tensor:
     """0 where dropped, 1 / (1 - rate) where kept, (..., H, T, S)."""
     *lead, H, T, S = shape
-    row = torch.arange(math.prod(lead))
-    zero = torch.zeros_like(row)
-    k0, k1, *_ = philox_4x32(row, zero, zero, zero, key[0], key[1])
+    k0, k1 = fold_in(key, torch.arange(math.prod(lead))).unbind(-1)
     h, i, j = torch.arange(H)[:, None, None], torch.arange(T)[:, None], torch.arange(S)
     k0, k1 = k0[:, None, None, None], k1[:, None, None, None]
     word = philox_4x32(j, i, h, torch.zeros_like(j), k0, k1)[0]
