@@ -278,31 +278,34 @@ def bench_tangent(args: argparse.Namespace) -> None:
     save(args.out, "tangent", rows)
 
 
-def check(args: argparse.Namespace) -> None:
-    """Random cases on the GPU until the time is up; the failures, compactly."""
+def check_one(job: tuple[int, int, float]) -> list[str] | None:
+    """In a worker process with its own CUDA context: one random case; None when the time was up."""
     from msfs_kernels.triton_check import failures, random_case
 
+    seed, largest, deadline = job
+    if time.time() > deadline:
+        return None
+    case = random_case(seed, "cuda", largest=largest)
+    try:
+        found = failures(case)
+    except Exception as problem:
+        found = [f"{type(problem).__name__}: {' '.join(str(problem).split())[:200]}"]
+    return [f"{case.name}\n    {line}" for line in found]
+
+
+def check(args: argparse.Namespace) -> None:
+    """Random cases on the GPU, compiled on all cores, until the time is up; the failures, compactly."""
     start, cases, wrong = time.time(), 0, []
-    seeds = range(args.seed, args.seed + args.cases)
-    with concurrent.futures.ThreadPoolExecutor(
-        args.workers
-    ) as pool:  # compilation runs outside the GIL in part
-
-        def one(seed: int) -> list[str]:
-            if time.time() - start > args.seconds:
-                return ["skipped"]
-            case = random_case(seed, "cuda", largest=args.largest)
-            try:
-                found = failures(case)
-            except Exception as problem:
-                found = [f"{type(problem).__name__}: {' '.join(str(problem).split())[:160]}"]
-            return [f"{case.name}\n    {line}" for line in found]
-
-        for found in pool.map(one, seeds):
-            if found == ["skipped"]:
-                continue
-            cases += 1
-            wrong += found
+    jobs = [
+        (seed, args.largest, start + args.seconds)
+        for seed in range(args.seed, args.seed + args.cases)
+    ]
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=context) as pool:
+        for found in pool.map(check_one, jobs):
+            if found is not None:
+                cases += 1
+                wrong += found
     for line in wrong[:40]:
         print(line)
     print(f"checked {cases} cases in {time.time() - start:.0f} s: {len(wrong)} failures")
@@ -469,7 +472,7 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=50.0, help="limit for --check, and for compiling in --tune"
     )
-    parser.add_argument("--cases", type=int, default=10_000, help="for --check")
+    parser.add_argument("--cases", type=int, default=2000, help="for --check")
     parser.add_argument("--largest", type=int, default=300, help="tokens, for --check")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--show", type=int, default=4, help="lines a ranking in --tune")

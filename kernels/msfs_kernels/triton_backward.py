@@ -107,7 +107,7 @@ def key_blocks(
     dk, dv, keys, values, q, do, lse, delta, dq, q_strides, do_strides, column, low, high, batch, head, flat_head, H, T, S,
     facts, masks, scale, scale_log2, K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     KP: tl.constexpr, VP: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, FUSED: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Algorithm 2, lines 8 to 16, over the query blocks of [low, high) of one head; tiles of scores are (BN, BM)."""
     j = (column + tl.arange(0, BN))[:, None]
@@ -129,7 +129,7 @@ def key_blocks(
         dk = tl.dot(ds, queries, dk, input_precision=PRECISION)
         if FUSED:
             share = tl.dot(ds.T, keys, input_precision=PRECISION) * scale
-            if TMA:
+            if BULK:
                 dq.atomic_add([batch, head, start, 0], share.reshape([1, 1, BM, KP]))
             else:
                 d = tl.arange(0, KP)
@@ -148,7 +148,7 @@ def key_kernel(
     heads, H, T, S, scale, scale_log2, wave,
     GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     KP: tl.constexpr, VP: tl.constexpr, CAUSAL: tl.constexpr, EVEN: tl.constexpr, FUSED: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of BN keys of one kv head (heads = B * G); FUSED also adds each tile's share to dq."""
     blocks = tl.cdiv(S, BN)
@@ -181,19 +181,19 @@ def key_kernel(
             dk_sum, dv_sum = key_blocks(
                 dk_sum, dv_sum, keys, values, q, do, lse, delta, dq, q_strides, do_strides, column,
                 low, tl.minimum(full_low, high), batch, head, flat_head, H, T, S, facts, masks, scale, scale_log2,
-                K, V, BM, BN, KP, VP, CAUSAL, True, FUSED, TMA, PRECISION,
+                K, V, BM, BN, KP, VP, CAUSAL, True, FUSED, TMA, BULK, PRECISION,
             )  # fmt: skip
         if masks.q_segments is None and masks.mask is None:
             dk_sum, dv_sum = key_blocks(
                 dk_sum, dv_sum, keys, values, q, do, lse, delta, dq, q_strides, do_strides, column,
                 full_low, tl.minimum(full_high, high), batch, head, flat_head, H, T, S, facts, masks, scale, scale_log2,
-                K, V, BM, BN, KP, VP, CAUSAL, False, FUSED, TMA, PRECISION,
+                K, V, BM, BN, KP, VP, CAUSAL, False, FUSED, TMA, BULK, PRECISION,
             )  # fmt: skip
         if masks.window is not None or masks.q_segments is not None or masks.mask is not None:
             dk_sum, dv_sum = key_blocks(
                 dk_sum, dv_sum, keys, values, q, do, lse, delta, dq, q_strides, do_strides, column,
                 tl.maximum(full_high, full_low), high, batch, head, flat_head, H, T, S, facts, masks, scale, scale_log2,
-                K, V, BM, BN, KP, VP, CAUSAL, True, FUSED, TMA, PRECISION,
+                K, V, BM, BN, KP, VP, CAUSAL, True, FUSED, TMA, BULK, PRECISION,
             )  # fmt: skip
     if masks.key_lengths is not None:
         hidden = (column + tl.arange(0, BN) >= length)[:, None]
@@ -386,7 +386,8 @@ def plan_keys(
         "keys" if dq is None else "fused", q.dtype, max(KP, VP), options.causal, max(T, S)
     )
     BM, BN = config.block_m, config.block_n
-    tma = config.tma and tma_ready(q, k, v, do) and (dq is None or K % 4 == 0)
+    tma = config.tma and tma_ready(q, k, v, do)
+    bulk = tma and K % 4 == 0 and not triton.knobs.runtime.interpret  # the interpreter has no bulk sums
     return Launch(
         key_kernel,
         (triton.cdiv(S, BN) * B * G,),
@@ -399,7 +400,7 @@ def plan_keys(
             delta,
             dk,
             dv,
-            None if dq is None else tiles(dq, BM, KP, tma),
+            None if dq is None else tiles(dq, BM, KP, bulk),
             q.stride(),
             k.stride(),
             v.stride(),
@@ -422,6 +423,7 @@ def plan_keys(
             EVEN=is_even(masks, options.causal, S, BN),
             FUSED=dq is not None,
             TMA=tma,
+            BULK=bulk,
             num_warps=config.warps,
             num_stages=config.stages,
         ),

@@ -95,7 +95,7 @@ def random_case(
     """Shapes to `largest` tokens, any head grouping, any strides, any combination of options."""
     draw = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
-    dtype = draw.choice(dtypes or (torch.float16, torch.bfloat16, torch.float32))
+    dtype = draw.choice(dtypes or (torch.float16, torch.bfloat16, torch.bfloat16, torch.float32))
     B, G, group = draw.choice((1, 2, 3)), draw.choice((1, 2)), draw.choice((1, 1, 2, 3))
     H = G * group
     T = draw.choice((1, 3, 17, 64, 127, 128, draw.randint(1, largest)))
