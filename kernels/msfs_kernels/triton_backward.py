@@ -59,17 +59,17 @@ def delta_kernel(do, o, dlse, delta, do_strides, o_strides, dlse_strides, H, T,
     b = load_tile(o, o_strides, batch, head, row, T, BM, VP, V, True, False).to(tl.float32)
     total = tl.sum(a * b, 1)
     if dlse is not None:
-        start = batch.to(tl.int64) * dlse_strides[0] + head.to(tl.int64) * dlse_strides[1]
+        start = tl.cast(batch, tl.int64) * dlse_strides[0] + tl.cast(head, tl.int64) * dlse_strides[1]
         total -= tl.load(dlse + start + i.to(tl.int64) * dlse_strides[2], mask=i < T, other=0.0).to(
             tl.float32
         )
-    tl.store(delta + flat_head.to(tl.int64) * T + i, total, mask=i < T)
+    tl.store(delta + tl.cast(flat_head, tl.int64) * T + i, total, mask=i < T)
 
 
 @triton.jit
 def load_rows(x, flat_head, row, T, other, BM: tl.constexpr):
     i = row + tl.arange(0, BM)
-    return tl.load(x + flat_head.to(tl.int64) * T + i, mask=i < T, other=other)
+    return tl.load(x + tl.cast(flat_head, tl.int64) * T + i, mask=i < T, other=other)
 
 
 @triton.jit
@@ -134,7 +134,7 @@ def key_blocks(
             else:
                 d = tl.arange(0, KP)
                 rows = start + tl.arange(0, BM)
-                pointers = dq + (flat_head.to(tl.int64) * T + start) * K
+                pointers = dq + (tl.cast(flat_head, tl.int64) * T + start) * K
                 pointers += tl.arange(0, BM)[:, None] * K + d[None, :]
                 tl.atomic_add(
                     pointers, share, mask=(rows < T)[:, None] & (d < K)[None, :], sem="relaxed"
@@ -314,7 +314,7 @@ def bias_kernel(
                     )  # fmt: skip
                     total += ds
     start = (
-        dbias + own_batch.to(tl.int64) * dbias_strides[0] + own_head.to(tl.int64) * dbias_strides[1]
+        dbias + tl.cast(own_batch, tl.int64) * dbias_strides[0] + tl.cast(own_head, tl.int64) * dbias_strides[1]
     )
     if SUM_T and SUM_S:
         pointer = (

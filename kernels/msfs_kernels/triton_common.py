@@ -55,8 +55,8 @@ def load_tile(x, strides, batch, head, row, rows, ROWS: tl.constexpr, COLS: tl.c
         i = tl.arange(0, ROWS)
         d = tl.arange(0, COLS)
         start = (
-            batch.to(tl.int64) * strides[0]
-            + head.to(tl.int64) * strides[1]
+            tl.cast(batch, tl.int64) * strides[0]
+            + tl.cast(head, tl.int64) * strides[1]
             + tl.cast(row, tl.int64) * strides[2]
         )
         pointers = (x + start) + (
@@ -89,8 +89,8 @@ def store_tile(
     i = tl.arange(0, ROWS)
     d = tl.arange(0, COLS)
     start = (
-        batch.to(tl.int64) * strides[0]
-        + head.to(tl.int64) * strides[1]
+        tl.cast(batch, tl.int64) * strides[0]
+        + tl.cast(head, tl.int64) * strides[1]
         + tl.cast(row, tl.int64) * strides[2]
     )
     pointers = (x + start) + (
@@ -131,7 +131,7 @@ def tanh(x):
 
 @triton.jit
 def tile_offsets(i, j, strides, batch, head):
-    base = batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
+    base = tl.cast(batch, tl.int64) * strides[0] + tl.cast(head, tl.int64) * strides[1]
     return base + i.to(tl.int64) * strides[2] + j.to(tl.int64) * strides[3]
 
 
@@ -170,8 +170,8 @@ def tile_visible(i, j, batch, head, T, S, facts, masks, CAUSAL: tl.constexpr):
             near = near | (j < facts[1])
         visible = visible & near
     if masks.q_segments is not None:
-        q_segment = tl.load(masks.q_segments + batch.to(tl.int64) * T + i, mask=i < T, other=-1)
-        k_segment = tl.load(masks.k_segments + batch.to(tl.int64) * S + j, mask=j < S, other=-2)
+        q_segment = tl.load(masks.q_segments + tl.cast(batch, tl.int64) * T + i, mask=i < T, other=-1)
+        k_segment = tl.load(masks.k_segments + tl.cast(batch, tl.int64) * S + j, mask=j < S, other=-2)
         visible = visible & (q_segment == k_segment)
     if masks.mask is not None:
         offsets = tile_offsets(i, j, masks.strides, batch, head)
@@ -205,7 +205,7 @@ def segment_reach(
     """
     at = first + tl.arange(0, BLOCK)
     inside = at < first + count
-    ids = mine + batch.to(tl.int64) * total_mine + at
+    ids = mine + tl.cast(batch, tl.int64) * total_mine + at
     smallest = tl.min(tl.load(ids, mask=inside, other=2147483647), 0)
     largest = tl.max(tl.load(ids, mask=inside, other=-2147483648), 0)
     low = total_others
@@ -213,7 +213,7 @@ def segment_reach(
     for start in range(0, total_others, CHUNK):
         j = start + tl.arange(0, CHUNK)
         other = tl.load(
-            others + batch.to(tl.int64) * total_others + j, mask=j < total_others, other=0
+            others + tl.cast(batch, tl.int64) * total_others + j, mask=j < total_others, other=0
         )
         meets = (other >= smallest) & (other <= largest) & (j < total_others)
         low = tl.minimum(low, tl.min(tl.where(meets, j, total_others), 0))

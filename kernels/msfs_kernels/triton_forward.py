@@ -141,7 +141,7 @@ def forward_kernel(
     store_tile(o, o_strides, out, batch, head, row, T, BM, VP, V)
     i = row + tl.arange(0, BM)
     log_sum = tl.where(seen, (top + tl.log2(total)) * LN2, float("-inf"))
-    tl.store(lse + flat_head.to(tl.int64) * T + i, log_sum, mask=i < T)
+    tl.store(lse + tl.cast(flat_head, tl.int64) * T + i, log_sum, mask=i < T)
 
 
 def is_even(masks: Masks, causal: bool, keys: int, block: int) -> bool:

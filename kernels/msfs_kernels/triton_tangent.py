@@ -124,7 +124,7 @@ def tangent_kernel(
     out -= mean[:, None] * outputs.to(tl.float32)
     store_tile(to, to_strides, out, batch, head, row, T, BM, VP, V)
     i = row + tl.arange(0, BM)
-    tl.store(tlse + flat_head.to(tl.int64) * T + i, mean, mask=i < T)
+    tl.store(tlse + tl.cast(flat_head, tl.int64) * T + i, mean, mask=i < T)
 
 
 def plan_tangent(
