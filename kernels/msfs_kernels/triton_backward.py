@@ -59,7 +59,9 @@ def delta_kernel(do, o, dlse, delta, do_strides, o_strides, dlse_strides, H, T,
     b = load_tile(o, o_strides, batch, head, row, T, BM, VP, V, True, False).to(tl.float32)
     total = tl.sum(a * b, 1)
     if dlse is not None:
-        start = tl.cast(batch, tl.int64) * dlse_strides[0] + tl.cast(head, tl.int64) * dlse_strides[1]
+        start = (
+            tl.cast(batch, tl.int64) * dlse_strides[0] + tl.cast(head, tl.int64) * dlse_strides[1]
+        )
         total -= tl.load(dlse + start + i.to(tl.int64) * dlse_strides[2], mask=i < T, other=0.0).to(
             tl.float32
         )
@@ -177,7 +179,7 @@ def key_kernel(
         ):  # a key beyond the length has some probability; its share must not reach dq
             full_low = tl.where(column + BN > length, high, full_low)
             full_high = tl.maximum(full_high, full_low)
-        if not EVEN:
+        if not EVEN and masks.q_segments is None and masks.mask is None:
             dk_sum, dv_sum = key_blocks(
                 dk_sum, dv_sum, keys, values, q, do, lse, delta, dq, q_strides, do_strides, column,
                 low, tl.minimum(full_low, high), batch, head, flat_head, H, T, S, facts, masks, scale, scale_log2,
@@ -247,7 +249,7 @@ def query_kernel(
     log_sums = load_log_sums(lse, flat_head, row, T, BM)
     row_delta = load_rows(delta, flat_head, row, T, 0.0, BM)
     dq_sum = tl.zeros([BM, KP], tl.float32)
-    if masks.window is not None:
+    if masks.window is not None and masks.q_segments is None and masks.mask is None:
         dq_sum = query_blocks(
             dq_sum, queries, grads, log_sums, row_delta, k, v, k_strides, v_strides, row, low, tl.minimum(full_low, high),
             batch, head, kv_head, H, T, S, facts, masks, scale_log2, K, V, BM, BN, KP, VP, CAUSAL, True, TMA, PRECISION,
@@ -314,7 +316,9 @@ def bias_kernel(
                     )  # fmt: skip
                     total += ds
     start = (
-        dbias + tl.cast(own_batch, tl.int64) * dbias_strides[0] + tl.cast(own_head, tl.int64) * dbias_strides[1]
+        dbias
+        + tl.cast(own_batch, tl.int64) * dbias_strides[0]
+        + tl.cast(own_head, tl.int64) * dbias_strides[1]
     )
     if SUM_T and SUM_S:
         pointer = (
@@ -387,7 +391,9 @@ def plan_keys(
     )
     BM, BN = config.block_m, config.block_n
     tma = config.tma and tma_ready(q, k, v, do)
-    bulk = tma and K % 4 == 0 and not triton.knobs.runtime.interpret  # the interpreter has no bulk sums
+    bulk = (
+        tma and K % 4 == 0 and not triton.knobs.runtime.interpret
+    )  # the interpreter has no bulk sums
     return Launch(
         key_kernel,
         (triton.cdiv(S, BN) * B * G,),

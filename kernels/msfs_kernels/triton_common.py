@@ -29,7 +29,10 @@ class Masks(NamedTuple):
 
     bias: Tensor | None = None  # (B, H, T, S) float, added to the scores (nats)
     mask: Tensor | None = None  # (B, H, T, S) uint8, 0 hides
-    strides: tuple[int, ...] = (0, 0, 0, 0)  # of bias or mask
+    stride_b: int = 0  # of bias or mask, 0 where it broadcasts; a nested tuple trips Triton 3.6
+    stride_h: int = 0
+    stride_t: int = 0
+    stride_s: int = 0
     key_lengths: Tensor | None = None  # (B,) int32
     prefix_lengths: Tensor | None = None  # (B,) int32
     q_segments: Tensor | None = None  # (B, T) int32
@@ -130,9 +133,9 @@ def tanh(x):
 
 
 @triton.jit
-def tile_offsets(i, j, strides, batch, head):
-    base = tl.cast(batch, tl.int64) * strides[0] + tl.cast(head, tl.int64) * strides[1]
-    return base + i.to(tl.int64) * strides[2] + j.to(tl.int64) * strides[3]
+def tile_offsets(i, j, batch, head, stride_b, stride_h, stride_t, stride_s):
+    base = tl.cast(batch, tl.int64) * stride_b + tl.cast(head, tl.int64) * stride_h
+    return base + i.to(tl.int64) * stride_t + j.to(tl.int64) * stride_s
 
 
 @triton.jit
@@ -147,7 +150,9 @@ def tile_scores(products, i, j, batch, head, T, S, facts, masks, scale_log2):
     if masks.alibi is not None:
         scores -= facts[2] * tl.abs(i + (S - T) - j).to(tl.float32)
     if masks.bias is not None:
-        offsets = tile_offsets(i, j, masks.strides, batch, head)
+        offsets = tile_offsets(
+            i, j, batch, head, masks.stride_b, masks.stride_h, masks.stride_t, masks.stride_s
+        )
         scores += (
             tl.load(masks.bias + offsets, mask=(i < T) & (j < S), other=0.0).to(tl.float32) * LOG2E
         )
@@ -170,11 +175,17 @@ def tile_visible(i, j, batch, head, T, S, facts, masks, CAUSAL: tl.constexpr):
             near = near | (j < facts[1])
         visible = visible & near
     if masks.q_segments is not None:
-        q_segment = tl.load(masks.q_segments + tl.cast(batch, tl.int64) * T + i, mask=i < T, other=-1)
-        k_segment = tl.load(masks.k_segments + tl.cast(batch, tl.int64) * S + j, mask=j < S, other=-2)
+        q_segment = tl.load(
+            masks.q_segments + tl.cast(batch, tl.int64) * T + i, mask=i < T, other=-1
+        )
+        k_segment = tl.load(
+            masks.k_segments + tl.cast(batch, tl.int64) * S + j, mask=j < S, other=-2
+        )
         visible = visible & (q_segment == k_segment)
     if masks.mask is not None:
-        offsets = tile_offsets(i, j, masks.strides, batch, head)
+        offsets = tile_offsets(
+            i, j, batch, head, masks.stride_b, masks.stride_h, masks.stride_t, masks.stride_s
+        )
         visible = visible & (tl.load(masks.mask + offsets, mask=(i < T) & (j < S), other=0) != 0)
     return visible
 
@@ -348,10 +359,11 @@ def masks_of(options: Options, shape: tuple[int, ...]) -> Masks:
     if dense is not None and dense.dtype == torch.bool:
         bias, mask = None, dense.view(torch.uint8)
     dropping = options.dropout > 0.0
+    strides = (0, 0, 0, 0) if dense is None else dense.stride()
     return Masks(
-        bias=bias,
-        mask=mask,
-        strides=(0, 0, 0, 0) if dense is None else dense.stride(),
+        bias,
+        mask,
+        *strides,
         key_lengths=packed(options.key_lengths),
         prefix_lengths=packed(options.prefix_lengths),
         q_segments=packed(options.q_segments),

@@ -113,7 +113,7 @@ def forward_kernel(
     out = tl.zeros([BM, VP], tl.float32)
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
-    if masks.window is not None:
+    if masks.window is not None and masks.q_segments is None and masks.mask is None:
         out, top, total = forward_blocks(
             out, top, total, queries, k, v, k_strides, v_strides, row, low, tl.minimum(full_low, high),
             batch, head, kv_head, H, T, S, facts, masks, scale_log2, K, V, BM, BN, KP, VP,

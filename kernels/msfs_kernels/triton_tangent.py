@@ -62,7 +62,16 @@ def tangent_blocks(
         if masks.softcap is not None:
             moves = moves * slope
         if tbias is not None:
-            offsets = tile_offsets(i, j, tbias_strides, batch, head)
+            offsets = tile_offsets(
+                i,
+                j,
+                batch,
+                head,
+                tbias_strides[0],
+                tbias_strides[1],
+                tbias_strides[2],
+                tbias_strides[3],
+            )
             moves += tl.load(tbias + offsets, mask=(i < T) & (j < S), other=0.0).to(tl.float32)
         moved = p * moves
         mean += tl.sum(moved, 1)
@@ -99,7 +108,7 @@ def tangent_kernel(
     log_sums = load_log_sums(lse, flat_head, row, T, BM)
     out = tl.zeros([BM, VP], tl.float32)
     mean = tl.zeros([BM], tl.float32)
-    if masks.window is not None:
+    if masks.window is not None and masks.q_segments is None and masks.mask is None:
         out, mean = tangent_blocks(
             out, mean, queries, t_queries, log_sums, k, v, tk, tv, tbias,
             k_strides, v_strides, tk_strides, tv_strides, tbias_strides, row, low, tl.minimum(full_low, high),
