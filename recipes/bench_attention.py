@@ -56,6 +56,8 @@ def sdpa(backend: str) -> Attention:
 def flex() -> Attention:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    torch._functorch.config.donated_buffer = False  # the backward is timed by running it repeatedly
+    torch._dynamo.config.recompile_limit = 64
     compiled = torch.compile(flex_attention, dynamic=False)
     masks = {}
 
@@ -91,19 +93,31 @@ def jvp_flash() -> Attention:
     return attention
 
 
-def hopper(fence: int, config: dict[int, Config], programs: int = 132) -> Attention:
-    from msfs_kernels import hopper_forward
+def hopper(
+    fence: int, config: dict[int, Config], programs: int = 132, stages: int = 2
+) -> Attention:
+    from msfs_kernels import hopper_backward, hopper_forward
     from msfs_kernels.options import empty_tokens_first
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-        o = empty_tokens_first(q, *q.shape)
-        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-        options = Options(causal=causal, scale=q.shape[-1] ** -0.5)
-        c = config[q.shape[-1]]
-        hopper_forward.plan_forward(q, k, v, o, lse, options, c, fence, programs).run()
-        return o
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v, causal):
+            o = empty_tokens_first(q, *q.shape)
+            lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+            options = Options(causal=causal, scale=q.shape[-1] ** -0.5)
+            c = config[q.shape[-1]]
+            hopper_forward.plan_forward(q, k, v, o, lse, options, c, fence, programs).run()
+            ctx.save_for_backward(q, k, v, o, lse)
+            ctx.options = options
+            return o
 
-    return attention
+        @staticmethod
+        def backward(ctx, do):
+            q, k, v, o, lse = ctx.saved_tensors
+            grads = hopper_backward.backward(do, q, k, v, o, lse, ctx.options, stages)
+            return *grads, None
+
+    return Function.apply
 
 
 TWO = {64: Config(128, 128, 8, 3), 128: Config(128, 128, 8, 2)}
@@ -117,7 +131,7 @@ PEERS: dict[str, Callable[[], Attention]] = {
     "hopper0": lambda: hopper(0, TWO),
     "hopper1": lambda: hopper(1, TWO),
     "hopper2": lambda: hopper(1, TWO, 1 << 30),
-    "hopper3": lambda: hopper(1, THREE),
+    "hopper3": lambda: hopper(1, THREE, stages=3),
     "math": lambda: sdpa("MATH"),
 }
 
@@ -185,7 +199,8 @@ def measure(
     errors = [float("nan")] * 4
     if exact is not None:
         errors = [
-            float((x[:1, :1].double() - y).abs().max()) for x, y in zip(results, exact, strict=False)
+            float((x[:1, :1].detach().double() - y).abs().max())
+            for x, y in zip(results, exact, strict=False)
         ]
     del results
     with torch.no_grad():
@@ -271,6 +286,33 @@ def plot(out: Path, rows: list[dict]) -> None:
         axis.set_ylabel("TFLOP/s")
     figure.tight_layout()
     figure.savefig(out / "attention.png", dpi=130)
+
+
+def bench_overhead(args: argparse.Namespace) -> None:
+    """Time that the host takes to start a tiny attention, in microseconds a call."""
+    q, k, v = (torch.randn(1, 2, 16, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    lse, options = q.new_empty((1, 2, 16), dtype=torch.float32), Options(scale=0.125)
+    calls = {
+        "sdpa": lambda: F.scaled_dot_product_attention(q, k, v),
+        "ours": lambda: ours(q, k, v, False),
+        "ours below the op": lambda: triton_forward.forward(q, k, v, options),
+        "backward below the op": lambda: triton_backward.backward(
+            q, None, q, k, v, q, lse, options, False
+        ),
+        "tangent below the op": lambda: triton_tangent.tangent(
+            q, k, v, None, q, k, v, q, lse, options
+        ),
+        "jvp": lambda: torch.func.jvp(lambda *x: ours(*x, False), (q, k, v), (q, k, v)),
+    }
+    for name, call in calls.items():
+        for _ in range(20):
+            call()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(500):
+            call()
+        print(f"{name}: {(time.perf_counter() - start) / 500 * 1e6:.1f} us a call", flush=True)
+        torch.cuda.synchronize()
 
 
 def bench_tangent(args: argparse.Namespace) -> None:
@@ -472,6 +514,7 @@ def main() -> None:
         "--check", action="store_true", help="compare with float64 over random options"
     )
     parser.add_argument("--tangent", action="store_true", help="measure torch.func.jvp")
+    parser.add_argument("--overhead", action="store_true", help="measure the host's time a call")
     parser.add_argument("--tune", action="store_true", help="measure tile sizes, rewrite the table")
     parser.add_argument(
         "--bench",
@@ -511,9 +554,11 @@ def main() -> None:
         check(args)
     if args.tune:
         tune(args)
+    if args.overhead:
+        bench_overhead(args)
     if args.tangent:
         bench_tangent(args)
-    if args.bench or not (args.check or args.tune or args.tangent):
+    if args.bench or not (args.check or args.tune or args.tangent or args.overhead):
         bench(args)
 
 

@@ -29,6 +29,7 @@ from msfs_kernels.triton_common import (
     LOG2E,
     Launch,
     key_range,
+    launch,
     load_tile,
     longest_first,
     masks_of,
@@ -344,7 +345,7 @@ def bias_kernel(
         tl.store(pointers, total, mask=(i < T) & (j < S))
 
 
-def plan_delta(do: Tensor, o: Tensor, dlse: Tensor | None, delta: Tensor) -> Launch:
+def plan_delta(do: Tensor, o: Tensor, dlse: Tensor | None, delta: Tensor, _: Options) -> Launch:
     B, H, T, V = o.shape
     VP = padded(V)
     BM = 64 if VP <= 128 else 32
@@ -497,7 +498,7 @@ def plan_bias(
     sum_t, sum_s = t == 1 and T > 1, s == 1 and S > 1
     shape = (b, h, blocks[0] if sum_t else T, blocks[1] if sum_s else S)
     partial = q.new_empty(shape, dtype=torch.float32)
-    launch = Launch(
+    described = Launch(
         bias_kernel,
         (*blocks, b * h),
         (
@@ -527,7 +528,7 @@ def plan_bias(
             BM=BM, BN=BN, SUM_T=sum_t, SUM_S=sum_s, num_warps=config.warps, num_stages=config.stages
         ),
     )
-    return launch, partial
+    return described, partial
 
 
 def backward(
@@ -552,16 +553,16 @@ def backward(
         return dq.zero_(), dk.zero_(), dv.zero_(), dbias
     lse = lse.contiguous()
     delta = torch.empty_like(lse)
-    plan_delta(do, o, dlse, delta).run()
+    launch(plan_delta, (do, o, dlse, delta), Options())
     if options.deterministic:
-        plan_keys(q, k, v, do, lse, delta, dk, dv, None, options).run()
-        plan_queries(q, k, v, do, lse, delta, dq, options).run()
+        launch(plan_keys, (q, k, v, do, lse, delta, dk, dv, None), options)
+        launch(plan_queries, (q, k, v, do, lse, delta, dq), options)
     else:
         sums = q.new_zeros((B, H, T, K), dtype=torch.float32)
-        plan_keys(q, k, v, do, lse, delta, dk, dv, sums, options).run()
+        launch(plan_keys, (q, k, v, do, lse, delta, dk, dv, sums), options)
         dq.copy_(sums)
     if not need_dbias or options.bias is None:
         return dq, dk, dv, None
-    launch, partial = plan_bias(q, k, v, do, lse, delta, options)
-    launch.run()
+    described, partial = plan_bias(q, k, v, do, lse, delta, options)
+    described.run()
     return dq, dk, dv, partial.sum_to_size(options.bias.shape).to(options.bias.dtype)

@@ -32,6 +32,7 @@ from msfs_kernels.triton_common import (
     Launch,
     Masks,
     key_range,
+    launch,
     load_tile,
     longest_first,
     masks_of,
@@ -221,5 +222,5 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
     lse = q.new_empty((B, H, T), dtype=torch.float32)
     if o.numel() == 0 or k.shape[2] == 0:
         return o.zero_(), lse.fill_(float("-inf"))
-    plan_forward(q, k, v, o, lse, options).run()
+    launch(plan_forward, (q, k, v, o, lse), options)
     return o, lse

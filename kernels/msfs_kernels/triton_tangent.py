@@ -22,7 +22,9 @@ from msfs_kernels.triton_backward import common, load_log_sums
 from msfs_kernels.triton_common import (
     LOG2E,
     Launch,
+    broadcast_strides,
     key_range,
+    launch,
     load_tile,
     longest_first,
     masks_of,
@@ -146,8 +148,6 @@ def plan_tangent(
     config = config or choose("tangent", q.dtype, max(KP, VP), options.causal, max(T, S))
     BM, BN = config.block_m, config.block_n
     tma = config.tma and tma_ready(q, k, v, tq, tk, tv)
-    if tbias is not None:
-        tbias = tbias.expand(B, H, T, S)
     return Launch(
         tangent_kernel,
         (triton.cdiv(T, BM) * B * H,),
@@ -169,7 +169,7 @@ def plan_tangent(
             tq.stride(),
             tk.stride(),
             tv.stride(),
-            None if tbias is None else tbias.stride(),
+            broadcast_strides(tbias, (B, H, T, S)),
             o.stride(),
             to.stride(),
             masks,
@@ -211,5 +211,5 @@ def tangent(
     tlse = q.new_empty((B, H, T), dtype=torch.float32)
     if to.numel() == 0 or k.shape[2] == 0:
         return to.zero_(), tlse.zero_()
-    plan_tangent(tq, tk, tv, tbias, q, k, v, o, lse.contiguous(), to, tlse, options).run()
+    launch(plan_tangent, (tq, tk, tv, tbias, q, k, v, o, lse.contiguous(), to, tlse), options)
     return to, tlse
