@@ -1,0 +1,130 @@
+"""A run's configuration and its directory: frozen dataclasses, one JSON file, one command line.
+
+A recipe declares a frozen dataclass of frozen dataclasses with a docstring under each field. `parse`
+makes the command line of it (tyro), starting from a preset or from the configuration that a finished
+run has left behind, so that `--name run` alone brings back every setting and any flag overrides one.
+"""
+
+import dataclasses
+import json
+import re
+import shutil
+import types
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import tyro
+
+C = TypeVar("C")
+FILE = "config.json"  # in the directory of every run
+
+
+def to_json(config: Any) -> str:
+    """The configuration as indented JSON; paths become strings."""
+    return json.dumps(dataclasses.asdict(config), indent=2, default=str, ensure_ascii=False) + "\n"
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    if get_origin(hint) is Annotated:
+        return _value(get_args(hint)[0], value, where)
+    if get_origin(hint) in (Union, types.UnionType):
+        options = [option for option in get_args(hint) if option is not types.NoneType]
+        return None if value is None else _value(options[0], value, where)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return from_dict(hint, value, where=f"{where}.")
+    if get_origin(hint) is tuple:
+        items = get_args(hint)
+        kinds = [items[0]] * len(value) if items[-1] is Ellipsis else items
+        return tuple(_value(kind, item, where) for kind, item in zip(kinds, value, strict=True))
+    return hint(value) if hint in (Path, float) else value
+
+
+def from_dict(cls: type[C], values: Mapping[str, Any], *, where: str = "") -> C:
+    """The dataclass `cls` that `to_json` has written; absent fields keep their defaults.
+
+    Raises:
+        ValueError: a key that `cls` does not have, named with its path (another version wrote it).
+    """
+    hints = get_type_hints(cls, include_extras=True)
+    known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for name in values:
+        if name not in known:
+            raise ValueError(
+                f"configuration key {where}{name} is unknown to {cls.__name__}: it was written by"
+                f" another recipe or version; remove the key or use the code that wrote it"
+            )
+    return cls(**{n: _value(hints[n], v, f"{where}{n}") for n, v in values.items()})
+
+
+def load(cls: type[C], path: Path) -> C:
+    """Reads a configuration file that `to_json` has written.
+
+    Raises:
+        ValueError: no such file, or a file that is not JSON or holds unknown keys.
+    """
+    try:
+        return from_dict(cls, json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist: name a run that has been trained") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is no configuration ({error}); restore it or train anew") from None
+
+
+def option(args: Sequence[str], flag: str) -> str | None:
+    """The value that `args` give to `flag` (`--flag value` or `--flag=value`), the last one wins."""
+    found = None
+    for here, following in zip(args, [*args[1:], None], strict=True):
+        if here == flag:
+            found = following
+        elif here.startswith(f"{flag}="):
+            found = here.removeprefix(f"{flag}=")
+    return found
+
+
+def parse(
+    default: Callable[[Sequence[str]], C], args: Sequence[str], *, description: str, prog: str
+) -> C:
+    """The command line over a default that may itself depend on the arguments (preset, run).
+
+    Args:
+        default: `default(args)` gives the configuration that unnamed options keep.
+        args: the arguments without the program's name.
+    """
+    start = default(args)
+    return tyro.cli(type(start), default=start, args=args, description=description, prog=prog)
+
+
+def newest_run(out: Path) -> Path:
+    """The directory in `out` whose configuration was written last.
+
+    Raises:
+        ValueError: there is none.
+    """
+    runs = sorted(out.glob(f"*/{FILE}"), key=lambda path: path.stat().st_mtime_ns)
+    if not runs:
+        raise ValueError(f"{out} holds no run: train one first, or name its folder with --out")
+    return runs[-1].parent
+
+
+def new_run(out: Path, name: str | None, *, prefix: str, overwrite: bool = False) -> Path:
+    """Makes the directory of a new run: `name`, or `prefix` with the next free number.
+
+    Raises:
+        ValueError: the directory exists and may not be overwritten, or `name` is no plain name.
+    """
+    if name is None:
+        numbers = [re.fullmatch(rf"{re.escape(prefix)}-(\d+)", path.name) for path in out.glob("*")]
+        name = f"{prefix}-{1 + max((int(found[1]) for found in numbers if found), default=0)}"
+    if Path(name).name != name or name in (".", ".."):
+        raise ValueError(f"name ({name!r}) must be a plain folder name: put the rest into --out")
+    run = out / name
+    if run.exists() and not overwrite:
+        raise ValueError(
+            f"{run} exists and is never overwritten: choose another --name, go on with --resume, or "
+            "delete it with --overwrite"
+        )
+    if run.exists():
+        shutil.rmtree(run)
+    run.mkdir(parents=True)
+    return run

@@ -1,0 +1,360 @@
+"""Translate with an encoder-decoder Transformer (Vaswani et al. 2017), from raw text to BLEU.
+
+    python recipes/translate.py                                    # train, evaluate, show, draw
+
+    echo "The old woman sees a red house." | python recipes/translate.py translate
+
+    python recipes/translate.py evaluate --decode.beam 8
+
+Without arguments it learns English to Italian on a corpus that the project makes itself. Every run
+leaves runs/<name>/ with config.json, metrics.jsonl, TensorBoard events, checkpoints and pictures.
+Put the mode first; `evaluate`, `translate` and `--resume` start from the run's own settings.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import tyro
+from torch import Tensor
+
+from msfs_functional import checkpoint, config as configs, errors, metrics, optim, pictures, random
+from msfs_functional import schedules
+from msfs_functional.data import Prefetch, Splits, TokenBatches, encode_pairs, load_pairs
+from msfs_functional.decoding import beam_search, greedy
+from msfs_functional.losses import linear_cross_entropy
+from msfs_functional.models.transformer import DECAY, PRESETS as SIZES, output_weight, transformer
+from msfs_functional.params import Functional, Params, cast, count, stack, unstack
+from msfs_functional.tokenizer import BOS, EOS, PAD, Tokenizer, train_bpe, train_word_level
+from msfs_functional.tracking import Tracker
+from msfs_functional.train import TrainState, init_state, make_step
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the sentence pairs come from."""
+
+    name: str = "english_italian"
+    """"english_italian" (made here, no network) or a Hugging Face dataset such as opus_books;
+    not used when `train` names files"""
+    config: str | None = None
+    """configuration of the Hugging Face dataset, such as en-it"""
+    train: tuple[Path, ...] = ()
+    """local training data: one .tsv, .jsonl or .parquet file, or two aligned text files, source
+    then target; .gz and .zip are read as they are"""
+    valid: tuple[Path, ...] = ()
+    """the same for validation; left out, it is cut off the training data"""
+    test: tuple[Path, ...] = ()
+    """the same for the test"""
+    source: str | None = None
+    """column or language to translate from; None: the first"""
+    target: str | None = None
+    """column or language to translate into; None: the second"""
+    valid_size: float | None = None
+    """source sentences to cut off for validation: a count, or a fraction below 1; None: 5%,
+    at most 1000"""
+    test_size: float | None = None
+    """source sentences to cut off for the test: a count, or a fraction below 1"""
+    max_length: int = 128
+    """longest sentence [tokens]; longer pairs are dropped and counted"""
+    batch: int = 4096
+    """padded source and target tokens of one step [tokens]"""
+    buckets: int = 6
+    """most shapes that a batch can have"""
+    seed: int = 0
+    """of splits and of the order, not of the model"""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """How text becomes ids; learned from the training split only."""
+
+    kind: Literal["bpe", "word"] = "bpe"
+    """byte-level BPE, which spells every text, or whole words with <unk> for the rest"""
+    size: int = 2000
+    """most ids [tokens], specials included"""
+    joint: bool = True
+    """one vocabulary for both languages, which lets all embeddings be shared"""
+
+
+@dataclass(frozen=True)
+class Model:
+    """Size of the Transformer; None keeps what the size says."""
+
+    size: Literal["tiny", "base", "big"] = "tiny"
+    """tiny: 4 + 4 layers of 128; base and big: as in the paper"""
+    width: int | None = None
+    """of the residual stream"""
+    depth: int | None = None
+    """encoder layers"""
+    decoder_depth: int | None = None
+    """decoder layers; None: as the encoder"""
+    heads: int | None = None
+    """attention heads; must divide the width"""
+    hidden: int | None = None
+    """width inside the feed-forward layers"""
+    dropout: float | None = None
+    """probability, on embeddings and on what each sublayer adds"""
+    norm: Literal["post", "pre"] = "post"
+    """normalise after each sum, as in the paper, or before each sublayer"""
+    attention: Literal["flash", "sdpa", "reference"] = "flash"
+    """implementation of attention"""
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """How gradients become updates."""
+
+    name: Literal["adamw", "lion", "muon", "adafactor", "sgd"] = "adamw"
+    """update rule"""
+    schedule: Literal["inverse_square_root", "cosine", "linear", "wsd", "constant"] = "cosine"
+    """learning rate over the steps"""
+    learning_rate: float = 3e-3
+    """peak, reached after the warm-up"""
+    warmup: int = 200
+    """steps in which the learning rate rises from 0 [steps]"""
+    weight_decay: float = 0.0
+    """decoupled, on matrices only [1/update, times the learning rate]"""
+    b1: float = 0.9
+    """decay of the first moment"""
+    b2: float = 0.98
+    """decay of the second moment"""
+    eps: float = 1e-9
+    """added to the root of the second moment"""
+    clip: float = 1.0
+    """largest global norm of the gradient; 0 does not clip"""
+
+
+@dataclass(frozen=True)
+class Train:
+    """Length and mechanics of training."""
+
+    steps: int = 1500
+    """optimizer steps"""
+    accumulation: int = 1
+    """microbatches of one step"""
+    label_smoothing: float = 0.1
+    """probability mass spread over the vocabulary"""
+    ema: float = 0.0
+    """decay of the average of the parameters that evaluation uses [1/step]; 0: no average"""
+    log_every: int = 50
+    """[steps]"""
+    eval_every: int = 500
+    """validation loss and a checkpoint [steps]"""
+    keep: int = 3
+    """checkpoints to keep besides the best"""
+    compile: bool | None = None
+    """compile the step; None: on a GPU"""
+
+
+@dataclass(frozen=True)
+class Decode:
+    """How translations are searched."""
+
+    beam: int = 4
+    """hypotheses kept side by side; 1 is greedy"""
+    length_penalty: float = 1.0
+    """scores are divided by length ** this"""
+    extra_length: int = 40
+    """longest translation: source tokens plus this, at most data.max_length [tokens]"""
+    nbest: int = 1
+    """translations to print for each line, at most the beam"""
+    batch: int = 64
+    """sentences decoded at once"""
+    average: int = 1
+    """average the parameters of this many last checkpoints"""
+    which: Literal["best", "latest"] = "best"
+    """checkpoint to use when only one is"""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run needs; frozen, and written to runs/<name>/config.json."""
+
+    mode: tyro.conf.Positional[Literal["train", "evaluate", "translate"]] = "train"
+    """what to do; must come first"""
+    preset: Literal["default", "classic", "multi30k"] = "default"
+    """settings that the other options start from (their defaults below are this preset's):
+    default: minutes on a CPU; classic: the well-known tutorial recipe on opus_books; multi30k:
+    English to German on a GPU"""
+    name: str | None = None
+    """of the run, its folder is <out>/<name>; None: a new number to train, the newest to use"""
+    out: Path = Path("runs")
+    """folder of the runs"""
+    resume: bool = False
+    """go on with the run from its latest checkpoint"""
+    overwrite: bool = False
+    """delete the run of this name first"""
+    seed: int = 0
+    """of initial parameters and dropout; member i of an ensemble uses seed + i"""
+    members: int = 1
+    """seeds to train at once, stacked in one step; they decode with averaged probabilities"""
+    device: str | None = None
+    """cpu, cuda, cuda:1, ...; None: cuda where there is one"""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """of the computation, parameters stay float32; None: bfloat16 on a GPU"""
+    threads: int | None = None
+    """CPU threads; None: all cores"""
+    input: Path | None = None
+    """translate: text file with a sentence a line; None: stdin"""
+    attention_map: Path | None = None
+    """translate: draw how the first sentence's translation attends to it into this PNG"""
+    debug: bool = False
+    """show tracebacks"""
+    data: Data = field(default_factory=Data)
+    vocabulary: Vocabulary = field(default_factory=Vocabulary)
+    model: Model = field(default_factory=Model)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    train: Train = field(default_factory=Train)
+    decode: Decode = field(default_factory=Decode)
+
+
+MULTI30K = Config(
+    preset="multi30k",
+    data=Data(name="bentrevett/multi30k", source="en", target="de", batch=8192, buckets=8),
+    vocabulary=Vocabulary(size=8000),
+    model=Model("tiny", dropout=0.3),
+    optimizer=Optimizer(schedule="inverse_square_root", learning_rate=5e-3, warmup=2000),
+    train=Train(steps=8000, ema=0.999, eval_every=500),
+    decode=Decode(beam=5),
+)
+CLASSIC = Config(
+    preset="classic",
+    data=Data(name="opus_books", config="en-it", batch=512, max_length=350),
+    vocabulary=Vocabulary("word", size=30_000, joint=False),
+    model=Model("base", dropout=0.1, norm="pre"),
+    optimizer=Optimizer(
+        schedule="constant", learning_rate=1e-4, warmup=0, b2=0.999, eps=1e-9, clip=0.0
+    ),
+    train=Train(steps=72_000, eval_every=3_600),
+    decode=Decode(beam=1),
+)
+PRESET_CONFIGS = {"default": Config(), "classic": CLASSIC, "multi30k": MULTI30K}
+
+
+def starting_point(args: Sequence[str]) -> Config:
+    """What options that are not named keep: a preset's settings, or those of the run to go on with."""
+    mode = args[0] if args and args[0] in ("evaluate", "translate") else "train"
+    if mode == "train" and "--resume" not in args:
+        preset = configs.option(args, "--preset") or "default"
+        return PRESET_CONFIGS.get(preset, PRESET_CONFIGS["default"])
+    out, name = Path(configs.option(args, "--out") or "runs"), configs.option(args, "--name")
+    run = out / name if name else configs.newest_run(out)
+    saved = configs.load(Config, run / configs.FILE)
+    return replace(saved, mode=mode, out=out, name=run.name)
+
+
+class Tokenizers(NamedTuple):
+    """Of both languages; one and the same when joint."""
+
+    source: Tokenizer
+    target: Tokenizer
+
+
+def read_data(data: Data) -> Splits:
+    return load_pairs(
+        list(data.train) if data.train else data.name,
+        config=data.config,
+        valid=list(data.valid) or None,
+        test=list(data.test) or None,
+        source=data.source,
+        target=data.target,
+        valid_size=data.valid_size,
+        test_size=data.test_size,
+        seed=data.seed,
+    )
+
+
+def learn_tokenizers(vocabulary: Vocabulary, splits: Splits) -> Tokenizers:
+    """From the training split only: what validation and test hold must be news."""
+    learn = train_bpe if vocabulary.kind == "bpe" else train_word_level
+    sides = list(splits.train["source"]), list(splits.train["target"])
+    if vocabulary.joint:
+        both = learn([*sides[0], *sides[1]], vocabulary.size)
+        return Tokenizers(both, both)
+    return Tokenizers(*(learn(side, vocabulary.size) for side in sides))
+
+
+def make_batches(data: Data, pairs: Dataset, tokenizers: Tokenizers, **options) -> TokenBatches:
+    source, target = encode_pairs(pairs, *tokenizers)
+    return TokenBatches(
+        source, target, tokens=data.batch, max_length=data.max_length, buckets=data.buckets, **options
+    )
+
+
+def make_model(config: Config, tokenizers: Tokenizers) -> Functional:
+    sizes = ("width", "depth", "decoder_depth", "heads", "hidden", "dropout", "norm")
+    chosen = {name: getattr(config.model, name) for name in sizes}
+    return transformer(
+        SIZES[config.model.size](
+            tokenizers.source.vocab_size,
+            target_vocab=tokenizers.target.vocab_size,
+            tie="all" if config.vocabulary.joint else "none",
+            max_length=config.data.max_length,
+            **{name: value for name, value in chosen.items() if value is not None},
+        )
+    )
+
+
+def make_loss(config: Config, model: Functional, label_smoothing: float = 0.0) -> LossFn:
+    """The mean cross-entropy of the next target token [nats/token]; padding does not count."""
+    dtype = getattr(torch, config.dtype or "float32")
+
+    def loss_fn(params: Params, batch: dict[str, Tensor], key: Tensor | None):
+        params = cast(params, dtype)
+        states = model.apply(
+            params,
+            batch["source"],
+            batch["target"][:, :-1],
+            source_lengths=batch["source_lengths"],
+            target_lengths=batch["target_lengths"],
+            key=key,
+            implementation=config.model.attention,
+            method="hidden",
+        )
+        labels = batch["target"][:, 1:]
+        total, tokens = linear_cross_entropy(
+            states, output_weight(params), labels, label_smoothing=label_smoothing, ignore_index=PAD
+        )
+        return total / tokens, {"weight": tokens}
+
+    return loss_fn
+
+
+def make_optimizer(config: Optimizer, steps: int) -> optim.Transformation:
+    peak, warmup = config.learning_rate, config.warmup
+    schedule = {
+        "inverse_square_root": lambda: schedules.inverse_square_root(peak, warmup),
+        "cosine": lambda: schedules.cosine(peak, steps, warmup),
+        "linear": lambda: schedules.linear(peak, steps, warmup),
+        "wsd": lambda: schedules.warmup_stable_decay(peak, steps, warmup),
+        "constant": lambda: schedules.constant(peak),
+    }[config.schedule]()
+    update = optim.adamw(schedule, config.b1, config.b2, config.eps, config.weight_decay, DECAY)
+    return optim.chain(optim.clip_by_global_norm(config.clip), update) if config.clip else update
+
+
+def fresh_state(config: Config, model: Functional, optimizer: optim.Transformation) -> TrainState:
+    """Member i of an ensemble starts as the run with seed + i alone."""
+    keys = [random.key(config.seed + member) for member in range(config.members)]
+    ...
+
+
+class Translation(NamedTuple):
+    text: str
+    score: float  # log probability / length ** length_penalty [nats]
+
+
+def make_translator(
+    config: Config, model: Functional, tokenizers: Tokenizers, params: Params
+) -> Callable[[Sequence[str]], list[list[Translation]]]:
+    """A function from sentences to their translations, the best first, config.decode.nbest of each.
+
+    With several members, `params` are stacked and each token is scored by the mean of the members'
+    probabilities.
+    """
