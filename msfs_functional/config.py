@@ -8,7 +8,6 @@ run has left behind, so that `--name run` alone brings back every setting and an
 import dataclasses
 import json
 import re
-import shutil
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -107,24 +106,7 @@ def newest_run(out: Path) -> Path:
     return runs[-1].parent
 
 
-def new_run(out: Path, name: str | None, *, prefix: str, overwrite: bool = False) -> Path:
-    """Makes the directory of a new run: `name`, or `prefix` with the next free number.
-
-    Raises:
-        ValueError: the directory exists and may not be overwritten, or `name` is no plain name.
-    """
-    if name is None:
-        numbers = [re.fullmatch(rf"{re.escape(prefix)}-(\d+)", path.name) for path in out.glob("*")]
-        name = f"{prefix}-{1 + max((int(found[1]) for found in numbers if found), default=0)}"
-    if Path(name).name != name or name in (".", ".."):
-        raise ValueError(f"name ({name!r}) must be a plain folder name: put the rest into --out")
-    run = out / name
-    if run.exists() and not overwrite:
-        raise ValueError(
-            f"{run} exists and is never overwritten: choose another --name, go on with --resume, or "
-            "delete it with --overwrite"
-        )
-    if run.exists():
-        shutil.rmtree(run)
-    run.mkdir(parents=True)
-    return run
+def free_name(out: Path, prefix: str) -> str:
+    """`prefix` with the next number that no run in `out` has: translate-1, translate-2, ..."""
+    found = (re.fullmatch(rf"{re.escape(prefix)}-(\d+)", path.name) for path in out.glob("*"))
+    return f"{prefix}-{1 + max((int(match[1]) for match in found if match), default=0)}"

@@ -339,22 +339,155 @@ def make_optimizer(config: Optimizer, steps: int) -> optim.Transformation:
     return optim.chain(optim.clip_by_global_norm(config.clip), update) if config.clip else update
 
 
-def fresh_state(config: Config, model: Functional, optimizer: optim.Transformation) -> TrainState:
-    """Member i of an ensemble starts as the run with seed + i alone."""
-    keys = [random.key(config.seed + member) for member in range(config.members)]
-    ...
+def first_state(config: Config, model: Functional, optimizer: optim.Transformation) -> TrainState:
+    """Member i of an ensemble starts, and drops out, as the run with seed + i alone."""
+    seeds = range(config.seed, config.seed + config.members)
+    members = [model.init(seed, device=config.device) for seed in seeds]
+    keys = torch.stack([random.key(seed, device=config.device) for seed in seeds])
+    alone = config.members == 1
+    params, key = (members[0], keys[0]) if alone else (stack(members), keys)
+    return init_state(params, optimizer, key, ema_decay=config.train.ema or None)
+
+
+# ------------------------------------------------------------------------ from sentence to sentence
 
 
 class Translation(NamedTuple):
+    """One hypothesis; score: log-probability / length ** length_penalty [nats]."""
+
     text: str
-    score: float  # log probability / length ** length_penalty [nats]
+    score: float
 
 
 def make_translator(
     config: Config, model: Functional, tokenizers: Tokenizers, params: Params
 ) -> Callable[[Sequence[str]], list[list[Translation]]]:
-    """A function from sentences to their translations, the best first, config.decode.nbest of each.
+    """A function from sentences to config.decode.nbest translations of each, the best first.
 
-    With several members, `params` are stacked and each token is scored by the mean of the members'
-    probabilities.
+    Members of an ensemble (stacked `params`) score each token by the mean of their probabilities.
+    A sentence longer than data.max_length is cut into pieces, which are translated one by one.
     """
+    decode, limit = config.decode, config.data.max_length
+    params = cast(params, getattr(torch, config.dtype or "float32"))
+    device = next(iter(params.values())).device
+
+    def start(params: Params, source: Tensor, lengths: Tensor, steps: int) -> Cache:
+        attention = {"implementation": config.model.attention}
+        memory = model.apply(params, source, lengths, method="encode", **attention)
+        return model.apply(params, memory, lengths, steps, decode.beam, method="init_cache")
+
+    def step(params: Params, tokens: Tensor, cache: Cache, position: Tensor):
+        attention = {"implementation": config.model.attention}
+        logits, cache = model.apply(
+            params, tokens[:, None], cache, position, method="decode", **attention
+        )
+        return logits[:, 0], cache
+
+    if config.members > 1:
+        start_fn = torch.vmap(start, in_dims=(0, None, None, None))
+        step_fn, reorder_fn = ensemble_step(step, params), ensemble_reorder(reorder_cache)
+    else:
+        start_fn, step_fn, reorder_fn = start, partial(step, params), reorder_cache
+
+    @torch.no_grad()
+    def search(ids: list[list[int]]) -> list[list[Translation]]:
+        lengths = torch.tensor([len(line) for line in ids], device=device)
+        padded = [torch.tensor(line, device=device) for line in ids]
+        source = torch.nn.utils.rnn.pad_sequence(padded, batch_first=True, padding_value=PAD)
+        steps = min(source.shape[1] + decode.extra_length, limit)
+        cache = start_fn(params, source, lengths, steps)
+        ends = {"batch": len(ids), "max_length": steps, "bos": BOS, "eos": EOS, "pad": PAD}
+        if decode.beam == 1:
+            found = greedy(step_fn, cache, **ends)
+            norm = found.lengths.clamp(min=1) ** decode.length_penalty
+            tokens, scores = found.tokens[:, None], (found.scores / norm)[:, None]
+        else:
+            found = beam_search(
+                step_fn,
+                cache,
+                beams=decode.beam,
+                n_best=decode.nbest,
+                length_penalty=decode.length_penalty,
+                reorder_fn=reorder_fn,
+                **ends,
+            )
+            tokens, scores = found.tokens, found.scores
+        texts = [tokenizers.target.decode(line) for line in tokens.tolist()]
+        return [
+            [Translation(text, score) for text, score in zip(*pair, strict=True)]
+            for pair in zip(texts, scores.tolist(), strict=True)
+        ]
+
+    def translate(sentences: Sequence[str]) -> list[list[Translation]]:
+        encoded = tokenizers.source.encode(sentences)
+        pieces = [
+            (row, ids[i : i + limit - 1] + [EOS])
+            for row, ids in enumerate(encoded)
+            for i in range(0, len(ids), limit - 1)
+        ]
+        order = sorted(range(len(pieces)), key=lambda i: len(pieces[i][1]))
+        found: dict[int, list[Translation]] = {}
+        for i in range(0, len(order), decode.batch):
+            chunk = order[i : i + decode.batch]
+            found.update(zip(chunk, search([pieces[j][1] for j in chunk]), strict=True))
+        results = [[Translation("", 0.0)] * decode.nbest for _ in sentences]
+        for i, (row, _) in enumerate(pieces):
+            results[row] = [
+                Translation(f"{before.text} {new.text}".strip(), before.score + new.score)
+                for before, new in zip(results[row], found[i], strict=True)
+            ]
+        return results
+
+    return translate
+
+
+def attention_figure(
+    model: Functional, tokenizers: Tokenizers, params: Params, source: str, target: str
+) -> Figure:
+    """How each token of a translation looks at the source: last decoder layer, all heads.
+
+    Row i shows the step that writes token i, so the last row writes <eos>.
+    """
+    source_ids = tokenizers.source.encode([source], eos=True)[0]
+    target_ids = tokenizers.target.encode([target], bos=True, eos=True)[0]
+    device = next(iter(params.values())).device
+    inputs = [torch.tensor([ids], device=device) for ids in (source_ids, target_ids[:-1])]
+    with torch.no_grad():
+        maps = model.apply(params, *inputs, method="attention_maps")["cross"]
+    labels = tokenizers.target.tokens(target_ids[1:]), tokenizers.source.tokens(source_ids)
+    return pictures.attention_map(maps[-1, 0], *labels)
+
+
+# ----------------------------------------------------------------------------------------- training
+
+
+def validate(
+    loss_fn: LossFn, params: Params, batches: TokenBatches, members: int
+) -> dict[str, Tensor]:
+    """Loss over a whole set [nats/token], of each member."""
+    evaluate = torch.vmap(loss_fn, in_dims=(0, None, None)) if members > 1 else loss_fn
+    device = next(iter(params.values())).device
+    total, tokens = 0.0, 0
+    with torch.no_grad():
+        for batch in Prefetch(batches, device):
+            loss, found = evaluate(params, batch, None)
+            total, tokens = total + loss * found["weight"], tokens + found["weight"]
+    return {"valid/loss": total / tokens}
+
+
+def train(config: Config) -> None:
+    """build -> data -> model -> loss -> step -> loop -> report"""
+    begin = time.perf_counter()
+    run, every = config.out / str(config.name), config.train.eval_every
+
+    splits = read_data(config.data)
+    if config.resume:
+        saved = checkpoint.load(run / CHECKPOINTS)
+        tokenizers = read_tokenizers(saved)
+    else:
+        tokenizers = learn_tokenizers(config.vocabulary, splits)
+    batches = Prefetch(
+        make_batches(config.data, splits.train, tokenizers, seed=config.data.seed), config.device
+    )
+
+    model = make_model(config, tokenizers)
