@@ -151,7 +151,8 @@ def interruptible(notice: str | None = None) -> Iterator[Interrupt]:
         for each in handled:
             signal.signal(each, signal.SIG_DFL)
         if text:  # a buffered print may not be entered twice, a plain write may
-            os.write(2, f"\n{stop.received.name}: {text}\n".encode())
+            cursor = "\x1b[?25h" if os.isatty(2) else ""  # a progress bar may have hidden it
+            os.write(2, f"{cursor}\n{stop.received.name}: {text}\n".encode())
 
     before = {each: signal.signal(each, note) for each in handled}
     try:
