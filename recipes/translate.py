@@ -349,145 +349,208 @@ def first_state(config: Config, model: Functional, optimizer: optim.Transformati
     return init_state(params, optimizer, key, ema_decay=config.train.ema or None)
 
 
-# ------------------------------------------------------------------------ from sentence to sentence
-
-
-class Translation(NamedTuple):
-    """One hypothesis; score: log-probability / length ** length_penalty [nats]."""
-
-    text: str
-    score: float
-
-
-def make_translator(
-    config: Config, model: Functional, tokenizers: Tokenizers, params: Params
-) -> Callable[[Sequence[str]], list[list[Translation]]]:
-    """A function from sentences to config.decode.nbest translations of each, the best first.
-
-    Members of an ensemble (stacked `params`) score each token by the mean of their probabilities.
-    A sentence longer than data.max_length is cut into pieces, which are translated one by one.
-    """
-    decode, limit = config.decode, config.data.max_length
-    params = cast(params, getattr(torch, config.dtype or "float32"))
-    device = next(iter(params.values())).device
-
-    def start(params: Params, source: Tensor, lengths: Tensor, steps: int) -> Cache:
-        attention = {"implementation": config.model.attention}
-        memory = model.apply(params, source, lengths, method="encode", **attention)
-        return model.apply(params, memory, lengths, steps, decode.beam, method="init_cache")
-
-    def step(params: Params, tokens: Tensor, cache: Cache, position: Tensor):
-        attention = {"implementation": config.model.attention}
-        logits, cache = model.apply(
-            params, tokens[:, None], cache, position, method="decode", **attention
-        )
-        return logits[:, 0], cache
-
-    if config.members > 1:
-        start_fn = torch.vmap(start, in_dims=(0, None, None, None))
-        step_fn, reorder_fn = ensemble_step(step, params), ensemble_reorder(reorder_cache)
-    else:
-        start_fn, step_fn, reorder_fn = start, partial(step, params), reorder_cache
-
-    @torch.no_grad()
-    def search(ids: list[list[int]]) -> list[list[Translation]]:
-        lengths = torch.tensor([len(line) for line in ids], device=device)
-        padded = [torch.tensor(line, device=device) for line in ids]
-        source = torch.nn.utils.rnn.pad_sequence(padded, batch_first=True, padding_value=PAD)
-        steps = min(source.shape[1] + decode.extra_length, limit)
-        cache = start_fn(params, source, lengths, steps)
-        ends = {"batch": len(ids), "max_length": steps, "bos": BOS, "eos": EOS, "pad": PAD}
-        if decode.beam == 1:
-            found = greedy(step_fn, cache, **ends)
-            norm = found.lengths.clamp(min=1) ** decode.length_penalty
-            tokens, scores = found.tokens[:, None], (found.scores / norm)[:, None]
-        else:
-            found = beam_search(
-                step_fn,
-                cache,
-                beams=decode.beam,
-                n_best=decode.nbest,
-                length_penalty=decode.length_penalty,
-                reorder_fn=reorder_fn,
-                **ends,
-            )
-            tokens, scores = found.tokens, found.scores
-        texts = [tokenizers.target.decode(line) for line in tokens.tolist()]
-        return [
-            [Translation(text, score) for text, score in zip(*pair, strict=True)]
-            for pair in zip(texts, scores.tolist(), strict=True)
-        ]
-
-    def translate(sentences: Sequence[str]) -> list[list[Translation]]:
-        encoded = tokenizers.source.encode(sentences)
-        pieces = [
-            (row, ids[i : i + limit - 1] + [EOS])
-            for row, ids in enumerate(encoded)
-            for i in range(0, len(ids), limit - 1)
-        ]
-        order = sorted(range(len(pieces)), key=lambda i: len(pieces[i][1]))
-        found: dict[int, list[Translation]] = {}
-        for i in range(0, len(order), decode.batch):
-            chunk = order[i : i + decode.batch]
-            found.update(zip(chunk, search([pieces[j][1] for j in chunk]), strict=True))
-        results = [[Translation("", 0.0)] * decode.nbest for _ in sentences]
-        for i, (row, _) in enumerate(pieces):
-            results[row] = [
-                Translation(f"{before.text} {new.text}".strip(), before.score + new.score)
-                for before, new in zip(results[row], found[i], strict=True)
-            ]
-        return results
-
-    return translate
-
-
-def attention_figure(
-    model: Functional, tokenizers: Tokenizers, params: Params, source: str, target: str
-) -> Figure:
-    """How each token of a translation looks at the source: last decoder layer, all heads.
-
-    Row i shows the step that writes token i, so the last row writes <eos>.
-    """
-    source_ids = tokenizers.source.encode([source], eos=True)[0]
-    target_ids = tokenizers.target.encode([target], bos=True, eos=True)[0]
-    device = next(iter(params.values())).device
-    inputs = [torch.tensor([ids], device=device) for ids in (source_ids, target_ids[:-1])]
-    with torch.no_grad():
-        maps = model.apply(params, *inputs, method="attention_maps")["cross"]
-    labels = tokenizers.target.tokens(target_ids[1:]), tokenizers.source.tokens(source_ids)
-    return pictures.attention_map(maps[-1, 0], *labels)
-
-
 # ----------------------------------------------------------------------------------------- training
 
 
+def describe(config: Config, splits: Splits, stream: TokenBatches, model: Functional) -> str:
+    """What is about to be trained, on what: the first lines of a run."""
+    sizes = [len(part) for part in (splits.train, splits.valid, splits.test)]
+    dropped = {**splits.dropped, f"longer than {config.data.max_length} tokens": stream.dropped}
+    left_out = [f"{number} {reason}" for reason, number in dropped.items() if number]
+    parameters = sum(math.prod(shape) for shape in model.shapes.values())
+    how = "compiled" if config.train.compile else "eager"
+    members = f"{config.members} members of " if config.members > 1 else ""
+    lines = [
+        "{} pairs to train, {} to validate, {} to test".format(*sizes),
+        f"left out: {', '.join(left_out) or 'none'}",
+        f"{stream.steps_per_epoch} batches an epoch in {len(stream.shapes)} shapes, "
+        f"{stream.padding:.0%} padding",
+        f"{members}{parameters:,} parameters, {config.device}, {config.dtype}, {how}",
+    ]
+    return "\n".join(lines)
+
+
 def validate(
-    loss_fn: LossFn, params: Params, batches: TokenBatches, members: int
-) -> dict[str, Tensor]:
-    """Loss over a whole set [nats/token], of each member."""
-    evaluate = torch.vmap(loss_fn, in_dims=(0, None, None)) if members > 1 else loss_fn
-    device = next(iter(params.values())).device
-    total, tokens = 0.0, 0
+    config: Config, model: Functional, tokenizers: Tokenizers, params: Params, pairs: Dataset
+) -> dict[str, Tensor | float]:
+    """Loss [nats/token] without label smoothing, and BLEU of greedy translations."""
+    loss_fn = make_loss(config, model)
+    if config.members > 1:
+        loss_fn = torch.vmap(loss_fn, in_dims=(0, None, None))
+    batches = make_batches(config.data, pairs, tokenizers, shuffle=False, epochs=1)
+    losses, weights = [], []
     with torch.no_grad():
-        for batch in Prefetch(batches, device):
-            loss, found = evaluate(params, batch, None)
-            total, tokens = total + loss * found["weight"], tokens + found["weight"]
-    return {"valid/loss": total / tokens}
+        for batch in Prefetch(batches, str(config.device)):
+            loss, found = loss_fn(params, batch, None)
+            losses.append(loss * found["weight"])
+            weights.append(found["weight"])
+    scores: dict[str, Tensor | float] = {"valid/loss": sum(losses) / sum(weights)}
+    if sentences := min(config.train.valid_sentences, len(pairs)):
+        greedily = replace(config, decode=replace(config.decode, beam=1, nbest=1))
+        translate = make_translator(greedily, model, tokenizers, params)
+        found = [best.text for best, *_ in translate(pairs["source"][:sentences])]
+        scores["valid/bleu"] = metrics.bleu(found, pairs["target"][:sentences]).value
+    return scores
 
 
 def train(config: Config) -> None:
-    """build -> data -> model -> loss -> step -> loop -> report"""
-    begin = time.perf_counter()
-    run, every = config.out / str(config.name), config.train.eval_every
-
-    splits = read_data(config.data)
+    """data -> model -> loss -> step -> loop -> report"""
+    begin, settings = time.perf_counter(), config.train
+    run = config.out / str(config.name)
     if config.resume:
         saved = checkpoint.load(run / CHECKPOINTS)
-        tokenizers = read_tokenizers(saved)
+        (run / tracking.CONFIG).write_text(configs.to_json(config), encoding="utf-8")
     else:
-        tokenizers = learn_tokenizers(config.vocabulary, splits)
-    batches = Prefetch(
-        make_batches(config.data, splits.train, tokenizers, seed=config.data.seed), config.device
+        saved = None
+        tracking.new_run(run, config, overwrite=config.overwrite)
+
+    splits = read_data(config.data)
+    tokenizers = saved_tokenizers(saved) if saved else learn_tokenizers(config.vocabulary, splits)
+    stream = make_batches(
+        config.data,
+        splits.train,
+        tokenizers,
+        seed=config.data.seed,
+        row_multiple=settings.accumulation,
     )
+    batches = Prefetch(stream, str(config.device))
 
     model = make_model(config, tokenizers)
+    optimizer = make_optimizer(config.optimizer, settings.steps)
+    step = make_step(
+        make_loss(config, model, settings.label_smoothing),
+        optimizer,
+        accumulation=settings.accumulation,
+        ema_decay=settings.ema or None,
+        members=config.members if config.members > 1 else None,
+        compile=bool(settings.compile),
+    )
+    state = first_state(config, model, optimizer)
+    if saved:
+        state = checkpoint.load(saved.path, state).state
+        batches.restore(saved.extra["batches"])
+    first = int(state.step)
+
+    def save(count: int, score: float | None) -> None:
+        checkpoint.save(
+            run / CHECKPOINTS,
+            count,
+            state,
+            extra={"batches": batches.state()},
+            files=dict(zip(TOKENIZERS, (each.to_json() for each in tokenizers), strict=True)),
+            metric=score,
+            keep_last=settings.keep,
+        )
+
+    tracker = Tracker(run, settings.steps, name="translate", step=first, every=settings.log_every)
+    with tracker, errors.interruptible() as stop:
+        tracker.note(describe(config, splits, stream, model))
+        for count in range(first + 1, settings.steps + 1):
+            batch = next(batches)
+            state, values = step(state, batch)
+            tracker.log(count, values, tokens=batch["source"].numel() + batch["target"].numel())
+            if count % settings.eval_every == 0 or count == settings.steps:
+                with tracker.paused():
+                    params = state.ema or state.params
+                    scores = validate(config, model, tokenizers, params, splits.valid)
+                    tracker.record(count, scores)
+                    save(count, float(scores.get("valid/bleu", -scores["valid/loss"].mean())))
+            elif stop:
+                save(count, None)
+            if stop and count < settings.steps:
+                resume = f"python recipes/translate.py --resume --out {config.out} --name {run.name}"
+                tracker.note(f"saved after step {count}; go on with: {resume}")
+                raise SystemExit(128 + stop.signal)
+        batches.close()
+        report(config, splits, tracker.note, tracker.figure)
+        tracker.note(f"{time.perf_counter() - begin:.0f} seconds; everything is in {run}")
+
+
+# --------------------------------------------------------------------------- using what is trained
+
+
+def saved_tokenizers(saved: checkpoint.Restored) -> Tokenizers:
+    return Tokenizers(*(Tokenizer.from_json(saved.files[name].decode()) for name in TOKENIZERS))
+
+
+def load_trained(config: Config) -> tuple[Functional, Tokenizers, Params]:
+    """Model, tokenizers and parameters of a run: the moving average, if it kept one, of the best
+    checkpoint or the mean of the last decode.average ones."""
+    root, decode = config.out / str(config.name) / CHECKPOINTS, config.decode
+    found = checkpoint.checkpoints(root)
+    if decode.average > 1 and found:
+        places = [each.path for each in found[-decode.average :]]
+    else:
+        scored = any(each.metric is not None for each in found)
+        places = [checkpoint.load(root, which=decode.which if scored else "latest").path]
+    tokenizers = saved_tokenizers(checkpoint.load(places[-1]))
+    model = make_model(config, tokenizers)
+    members = (config.members,) if config.members > 1 else ()
+    like = {name: torch.Size((*members, *shape)) for name, shape in model.shapes.items()}
+    kept = "ema" if config.train.ema else "params"
+    loaded = [
+        checkpoint.load(place, {kept: like}, partial=True, device=config.device).state[kept]
+        for place in places
+    ]
+    return model, tokenizers, {n: torch.stack([p[n] for p in loaded]).mean(0) for n in like}
+
+
+def make_translate(
+    config: Config, model: Functional, tokenizers: Tokenizers, params: Params
+) -> Translate:
+    decode = config.decode
+    return translator(
+        model,
+        cast(params, compute_dtype(config)),
+        *tokenizers,
+        members=config.members,
+        beams=decode.beam,
+        n_best=decode.nbest,
+        length_penalty=decode.length_penalty,
+        max_length=config.data.max_length,
+        extra_length=decode.extra_length,
+        batch=decode.batch,
+        implementation=config.model.attention,
+    )
+
+
+def report(config: Config, splits: Splits, note: Callable[[str], None] = print) -> dict[str, Any]:
+    """Translates the test split: samples, BLEU and chrF, into results.json and test.txt too."""
+    run = config.out / str(config.name)
+    translate = make_translate(config, *load_trained(config))
+    sources, references = list(splits.test["source"]), list(splits.test["target"])
+    begin = time.perf_counter()
+    found = [best.text for best, *_ in translate(sources)]
+    seconds = time.perf_counter() - begin
+    rows = list(zip(sources, references, found, strict=True))
+    right = [row for row in rows if row[1] == row[2]]
+    wrong = [row for row in rows if row[1] != row[2]]
+    note(f"{len(right)} of {len(rows)} translations equal the reference; ten of both kinds:")
+    few = min(5, len(wrong))
+    for source, reference, text in (right[: 10 - few] + wrong)[:10]:
+        note(f"  {source}\n    {text}" + (f"\n    WRONG {reference}" if text != reference else ""))
+    bleu, chrf = metrics.bleu(found, references), metrics.chrf(found, references)
+    note(f"test BLEU {bleu}\ntest chrF {chrf}\n{len(rows)} sentences in {seconds:.1f} seconds")
+    results = {"bleu": bleu._asdict(), "chrf": chrf._asdict(), "seconds": seconds}
+    (run / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (run / "test.txt").write_text("".join(f"{text}\n" for text in found), encoding="utf-8")
+    return results
+
+
+def evaluate(config: Config) -> None:
+    report(config, read_data(config.data))
+
+
+def translate_lines(config: Config) -> None:
+    """Reads lines, prints their translations; n-best as number, score and text."""
+    model, tokenizers, params = load_trained(config)
+    translate = make_translate(config, model, tokenizers, params)
+    if config.input is None and sys.stdin.isatty():
+        print("a sentence a line, Ctrl-D ends", file=sys.stderr)
+    stream = sys.stdin.buffer if config.input is None else config.input.open("rb")
+    drawn = config.attention_map is None
+    with stream:
+        while block := list(itertools.islice(stream, 1 if sys.stdin.isatty() else 1000)):
+            lines = [line.decode("utf-8").rstrip("\r\n") for line in block]
+            for line, found in zip(lines, translate(lines), strict=True):
+                ...
