@@ -149,7 +149,7 @@ def kaiming_normal(gain: float = math.sqrt(2)) -> Initializer:
     return variance_scaling(gain**2, "in", "normal")
 
 
-class _Methods(nn.Module):
+class Methods(nn.Module):
     """Lets `functional_call`, which only knows forward, run any method of the skeleton."""
 
     def __init__(self, skeleton: nn.Module):
@@ -173,7 +173,7 @@ class Functional:
     skeleton: nn.Module
     shapes: dict[str, torch.Size]
     initializers: dict[str, Initializer]
-    _methods: _Methods
+    _methods: Methods
     _slots: tuple[
         tuple[str, str], ...
     ]  # (place inside _methods, parameter name); ties repeat names
@@ -278,7 +278,7 @@ def functional(
     )
     shapes = {name: value.shape for name, value in skeleton.named_parameters()}
     chosen = by_rules(initializers, shapes, strict)
-    return Functional(skeleton, shapes, chosen, _Methods(skeleton), slots)
+    return Functional(skeleton, shapes, chosen, Methods(skeleton), slots)
 
 
 def count(params: Params) -> int:
