@@ -1,15 +1,16 @@
 """A run's configuration and its directory: frozen dataclasses, one JSON file, one command line.
 
-A recipe declares a frozen dataclass of frozen dataclasses with a docstring under each field. `parse`
-makes the command line of it (tyro), starting from a preset or from the configuration that a finished
-run has left behind, so that `--name run` alone brings back every setting and any flag overrides one.
+A recipe declares a frozen dataclass of frozen dataclasses with a docstring under each field.
+`parse` makes the command line of it (tyro), starting from a preset or from the configuration that
+a run has left behind, so that `--name run` alone brings back every setting and any flag overrides
+one.
 """
 
 import dataclasses
 import json
 import re
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -67,11 +68,13 @@ def load(cls: type[C], path: Path) -> C:
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist: name a run that has been trained") from None
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} is no configuration ({error}); restore it or train anew") from None
+        raise ValueError(
+            f"{path} is no configuration ({error}); restore it or train anew"
+        ) from None
 
 
 def option(args: Sequence[str], flag: str) -> str | None:
-    """The value that `args` give to `flag` (`--flag value` or `--flag=value`), the last one wins."""
+    """What follows `flag` in `args` (`--flag value` or `--flag=value`); the last one wins."""
     found = None
     for here, following in zip(args, [*args[1:], None], strict=True):
         if here == flag:
@@ -92,6 +95,26 @@ def parse(
     """
     start = default(args)
     return tyro.cli(type(start), default=start, args=args, description=description, prog=prog)
+
+
+def check_numbers(config: Any, may_be_zero: Collection[str], *, where: str = "--") -> None:
+    """Refuses what can never be right: negative numbers, and zeros where a size is meant.
+
+    Args:
+        config: dataclass of dataclasses; integers must be positive, other numbers not negative.
+        may_be_zero: names of integer fields for which zero has a meaning.
+
+    Raises:
+        ValueError: names the first option out of range.
+    """
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), field.name.replace("_", "-")
+        if dataclasses.is_dataclass(value):
+            check_numbers(value, may_be_zero, where=f"{where}{name}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            least = 1 if isinstance(value, int) and field.name not in may_be_zero else 0
+            if not value >= least:
+                raise ValueError(f"{where}{name} ({value}) must be at least {least}")
 
 
 def newest_run(out: Path) -> Path:

@@ -6,6 +6,7 @@
 Dimension key: M members of an ensemble, B sentences, S source tokens, L target tokens at most.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -42,7 +43,7 @@ def _pieces(ids: list[int], limit: int) -> list[list[int]]:
     """`ids` cut into as few parts of like lengths as have, with EOS, at most `limit` ids."""
     parts = -(-len(ids) // (limit - 1))
     edges = [len(ids) * i // parts for i in range(parts + 1)] if parts else [0]
-    return [[*ids[i:j], EOS] for i, j in zip(edges, edges[1:], strict=False)]
+    return [[*ids[i:j], EOS] for i, j in itertools.pairwise(edges)]
 
 
 def translator(

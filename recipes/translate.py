@@ -11,28 +11,45 @@ leaves runs/<name>/ with config.json, metrics.jsonl, TensorBoard events, checkpo
 Put the mode first; `evaluate`, `translate` and `--resume` start from the run's own settings.
 """
 
+import itertools
+import json
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import tyro
+from datasets import Dataset
+from msfs_functional.train import LossFn, TrainState, init_state, make_step, why_not_compile
 from torch import Tensor
 
-from msfs_functional import checkpoint, config as configs, errors, metrics, optim, pictures, random
-from msfs_functional import schedules
+from msfs_functional import (
+    checkpoint,
+    errors,
+    metrics,
+    optim,
+    pictures,
+    random,
+    schedules,
+    tracking,
+)
+from msfs_functional import config as configs
 from msfs_functional.data import Prefetch, Splits, TokenBatches, encode_pairs, load_pairs
-from msfs_functional.decoding import beam_search, greedy
 from msfs_functional.losses import linear_cross_entropy
-from msfs_functional.models.transformer import DECAY, PRESETS as SIZES, output_weight, transformer
-from msfs_functional.params import Functional, Params, cast, count, stack, unstack
-from msfs_functional.tokenizer import BOS, EOS, PAD, Tokenizer, train_bpe, train_word_level
+from msfs_functional.models.transformer import DECAY, output_weight, transformer
+from msfs_functional.models.transformer import PRESETS as SIZES
+from msfs_functional.params import Functional, Params, cast, stack, unstack
+from msfs_functional.tokenizer import PAD, Tokenizer, train_bpe, train_word_level
 from msfs_functional.tracking import Tracker
-from msfs_functional.train import TrainState, init_state, make_step
+from msfs_functional.translation import Translate, attention_figure, translator
+
+MAY_BE_ZERO = ("seed", "warmup", "extra_length", "valid_sentences")
+CHECKPOINTS = "checkpoints"
+TOKENIZERS = ("source_tokenizer.json", "target_tokenizer.json")
 
 
 @dataclass(frozen=True)
@@ -148,6 +165,9 @@ class Train:
     """validation loss and a checkpoint [steps]"""
     keep: int = 3
     """checkpoints to keep besides the best"""
+    valid_sentences: int = 200
+    """validation sentences to translate greedily at each evaluation, for the BLEU that chooses the
+    best checkpoint; 0: the loss chooses"""
     compile: bool | None = None
     """compile the step; None: on a GPU"""
 
@@ -234,19 +254,7 @@ CLASSIC = Config(
     train=Train(steps=72_000, eval_every=3_600),
     decode=Decode(beam=1),
 )
-PRESET_CONFIGS = {"default": Config(), "classic": CLASSIC, "multi30k": MULTI30K}
-
-
-def starting_point(args: Sequence[str]) -> Config:
-    """What options that are not named keep: a preset's settings, or those of the run to go on with."""
-    mode = args[0] if args and args[0] in ("evaluate", "translate") else "train"
-    if mode == "train" and "--resume" not in args:
-        preset = configs.option(args, "--preset") or "default"
-        return PRESET_CONFIGS.get(preset, PRESET_CONFIGS["default"])
-    out, name = Path(configs.option(args, "--out") or "runs"), configs.option(args, "--name")
-    run = out / name if name else configs.newest_run(out)
-    saved = configs.load(Config, run / configs.FILE)
-    return replace(saved, mode=mode, out=out, name=run.name)
+PRESETS = {"default": Config(), "classic": CLASSIC, "multi30k": MULTI30K}
 
 
 class Tokenizers(NamedTuple):
@@ -283,7 +291,12 @@ def learn_tokenizers(vocabulary: Vocabulary, splits: Splits) -> Tokenizers:
 def make_batches(data: Data, pairs: Dataset, tokenizers: Tokenizers, **options) -> TokenBatches:
     source, target = encode_pairs(pairs, *tokenizers)
     return TokenBatches(
-        source, target, tokens=data.batch, max_length=data.max_length, buckets=data.buckets, **options
+        source,
+        target,
+        tokens=data.batch,
+        max_length=data.max_length,
+        buckets=data.buckets,
+        **options,
     )
 
 
@@ -329,11 +342,11 @@ def make_loss(config: Config, model: Functional, label_smoothing: float = 0.0) -
 def make_optimizer(config: Optimizer, steps: int) -> optim.Transformation:
     peak, warmup = config.learning_rate, config.warmup
     schedule = {
-        "inverse_square_root": lambda: schedules.inverse_square_root(peak, warmup),
-        "cosine": lambda: schedules.cosine(peak, steps, warmup),
-        "linear": lambda: schedules.linear(peak, steps, warmup),
-        "wsd": lambda: schedules.warmup_stable_decay(peak, steps, warmup),
-        "constant": lambda: schedules.constant(peak),
+        "inverse_square_root": lambda: schedules.inverse_square_root(peak, warmup=warmup),
+        "cosine": lambda: schedules.cosine(peak, steps, warmup=warmup),
+        "linear": lambda: schedules.linear(peak, steps, warmup=warmup),
+        "wsd": lambda: schedules.warmup_stable_decay(peak, steps, warmup=warmup),
+        "constant": lambda: schedules.constant(peak, warmup=warmup),
     }[config.schedule]()
     update = optim.adamw(schedule, config.b1, config.b2, config.eps, config.weight_decay, DECAY)
     return optim.chain(optim.clip_by_global_norm(config.clip), update) if config.clip else update
@@ -458,7 +471,9 @@ def train(config: Config) -> None:
             elif stop:
                 save(count, None)
             if stop and count < settings.steps:
-                resume = f"python recipes/translate.py --resume --out {config.out} --name {run.name}"
+                resume = (
+                    f"python recipes/translate.py --resume --out {config.out} --name {run.name}"
+                )
                 tracker.note(f"saved after step {count}; go on with: {resume}")
                 raise SystemExit(128 + stop.signal)
         batches.close()
@@ -541,16 +556,101 @@ def evaluate(config: Config) -> None:
     report(config, read_data(config.data))
 
 
+def read_lines(config: Config) -> Iterator[str]:
+    """Lines of config.input or of stdin, as they arrive."""
+    if config.input is None and sys.stdin.isatty():
+        print("one sentence a line; Ctrl-D ends", file=sys.stderr)
+    with sys.stdin.buffer if config.input is None else config.input.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            try:
+                yield line.decode("utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{config.input or 'stdin'}, line {number}: byte 0x{line[error.start]:02x} is "
+                    "not UTF-8: convert the text, for example with iconv -f latin1 -t utf-8"
+                ) from None
+
+
 def translate_lines(config: Config) -> None:
-    """Reads lines, prints their translations; n-best as number, score and text."""
+    """Prints the translation of each line, or its n best as score, tab, text."""
     model, tokenizers, params = load_trained(config)
     translate = make_translate(config, model, tokenizers, params)
-    if config.input is None and sys.stdin.isatty():
-        print("a sentence a line, Ctrl-D ends", file=sys.stderr)
-    stream = sys.stdin.buffer if config.input is None else config.input.open("rb")
-    drawn = config.attention_map is None
-    with stream:
-        while block := list(itertools.islice(stream, 1 if sys.stdin.isatty() else 1000)):
-            lines = [line.decode("utf-8").rstrip("\r\n") for line in block]
-            for line, found in zip(lines, translate(lines), strict=True):
-                ...
+    lines, first = read_lines(config), True
+    together = 1 if config.input is None and sys.stdin.isatty() else 16 * config.decode.batch
+    while block := list(itertools.islice(lines, together)):
+        found = translate(block)
+        for hypotheses in found:
+            for text, score in hypotheses:
+                print(text if config.decode.nbest == 1 else f"{score:.4f}\t{text}", flush=True)
+        if config.attention_map and first:
+            one = unstack(params)[0] if config.members > 1 else params
+            figure = attention_figure(model, one, *tokenizers, block[0], found[0][0].text)
+            pictures.save_png(figure, config.attention_map)
+        first = False
+    if first:
+        raise ValueError(f"{config.input or 'stdin'} holds no line: give one sentence a line")
+
+
+# ------------------------------------------------------------------------------------- command line
+
+
+def starting_point(args: Sequence[str]) -> Config:
+    """What options keep that are not named: a preset's settings, or those of the run to use."""
+    mode = args[0] if args and args[0] in ("evaluate", "translate") else "train"
+    if mode == "train" and "--resume" not in args:
+        return PRESETS.get(configs.option(args, "--preset") or "default", Config())
+    if {"-h", "--help"} & set(args):
+        return Config(mode=mode)
+    out, name = Path(configs.option(args, "--out") or "runs"), configs.option(args, "--name")
+    run = out / name if name else configs.newest_run(out)
+    saved = configs.load(Config, run / tracking.CONFIG)
+    return replace(saved, mode=mode, out=out, name=run.name, overwrite=False)
+
+
+def checked(config: Config) -> Config:
+    """The configuration with what the machine decides filled in.
+
+    Raises:
+        ValueError: a size below its least value, a device that is not there, options that exclude
+            each other.
+    """
+    configs.check_numbers(config, may_be_zero=MAY_BE_ZERO)
+    if config.resume and config.overwrite:
+        raise ValueError("--resume goes on with a run, --overwrite deletes it: give one of them")
+    name = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device ({name}) must be cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ValueError(f"--device ({name}) is not here, torch sees {count} GPUs: use cpu")
+    on_gpu = device.type == "cuda"
+    compiled = config.train.compile
+    if compiled is None:
+        reason = why_not_compile(device) if on_gpu else None
+        if reason:
+            print(f"note: training without torch.compile, because {reason}", file=sys.stderr)
+        compiled = on_gpu and not reason
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    return replace(
+        config,
+        device=name,
+        dtype=config.dtype or ("bfloat16" if on_gpu else "float32"),
+        name=config.name or configs.free_name(config.out, "translate"),
+        train=replace(config.train, compile=compiled),
+    )
+
+
+def main(config: Config) -> None:
+    modes = {"train": train, "evaluate": evaluate, "translate": translate_lines}
+    modes[config.mode](checked(config))
+
+
+def command_line(args: Sequence[str]) -> Config:
+    return configs.parse(starting_point, args, description=str(__doc__), prog="translate.py")
+
+
+if __name__ == "__main__":
+    errors.run(main, lambda: command_line(sys.argv[1:]))
