@@ -8,24 +8,17 @@ A checkpoint is a directory, and a root directory holds several of them:
         tokenizer.json ...   files that the caller hands over
         manifest.json        step, metric, size and sha256 of every file above
 
-Three rules make it safe. A checkpoint is written under a hidden name, flushed to the disk and only
-then renamed, so a visible directory is complete. An old one is deleted only after that, and is
-hidden first. Every byte is checked against the manifest before it is used, and nothing is ever
-unpickled. One writer works on a root at a time (a file lock, which dies with its process), so any
-other hidden directory that a writer finds is the rest of a dead one.
+It is visible only when it is complete and on the disk, an old one is deleted only after that
+(`durable` says how), every byte is checked before it is used, and nothing is ever unpickled.
 """
 
-import contextlib
 import errno
-import fcntl
-import hashlib
 import json
 import math
 import os
 import re
-import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -35,11 +28,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from msfs_functional import durable
+from msfs_functional.durable import verify
+
 NAMESPACE = "msfs_functional"
-FORMAT = 1
-STATE, META, MANIFEST, LOCK = "state.safetensors", "meta.json", "manifest.json", ".lock"
-WRITING, REPLACED, DELETED = ".writing", ".replaced", ".deleted"
-_VISIBLE = re.compile(r"step_(\d{8,})")
+STATE, META = "state.safetensors", "meta.json"
+_NAME = re.compile(r"step_(\d{8,})")
 
 Which = Literal["latest", "best"] | int
 
@@ -128,100 +122,12 @@ def _to_json(what: str, value: Any) -> str:
         raise ValueError(f"{what} must be JSON: {error}") from error
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _seal(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def _only_writer(root: Path) -> Iterator[None]:
-    with (root / LOCK).open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _delete(directory: Path) -> None:
-    """Hidden first: a writer that dies half-way leaves nothing that looks like a checkpoint."""
-    hidden = directory.with_name(f".{directory.name}{DELETED}")
-    shutil.rmtree(hidden, ignore_errors=True)
-    directory.rename(hidden)
-    shutil.rmtree(hidden, ignore_errors=True)
-
-
-def _clean(root: Path) -> None:
-    """Remove what dead writers left; a checkpoint that one had set aside comes back."""
-    for hidden in root.glob(".step_*"):
-        visible = root / hidden.name.removeprefix(".").removesuffix(REPLACED)
-        if hidden.name.endswith(REPLACED) and not visible.exists():
-            hidden.rename(visible)
-        elif hidden.name.endswith((WRITING, REPLACED, DELETED)):
-            shutil.rmtree(hidden, ignore_errors=True)
-
-
-def _read_manifest(directory: Path) -> dict[str, Any]:
-    path = directory / MANIFEST
-    try:
-        manifest = json.loads(path.read_bytes())
-        seal = manifest.pop("sha256")
-        version = manifest["format"]
-        names = list(manifest["files"])
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path} is truncated or altered (no manifest)") from None
-    if seal != _seal(manifest):
-        raise ValueError(f"{path} is altered (its own sha256 differs)")
-    if version != FORMAT:
-        raise ValueError(f"{path} has format {version}, this version reads {FORMAT}")
-    if any(name != Path(name).name for name in names):
-        raise ValueError(f"{path} names files outside of the checkpoint")
-    return manifest
-
-
-def verify(directory: str | Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose every byte is as it was written.
-
-    Raises:
-        ValueError: a file is missing, truncated or altered; the message names it.
-    """
-    directory = Path(directory)
-    manifest = _read_manifest(directory)
-    for name, entry in manifest["files"].items():
-        path = directory / name
-        if not path.is_file():
-            raise ValueError(f"{path} is missing")
-        size = path.stat().st_size
-        if size != entry["bytes"]:
-            raise ValueError(f"{path} is truncated or altered: {size} of {entry['bytes']} bytes")
-        if _sha256(path) != entry["sha256"]:
-            raise ValueError(f"{path} is altered: its sha256 differs from the manifest's")
-    return manifest
-
-
 def _describe(path: Path, step: int) -> Checkpoint:
     try:
-        manifest = _read_manifest(path)
+        about = durable.read_manifest(path)["about"]
     except ValueError:  # the directory's own time stands in, so that a damaged latest stays latest
         return Checkpoint(path, step, path.stat().st_mtime_ns, None, True, intact=False)
-    metric, higher = manifest["metric"], manifest["higher_is_better"]
-    return Checkpoint(path, manifest["step"], manifest["written"], metric, higher, intact=True)
+    return Checkpoint(path, **about, intact=True)
 
 
 def checkpoints(root: str | Path) -> list[Checkpoint]:
@@ -229,18 +135,9 @@ def checkpoints(root: str | Path) -> list[Checkpoint]:
 
     Cheap: only manifests are read. `verified` reads every byte.
     """
-    root = Path(root)
-    found = {}
-    for path in sorted(root.glob(".step_*")) + sorted(root.glob("step_*")):
-        name = path.name
-        if name.startswith(
-            "."
-        ):  # set aside by a writer that died before the new one took its place
-            name = name.removeprefix(".").removesuffix(REPLACED)
-        match = _VISIBLE.fullmatch(name)
-        if match and path.is_dir():
-            found[name] = _describe(path, int(match[1]))
-    return sorted(found.values(), key=lambda checkpoint: (checkpoint.written, checkpoint.step))
+    named = durable.published(Path(root), _NAME)
+    found = [_describe(path, int(name.removeprefix("step_"))) for name, path in named.items()]
+    return sorted(found, key=lambda checkpoint: (checkpoint.written, checkpoint.step))
 
 
 def verified(root: str | Path) -> list[Checkpoint]:
@@ -267,32 +164,19 @@ def _by_metric(found: list[Checkpoint]) -> list[Checkpoint]:
     return sorted((c for c in found if c.metric is not None), key=score, reverse=True)
 
 
-def _disk_error(error: Exception, target: Path, kept: list[Checkpoint]) -> OSError:
+def _disk_error(error: Exception, target: Path) -> OSError:
     number = getattr(error, "errno", None)
     if number is None:  # safetensors keeps the number in its text only
         match = re.search(r"os error (\d+)", str(error))
         number = int(match[1]) if match else errno.EIO
-    free = shutil.disk_usage(target.parent).free / 2**20
-    before = f"the previous checkpoint {kept[-1].path} is untouched" if kept else "none was there"
+    before = [checkpoint.path for checkpoint in checkpoints(target.parent)]
+    before = [path for path in before if path != target]
+    kept = f"the previous checkpoint {before[-1]} is untouched" if before else "it was the first"
     return OSError(
         number,
-        f"cannot save {target}: {os.strerror(number)} ({free:.1f} MiB free); {before}; "
-        "free some space or choose another directory, then resume",
+        f"cannot save {target}: {os.strerror(number)}; {kept}; free some space or choose another "
+        "directory, then resume",
     )
-
-
-def _write_all(
-    directory: Path, parts: Mapping[str, str | bytes], tensors: dict[str, Tensor]
-) -> dict[str, Any]:
-    save_file(tensors, directory / STATE)
-    for name, content in parts.items():
-        _write(directory / name, content.encode() if isinstance(content, str) else content)
-    listing = {}
-    for name in (STATE, *parts):
-        path = directory / name
-        _flush(path)
-        listing[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-    return listing
 
 
 def save(
@@ -332,55 +216,41 @@ def save(
             f"step ({step}) and keep_best ({keep_best}) must be >= 0, keep_last ({keep_last}) >= 1"
         )
     for name in files:
-        if name != Path(name).name or name.startswith(".") or name in (STATE, META, MANIFEST):
+        taken = name in (STATE, META, durable.MANIFEST)
+        if name != Path(name).name or name.startswith(".") or taken:
             raise ValueError(f"file name {name!r} must be plain, visible and not one of our own")
     tensors, values = _split_leaves(state)
     meta = _to_json("extra", {"leaves": values, "extra": extra})
 
-    root.mkdir(parents=True, exist_ok=True)
-    _flush(root.parent)
+    def fill(directory: Path) -> None:
+        save_file(tensors, directory / STATE)
+        for name, content in {META: meta, **files}.items():
+            data = content.encode() if isinstance(content, str) else content
+            (directory / name).write_bytes(data)
+
     target = root / f"step_{step:08d}"
-    writing = root / f".{target.name}{WRITING}"
-    replaced = root / f".{target.name}{REPLACED}"
-    with _only_writer(root):
-        _clean(root)
-        before = checkpoints(root)
-        try:
-            writing.mkdir()
-            listing = _write_all(writing, {META: meta, **files}, tensors)
-            manifest = {
-                "format": FORMAT,
+    try:
+        with durable.only_writer(root):
+            newest = max((checkpoint.written for checkpoint in checkpoints(root)), default=0)
+            about = {
                 "step": step,
-                "written": max([time.time_ns(), *(c.written + 1 for c in before)]),
+                "written": max(time.time_ns(), newest + 1),
                 "metric": None if metric is None else float(metric),
                 "higher_is_better": higher_is_better,
-                "files": listing,
             }
-            manifest["sha256"] = _seal(manifest)
-            _write(writing / MANIFEST, json.dumps(manifest, indent=1).encode())
-            _flush(writing / MANIFEST)
-            _flush(writing)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(writing, ignore_errors=True)
-            raise _disk_error(error, target, before) from error
-        except BaseException:
-            shutil.rmtree(writing, ignore_errors=True)
-            raise
-        if target.exists():
-            target.rename(replaced)
-        writing.rename(target)
-        _flush(root)
-        shutil.rmtree(replaced, ignore_errors=True)
-        intact = [checkpoint for checkpoint in checkpoints(root) if checkpoint.intact]
-        kept = {c.path for c in intact[-keep_last:] + _by_metric(intact)[:keep_best]}
-        for checkpoint in intact:
-            if checkpoint.path not in kept:
-                _delete(checkpoint.path)
+            durable.publish(target, fill, about)
+            intact = [checkpoint for checkpoint in checkpoints(root) if checkpoint.intact]
+            kept = {c.path for c in intact[-keep_last:] + _by_metric(intact)[:keep_best]}
+            for checkpoint in intact:
+                if checkpoint.path not in kept:
+                    durable.delete(checkpoint.path)
+    except (OSError, SafetensorError) as error:
+        raise _disk_error(error, target) from error
     return target
 
 
 def _find(place: Path, which: Which) -> Path:
-    if (place / MANIFEST).is_file() or _VISIBLE.fullmatch(place.name):
+    if (place / durable.MANIFEST).is_file() or _NAME.fullmatch(place.name):
         return place
     found = checkpoints(place)
     if not found:
@@ -495,4 +365,5 @@ def load(
             leaves = [_place(leaf, saved[name], device) for name, leaf in wanted.items()]
         structure = optree.tree_structure(like, namespace=NAMESPACE)
         state = optree.tree_unflatten(structure, leaves)
-    return Restored(state, meta["extra"], files, manifest["step"], manifest["metric"], path)
+    about = manifest["about"]
+    return Restored(state, meta["extra"], files, about["step"], about["metric"], path)
