@@ -170,4 +170,4 @@ def attention_figure(
     with torch.no_grad():
         cross = model.apply(params, *inputs, method="attention_maps")["cross"][layer, 0]
     written, read = target_tokenizer.tokens(target_ids[1:]), source_tokenizer.tokens(source_ids)
-    return pictures.attention_map(cross, written, read)
+    return pictures.attention_map(cross.float().cpu().numpy(), written, read)
