@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from . import checks
-from .ops import OPS
-from .options import accumulate_dtype
+from . import checks, ops  # noqa: F401, registers the ops
+from .options import OPS, accumulate_dtype
+from .refusal import refused
 
 
 def flash_attention(
@@ -93,7 +93,8 @@ def flash_attention(
         precision,
     )
     if problem is not None:
-        raise ValueError(problem)
+        o, lse = refused(q, v, problem)
+        return (o, lse) if return_lse else o
     lead, (H, T, K), (G, S, Kv) = q.shape[:-3], q.shape[-3:], v.shape[-3:]
     B = math.prod(lead)
     device = q.device
