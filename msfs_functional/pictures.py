@@ -1,4 +1,4 @@
-"""Pictures of a run as matplotlib figures: training curves and attention maps, without pyplot state."""
+"""Pictures of a run as matplotlib figures: curves, attention maps, masks; without pyplot's state."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -67,7 +67,7 @@ def attention_map(
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat[len(panels) :]:
         axes.axis("off")
-    for place, (axes, (name, weight)) in enumerate(zip(grid.flat, panels)):
+    for place, (axes, (name, weight)) in enumerate(zip(grid.flat, panels, strict=False)):
         axes.imshow(weight, vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto")
         axes.set_title(name, fontsize=8)
         axes.xaxis.set_major_locator(FixedLocator(range(len(keys))))

@@ -125,10 +125,8 @@ class Model:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """How gradients become updates."""
+    """How gradients become updates: AdamW."""
 
-    name: Literal["adamw", "lion", "muon", "adafactor", "sgd"] = "adamw"
-    """update rule"""
     schedule: Literal["inverse_square_root", "cosine", "linear", "wsd", "constant"] = "cosine"
     """learning rate over the steps"""
     learning_rate: float = 3e-3
