@@ -9,6 +9,7 @@ one.
 import dataclasses
 import json
 import re
+import shutil
 import types
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -133,3 +134,33 @@ def free_name(out: Path, prefix: str) -> str:
     """`prefix` with the next number that no run in `out` has: translate-1, translate-2, ..."""
     found = (re.fullmatch(rf"{re.escape(prefix)}-(\d+)", path.name) for path in out.glob("*"))
     return f"{prefix}-{1 + max((int(match[1]) for match in found if match), default=0)}"
+
+
+def check_free(run: Path, *, overwrite: bool = False) -> None:
+    """Refuses the directory of a new run if it holds anything (`overwrite`: but an earlier run).
+
+    Raises:
+        ValueError: it does.
+    """
+    if not run.exists() or (run.is_dir() and not any(run.iterdir())):
+        return
+    if not overwrite:
+        raise ValueError(
+            f"{run} exists and is not overwritten: choose another --name, go on with --resume, or "
+            "delete it with --overwrite"
+        )
+    if not (run / FILE).is_file():
+        raise ValueError(f"{run} is no run (it holds no {FILE}): choose another --name")
+
+
+def new_run(run: Path, config: Any, *, overwrite: bool = False) -> None:
+    """Makes the directory of a run, in place of an earlier one if allowed, with its configuration.
+
+    Raises:
+        ValueError: as `check_free`, which a recipe calls before work that takes long.
+    """
+    check_free(run, overwrite=overwrite)
+    if run.exists():
+        shutil.rmtree(run)
+    run.mkdir(parents=True)
+    (run / FILE).write_text(to_json(config), encoding="utf-8")

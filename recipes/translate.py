@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import datasets
 import torch
 import tyro
 from datasets import Dataset
@@ -314,7 +315,7 @@ def make_model(config: Config, tokenizers: Tokenizers) -> Functional:
 
 def make_loss(config: Config, model: Functional, label_smoothing: float = 0.0) -> LossFn:
     """The mean cross-entropy of the next target token [nats/token]; padding does not count."""
-    dtype = getattr(torch, config.dtype or "float32")
+    dtype = getattr(torch, str(config.dtype))
 
     def loss_fn(params: Params, batch: dict[str, Tensor], key: Tensor | None):
         params = cast(params, dtype)
@@ -398,7 +399,7 @@ def validate(
     scores: dict[str, Tensor | float] = {"valid/loss": sum(losses) / sum(weights)}
     if sentences := min(config.train.valid_sentences, len(pairs)):
         greedily = replace(config, decode=replace(config.decode, beam=1, nbest=1))
-        translate = make_translator(greedily, model, tokenizers, params)
+        translate = make_translate(greedily, model, tokenizers, params)
         found = [best.text for best, *_ in translate(pairs["source"][:sentences])]
         scores["valid/bleu"] = metrics.bleu(found, pairs["target"][:sentences]).value
     return scores
@@ -408,13 +409,9 @@ def train(config: Config) -> None:
     """data -> model -> loss -> step -> loop -> report"""
     begin, settings = time.perf_counter(), config.train
     run = config.out / str(config.name)
-    if config.resume:
-        saved = checkpoint.load(run / CHECKPOINTS)
-        (run / tracking.CONFIG).write_text(configs.to_json(config), encoding="utf-8")
-    else:
-        saved = None
-        tracking.new_run(run, config, overwrite=config.overwrite)
-
+    if not config.resume:
+        configs.check_free(run, overwrite=config.overwrite)
+    saved = checkpoint.load(run / CHECKPOINTS) if config.resume else None
     splits = read_data(config.data)
     tokenizers = saved_tokenizers(saved) if saved else learn_tokenizers(config.vocabulary, splits)
     stream = make_batches(
@@ -440,6 +437,9 @@ def train(config: Config) -> None:
     if saved:
         state = checkpoint.load(saved.path, state).state
         batches.restore(saved.extra["batches"])
+        (run / configs.FILE).write_text(configs.to_json(config), encoding="utf-8")
+    else:
+        configs.new_run(run, config, overwrite=config.overwrite)
     first = int(state.step)
 
     def save(count: int, score: float | None) -> None:
@@ -475,7 +475,8 @@ def train(config: Config) -> None:
                 tracker.note(f"saved after step {count}; go on with: {resume}")
                 raise SystemExit(128 + stop.signal)
         batches.close()
-        report(config, splits, tracker.note, tracker.figure)
+        report(config, splits, tracker.note)
+        draw(config, splits, tracker)
         tracker.note(f"{time.perf_counter() - begin:.0f} seconds; everything is in {run}")
 
 
@@ -514,7 +515,7 @@ def make_translate(
     decode = config.decode
     return translator(
         model,
-        cast(params, compute_dtype(config)),
+        cast(params, getattr(torch, str(config.dtype))),
         *tokenizers,
         members=config.members,
         beams=decode.beam,
@@ -548,6 +549,21 @@ def report(config: Config, splits: Splits, note: Callable[[str], None] = print) 
     (run / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (run / "test.txt").write_text("".join(f"{text}\n" for text in found), encoding="utf-8")
     return results
+
+
+def draw(config: Config, splits: Splits, tracker: Tracker) -> None:
+    """Leaves the curves of the run and the attention map of a test sentence."""
+    panels = {
+        "nats per token": {"loss": "training, smoothed labels", "valid/loss": "validation"},
+        "BLEU": {"valid/bleu": "validation, greedy"},
+    }
+    records = tracking.read_metrics(tracker.run_dir / tracking.METRICS)
+    tracker.figure("curves", pictures.training_curves(records, panels))
+    model, tokenizers, params = load_trained(config)
+    one = unstack(params)[0] if config.members > 1 else params
+    source = max(splits.test["source"][:100], key=lambda text: min(len(text), 60))
+    text = make_translate(config, model, tokenizers, params)([source])[0][0].text
+    tracker.figure("attention", attention_figure(model, one, *tokenizers, source, text))
 
 
 def evaluate(config: Config) -> None:
@@ -601,7 +617,7 @@ def starting_point(args: Sequence[str]) -> Config:
         return Config(mode=mode)
     out, name = Path(configs.option(args, "--out") or "runs"), configs.option(args, "--name")
     run = out / name if name else configs.newest_run(out)
-    saved = configs.load(Config, run / tracking.CONFIG)
+    saved = configs.load(Config, run / configs.FILE)
     return replace(saved, mode=mode, out=out, name=run.name, overwrite=False)
 
 
@@ -642,6 +658,7 @@ def checked(config: Config) -> Config:
 
 
 def main(config: Config) -> None:
+    datasets.disable_progress_bars()  # the tracker's is enough
     modes = {"train": train, "evaluate": evaluate, "translate": translate_lines}
     modes[config.mode](checked(config))
 
