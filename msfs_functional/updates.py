@@ -13,7 +13,7 @@ and updated as if alone.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import optree
@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from msfs_functional.params import Rules, by_rules
+from msfs_functional.schedules import Schedule
 
 Tree = Any  # a pytree of tensors
 State = Any  # a pytree of tensors
-Schedule = Callable[[Tensor], Tensor]
 T = TypeVar("T")
 
 
@@ -89,21 +89,32 @@ def by_group(groups: Rules[Transformation]) -> Transformation:
 
     A group sees its own parameters only: a clip inside of it clips by the norm of the group.
     """
+    rules = [(pattern, i) for i, (pattern, _) in enumerate(groups)]
+    return partition(lambda params: by_rules(rules, params), [t for _, t in groups])
 
-    def split(tree: dict[str, Any]) -> list[dict[str, Any]]:
-        indices = by_rules([(pattern, i) for i, (pattern, _) in enumerate(groups)], tree)
-        return [{k: v for k, v in tree.items() if indices[k] == i} for i in range(len(groups))]
+
+def partition(
+    assign: Callable[[dict[str, Tensor]], dict[str, int]], members: Sequence[Transformation]
+) -> Transformation:
+    """Each parameter is updated by members[assign(params)[name]]."""
+
+    def split(tree: dict[str, Any], member_of: dict[str, int]) -> list[dict[str, Any]]:
+        return [{k: v for k, v in tree.items() if member_of[k] == i} for i in range(len(members))]
 
     def init(params: dict[str, Tensor]) -> State:
-        return tuple(t.init(part) for (_, t), part in zip(groups, split(params), strict=True))
+        parts = split(params, assign(params))
+        return tuple(t.init(p) if p else () for t, p in zip(members, parts, strict=True))
 
     def update(grads: dict[str, Tensor], state: State, params: dict[str, Tensor]):
-        parts = [
-            t.update(g, s, p)
-            for (_, t), g, s, p in zip(groups, split(grads), state, split(params), strict=True)
-        ]
-        merged = {name: u for updates, _ in parts for name, u in updates.items()}
-        return {name: merged[name] for name in grads}, tuple(s for _, s in parts)
+        member_of = assign(params)
+        merged, states = {}, []
+        for t, g, s, p in zip(
+            members, split(grads, member_of), state, split(params, member_of), strict=True
+        ):
+            updates, s = t.update(g, s, p) if p else ({}, s)
+            merged.update(updates)
+            states.append(s)
+        return {name: merged[name] for name in grads}, tuple(states)
 
     return Transformation(init, update)
 
@@ -132,38 +143,49 @@ def clip_by_global_norm(max_norm: float) -> Transformation:
     return stateless(update)
 
 
-def add_decayed_weights(weight_decay: float, rules: Rules[bool] | None = None) -> Transformation:
-    """updates + weight_decay params, for the parameters whose rule says True (None: for all)."""
-    if weight_decay < 0:
-        raise ValueError(f"weight_decay ({weight_decay}) must not be negative")
-
-    def update(grads: Tree, params: Tree) -> Tree:
-        if weight_decay == 0:
-            return grads
-        if rules is None:
-            return tree_map(lambda u, p: u + weight_decay * p, grads, params)
-        decays = by_rules(rules, params)
-        return {k: u + weight_decay * params[k] if decays[k] else u for k, u in grads.items()}
-
-    return stateless(update)
-
-
 class ScheduleState(NamedTuple):
     count: Tensor  # updates made so far
 
 
-def scale_by_learning_rate(learning_rate: float | Schedule) -> Transformation:
-    """updates * -learning_rate; a schedule is asked with the updates made so far, 0 at first."""
-    if not callable(learning_rate):
-        if not learning_rate >= 0:
-            raise ValueError(f"learning_rate ({learning_rate}) must not be negative")
-        return stateless(lambda grads, params: tree_map(lambda u: u * -learning_rate, grads))
+def scheduled(
+    fn: Callable[[Tree, Tree, float | Tensor], Tree], value: float | Schedule
+) -> Transformation:
+    """updates = fn(grads, params, value); a schedule is asked for the value at each update."""
+    if not callable(value):
+        return stateless(lambda grads, params: fn(grads, params, value))
 
     def update(grads: Tree, state: ScheduleState, params: Tree) -> tuple[Tree, ScheduleState]:
-        rate = learning_rate(state.count)
-        return tree_map(lambda u: u * -rate, grads), ScheduleState(state.count + 1)
+        return fn(grads, params, value(state.count)), ScheduleState(state.count + 1)
 
     return Transformation(lambda params: ScheduleState(zero_count(params)), update)
+
+
+def add_decayed_weights(
+    weight_decay: float | Schedule, rules: Rules[bool] | None = None
+) -> Transformation:
+    """updates + weight_decay params, for the parameters whose rule says True (None: for all)."""
+    if not callable(weight_decay):
+        if weight_decay < 0:
+            raise ValueError(f"weight_decay ({weight_decay}) must not be negative")
+        if weight_decay == 0:
+            return stateless(lambda grads, params: grads)
+
+    def decayed(grads: Tree, params: Tree, weight: float | Tensor) -> Tree:
+        if rules is None:
+            return tree_map(lambda u, p: u + weight * p, grads, params)
+        decays = by_rules(rules, params)
+        return {k: u + weight * params[k] if decays[k] else u for k, u in grads.items()}
+
+    return scheduled(decayed, weight_decay)
+
+
+def scale_by_learning_rate(learning_rate: float | Schedule) -> Transformation:
+    """updates * -learning_rate; a schedule is asked with the updates made so far, 0 at first."""
+    if not callable(learning_rate) and not learning_rate >= 0:
+        raise ValueError(f"learning_rate ({learning_rate}) must not be negative")
+    return scheduled(
+        lambda grads, params, rate: tree_map(lambda u: u * -rate, grads), learning_rate
+    )
 
 
 class AdamState(NamedTuple):
