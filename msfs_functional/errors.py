@@ -10,6 +10,7 @@ everything else is a bug and keeps its traceback. `--debug` keeps it always.
 import contextlib
 import errno
 import os
+import select
 import signal
 import sys
 import threading
@@ -59,13 +60,14 @@ def one_line(error: BaseException) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
-def _stdout_is_closed() -> bool:
+def _nobody_reads_stdout() -> bool:
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:  # point it elsewhere, or the interpreter complains once more at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+        number = sys.stdout.fileno()
+    except (OSError, ValueError):  # not a file: a notebook, a test
+        return False
+    poll = select.poll()
+    poll.register(number, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 @contextlib.contextmanager
@@ -84,7 +86,8 @@ def friendly(debug: bool = False) -> Iterator[None]:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and _stdout_is_closed():
+        if isinstance(error, BrokenPipeError) and _nobody_reads_stdout():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
             sys.exit(128 + signal.SIGPIPE)
         if not is_expected(error):
             raise
