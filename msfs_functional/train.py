@@ -292,14 +292,13 @@ def _per_shape(objective: Callable[..., Any], dynamic: bool | None) -> Callable[
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in tensors)
         if shapes in graphs:
             return graphs[shapes](params, batch, *rest)
+        symbolic = dynamic is True or (dynamic is None and len(graphs) > 0)
         if dynamic is False or not graphs:
-            fn = torch.compile(
-                _fresh(objective), fullgraph=True, dynamic=False if dynamic is False else None
-            )
+            fn = torch.compile(_fresh(objective), fullgraph=True)
         else:
             fn = next(iter(graphs.values()))
         graphs[shapes] = fn
-        if dynamic:
+        if symbolic:
             for leaf in tensors:
                 torch._dynamo.maybe_mark_dynamic(leaf, list(range(leaf.ndim)))
         with _config.patch(use_duck_shape=False):  # pyright: ignore[reportAttributeAccessIssue]
