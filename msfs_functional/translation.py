@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from msfs_functional import pictures
 from msfs_functional.attention import Implementation
@@ -27,6 +26,9 @@ from msfs_functional.decoding import (
 from msfs_functional.models.transformer import Cache, reorder_cache
 from msfs_functional.params import Functional, Params
 from msfs_functional.tokenizer import BOS, EOS, PAD, Tokenizer
+
+
+ROUNDING = 16  # source tokens
 
 
 class Translation(NamedTuple):
@@ -70,7 +72,7 @@ def translator(
         length_penalty: scores are divided by tokens ** length_penalty.
         max_length: longest source and target [tokens]. A longer sentence is cut into pieces, which
             are translated one by one.
-        extra_length: a target has at most this many tokens more than the longest source beside it.
+        extra_length: a target has at most this many tokens more than its source, rounded up to 16.
         batch: sentences decoded at once; like lengths are put together.
 
     Raises:
@@ -104,11 +106,11 @@ def translator(
         start_fn, step_fn, reorder_fn = start, partial(step, params), reorder_cache
 
     @torch.no_grad()
-    def search(ids_BS: list[list[int]]) -> list[list[Translation]]:
+    def search(ids_BS: list[list[int]], width: int) -> list[list[Translation]]:
         lengths = torch.tensor([len(ids) for ids in ids_BS], device=device)
-        rows = [torch.tensor(ids, device=device) for ids in ids_BS]
-        source = pad_sequence(rows, batch_first=True, padding_value=PAD)
-        steps = min(source.shape[1] + extra_length, max_length)
+        rows = [ids + [PAD] * (width - len(ids)) for ids in ids_BS]
+        source = torch.tensor(rows, device=device)
+        steps = min(width + extra_length, max_length)
         cache = start_fn(params, source, lengths, steps)
         ends = {"batch": len(rows), "max_length": steps, "bos": BOS, "eos": EOS, "pad": PAD}
         if beams == 1:
@@ -133,11 +135,15 @@ def translator(
     def translate(sentences: Sequence[str]) -> list[list[Translation]]:
         encoded = source_tokenizer.encode(list(sentences))
         pieces = [(i, ids) for i, e in enumerate(encoded) for ids in _pieces(e, max_length)]
-        order = sorted(range(len(pieces)), key=lambda i: len(pieces[i][1]))
+        # Widths are rounded up, so that shapes are few and a translation depends on no other.
+        width_of = [-(-len(ids) // ROUNDING) * ROUNDING for _, ids in pieces]
         translated: dict[int, list[Translation]] = {}
-        for first in range(0, len(order), batch):
-            chosen = order[first : first + batch]
-            translated.update(zip(chosen, search([pieces[i][1] for i in chosen]), strict=True))
+        for width in sorted(set(width_of)):
+            alike = [i for i in range(len(pieces)) if width_of[i] == width]
+            for first in range(0, len(alike), batch):
+                chosen = alike[first : first + batch]
+                found = search([pieces[i][1] for i in chosen], width)
+                translated.update(zip(chosen, found, strict=True))
         results = [[Translation("", 0.0)] * n_best for _ in sentences]
         for i, (sentence, _) in enumerate(pieces):
             results[sentence] = [

@@ -459,6 +459,7 @@ def train(config: Config) -> None:
         for count in range(first + 1, settings.steps + 1):
             batch = next(batches)
             state, values = step(state, batch)
+            values.pop("weight")
             tracker.log(count, values, tokens=batch["source"].numel() + batch["target"].numel())
             if count % settings.eval_every == 0 or count == settings.steps:
                 with tracker.paused():
@@ -473,7 +474,7 @@ def train(config: Config) -> None:
                     f"python recipes/translate.py --resume --out {config.out} --name {run.name}"
                 )
                 tracker.note(f"saved after step {count}; go on with: {resume}")
-                raise SystemExit(128 + stop.signal)
+                raise SystemExit(128 + (stop.received or 0))
         batches.close()
         report(config, splits, tracker.note)
         draw(config, splits, tracker)
@@ -539,7 +540,7 @@ def report(config: Config, splits: Splits, note: Callable[[str], None] = print) 
     rows = list(zip(sources, references, found, strict=True))
     right = [row for row in rows if row[1] == row[2]]
     wrong = [row for row in rows if row[1] != row[2]]
-    note(f"{len(right)} of {len(rows)} translations equal the reference; ten of both kinds:")
+    note(f"{len(right)} of {len(rows)} translations equal the reference; some of both kinds:")
     few = min(5, len(wrong))
     for source, reference, text in (right[: 10 - few] + wrong)[:10]:
         note(f"  {source}\n    {text}" + (f"\n    WRONG {reference}" if text != reference else ""))
@@ -629,6 +630,13 @@ def checked(config: Config) -> Config:
             each other.
     """
     configs.check_numbers(config, may_be_zero=MAY_BE_ZERO)
+    if config.decode.nbest > config.decode.beam:
+        raise ValueError(
+            f"--decode.nbest ({config.decode.nbest}) must not exceed --decode.beam "
+            f"({config.decode.beam}): use more beams"
+        )
+    if config.name and Path(config.name).name != config.name:
+        raise ValueError(f"--name ({config.name}) must be a plain name: put folders into --out")
     if config.resume and config.overwrite:
         raise ValueError("--resume goes on with a run, --overwrite deletes it: give one of them")
     name = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
