@@ -43,6 +43,12 @@ def corpus(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def without_pictures(monkeypatch):
+    """They take most of the time of a tiny run; `trained`, which is made before, has them."""
+    monkeypatch.setattr(translate, "draw", lambda *args: None)
+
+
 def recipe(*args: object) -> None:
     """`python recipes/translate.py ...` without the seconds that a process takes to start."""
     words = [str(arg) for arg in args]
@@ -168,7 +174,6 @@ def test_each_member_of_an_ensemble_equals_the_run_with_its_seed_alone(corpus, t
         # Attention does not depend on the bias of its keys: rounding noise is all it learns.
         for name in (n for n in alone if n.startswith("params/") and "k.bias" not in n):
             torch.testing.assert_close(both[name][member], alone[name], atol=1e-5, rtol=1e-5)
-    assert (tmp_path / "both" / "attention.png").exists()
 
 
 def test_evaluate_repeats_the_test_score_and_options_override_the_run(trained, capsys):
