@@ -141,7 +141,8 @@ class TokenBatches:
         length_multiple: S and T are multiples of it (8 suits GPUs).
         seed: of the order; independent of the model's.
         shuffle: False gives bucket after bucket, rows in their given order.
-        epochs: number of epochs after which iteration ends; None never ends.
+        epochs: number of epochs after which iteration ends, to start over with the next `for`;
+            None never ends.
         rank, world: this process and how many there are.
 
     Attributes:
@@ -254,11 +255,17 @@ class TokenBatches:
         self._open_epoch = self.epoch
 
     def __iter__(self) -> Iterator[Batch]:
+        if self._epochs is not None and self._position() >= (self._epochs, 0):
+            self.epoch = self.step = 0
         return self
 
-    def __next__(self) -> Batch:
+    def _position(self) -> tuple[int, int]:
         if self.step == self.steps_per_epoch:
-            self.epoch, self.step = self.epoch + 1, 0
+            return self.epoch + 1, 0
+        return self.epoch, self.step
+
+    def __next__(self) -> Batch:
+        self.epoch, self.step = self._position()
         if self._epochs is not None and self.epoch >= self._epochs:
             raise StopIteration
         if self._open_epoch != self.epoch:

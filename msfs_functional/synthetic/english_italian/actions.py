@@ -16,15 +16,17 @@ from msfs_functional.synthetic.english_italian.clauses import (
     motion,
     readable,
     timed,
-    transitive_verb,
     verb,
     with_object,
     words,
 )
-from msfs_functional.synthetic.english_italian.lexicon import lexicon
-from msfs_functional.synthetic.english_italian.phrases import (
+from msfs_functional.synthetic.english_italian.lexicon import lexicon, transitive_verb
+from msfs_functional.synthetic.english_italian.nouns import (
     OBJECT_PRONOUNS,
+    SUBJECT_PRONOUNS,
     Phrase,
+)
+from msfs_functional.synthetic.english_italian.phrases import (
     draw,
     name,
     pick,
@@ -129,8 +131,6 @@ def consecutive(rng: random.Random) -> Sentence:
     )
 
 
-_EXPERIENCERS = (("I", "mi", 0), ("you", "ti", 1), ("he", "gli", 2), ("she", "le", 2),
-                 ("we", "ci", 3))  # fmt: skip
 _LIKE = english.verb("like")
 _PIACERE = italian.verb("piacere", essere=True)
 
@@ -138,8 +138,8 @@ _PIACERE = italian.verb("piacere", essere=True)
 def liking(rng: random.Random) -> Sentence:
     """The girl likes these apples: Alla ragazza piacciono queste mele."""
     if rng.random() < 0.35:
-        i, mi, person = pick(rng, _EXPERIENCERS)
-        who = Phrase(i, "", "m", person=person)
+        i = int(rng.random() * 5)
+        who, mi = SUBJECT_PRONOUNS[i], OBJECT_PRONOUNS[i][3]
     else:
         who, mi = subject(rng, pronouns=0), ""
     tense = "past" if rng.random() < 0.25 else "present"

@@ -1,6 +1,6 @@
 """The corpus: sentences drawn from the patterns, and splits that test composition.
 
-Some 400 lemmas and 22 sentence patterns (`actions.py`, `descriptions.py`, `linked.py`) over
+Some 310 lemmas and 22 sentence patterns (`actions.py`, `descriptions.py`, `linked.py`) over
 clauses, noun phrases, word forms and a lexicon. Translating it takes what real Italian takes:
 gender and number that agree across the sentence, articles by sound, contractions, adjectives
 behind the noun, auxiliaries and participles, clitics, subjects left unsaid.
@@ -48,6 +48,7 @@ from msfs_functional.synthetic.english_italian.linked import (
     reporting,
     yes_no,
 )
+from msfs_functional.synthetic.english_italian.phrases import draw
 
 Pair = tuple[str, str]
 PATTERNS: dict[Callable[[random.Random], Sentence], float] = {
@@ -81,13 +82,11 @@ def sentences(seed: int = 0) -> Iterator[Sentence]:
     """Distinct sentences without end."""
     rng = random.Random(seed)
     seen: set[str] = set()
-    patterns, weights = list(PATTERNS), list(PATTERNS.values())
     while True:
-        for pattern in rng.choices(patterns, weights, k=1000):
-            sentence = pattern(rng)
-            if sentence.english not in seen and sentence.english.count(" ") < MOST_WORDS:
-                seen.add(sentence.english)
-                yield sentence
+        sentence = draw(rng, PATTERNS)(rng)
+        if sentence.english not in seen and sentence.english.count(" ") < MOST_WORDS:
+            seen.add(sentence.english)
+            yield sentence
 
 
 def english_italian(

@@ -15,12 +15,14 @@ from msfs_functional.synthetic.english_italian.lexicon import (
     Adjective,
     lexicon,
 )
-from msfs_functional.synthetic.english_italian.phrases import (
+from msfs_functional.synthetic.english_italian.nouns import (
     HE,
     NO_PAIRS,
     SHE,
     Pairs,
     Phrase,
+)
+from msfs_functional.synthetic.english_italian.phrases import (
     draw,
     name,
     noun_phrase,
@@ -118,8 +120,9 @@ _COMPARATIVES = {
     "strange": "stranger",
 }  # fmt: skip
 _ABSOLUTE = {"good", "broken", "red", "green", "yellow", "black", "white", "blue"}
-_THAN = (("me", "me"), ("you", "te"), ("him", "lui"), ("her", "lei"), ("us", "noi"),
-         ("them", "loro"))  # fmt: skip
+_THAN = (Phrase("me", "me", "m", person=0), Phrase("you", "te", "m", person=1),
+         Phrase("him", "lui", "m"), Phrase("her", "lei", "f"),
+         Phrase("us", "noi", "mp", person=3), Phrase("them", "loro", "mp", person=5))  # fmt: skip
 
 
 def comparison(rng: random.Random) -> Sentence:
@@ -131,12 +134,12 @@ def comparison(rng: random.Random) -> Sentence:
         entry, pairs = _quality(rng, who)
     chance = rng.random()
     if kinds == "P" and chance < 0.6:
-        other = Phrase(*pick(rng, _THAN), "m") if chance < 0.3 else name(rng)
+        other = pick(rng, _THAN) if chance < 0.3 else name(rng)
     else:
         determiner = draw(rng, {"the": 5, "possessive": 2, "demonstrative": 2})
         kind = who.noun.kind if who.noun else "P"
         other = thing(rng, kind, rate=0, determiner=determiner)
-    if other.english == who.english:
+    if other.english == who.english or other.person == who.person in (0, 1, 3):
         return comparison(rng)
     quality = entry.italian[who.form]
     match draw(rng, {"more": 6, "less": 2, "as": 2}):

@@ -32,6 +32,7 @@ def plural(noun: str, gender: str) -> str:
     return stem.removesuffix("i") + "i"
 
 
+@cache
 def adjective(base: str, masculine_plural: str = "") -> dict[str, str]:
     """The four forms: rosso rossa rossi rosse, verde verde verdi verdi, blu in all."""
     if base.endswith("o"):

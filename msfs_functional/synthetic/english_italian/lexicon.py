@@ -66,7 +66,7 @@ white bianco ACMVENOFGW, blue blu CMVENOFW, new nuovo TCMVENOFIUHG, broken rotto
 heavy pesante NOFICT, clean pulito CMVENOFGLX, dirty sporco CMVENOFGLX,
 expensive costoso BCMVNOFIDGH, old ^vecchio PAMVENOFITCGLXW, small ^piccolo ARNOFVMEGLXWDI,
 big ^grande ARNOFVMEGLXWDI, beautiful ^bello PACONFIUHGLXWTV, young ^giovane PA, good ^buono RDB,
-tall alto PWG, strange strano PATUHOCGL, happy felice PA, sad triste PAUHT, tired stanco PA,
+tall alto PW, strange strano PATUHOCGL, happy felice PA, sad triste PAUHT, tired stanco PA,
 rich ricco P, poor povero P, famous famoso PTUHG, intelligent intelligente PA, strong forte PA,
 elegant elegante PC, nervous nervoso PA, sweet dolce RDB, hot caldo DB, quiet tranquillo PAGLX,
 interesting interessante TUHGL, difficult difficile T, long lungo TXHC, fast veloce MVA
@@ -220,6 +220,18 @@ def _verb(cell: list[str]) -> Verb:
         essere="*" in marks,
     )
     return Verb(english.verb(base, *past, tail=tail), verb, kinds, "=" in marks)
+
+
+@cache
+def nouns_of(kinds: str) -> tuple[Noun, ...]:
+    """Every noun of some kinds."""
+    return tuple(noun for kind in kinds for noun in lexicon().nouns[kind])
+
+
+@cache
+def transitive_verb(lemma: str) -> Verb:
+    """The transitive verb with an English lemma."""
+    return next(verb for verb in lexicon().transitive if verb.lemma == lemma)
 
 
 @cache

@@ -23,11 +23,13 @@ from msfs_functional.synthetic.english_italian.clauses import (
 from msfs_functional.synthetic.english_italian.descriptions import being
 from msfs_functional.synthetic.english_italian.descriptions import state as state_of
 from msfs_functional.synthetic.english_italian.lexicon import Verb, lexicon
-from msfs_functional.synthetic.english_italian.phrases import (
+from msfs_functional.synthetic.english_italian.nouns import (
     HE,
     SHE,
     WHO,
     Phrase,
+)
+from msfs_functional.synthetic.english_italian.phrases import (
     draw,
     pick,
     short,
