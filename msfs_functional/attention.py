@@ -184,18 +184,10 @@ def attention(
         "alibi_slopes": alibi_slopes,
         "bias": bias,
     }
-    if implementation in ("flash", "cuda"):
+    if implementation == "flash":
         from msfs_kernels import flash_attention  # needs Triton on a GPU: only when asked for
 
-        return flash_attention(
-            q,
-            k,
-            v,
-            **options,
-            dropout=dropout,
-            dropout_key=dropout_key,
-            implementation=implementation,
-        )
+        return flash_attention(q, k, v, **options, dropout=dropout, dropout_key=dropout_key)
     if implementation not in get_args(Implementation):
         raise ValueError(
             f"implementation ({implementation!r}) must be one of {get_args(Implementation)}"

@@ -115,10 +115,7 @@ class _Bucket:
 
     rows: int
     batch_size: int
-    source: Tensor
-    source_lengths: Tensor
-    target: Tensor
-    target_lengths: Tensor
+    arrays: dict[str, np.ndarray]
 
 
 class TokenBatches:
@@ -144,7 +141,8 @@ class TokenBatches:
         length_multiple: S and T are multiples of it (8 suits GPUs).
         seed: of the order; independent of the model's.
         shuffle: False gives bucket after bucket, rows in their given order.
-        epochs: number of epochs after which iteration ends; None never ends.
+        epochs: number of epochs after which iteration ends, to start over with the next `for`;
+            None never ends.
         rank, world: this process and how many there are.
 
     Attributes:
@@ -210,10 +208,12 @@ class TokenBatches:
                 _Bucket(
                     rows=len(rows),
                     batch_size=size,
-                    source=torch.from_numpy(source.padded(keep[rows], s)),
-                    source_lengths=torch.from_numpy(lengths_of[:, 0].copy()),
-                    target=torch.from_numpy(target.padded(keep[rows], t + 1)),
-                    target_lengths=torch.from_numpy(lengths_of[:, 1].copy()),
+                    arrays={
+                        "source": source.padded(keep[rows], s),
+                        "source_lengths": lengths_of[:, 0],
+                        "target": target.padded(keep[rows], t + 1),
+                        "target_lengths": lengths_of[:, 1],
+                    },
                 )
             )
         self._steps = np.concatenate(
@@ -245,7 +245,7 @@ class TokenBatches:
             rows = np.full(-(-bucket.rows // size) * size, bucket.rows)  # the filling row
             rows[: bucket.rows] = self._order(i + 1, bucket.rows)
             # Rank r takes every world-th row: the filling spreads evenly over the ranks.
-            self._rows.append(torch.from_numpy(rows[self._rank :: self._world].copy()))
+            self._rows.append(rows[self._rank :: self._world])
         self._sequence = self._steps[self._order(0, self.steps_per_epoch)]
         earlier = np.zeros(len(self._buckets), np.int64)
         self._place = np.empty(self.steps_per_epoch, np.int64)  # which batch of its bucket
@@ -255,11 +255,17 @@ class TokenBatches:
         self._open_epoch = self.epoch
 
     def __iter__(self) -> Iterator[Batch]:
+        if self._epochs is not None and self._position() >= (self._epochs, 0):
+            self.epoch = self.step = 0
         return self
 
-    def __next__(self) -> Batch:
+    def _position(self) -> tuple[int, int]:
         if self.step == self.steps_per_epoch:
-            self.epoch, self.step = self.epoch + 1, 0
+            return self.epoch + 1, 0
+        return self.epoch, self.step
+
+    def __next__(self) -> Batch:
+        self.epoch, self.step = self._position()
         if self._epochs is not None and self.epoch >= self._epochs:
             raise StopIteration
         if self._open_epoch != self.epoch:
@@ -268,11 +274,10 @@ class TokenBatches:
         bucket, start = self._buckets[i], self._place[self.step] * self._buckets[i].batch_size
         rows = self._rows[i][start : start + bucket.batch_size]
         self.step += 1
+        # NumPy gathers on this thread alone: it never waits for cores that the step uses.
         return {
-            "source": bucket.source[rows].long(),
-            "source_lengths": bucket.source_lengths[rows],
-            "target": bucket.target[rows].long(),
-            "target_lengths": bucket.target_lengths[rows],
+            name: torch.from_numpy(array[rows].astype(np.int64))
+            for name, array in bucket.arrays.items()
         }
 
     def state(self) -> dict[str, int]:

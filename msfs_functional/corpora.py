@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
+import datasets.exceptions
+import datasets.table
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
@@ -338,7 +340,8 @@ def load_pairs(
         sides = _choose(["en", "it"], source, target, f"dataset {EMBEDDED!r}")
         columns = [("en", "it").index(side) for side in sides]
         parts = [_Pairs(*([pair[c] for pair in part] for c in columns)) for part in corpus]
-        return Splits(*(part.dataset() for part in parts))
+        train_set, valid_set, test_set = (part.dataset() for part in parts)
+        return Splits(train_set, valid_set, test_set)
 
     local = _paths(dataset) is not None
 
@@ -361,8 +364,7 @@ def load_pairs(
     held = _hold_out(parts["train"], list(missing.values()), seed)
     before = len(parts["train"])
     parts.update(zip([*missing, "train"], held, strict=True))
-    dropped_held = before - sum(map(len, held))
-    return Splits(
-        *(parts[name].dataset() for name in ("train", "valid", "test")),
-        dropped={"empty": dropped, "other translations of held-out sentences": dropped_held},
-    )
+    other = before - sum(map(len, held))
+    train_set, valid_set, test_set = (parts[name].dataset() for name in ("train", "valid", "test"))
+    dropped = {"empty": dropped, "other translations of held-out sentences": other}
+    return Splits(train_set, valid_set, test_set, dropped)

@@ -10,6 +10,7 @@ import hashlib
 from pathlib import Path
 
 import datasets
+import datasets.config
 import numpy as np
 
 from msfs_functional.batches import Prefetch, Ragged, TokenBatches

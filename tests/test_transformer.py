@@ -120,9 +120,11 @@ def marian(**options) -> MarianMTModel:
     }
     model = MarianMTModel(MarianConfig(**{**defaults, **options})).eval()
     for name, parameter in model.named_parameters():
-        if "embed_positions" not in name:
-            nn.init.normal_(parameter, std=0.3)
-    nn.init.normal_(model.final_logits_bias)
+        if "norm.weight" in name:
+            nn.init.normal_(parameter, 1.0, 0.2)
+        elif "embed_positions" not in name:
+            nn.init.normal_(parameter, std=0.1 if "bias" in name else 0.4)
+    nn.init.normal_(model.final_logits_bias, std=0.1)
     return model
 
 

@@ -422,6 +422,25 @@ def transformer(config: TransformerConfig) -> Functional:
     return functional(lambda: Transformer(config), initializers, strict=False)
 
 
+def decode_step(
+    model: Functional, *, implementation: Implementation = "flash"
+) -> Callable[[Params, Tensor, Cache, Tensor], tuple[Tensor, Cache]]:
+    """`decode` in the form of module `decoding`: (params, tokens (N,), cache, position) -> ...
+
+    functools.partial(decode_step(model), params) is the step_fn of one model,
+    decoding.ensemble_step(decode_step(model), stacked_params) that of an ensemble.
+    """
+
+    def step(params: Params, tokens: Tensor, cache: Cache, position: Tensor):
+        arguments = (tokens[:, None], cache, position)
+        logits, cache = model.apply(
+            params, *arguments, method="decode", implementation=implementation
+        )
+        return logits[:, -1], cache
+
+    return step
+
+
 def output_weight(params: Params) -> Float[Tensor, "V D"]:
     """The matrix of the output projection, wherever it is tied to."""
     names = ("output.weight", "target_embedding.weight", "embedding.weight")
