@@ -80,7 +80,7 @@ class Data:
     """source sentences to cut off for the test: a count, or a fraction below 1"""
     max_length: int = 128
     """longest sentence [tokens]; longer pairs are dropped and counted"""
-    batch: int = 4096
+    batch: int = 2048
     """padded source and target tokens of one step [tokens]"""
     buckets: int = 6
     """most shapes that a batch can have"""
@@ -132,7 +132,7 @@ class Optimizer:
     """learning rate over the steps"""
     learning_rate: float = 3e-3
     """peak, reached after the warm-up"""
-    warmup: int = 200
+    warmup: int = 100
     """steps in which the learning rate rises from 0 [steps]"""
     weight_decay: float = 0.0
     """decoupled, on matrices only [1/update, times the learning rate]"""
@@ -150,7 +150,7 @@ class Optimizer:
 class Train:
     """Length and mechanics of training."""
 
-    steps: int = 1500
+    steps: int = 1000
     """optimizer steps"""
     accumulation: int = 1
     """microbatches of one step"""
@@ -160,7 +160,7 @@ class Train:
     """decay of the average of the parameters that evaluation uses [1/step]; 0: no average"""
     log_every: int = 50
     """[steps]"""
-    eval_every: int = 500
+    eval_every: int = 250
     """validation loss and a checkpoint [steps]"""
     keep: int = 3
     """checkpoints to keep besides the best"""
@@ -227,7 +227,7 @@ class Config:
     """show tracebacks"""
     data: Data = field(default_factory=Data)
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
-    model: Model = field(default_factory=Model)
+    model: Model = field(default_factory=lambda: Model(depth=2, hidden=512, dropout=0.0))
     optimizer: Optimizer = field(default_factory=Optimizer)
     train: Train = field(default_factory=Train)
     decode: Decode = field(default_factory=Decode)
