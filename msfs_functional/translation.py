@@ -167,10 +167,12 @@ def attention_figure(
 ) -> Figure:
     """How each token of a translation looks at the source, in every head of one decoder layer.
 
-    Row i shows the step that writes token i; the last one writes <eos>.
+    Row i shows the step that writes token i; the last one writes <eos>. What exceeds the model's
+    max_length is left out.
     """
-    source_ids = source_tokenizer.encode([source], eos=True)[0]
-    target_ids = target_tokenizer.encode([target], bos=True, eos=True)[0]
+    limit = model.skeleton.config.max_length
+    source_ids = source_tokenizer.encode([source], eos=True)[0][:limit]
+    target_ids = target_tokenizer.encode([target], bos=True, eos=True)[0][: limit + 1]
     device = next(iter(params.values())).device
     inputs = [torch.tensor([ids], device=device) for ids in (source_ids, target_ids[:-1])]
     with torch.no_grad():

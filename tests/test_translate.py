@@ -220,7 +220,7 @@ def test_translate_cuts_sentences_beyond_the_maximum_into_pieces(trained, monkey
 def test_average_of_checkpoints_is_the_mean_of_their_parameters(trained):
     saved = config.load(translate.Config, trained / config.FILE)
     saved = dataclasses.replace(
-        translate.checked(dataclasses.replace(saved, resume=True)),
+        translate.checked(saved),
         out=trained.parent,
         name="whole",
         decode=translate.Decode(average=2),
