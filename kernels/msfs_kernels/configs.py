@@ -59,6 +59,8 @@ def default(kernel: str, dtype: torch.dtype, head_dim: int) -> Config:
     """Fits every chip from sm_80 on: at most 96 KB of shared memory and no register spills to speak of."""
     if dtype == torch.float32:
         return Config(32, 32, 4, 1)
+    if kernel == "decode":
+        return Config(16, 64, 4, 3 if head_dim <= 128 else 2)
     if kernel == "forward":
         return Config(64, 64 if head_dim <= 128 else 32, 4, 2)
     return Config(64 if head_dim <= 128 else 32, 64 if head_dim <= 64 else 32, 4, 2)

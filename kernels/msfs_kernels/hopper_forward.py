@@ -19,6 +19,10 @@ from msfs_kernels.options import Options
 from msfs_kernels.triton_common import LOG2E, Launch
 from msfs_kernels.triton_forward import heads_in_cache
 
+# Triton renamed both after 3.6.
+load_tma = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+store_tma = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
 
 @gluon.jit
 def schedule(tile, blocks, heads, wave):
@@ -78,9 +82,7 @@ def producer(
         for c in gl.static_range(CONSUMERS):
             mbarrier.wait(q_free.index(c), (turn & 1) ^ 1)
             mbarrier.expect(q_full.index(c), BM * D * 2)
-            tma.async_copy_global_to_shared(
-                q, [batch, head, row + c * BM, 0], q_full.index(c), q_s.index(c)
-            )
+            load_tma(q, [batch, head, row + c * BM, 0], q_full.index(c), q_s.index(c))
         n, _ = key_blocks(row, T, S, CAUSAL, BM * CONSUMERS, BN)
         for step in range(n):
             j = (n - 1 - step) * BN
@@ -88,14 +90,10 @@ def producer(
             phase = (count // STAGES) & 1
             mbarrier.wait(k_free.index(stage), phase ^ 1)
             mbarrier.expect(k_full.index(stage), BN * D * 2)
-            tma.async_copy_global_to_shared(
-                k, [batch, head // GROUP, j, 0], k_full.index(stage), k_s.index(stage)
-            )
+            load_tma(k, [batch, head // GROUP, j, 0], k_full.index(stage), k_s.index(stage))
             mbarrier.wait(v_free.index(stage), phase ^ 1)
             mbarrier.expect(v_full.index(stage), BN * D * 2)
-            tma.async_copy_global_to_shared(
-                v, [batch, head // GROUP, j, 0], v_full.index(stage), v_s.index(stage)
-            )
+            load_tma(v, [batch, head // GROUP, j, 0], v_full.index(stage), v_s.index(stage))
             count += 1
         turn += 1
 
@@ -355,7 +353,7 @@ def consumer(
         o_t = o_s.index(C)
         o_t.reshape([BM, D]).store(out.to(o_s.dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(o, [batch, head, row, 0], o_t)
+        store_tma(o, [batch, head, row, 0], o_t)
         turn += 1
     tma.store_wait(0)
 

@@ -175,9 +175,10 @@ def key_kernel(
         low, full_low, full_high, high = query_range(
             column, facts, masks, batch, T, S, CAUSAL, BM, BN
         )
-        if (
-            FUSED and not EVEN
-        ):  # a key beyond the length has some probability; its share must not reach dq
+        if masks.q_segments is not None or masks.mask is not None:
+            full_high = low  # one masked loop over all
+        elif FUSED and not EVEN:
+            # A key beyond the length has some probability; its share must not reach dq.
             full_low = tl.where(column + BN > length, high, full_low)
             full_high = tl.maximum(full_high, full_low)
         if not EVEN and masks.q_segments is None and masks.mask is None:
@@ -195,7 +196,7 @@ def key_kernel(
         if masks.window is not None or masks.q_segments is not None or masks.mask is not None:
             dk_sum, dv_sum = key_blocks(
                 dk_sum, dv_sum, keys, values, q, do, lse, delta, dq, q_strides, do_strides, column,
-                tl.maximum(full_high, full_low), high, batch, head, flat_head, H, T, S, facts, masks, scale, scale_log2,
+                full_high, high, batch, head, flat_head, H, T, S, facts, masks, scale, scale_log2,
                 K, V, BM, BN, KP, VP, CAUSAL, True, FUSED, TMA, BULK, PRECISION,
             )  # fmt: skip
     if masks.key_lengths is not None:

@@ -49,12 +49,14 @@ from msfs_kernels.triton_common import (
 
 @triton.jit
 def forward_blocks(
-    out, top, total, q, k, v, k_strides, v_strides, row, low, high, batch, head, kv_head, H, T, S, facts, masks, scale_log2,
-    K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
+    out, top, total, q, k, v, k_strides, v_strides, i, low, high, batch, head, kv_head, T, S, facts,
+    masks, scale_log2, K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, SIMPLE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Algorithm 1, lines 6 to 10, over the key blocks of [low, high)."""
-    i = (row + tl.arange(0, BM))[:, None]
+    """Algorithm 1, lines 6 to 10, over the key blocks of [low, high); i (BM, 1) numbers the queries.
+
+    head is a number, or (BM, 1) where the rows of the tile are queries of several heads (decoding).
+    """
     for start in range(low, high, BN):
         start = tl.multiple_of(start, BN)
         j = (start + tl.arange(0, BN))[None, :]
@@ -111,25 +113,26 @@ def forward_kernel(
     low, full_low, full_high, high = key_range(row, facts, masks, batch, T, S, CAUSAL, BM, BN)
 
     queries = load_tile(q, q_strides, batch, head, row, T, BM, KP, K, True, TMA)
+    i = (row + tl.arange(0, BM))[:, None]
     out = tl.zeros([BM, VP], tl.float32)
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     if masks.window is not None and masks.q_segments is None and masks.mask is None:
         out, top, total = forward_blocks(
-            out, top, total, queries, k, v, k_strides, v_strides, row, low, tl.minimum(full_low, high),
-            batch, head, kv_head, H, T, S, facts, masks, scale_log2, K, V, BM, BN, KP, VP,
+            out, top, total, queries, k, v, k_strides, v_strides, i, low, tl.minimum(full_low, high),
+            batch, head, kv_head, T, S, facts, masks, scale_log2, K, V, BM, BN, KP, VP,
             CAUSAL, True, SIMPLE, TMA, PRECISION,
         )  # fmt: skip
     if masks.q_segments is None and masks.mask is None:
         out, top, total = forward_blocks(
-            out, top, total, queries, k, v, k_strides, v_strides, row, full_low, full_high,
-            batch, head, kv_head, H, T, S, facts, masks, scale_log2, K, V, BM, BN, KP, VP,
+            out, top, total, queries, k, v, k_strides, v_strides, i, full_low, full_high,
+            batch, head, kv_head, T, S, facts, masks, scale_log2, K, V, BM, BN, KP, VP,
             CAUSAL, False, SIMPLE, TMA, PRECISION,
         )  # fmt: skip
     if not EVEN:
         out, top, total = forward_blocks(
-            out, top, total, queries, k, v, k_strides, v_strides, row, full_high, high,
-            batch, head, kv_head, H, T, S, facts, masks, scale_log2, K, V, BM, BN, KP, VP,
+            out, top, total, queries, k, v, k_strides, v_strides, i, full_high, high,
+            batch, head, kv_head, T, S, facts, masks, scale_log2, K, V, BM, BN, KP, VP,
             CAUSAL, True, SIMPLE, TMA, PRECISION,
         )  # fmt: skip
 
@@ -140,9 +143,9 @@ def forward_kernel(
     else:
         out = out * (1.0 / total)[:, None]
     store_tile(o, o_strides, out, batch, head, row, T, BM, VP, V)
-    i = row + tl.arange(0, BM)
+    rows = row + tl.arange(0, BM)
     log_sum = tl.where(seen, (top + tl.log2(total)) * LN2, float("-inf"))
-    tl.store(lse + tl.cast(flat_head, tl.int64) * T + i, log_sum, mask=i < T)
+    tl.store(lse + tl.cast(flat_head, tl.int64) * T + rows, log_sum, mask=rows < T)
 
 
 def is_even(masks: Masks, causal: bool, keys: int, block: int) -> bool:
