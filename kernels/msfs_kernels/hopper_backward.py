@@ -1,4 +1,12 @@
-"""The backward for Hopper in Gluon: two warpgroups of 64 keys each, a producer warp, gradients of queries by atomics."""
+"""The backward for Hopper in Gluon: two warpgroups of 64 keys each, a producer warp, gradients of
+queries by atomics.
+"""
+
+# Device functions are Python to pyright: tiles, constants and pointers have no types of theirs.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalOperand=false
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+# pyright: reportAssignmentType=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
 
 import torch
 import triton
@@ -48,7 +56,7 @@ def prepare_kernel(
     D: gl.constexpr,
     ROWS: gl.constexpr,
 ):
-    """delta = rowsum(do * o) - dlse and lse in log2 units, both padded; lse is +inf where there is no key or no query."""
+    """delta = rowsum(do * o) - dlse and lse in log2 units, padded; lse +inf without a key."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     rows: gl.constexpr = gl.SliceLayout(1, layout)
     blocks = padded_T // ROWS
@@ -79,7 +87,9 @@ def prepare_kernel(
 
 @gluon.jit
 def query_range(column, T, S, CAUSAL: gl.constexpr, BM: gl.constexpr):
-    """(first, first unmasked, end) query for the keys column .. column + KEYS - 1, the first two multiples of BM."""
+    """(first, first unmasked, end) query for the keys column .. column + KEYS - 1, the first two
+    multiples of BM.
+    """
     low = 0
     full = 0
     if CAUSAL:
@@ -147,14 +157,16 @@ def producer(
 
 @gluon.jit
 def add_to_memory(pointer, value, BM: gl.constexpr, HALF: gl.constexpr, LAYOUT: gl.constexpr):
-    """Adds a (64, HALF) accumulator to float32 memory, 16 bytes a thread, in the order in which threads hold it.
+    """Adds a (64, HALF) accumulator to float32 memory, 16 bytes a thread, in the order in which
+    threads hold it.
 
-    Of four consecutive registers two are in one row and two eight rows below; address g * 512 + thread * 4 gets the
-    g-th four of a thread. `finish_kernel` reads the same order back.
+    Of four consecutive registers two are in one row and two eight rows below; address g * 512 +
+    thread * 4 gets the g-th four of a thread. `finish_kernel` reads the same order back.
     """
     offsets = accumulator_offsets(BM, HALF, LAYOUT)
     gl.inline_asm_elementwise(
-        "red.global.add.v4.f32 [$4], {$8, $9, $10, $11}; mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u32 $3, 0;",
+        "red.global.add.v4.f32 [$4], {$8, $9, $10, $11};"
+        "mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u32 $3, 0;",
         "=r,=r,=r,=r,l,l,l,l,f,f,f,f",
         [(pointer + offsets).to(gl.int64), value],
         dtype=gl.int32,
@@ -400,7 +412,6 @@ def backward_hopper(
     STAGES: gl.constexpr,
 ):
     BM: gl.constexpr = q.block_type.shape[2]
-    D: gl.constexpr = q.block_type.shape[3]
     dtype: gl.constexpr = q.dtype
     blocks = (S + KEYS - 1) // KEYS
     group = gl.program_id(0) // (wave * blocks)
@@ -414,13 +425,15 @@ def backward_hopper(
 
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     k_s = gl.allocate_shared_memory(dtype, k.block_type.shape, k.layout)
-    v_s = gl.allocate_shared_memory(dtype, [2] + v.block_type.shape, v.layout)
-    q_s = gl.allocate_shared_memory(dtype, [STAGES] + q.block_type.shape, q.layout)
-    do_s = gl.allocate_shared_memory(dtype, [STAGES] + do.block_type.shape, do.layout)
+    v_s = gl.allocate_shared_memory(dtype, [2] + v.block_type.shape, v.layout)  # noqa: RUF005
+    q_s = gl.allocate_shared_memory(dtype, [STAGES] + q.block_type.shape, q.layout)  # noqa: RUF005
+    do_s = gl.allocate_shared_memory(dtype, [STAGES] + do.block_type.shape, do.layout)  # noqa: RUF005
     lse_s = gl.allocate_shared_memory(
-        gl.float32, [STAGES] + log_sums.block_type.shape, log_sums.layout
+        gl.float32,
+        [STAGES] + log_sums.block_type.shape,  # noqa: RUF005
+        log_sums.layout,
     )
-    delta_s = gl.allocate_shared_memory(gl.float32, [STAGES] + delta.block_type.shape, delta.layout)
+    delta_s = gl.allocate_shared_memory(gl.float32, [STAGES] + delta.block_type.shape, delta.layout)  # noqa: RUF005
     ds_s = gl.allocate_shared_memory(
         dtype, [2, KEYS, BM], gl.NVMMASharedLayout.get_default_for([KEYS, BM], dtype)
     )

@@ -1,5 +1,11 @@
 """The forward for Hopper in Gluon: warp-specialised, with softmax under the matrix units' work."""
 
+# Device functions are Python to pyright: tiles, constants and pointers have no types of theirs.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalOperand=false
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+# pyright: reportAssignmentType=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
+
 import torch
 import triton
 from torch import Tensor
@@ -187,7 +193,8 @@ def scores_step(
     )
     if FENCE:
         gl.inline_asm_elementwise(
-            "{ .reg .pred q; .reg .b32 a; mov.b32 a, 0; setp.lt.f32 q, $1, 0f00000000; @q st.shared.f32 [a], $1; mov.b32 $0, $1; }",
+            "{ .reg .pred q; .reg .b32 a; mov.b32 a, 0; setp.lt.f32 q, $1, 0f00000000;"
+            "@q st.shared.f32 [a], $1; mov.b32 $0, $1; }",
             "=f,f",
             [total],
             dtype=gl.float32,
@@ -382,10 +389,10 @@ def forward_hopper(
 ):
     BM: gl.constexpr = q.block_type.shape[2]
     dtype: gl.constexpr = q.dtype
-    q_s = gl.allocate_shared_memory(dtype, [CONSUMERS] + q.block_type.shape, q.layout)
-    o_s = gl.allocate_shared_memory(dtype, [CONSUMERS] + o.block_type.shape, o.layout)
-    k_s = gl.allocate_shared_memory(dtype, [STAGES] + k.block_type.shape, k.layout)
-    v_s = gl.allocate_shared_memory(dtype, [STAGES] + v.block_type.shape, v.layout)
+    q_s = gl.allocate_shared_memory(dtype, [CONSUMERS] + q.block_type.shape, q.layout)  # noqa: RUF005
+    o_s = gl.allocate_shared_memory(dtype, [CONSUMERS] + o.block_type.shape, o.layout)  # noqa: RUF005
+    k_s = gl.allocate_shared_memory(dtype, [STAGES] + k.block_type.shape, k.layout)  # noqa: RUF005
+    v_s = gl.allocate_shared_memory(dtype, [STAGES] + v.block_type.shape, v.layout)  # noqa: RUF005
     q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
     q_free = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())

@@ -1,4 +1,6 @@
-"""The Triton backend of the op: what `cpu.py` offers for CPU tensors, for CUDA tensors of 16 and 32 bits."""
+"""The Triton backend of the op: what `cpu.py` offers for CPU tensors, for CUDA tensors of 16 and 32
+bits.
+"""
 
 from torch import Tensor
 
@@ -11,7 +13,9 @@ __all__ = ["backward", "forward", "tangent"]
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """o (B, H, T, V) and lse (B, H, T): one kernel, or slices of the keys and a merge when decoding."""
+    """o (B, H, T, V) and lse (B, H, T): one kernel, or slices of the keys and a merge when
+    decoding.
+    """
     if q.numel() and k.numel() and triton_decode.suits(q, k):
         return triton_decode.decode(q, k, v, options)
     return triton_forward.forward(q, k, v, options)

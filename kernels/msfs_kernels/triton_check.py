@@ -1,8 +1,10 @@
-"""Randomised comparison of the Triton kernels with the textbook formula in float64, on a GPU or in Triton's interpreter.
+"""Randomised comparison of the Triton kernels with the textbook formula in float64, on a GPU or in
+Triton's interpreter.
 
-`random_case(seed)` draws shapes, strides, dtype and any combination of masks; `failures(case)` runs forward, backward and
-tangent and says what disagrees. The yardstick is the same formula in the inputs' dtype by plain PyTorch operations: ours
-may reach twice its error, plus two roundings of the largest value.
+`random_case(seed)` draws shapes, strides, dtype and any combination of masks; `failures(case)` runs
+forward, backward and tangent and says what disagrees. The yardstick is the same formula in the
+inputs' dtype by plain PyTorch operations: ours may reach twice its error, plus two roundings of the
+largest value.
 """
 
 import random
@@ -63,7 +65,7 @@ def kept(q: Tensor, k: Tensor, options: Options) -> Tensor:
 def textbook(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor]:
-    """softmax(cap(scale q k^T) - alibi + bias) v with the mask drawn out, in q's dtype; (o, lse)."""
+    """softmax(cap(scale q k^T) - alibi + bias) v, the mask drawn out, in q's dtype; (o, lse)."""
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     T, S = q.shape[2], k.shape[2]
@@ -192,7 +194,7 @@ def by_formula(
     out |= {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
     moves = tuple(tangents[name].to(dtype) for name in leaves)
     fixed = tuple(x.detach() for x in leaves.values())
-    _, (to, tlse) = torch.func.jvp(formula, fixed, moves)
+    to, tlse = torch.func.jvp(formula, fixed, moves)[1]
     return out | {"to": to, "tlse": tlse}
 
 
@@ -214,7 +216,9 @@ def by_kernels(
 
 
 def failures(case: Case, seed: int = 0) -> list[str]:
-    """One line for each output that is further from float64 than twice the plain formula's own error."""
+    """One line for each output that is further from float64 than twice the plain formula's own
+    error.
+    """
     q, k, v, options = case.q, case.k, case.v, case.options
     generator = torch.Generator().manual_seed(seed)
 

@@ -1,14 +1,21 @@
-"""Decoding: a few queries against many keys, split over the keys so that the whole chip takes part (split-KV).
+"""Decoding: a few queries against many keys, split over the keys so that the whole chip takes part
+(split-KV).
 
-With one query a head the forward kernel would start one program a head, each walking alone through the whole cache.
-Here a program takes all queries of all heads that share one kv head, as rows of one tile (so that keys and values are
-read once for the group), and one slice of the keys. Each slice gives a normalised partial output and its log-sum-exp;
-the merge weights them by their share of the whole sum:
+With one query a head the forward kernel would start one program a head, each walking alone through
+the whole cache. Here a program takes all queries of all heads that share one kv head, as rows of
+one tile (so that keys and values are read once for the group), and one slice of the keys. Each
+slice gives a normalised partial output and its log-sum-exp; the merge weights them by their share
+of the whole sum:
 
     lse = log sum_c e^{lse_c}        o = sum_c e^{lse_c - lse} o_c
 
 Source: Dao et al. 2023, Flash-Decoding.
 """
+
+# Device functions are Python to pyright: tiles, constants and pointers have no types of theirs.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalOperand=false
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+# pyright: reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
 
 import torch
 import triton
@@ -196,7 +203,9 @@ def plan_merge(parts: Tensor, part_lse: Tensor, o: Tensor, lse: Tensor, _: Optio
 
 
 def decode(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """The forward for T of 1 to 16: o in q's dtype and lse float32, as `triton_forward.forward` gives them."""
+    """The forward for T of 1 to 16: o in q's dtype and lse float32, as `triton_forward.forward`
+    gives them.
+    """
     (B, H, T, _), V = q.shape, v.shape[-1]
     o = empty_tokens_first(q, B, H, T, V)
     lse = q.new_empty((B, H, T), dtype=torch.float32)

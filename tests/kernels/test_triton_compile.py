@@ -5,8 +5,15 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from msfs_kernels import configs, hopper_backward, hopper_forward  # noqa: E402
-from msfs_kernels import triton_backward, triton_decode, triton_forward, triton_tangent  # noqa: E402
+from msfs_kernels import (  # noqa: E402  # noqa: E402
+    configs,
+    hopper_backward,
+    hopper_forward,
+    triton_backward,
+    triton_decode,
+    triton_forward,
+    triton_tangent,
+)
 from msfs_kernels.configs import Config  # noqa: E402
 from msfs_kernels.options import Options  # noqa: E402
 from msfs_kernels.triton_common import Launch, padded  # noqa: E402
