@@ -41,6 +41,12 @@ _BE = {
     "was": (english.WAS, "", _ESSERE.imperfect, _AVERE.imperfect),
     "future": (("will",) * 6, "be", _ESSERE.future, _AVERE.future),
 }
+# Nothing is two things of a group at once, nor one of them twice.
+_EXCLUSIVE = (
+    {"small", "big"}, {"old", "new", "young"}, {"happy", "sad"}, {"rich", "poor"},
+    {"clean", "dirty"}, {"red", "green", "yellow", "black", "white", "blue"},
+    *({entry.english} for entries in lexicon().adjectives.values() for entry in entries),
+)  # fmt: skip
 _DEGREES = {"": "", "very": "molto", "too": "troppo"}
 
 
@@ -101,7 +107,7 @@ def copula(rng: random.Random) -> Sentence:
         return end(said, italian.join(who.direct, no, essere, ADVERBS[adverb], qualità), pairs)
     if chance < 0.55:
         second, more = _quality(rng, who)
-        if second != entry:
+        if not any({entry.english, second.english} <= group for group in _EXCLUSIVE):
             conjunction, congiunzione = pick(rng, (("and", "e"), ("but", "ma")))
             altra = second.italian[who.form]
             quality = words(entry.english, conjunction, second.english)
