@@ -1,1 +1,5 @@
-"""The attention op of msfs_functional: registration, CPU kernel, Triton kernels."""
+"""Exact attention as one registered op: every transform of torch.func right, eager and compiled, CPU and CUDA."""
+
+from .attention import flash_attention
+
+__all__ = ["flash_attention"]

@@ -1,0 +1,64 @@
+"""Tile sizes by chip, kernel, dtype, head dim and mask: a small measured table with safe defaults for unknown chips.
+
+`python recipes/bench_attention.py --tune` measures candidates on the machine at hand and rewrites configs.json.
+Nothing is tuned at a first call.
+"""
+
+import functools
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+TABLE = Path(__file__).with_name("configs.json")
+
+
+class Config(NamedTuple):
+    """Query and key tile, warps a program, pipeline stages, whether tiles come through the copy engine."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+    tma: bool = False
+
+
+def key(
+    kernel: str, chip: str, dtype: torch.dtype, head_dim: int, causal: bool, length: int
+) -> str:
+    width = "32" if dtype == torch.float32 else "16"
+    size = "short" if length <= 2048 else "long"
+    return f"{chip}/{kernel}/{width}bit/{head_dim}/{'causal' if causal else 'full'}/{size}"
+
+
+@functools.cache
+def table() -> dict[str, Config]:
+    if not TABLE.exists():
+        return {}
+    return {name: Config(*values) for name, values in json.loads(TABLE.read_text()).items()}
+
+
+@functools.cache
+def chip() -> str:
+    """Name of the device's generation as the table knows it, "any" without a GPU."""
+    if not torch.cuda.is_available():
+        return "any"
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_{major}{minor}"
+
+
+@functools.cache
+def choose(kernel: str, dtype: torch.dtype, head_dim: int, causal: bool, length: int) -> Config:
+    """The configuration for a launch; head_dim is the padded one (a power of two)."""
+    found = table().get(key(kernel, chip(), dtype, head_dim, causal, length))
+    return found or default(kernel, dtype, head_dim)
+
+
+def default(kernel: str, dtype: torch.dtype, head_dim: int) -> Config:
+    """Fits every chip from sm_80 on: at most 96 KB of shared memory and no register spills to speak of."""
+    if dtype == torch.float32:
+        return Config(32, 32, 4, 1)
+    if kernel == "forward":
+        return Config(64, 64 if head_dim <= 128 else 32, 4, 2)
+    return Config(64 if head_dim <= 128 else 32, 64 if head_dim <= 64 else 32, 4, 2)

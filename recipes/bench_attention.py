@@ -1,0 +1,566 @@
+"""Attention measured: our kernels and every peer that is installed, in one run on one GPU.
+
+    python recipes/bench_attention.py                     # the grid of head dims, lengths and masks, forward and backward
+    python recipes/bench_attention.py --check             # ours against float64 over random shapes and options (< 60 s)
+    python recipes/bench_attention.py --tangent           # torch.func.jvp against our forward and jvp_flash_attention
+    python recipes/bench_attention.py --tune              # measures tile sizes and rewrites kernels/msfs_kernels/configs.json
+    python recipes/bench_attention.py --head-dims 128 --lengths 4096 --peers ours cudnn    # any part of the grid
+
+Work: bf16, 16,384 tokens of width 2048, so heads = 2048 / head dim and batch = 16,384 / length. A forward counts
+4 B H T^2 K floating-point operations, a backward 10 B H T^2 K, half of either under a causal mask. Times are medians over
+CUDA events; errors are the largest difference from the formula in float64 on one head; memory is the peak of one forward and
+backward above the inputs, in MiB. A table goes to the terminal and, with a plot, to --out.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
+
+from msfs_kernels import configs, triton_backward, triton_forward, triton_tangent
+from msfs_kernels.configs import Config
+from msfs_kernels.options import Options
+from msfs_kernels.triton_common import Launch
+
+WIDTH, TOKENS = 2048, 16_384
+Attention = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
+
+
+def ours(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    from msfs_kernels import flash_attention
+
+    return flash_attention(q, k, v, is_causal=causal)
+
+
+def sdpa(backend: str) -> Attention:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+    return attention
+
+
+def flex() -> Attention:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    torch._functorch.config.donated_buffer = False  # the backward is timed by running it repeatedly
+    torch._dynamo.config.recompile_limit = 64
+    compiled = torch.compile(flex_attention, dynamic=False)
+    masks = {}
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+        if not causal:
+            return compiled(q, k, v)
+        length = q.shape[2]
+        if length not in masks:
+            masks[length] = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length)
+        return compiled(q, k, v, block_mask=masks[length])
+
+    return attention
+
+
+def flash_attention_4() -> Attention:
+    from flash_attn.cute import flash_attn_func
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+        out = flash_attn_func(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=causal
+        )
+        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+    return attention
+
+
+def jvp_flash() -> Attention:
+    from jvp_flash_attention.jvp_attention import JVPAttn
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+        return JVPAttn.fwd_dual(q, k, v, causal=causal)
+
+    return attention
+
+
+def hopper(
+    fence: int, config: dict[int, Config], programs: int = 132, stages: int = 2
+) -> Attention:
+    from msfs_kernels import hopper_backward, hopper_forward
+    from msfs_kernels.options import empty_tokens_first
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v, causal):
+            o = empty_tokens_first(q, *q.shape)
+            lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+            options = Options(causal=causal, scale=q.shape[-1] ** -0.5)
+            c = config[q.shape[-1]]
+            hopper_forward.plan_forward(q, k, v, o, lse, options, c, fence, programs).run()
+            ctx.save_for_backward(q, k, v, o, lse)
+            ctx.options = options
+            return o
+
+        @staticmethod
+        def backward(ctx, do):
+            q, k, v, o, lse = ctx.saved_tensors
+            grads = hopper_backward.backward(do, q, k, v, o, lse, ctx.options, stages)
+            return *grads, None
+
+    return Function.apply
+
+
+TWO = {64: Config(128, 128, 8, 3), 128: Config(128, 128, 8, 2)}
+THREE = {64: Config(192, 128, 12, 3), 128: Config(192, 64, 12, 2)}
+PEERS: dict[str, Callable[[], Attention]] = {
+    "ours": lambda: ours,
+    "flash2": lambda: sdpa("FLASH_ATTENTION"),
+    "flex": flex,
+    "cudnn": lambda: sdpa("CUDNN_ATTENTION"),
+    "flash4": flash_attention_4,
+    "hopper0": lambda: hopper(0, TWO),
+    "hopper1": lambda: hopper(1, TWO),
+    "hopper2": lambda: hopper(1, TWO, 1 << 30),
+    "hopper3": lambda: hopper(1, THREE, stages=3),
+    "math": lambda: sdpa("MATH"),
+}
+
+
+def available(names: list[str]) -> dict[str, Attention]:
+    """The peers that import; the others are named once."""
+    peers = {}
+    for name in names:
+        try:
+            peers[name] = PEERS[name]()
+        except ImportError as error:
+            print(f"{name}: not installed ({error})")
+    return peers
+
+
+def median_ms(fn: Callable[[], object], rep_ms: int) -> float:
+    from triton.testing import do_bench
+
+    result = do_bench(fn, warmup=max(10, rep_ms // 4), rep=rep_ms, return_mode="median")
+    assert isinstance(result, float)
+    return result
+
+
+def inputs(head_dim: int, length: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+    """q, k, v, do as (B, H, T, K)."""
+    shape = (TOKENS // length, WIDTH // head_dim, length, head_dim)
+    return [torch.randn(shape, device="cuda", dtype=dtype) for _ in range(4)]
+
+
+def exact_head(q: Tensor, k: Tensor, v: Tensor, do: Tensor, causal: bool) -> tuple[Tensor, ...]:
+    """o, dq, dk, dv of the first head in float64."""
+    leaves = [x[:1, :1].double().requires_grad_() for x in (q, k, v)]
+    scores = leaves[0] @ leaves[1].mT * q.shape[-1] ** -0.5
+    if causal:
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+    o = scores.softmax(-1) @ leaves[2]
+    return o.detach(), *torch.autograd.grad(o, leaves, do[:1, :1].double())
+
+
+def measure(
+    attention: Attention,
+    tensors: list[Tensor],
+    causal: bool,
+    exact: tuple[Tensor, ...] | None,
+    rep_ms: int,
+):
+    """Forward and backward times in ms, largest errors of o and of the gradients, peak MiB above the inputs."""
+    q, k, v = (x.detach().requires_grad_() for x in tensors[:3])
+    do = tensors[3]
+
+    def both() -> tuple[Tensor, ...]:
+        o = attention(q, k, v, causal)
+        if not o.requires_grad:
+            return (o,)
+        return o, *torch.autograd.grad(o, (q, k, v), do)
+
+    both()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    results = both()
+    torch.cuda.synchronize()
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**20
+    errors = [float("nan")] * 4
+    if exact is not None:
+        errors = [
+            float((x[:1, :1].detach().double() - y).abs().max())
+            for x, y in zip(results, exact, strict=False)
+        ]
+    del results
+    with torch.no_grad():
+        forward_ms = median_ms(lambda: attention(q, k, v, causal), rep_ms)
+    o = attention(q, k, v, causal)
+    if not o.requires_grad:
+        return forward_ms, float("nan"), errors[0], float("nan"), peak
+    backward_ms = median_ms(
+        lambda: torch.autograd.grad(o, (q, k, v), do, retain_graph=True), rep_ms
+    )
+    return forward_ms, backward_ms, errors[0], max(errors[1:], default=0.0), peak
+
+
+def bench(args: argparse.Namespace) -> None:
+    peers = available(args.peers)
+    rows = []
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}; forward / backward TFLOP/s (error o / grads, peak MiB)"
+    )
+    for head_dim in args.head_dims:
+        for causal in args.causal:
+            for length in args.lengths:
+                tensors = inputs(head_dim, length)
+                exact = exact_head(*tensors, causal) if length <= 4096 else None
+                flops = 4 * TOKENS * length * WIDTH / (2 if causal else 1)
+                cells = []
+                for name, attention in peers.items():
+                    if name == "math" and length > 4096:
+                        continue
+                    try:
+                        fwd, bwd, error, grad_error, peak = measure(
+                            attention, tensors, causal, exact, args.rep
+                        )
+                    except Exception as problem:
+                        cells.append(f"{name} failed: {str(problem).splitlines()[0][:60]}")
+                        continue
+                    row = dict(head_dim=head_dim, causal=causal, length=length, peer=name, forward_ms=fwd,
+                               backward_ms=bwd, forward=flops / fwd / 1e9, backward=2.5 * flops / bwd / 1e9,
+                               error=error, grad_error=grad_error, peak_mib=peak)  # fmt: skip
+                    rows.append(row)
+                    cells.append(
+                        f"{name} {row['forward']:.0f}/{row['backward']:.0f} ({error:.1g}/{grad_error:.1g} {peak:.0f})"
+                    )
+                print(
+                    f"{head_dim:4d} {'causal' if causal else 'full  '} {length:6d}  "
+                    + "  ".join(cells),
+                    flush=True,
+                )
+    save(args.out, "attention", rows)
+    plot(args.out, rows)
+
+
+def save(out: Path, name: str, rows: list[dict]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.json").write_text(json.dumps(rows, indent=1))
+
+
+def plot(out: Path, rows: list[dict]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    groups = sorted({(row["head_dim"], row["causal"]) for row in rows})
+    if not groups:
+        return
+    figure, axes = plt.subplots(
+        2, len(groups), figsize=(4 * len(groups), 6), squeeze=False, sharey="row"
+    )
+    for column, (head_dim, causal) in enumerate(groups):
+        mine = [row for row in rows if (row["head_dim"], row["causal"]) == (head_dim, causal)]
+        for axis, field in zip(axes[:, column], ("forward", "backward"), strict=True):
+            for peer in dict.fromkeys(row["peer"] for row in mine):
+                points = [(row["length"], row[field]) for row in mine if row["peer"] == peer]
+                axis.plot(*zip(*points, strict=True), marker="o", label=peer)
+            axis.set_xscale("log", base=2)
+            axis.set_title(
+                f"{field}, head dim {head_dim}{', causal' if causal else ''}", fontsize=9
+            )
+            axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=7)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("TFLOP/s")
+    figure.tight_layout()
+    figure.savefig(out / "attention.png", dpi=130)
+
+
+def bench_overhead(args: argparse.Namespace) -> None:
+    """Time that the host takes to start a tiny attention, in microseconds a call."""
+    q, k, v = (torch.randn(1, 2, 16, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    lse, options = q.new_empty((1, 2, 16), dtype=torch.float32), Options(scale=0.125)
+    calls = {
+        "sdpa": lambda: F.scaled_dot_product_attention(q, k, v),
+        "ours": lambda: ours(q, k, v, False),
+        "ours below the op": lambda: triton_forward.forward(q, k, v, options),
+        "backward below the op": lambda: triton_backward.backward(
+            q, None, q, k, v, q, lse, options, False
+        ),
+        "tangent below the op": lambda: triton_tangent.tangent(
+            q, k, v, None, q, k, v, q, lse, options
+        ),
+        "jvp": lambda: torch.func.jvp(lambda *x: ours(*x, False), (q, k, v), (q, k, v)),
+    }
+    for name, call in calls.items():
+        for _ in range(20):
+            call()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(500):
+            call()
+        print(f"{name}: {(time.perf_counter() - start) / 500 * 1e6:.1f} us a call", flush=True)
+        torch.cuda.synchronize()
+
+
+def bench_tangent(args: argparse.Namespace) -> None:
+    """torch.func.jvp over q, k and v at 8,192 tokens of 16 heads of 64, beside our own forward."""
+    rows = []
+    for causal in args.causal:
+        for length in (1024, 4096, 8192):
+            shape = (8192 // length, 16, length, 64)
+            q, k, v, tq, tk, tv = (
+                torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(6)
+            )
+            fwd = median_ms(lambda: ours(q, k, v, causal), args.rep)
+            both = median_ms(
+                lambda: torch.func.jvp(lambda *x: ours(*x, causal), (q, k, v), (tq, tk, tv)),
+                args.rep,
+            )
+            cell = f"ours: forward {fwd:.3f} ms, jvp {both:.3f} ms ({both / fwd:.2f}x)"
+            row = dict(causal=causal, length=length, forward_ms=fwd, jvp_ms=both)
+            try:
+                peer = jvp_flash()
+                row["peer_ms"] = median_ms(
+                    lambda: torch.func.jvp(lambda *x: peer(*x, causal), (q, k, v), (tq, tk, tv)),
+                    args.rep,
+                )
+                cell += f", jvp_flash_attention {row['peer_ms']:.3f} ms ({row['peer_ms'] / both:.2f}x ours)"
+            except Exception as problem:
+                cell += f", jvp_flash_attention: {str(problem).splitlines()[0][:60]}"
+            rows.append(row)
+            print(f"{'causal' if causal else 'full  '} {length:6d}  {cell}", flush=True)
+    save(args.out, "tangent", rows)
+
+
+def check_one(job: tuple[int, int, float]) -> list[str] | None:
+    """In a worker process with its own CUDA context: one random case; None when the time was up."""
+    from msfs_kernels.triton_check import failures, random_case
+
+    seed, largest, deadline = job
+    if time.time() > deadline:
+        return None
+    case = random_case(seed, "cuda", largest=largest)
+    try:
+        found = failures(case)
+    except Exception as problem:
+        found = [f"{type(problem).__name__}: {' '.join(str(problem).split())[:200]}"]
+    return [f"{case.name}\n    {line}" for line in found]
+
+
+def check(args: argparse.Namespace) -> None:
+    """Random cases on the GPU, compiled on all cores, until the time is up; the failures, compactly."""
+    start, cases, wrong = time.time(), 0, []
+    jobs = [
+        (seed, args.largest, start + args.seconds)
+        for seed in range(args.seed, args.seed + args.cases)
+    ]
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=context) as pool:
+        for found in pool.map(check_one, jobs):
+            if found is not None:
+                cases += 1
+                wrong += found
+    for line in wrong[:40]:
+        print(line)
+    print(f"checked {cases} cases in {time.time() - start:.0f} s: {len(wrong)} failures")
+    if wrong:
+        raise SystemExit(1)
+
+
+def candidates(kernel: str) -> list[Config]:
+    tiles = {
+        "forward": [(128, 128), (128, 64), (64, 128), (64, 64), (256, 64)],
+        "keys": [(64, 128), (64, 64), (128, 128), (32, 128), (128, 64)],
+        "fused": [(64, 128), (64, 64), (128, 128), (32, 128), (128, 64), (64, 256)],
+        "queries": [(128, 128), (128, 64), (64, 128), (64, 64)],
+        "tangent": [(128, 64), (128, 128), (64, 64), (64, 128), (128, 32)],
+    }[kernel]
+    return [
+        Config(m, n, warps, stages, tma)
+        for m, n in tiles
+        for warps in (4, 8)
+        for stages in (2, 3, 4)
+        for tma in ((True, False) if stages == 2 else (True,))
+    ]
+
+
+def tuned_launch(
+    kernel: str, head_dim: int, causal: bool, length: int, config: Config, device: str
+) -> Launch:
+    """The launch that a configuration means for a shape of the grid; on the CPU only its compilation is of use."""
+    shape = (TOKENS // length, length, WIDTH // head_dim, head_dim)
+    make = torch.randn if device == "cuda" else torch.empty
+    q, k, v, do = (
+        make(shape, device=device, dtype=torch.bfloat16).transpose(1, 2) for _ in range(4)
+    )
+    lse = make(q.shape[:3], device=device)
+    options = Options(causal=causal, scale=head_dim**-0.5)
+    if kernel == "forward":
+        return triton_forward.plan_forward(q, k, v, do, lse, options, config)
+    if kernel == "tangent":
+        return triton_tangent.plan_tangent(
+            q, k, v, None, q, k, v, do, lse, do, lse, options, config
+        )
+    if kernel == "queries":
+        return triton_backward.plan_queries(q, k, v, do, lse, lse, q, options, config)
+    sums = torch.zeros(q.shape, device=device) if kernel == "fused" else None
+    return triton_backward.plan_keys(q, k, v, do, lse, lse, k, v, sums, options, config)
+
+
+def compile_one(job: tuple[str, int, bool, int, Config, int]) -> str:
+    """In a worker process without CUDA: compiles into Triton's cache on disk and says what the program takes."""
+    from msfs_kernels.triton_compile import compile_launch, resources
+
+    torch.set_num_threads(1)
+    *what, capability = job
+    try:
+        took = resources(compile_launch(tuned_launch(*what, "cpu"), capability), capability)
+        return (
+            "too much shared memory"
+            if took.shared > 227 * 1024
+            else f"{took.registers} reg, {took.spills} spill"
+        )
+    except Exception as problem:
+        return f"failed: {type(problem).__name__}"
+
+
+def tune(args: argparse.Namespace) -> None:
+    """Compiles all candidates on all cores, measures those that fit, prints the ranking and rewrites the table."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    target = driver.active.get_current_target()
+    assert isinstance(target, GPUTarget)
+    lengths = {"short": 1024, "long": 8192}
+    cells = [
+        (kernel, head_dim, causal, size)
+        for kernel in args.kernels
+        for head_dim in args.head_dims
+        for causal in args.causal
+        for size in args.sizes
+    ]
+    jobs = {
+        (cell, config): (*cell[:3], lengths[cell[3]], config, int(target.arch))
+        for cell in cells
+        for config in candidates(cell[0])
+    }
+    start = time.time()
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=context) as pool:
+        futures = {name: pool.submit(compile_one, job) for name, job in jobs.items()}
+        concurrent.futures.wait(futures.values(), timeout=args.seconds)
+        for future in futures.values():
+            future.cancel()
+    notes = {
+        name: future.result()
+        for name, future in futures.items()
+        if future.done() and not future.cancelled()
+    }
+    print(f"compiled {len(notes)} of {len(jobs)} in {time.time() - start:.0f} s")
+    table = json.loads(configs.TABLE.read_text()) if configs.TABLE.exists() else {}
+    for cell in cells:
+        kernel, head_dim, causal, size = cell
+        ranking = []
+        for config in candidates(kernel):
+            note = notes.get((cell, config), "not compiled in time")
+            if "reg" not in note:
+                continue
+            try:
+                launch = tuned_launch(kernel, head_dim, causal, lengths[size], config, "cuda")
+                launch.run()
+                torch.cuda.synchronize()
+                ranking.append((median_ms(launch.run, args.rep // 4), config, note))
+            except Exception as problem:
+                print(f"  {config}: {type(problem).__name__}")
+        ranking.sort()
+        products = {"forward": 2, "keys": 4, "fused": 5, "queries": 3, "tangent": 5}[kernel]
+        flops = products * 2 * TOKENS * lengths[size] * WIDTH / (2 if causal else 1)
+        name = configs.key(kernel, configs.chip(), torch.bfloat16, head_dim, causal, lengths[size])
+        print(name)
+        for ms, config, note in ranking[: args.show]:
+            print(
+                f"  {flops / ms / 1e9:5.0f} TFLOP/s {ms:7.3f} ms  {tuple(config)}  {note}",
+                flush=True,
+            )
+        if ranking:
+            table[name] = list(ranking[0][1])
+    lines = ",\n".join(
+        f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in sorted(table.items())
+    )
+    text = "{\n" + lines + "\n}\n"
+    configs.TABLE.write_text(text)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "configs.json").write_text(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="compare with float64 over random options"
+    )
+    parser.add_argument("--tangent", action="store_true", help="measure torch.func.jvp")
+    parser.add_argument("--overhead", action="store_true", help="measure the host's time a call")
+    parser.add_argument("--tune", action="store_true", help="measure tile sizes, rewrite the table")
+    parser.add_argument(
+        "--bench",
+        action="store_true",
+        help="measure the grid (the default without the three above)",
+    )
+    parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[1024, 4096, 16_384], help="tokens"
+    )
+    parser.add_argument("--causal", type=int, nargs="+", choices=[0, 1], default=[0, 1])
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        choices=list(PEERS),
+        default=["ours", "flash2", "flex", "cudnn", "flash4"],
+    )
+    parser.add_argument(
+        "--kernels", nargs="+", default=["forward", "fused", "keys", "queries", "tangent"]
+    )
+    parser.add_argument("--sizes", nargs="+", choices=["short", "long"], default=["short", "long"])
+    parser.add_argument("--rep", type=int, default=100, help="milliseconds of measurement a cell")
+    parser.add_argument(
+        "--seconds", type=float, default=50.0, help="limit for --check, and for compiling in --tune"
+    )
+    parser.add_argument("--cases", type=int, default=2000, help="for --check")
+    parser.add_argument("--largest", type=int, default=300, help="tokens, for --check")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--show", type=int, default=4, help="lines a ranking in --tune")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--out", type=Path, default=Path("runs/bench_attention"))
+    args = parser.parse_args()
+    args.causal = [bool(x) for x in args.causal]
+    if not torch.cuda.is_available():
+        raise SystemExit("bench_attention measures a GPU: torch.cuda.is_available() is False here")
+    if args.check:
+        check(args)
+    if args.tune:
+        tune(args)
+    if args.overhead:
+        bench_overhead(args)
+    if args.tangent:
+        bench_tangent(args)
+    if args.bench or not (args.check or args.tune or args.tangent or args.overhead):
+        bench(args)
+
+
+if __name__ == "__main__":
+    main()
