@@ -222,9 +222,11 @@ def _from_hub(name: str, config: str | None, split: str, source, target) -> _Pai
             f"cannot fetch dataset {name!r} ({error}): connect to the network, name local files, "
             f"or use {EMBEDDED!r}, which needs none"
         ) from None
-    except ValueError as error:  # unknown config or split: the message lists the ones there are
+    except (ValueError, RuntimeError, OSError, datasets.exceptions.DatasetsError) as error:
+        # An unknown config or split, most often: the message lists the ones there are.
+        reason = " ".join(str(error).split())
         raise ValueError(
-            f"dataset {name!r} has no config {config!r} with split {split!r}: {error}"
+            f"dataset {name!r} does not load with config {config!r} and split {split!r}: {reason}"
         ) from None
     assert isinstance(data, datasets.Dataset)
     columns = {column: list(data[column]) for column in data.column_names}

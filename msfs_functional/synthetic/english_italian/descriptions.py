@@ -41,11 +41,10 @@ _BE = {
     "was": (english.WAS, "", _ESSERE.imperfect, _AVERE.imperfect),
     "future": (("will",) * 6, "be", _ESSERE.future, _AVERE.future),
 }
-# Nothing is two things of a group at once, nor one of them twice.
+# Nothing is two things of a group at once.
 _EXCLUSIVE = (
     {"small", "big"}, {"old", "new", "young"}, {"happy", "sad"}, {"rich", "poor"},
     {"clean", "dirty"}, {"red", "green", "yellow", "black", "white", "blue"},
-    *({entry.english} for entries in lexicon().adjectives.values() for entry in entries),
 )  # fmt: skip
 _DEGREES = {"": "", "very": "molto", "too": "troppo"}
 
@@ -107,7 +106,8 @@ def copula(rng: random.Random) -> Sentence:
         return end(said, italian.join(who.direct, no, essere, ADVERBS[adverb], qualità), pairs)
     if chance < 0.55:
         second, more = _quality(rng, who)
-        if not any({entry.english, second.english} <= group for group in _EXCLUSIVE):
+        two = {entry.english, second.english}
+        if second != entry and not any(two <= group for group in _EXCLUSIVE):
             conjunction, congiunzione = pick(rng, (("and", "e"), ("but", "ma")))
             altra = second.italian[who.form]
             quality = words(entry.english, conjunction, second.english)
