@@ -15,7 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from msfs_functional import corpora
 from msfs_functional.data import Prefetch, Ragged, Splits, TokenBatches, encode_pairs, load_pairs
+from msfs_functional.synthetic.english_italian import english_italian
 from msfs_functional.tokenizer import BOS, EOS, PAD, Tokenizer, train_bpe
 
 PAIRS = [(f"the cat number {i}", f"il gatto numero {i}") for i in range(60)]
@@ -95,15 +97,19 @@ def test_every_form_of_file_gives_the_same_pairs(tmp_path):
 
 def test_only_newlines_end_a_line(tmp_path):
     strange = "one\u2028two\x0bthree\u0085four"
-    english = write(tmp_path / "a.en", f"{strange}\n" + "x\n" * 20)
+    english = write(tmp_path / "a.en", f"{strange}\n" + "".join(f"x{i}\n" for i in range(20)))
     italian = write(tmp_path / "a.it", "uno\n" + "y\n" * 20)
     assert (strange, "uno") in everything(load_pairs([english, italian]))
 
 
-def test_the_embedded_corpus_is_the_default_in_both_directions():
-    splits = load_pairs()
-    assert (len(splits.valid), len(splits.test)) == (500, 1000) and len(splits.train) >= 20_000
-    backwards = load_pairs(source="it", target="en")
+def test_the_embedded_corpus_is_the_default_in_both_directions(monkeypatch):
+    def few(seed):
+        return english_italian(seed, train=300, valid=20, test=30)
+
+    monkeypatch.setattr(corpora, "english_italian", few)
+    splits = load_pairs(seed=4)
+    assert [rows(part) for part in (splits.train, splits.valid, splits.test)] == list(few(4))
+    backwards = load_pairs(seed=4, source="it", target="en")
     assert rows(backwards.test) == [(b, a) for a, b in rows(splits.test)]
     with pytest.raises(ValueError, match="no column 'de', it has en, it"):
         load_pairs(target="de")
@@ -163,52 +169,47 @@ def test_an_unknown_dataset_is_one_line(monkeypatch):
         raise datasets.exceptions.DatasetNotFoundError("Dataset 'bokks' doesn't exist on the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(ValueError, match="unknown dataset 'bokks'.*no file here"):
+    with pytest.raises(ValueError, match=r"unknown dataset 'bokks'.*no file here"):
         load_pairs("bokks")
 
 
-def bad_files(folder: Path) -> dict[str, tuple]:
+def bad_files(folder: Path) -> dict[str, Path | list[Path]]:
     """What each bad input must say, and the location."""
-    latin = folder / "latin.tsv"
-    latin.write_bytes(tsv(PAIRS[:2]).encode() + "caffè\tcaffè\n".encode("latin-1"))
-    damaged = folder / "damaged.tsv.gz"
-    damaged.write_bytes(gzip.compress(tsv().encode())[:-20])
+
+    def file(name: str, content: str | bytes) -> Path:
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+        return folder / name
+
+    latin = tsv(PAIRS[:2]).encode() + "caffè\tcaffè\n".encode("latin-1")
     with zipfile.ZipFile(folder / "two.zip", "w") as archive:
         archive.writestr("a.txt", "a\tb")
         archive.writestr("b.txt", "a\tb")
-    write(folder / "no.zip", "no zip")
-    write(folder / "no.parquet", "no parquet")
     (folder / "folder.tsv").mkdir()
-    write(folder / "three.en", "a\nb\nc\n")
-    write(folder / "two.it", "a\nb\n")
+    three, two = file("three.en", "a\nb\nc\n"), file("two.it", "a\nb\n")
+    nulls = '{"a": "x", "b": "y"}\n{"a": "x"}\n'
     return {
         r"no file .*none.tsv: check the path": folder / "none.tsv",
-        r"empty.tsv is empty: it must hold": write(folder / "empty.tsv", " \n"),
-        r"three.en has 3 lines, .*two.it has 2: aligned files": [folder / "three.en",
-                                                                   folder / "two.it"],
-        r"latin.tsv, line 3: byte 0xe8 is not UTF-8: convert": latin,
-        r"ragged.tsv, line 2: 1 tab-separated fields.*mend": write(folder / "ragged.tsv", "a\tb\nc\n"),
-        r"damaged.tsv.gz is damaged": damaged,
+        r"empty.tsv is empty: it must hold": file("empty.tsv", " \n"),
+        r"three.en has 3 lines, .*two.it has 2: aligned": [three, two],
+        r"latin.tsv, line 3: byte 0xe8 is not UTF-8: convert": file("latin.tsv", latin),
+        r"ragged.tsv, line 2: 1 tab-separated fields.*mend": file("ragged.tsv", "a\tb\nc\n"),
+        r"cut.tsv.gz is damaged": file("cut.tsv.gz", gzip.compress(tsv().encode())[:-20]),
         r"two.zip holds 2 files \(a.txt, b.txt\)": folder / "two.zip",
-        r"no.zip is damaged": folder / "no.zip",
-        r"no.parquet is no Parquet file": folder / "no.parquet",
+        r"no.zip is damaged": file("no.zip", "no zip"),
+        r"no.parquet is no Parquet file": file("no.parquet", "no parquet"),
         r"folder.tsv is a directory": folder / "folder.tsv",
-        r"cut.jsonl, line 2: .*each line is one object": write(folder / "cut.jsonl", '{"a": "x"}\n{"a'),
-        r"list.jsonl, line 1: \[1\] is no object": write(folder / "list.jsonl", "[1]\n"),
-        r"one.jsonl has only \['a'\]: pairs need two": write(folder / "one.jsonl", '{"a": "x"}\n'),
-        r"null.jsonl, row 2: column 'b' is None": write(folder / "null.jsonl",
-                                                        '{"a": "x", "b": "y"}\n{"a": "x"}\n'),
-        r"table.csv.gz ends in '.csv': one file of pairs must be": write(folder / "table.csv.gz", ""),
+        r"cut.jsonl, line 2: .*each line is one object": file("cut.jsonl", '{"a": "x"}\n{"a'),
+        r"list.jsonl, line 1: \[1\] is no object": file("list.jsonl", "[1]\n"),
+        r"one.jsonl has only \['a'\]: pairs need two": file("one.jsonl", '{"a": "x"}\n'),
+        r"null.jsonl, row 2: column 'b' is None": file("null.jsonl", nulls),
+        r"a.csv.gz ends in '.csv': one file": file("a.csv.gz", gzip.compress(b"a,b")),
         r"3 files": [folder / "a", folder / "b", folder / "c"],
-        r"blank.tsv|the train data holds no pair": write(folder / "blank.tsv", "a\t\n\tb\n"),
-    }  # fmt: skip
+        r"the train data holds no pair": file("blank.tsv", "a\t\n\tb\n"),
+    }
 
 
 def test_each_bad_file_gives_one_line_of_value_rule_and_remedy(tmp_path):
-    (tmp_path / "table.csv.gz").write_bytes(gzip.compress(b"a,b"))
-    cases = bad_files(tmp_path)
-    (tmp_path / "table.csv.gz").write_bytes(gzip.compress(b"a,b"))
-    for message, location in cases.items():
+    for message, location in bad_files(tmp_path).items():
         with pytest.raises(ValueError, match=message) as error:
             load_pairs(location)
         assert "\n" not in str(error.value)
@@ -219,7 +220,7 @@ def test_missing_columns_say_which_exist(tmp_path):
     with pytest.raises(ValueError, match="no column 'fr', it has en, it: name two of these"):
         load_pairs(pairs, source="fr")
     plain = write(tmp_path / "p.tsv", tsv())
-    with pytest.raises(ValueError, match="has no header with 'en' and 'it'.*count columns from 0"):
+    with pytest.raises(ValueError, match=r"has no header with 'en' and 'it'.*count columns from 0"):
         load_pairs(plain, source="en", target="it")
 
 
@@ -388,7 +389,7 @@ def test_an_epoch_gives_every_pair_once_in_few_shapes_within_the_budget(
         for rank in range(world)
     ]  # fmt: skip
     made = [epoch(rank) for rank in ranks]
-    assert sorted(sum((contents(rank) for rank in made), [])) == sorted(lists(pairs))
+    assert sorted(pair for rank in made for pair in contents(rank)) == sorted(lists(pairs))
     shapes = [[(*b["source"].shape, b["target"].shape[1] - 1) for b in rank] for rank in made]
     assert all(rank == shapes[0] for rank in shapes)
     assert set(shapes[0]) == set(ranks[0].shapes) and len(ranks[0].shapes) <= buckets

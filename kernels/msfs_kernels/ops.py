@@ -14,6 +14,7 @@ forward calls the op again below autograd. Seen on torch 2.11 to 2.15: torch.lib
 gives zero tangents without an error, and an autograd.Function called from Python comes out wrong under torch.compile.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from . import cpu, rules, second_order, tiled
 from .batching import vmap_rule
+from .dispatch import DIRECT_RULES, KERNELS
 from .options import (
     LIBRARY,
     OPS,
@@ -111,6 +113,21 @@ def fake(names: list[str]) -> Callable:
     return gradients if "need_dbias" in names else outputs
 
 
+class DirectAttention(rules.Attention):
+    """The same rule around the bare kernel, in the form without setup_context, which costs less."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        outputs = attention(*args)
+        rules.save(ctx, (*args[:4], *outputs), args[4:])
+        return outputs
+
+    setup_context = torch.autograd.Function.setup_context
+
+
+DIRECT_RULES["attention"] = DirectAttention
+
+
 def register(kernel: Callable, rule: Any, arguments: str, results: str) -> None:
     name = kernel.__name__
     arguments = f"{arguments}, {OPTION_SCHEMA}"
@@ -119,14 +136,18 @@ def register(kernel: Callable, rule: Any, arguments: str, results: str) -> None:
     op = getattr(OPS, name)
 
     def forward(*args):
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch._C._AutoDispatchBelowADInplaceOrView():
             return op(*args)
+
+    # Function.apply asks for it at every call, and working it out takes 100 us.
+    forward.__signature__ = inspect.signature(forward)
 
     def entry(*args):
         return rule.apply(*args)
 
     rule.forward = staticmethod(forward)
     rule.vmap = vmap_rule(op, names)
+    KERNELS[name] = kernel
     LIBRARY.impl(name, kernel, "CPU")
     LIBRARY.impl(name, kernel, "CUDA")
     torch.library.register_fake(f"msfs_kernels::{name}", fake(names), lib=LIBRARY)

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .options import OPS, OPTION_COUNT, OPTION_TENSORS
+from .dispatch import call
+from .options import OPTION_COUNT, OPTION_TENSORS
 
 
 def zeros_like(x: Tensor) -> Tensor:
@@ -86,8 +87,8 @@ class Attention(torch.autograd.Function):
         refuse_option_gradients(any(ctx.needs_input_grad[4:]))
         (*x, o, lse), options = saved(ctx)
         need_dbias = ctx.needs_input_grad[3]
-        dq, dk, dv, dbias = OPS.attention_backward(
-            filled(do, o), dlse, *x, o, lse, need_dbias, *options
+        dq, dk, dv, dbias = call(
+            "attention_backward", filled(do, o), dlse, *x, o, lse, need_dbias, *options
         )
         return dq, dk, dv, dbias if need_dbias else None, *NO_GRADS
 
@@ -95,7 +96,7 @@ class Attention(torch.autograd.Function):
     def jvp(ctx, *tangents):
         refuse_option_gradients(any_given(tangents[4:]))
         (*x, o, lse), options = saved(ctx)
-        return OPS.attention_tangent(*filled_tangents(tangents, tuple(x)), *x, o, lse, *options)
+        return call("attention_tangent", *filled_tangents(tangents, tuple(x)), *x, o, lse, *options)
 
 
 class AttentionBackward(torch.autograd.Function):
@@ -111,10 +112,20 @@ class AttentionBackward(torch.autograd.Function):
         direction = filled_tangents(cotangents, tuple(x))
         if not ctx.need_dbias:
             direction = (*direction[:3], None)
-        to, tlse = OPS.attention_tangent(*direction, *x, o, lse, *options)
+        to, tlse = call("attention_tangent", *direction, *x, o, lse, *options)
         need_dbias = ctx.needs_input_grad[5]
-        dq, dk, dv, dbias = OPS.attention_second_backward(
-            do, dlse, *direction, *x, o, lse, to, tlse, need_dbias, *options
+        dq, dk, dv, dbias = call(
+            "attention_second_backward",
+            do,
+            dlse,
+            *direction,
+            *x,
+            o,
+            lse,
+            to,
+            tlse,
+            need_dbias,
+            *options,
         )
         given = None if dlse is None else tlse
         return to, given, dq, dk, dv, dbias if need_dbias else None, None, None, None, *NO_GRADS
@@ -127,14 +138,33 @@ class AttentionBackward(torch.autograd.Function):
         parts = []
         if any_given((tdo, tdlse)):
             parts.append(
-                OPS.attention_backward(filled(tdo, do), tdlse, *x, o, lse, ctx.need_dbias, *options)
+                call(
+                    "attention_backward",
+                    filled(tdo, do),
+                    tdlse,
+                    *x,
+                    o,
+                    lse,
+                    ctx.need_dbias,
+                    *options,
+                )
             )
         if any_given(direction):
             direction = filled_tangents(direction, tuple(x))
-            to, tlse = OPS.attention_tangent(*direction, *x, o, lse, *options)
+            to, tlse = call("attention_tangent", *direction, *x, o, lse, *options)
             parts.append(
-                OPS.attention_second_backward(
-                    do, dlse, *direction, *x, o, lse, to, tlse, ctx.need_dbias, *options
+                call(
+                    "attention_second_backward",
+                    do,
+                    dlse,
+                    *direction,
+                    *x,
+                    o,
+                    lse,
+                    to,
+                    tlse,
+                    ctx.need_dbias,
+                    *options,
                 )
             )
         return total(parts)
@@ -154,11 +184,21 @@ class AttentionTangent(torch.autograd.Function):
         needs = ctx.needs_input_grad
         dt: tuple = (None,) * 4
         if any(needs[:4]):
-            dt = OPS.attention_backward(cto, ctlse, *x, o, lse, needs[3], *options)
+            dt = call("attention_backward", cto, ctlse, *x, o, lse, needs[3], *options)
         dx: tuple = (None,) * 4
         if any(needs[4:8]):
-            dx = OPS.attention_second_backward(
-                cto, ctlse, *t, *x, o, lse, to, tlse, needs[7], *options
+            dx = call(
+                "attention_second_backward",
+                cto,
+                ctlse,
+                *t,
+                *x,
+                o,
+                lse,
+                to,
+                tlse,
+                needs[7],
+                *options,
             )
         dtbias, dbias = dt[3] if needs[3] else None, dx[3] if needs[7] else None
         return *dt[:3], dtbias, *dx[:3], dbias, None, None, *NO_GRADS
@@ -171,11 +211,13 @@ class AttentionTangent(torch.autograd.Function):
         parts = []
         if any_given(tangents[:4]):
             ut = filled_tangents(tangents[:4], x)
-            parts.append(OPS.attention_tangent(*ut, *x, o, lse, *options))
+            parts.append(call("attention_tangent", *ut, *x, o, lse, *options))
         if any_given(tangents[4:8]):
             u = filled_tangents(tangents[4:8], x)
-            uo, ulse = OPS.attention_tangent(*u, *x, o, lse, *options)
-            parts.append(OPS.attention_second_tangent(*t, *u, *x, o, lse, tlse, uo, ulse, *options))
+            uo, ulse = call("attention_tangent", *u, *x, o, lse, *options)
+            parts.append(
+                call("attention_second_tangent", *t, *u, *x, o, lse, tlse, uo, ulse, *options)
+            )
         return total(parts)
 
 

@@ -29,6 +29,7 @@ from msfs_kernels.triton_common import (
     LOG2E,
     Launch,
     key_range,
+    launch,
     load_tile,
     longest_first,
     masks_of,
@@ -59,17 +60,19 @@ def delta_kernel(do, o, dlse, delta, do_strides, o_strides, dlse_strides, H, T,
     b = load_tile(o, o_strides, batch, head, row, T, BM, VP, V, True, False).to(tl.float32)
     total = tl.sum(a * b, 1)
     if dlse is not None:
-        start = batch.to(tl.int64) * dlse_strides[0] + head.to(tl.int64) * dlse_strides[1]
+        start = (
+            tl.cast(batch, tl.int64) * dlse_strides[0] + tl.cast(head, tl.int64) * dlse_strides[1]
+        )
         total -= tl.load(dlse + start + i.to(tl.int64) * dlse_strides[2], mask=i < T, other=0.0).to(
             tl.float32
         )
-    tl.store(delta + flat_head.to(tl.int64) * T + i, total, mask=i < T)
+    tl.store(delta + tl.cast(flat_head, tl.int64) * T + i, total, mask=i < T)
 
 
 @triton.jit
 def load_rows(x, flat_head, row, T, other, BM: tl.constexpr):
     i = row + tl.arange(0, BM)
-    return tl.load(x + flat_head.to(tl.int64) * T + i, mask=i < T, other=other)
+    return tl.load(x + tl.cast(flat_head, tl.int64) * T + i, mask=i < T, other=other)
 
 
 @triton.jit
@@ -107,7 +110,7 @@ def key_blocks(
     dk, dv, keys, values, q, do, lse, delta, dq, q_strides, do_strides, column, low, high, batch, head, flat_head, H, T, S,
     facts, masks, scale, scale_log2, K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     KP: tl.constexpr, VP: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, FUSED: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Algorithm 2, lines 8 to 16, over the query blocks of [low, high) of one head; tiles of scores are (BN, BM)."""
     j = (column + tl.arange(0, BN))[:, None]
@@ -129,12 +132,12 @@ def key_blocks(
         dk = tl.dot(ds, queries, dk, input_precision=PRECISION)
         if FUSED:
             share = tl.dot(ds.T, keys, input_precision=PRECISION) * scale
-            if TMA:
+            if BULK:
                 dq.atomic_add([batch, head, start, 0], share.reshape([1, 1, BM, KP]))
             else:
                 d = tl.arange(0, KP)
                 rows = start + tl.arange(0, BM)
-                pointers = dq + (flat_head.to(tl.int64) * T + start) * K
+                pointers = dq + (tl.cast(flat_head, tl.int64) * T + start) * K
                 pointers += tl.arange(0, BM)[:, None] * K + d[None, :]
                 tl.atomic_add(
                     pointers, share, mask=(rows < T)[:, None] & (d < K)[None, :], sem="relaxed"
@@ -148,7 +151,7 @@ def key_kernel(
     heads, H, T, S, scale, scale_log2, wave,
     GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     KP: tl.constexpr, VP: tl.constexpr, CAUSAL: tl.constexpr, EVEN: tl.constexpr, FUSED: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of BN keys of one kv head (heads = B * G); FUSED also adds each tile's share to dq."""
     blocks = tl.cdiv(S, BN)
@@ -177,23 +180,23 @@ def key_kernel(
         ):  # a key beyond the length has some probability; its share must not reach dq
             full_low = tl.where(column + BN > length, high, full_low)
             full_high = tl.maximum(full_high, full_low)
-        if not EVEN:
+        if not EVEN and masks.q_segments is None and masks.mask is None:
             dk_sum, dv_sum = key_blocks(
                 dk_sum, dv_sum, keys, values, q, do, lse, delta, dq, q_strides, do_strides, column,
                 low, tl.minimum(full_low, high), batch, head, flat_head, H, T, S, facts, masks, scale, scale_log2,
-                K, V, BM, BN, KP, VP, CAUSAL, True, FUSED, TMA, PRECISION,
+                K, V, BM, BN, KP, VP, CAUSAL, True, FUSED, TMA, BULK, PRECISION,
             )  # fmt: skip
         if masks.q_segments is None and masks.mask is None:
             dk_sum, dv_sum = key_blocks(
                 dk_sum, dv_sum, keys, values, q, do, lse, delta, dq, q_strides, do_strides, column,
                 full_low, tl.minimum(full_high, high), batch, head, flat_head, H, T, S, facts, masks, scale, scale_log2,
-                K, V, BM, BN, KP, VP, CAUSAL, False, FUSED, TMA, PRECISION,
+                K, V, BM, BN, KP, VP, CAUSAL, False, FUSED, TMA, BULK, PRECISION,
             )  # fmt: skip
         if masks.window is not None or masks.q_segments is not None or masks.mask is not None:
             dk_sum, dv_sum = key_blocks(
                 dk_sum, dv_sum, keys, values, q, do, lse, delta, dq, q_strides, do_strides, column,
                 tl.maximum(full_high, full_low), high, batch, head, flat_head, H, T, S, facts, masks, scale, scale_log2,
-                K, V, BM, BN, KP, VP, CAUSAL, True, FUSED, TMA, PRECISION,
+                K, V, BM, BN, KP, VP, CAUSAL, True, FUSED, TMA, BULK, PRECISION,
             )  # fmt: skip
     if masks.key_lengths is not None:
         hidden = (column + tl.arange(0, BN) >= length)[:, None]
@@ -247,7 +250,7 @@ def query_kernel(
     log_sums = load_log_sums(lse, flat_head, row, T, BM)
     row_delta = load_rows(delta, flat_head, row, T, 0.0, BM)
     dq_sum = tl.zeros([BM, KP], tl.float32)
-    if masks.window is not None:
+    if masks.window is not None and masks.q_segments is None and masks.mask is None:
         dq_sum = query_blocks(
             dq_sum, queries, grads, log_sums, row_delta, k, v, k_strides, v_strides, row, low, tl.minimum(full_low, high),
             batch, head, kv_head, H, T, S, facts, masks, scale_log2, K, V, BM, BN, KP, VP, CAUSAL, True, TMA, PRECISION,
@@ -314,7 +317,9 @@ def bias_kernel(
                     )  # fmt: skip
                     total += ds
     start = (
-        dbias + own_batch.to(tl.int64) * dbias_strides[0] + own_head.to(tl.int64) * dbias_strides[1]
+        dbias
+        + tl.cast(own_batch, tl.int64) * dbias_strides[0]
+        + tl.cast(own_head, tl.int64) * dbias_strides[1]
     )
     if SUM_T and SUM_S:
         pointer = (
@@ -340,7 +345,7 @@ def bias_kernel(
         tl.store(pointers, total, mask=(i < T) & (j < S))
 
 
-def plan_delta(do: Tensor, o: Tensor, dlse: Tensor | None, delta: Tensor) -> Launch:
+def plan_delta(do: Tensor, o: Tensor, dlse: Tensor | None, delta: Tensor, _: Options) -> Launch:
     B, H, T, V = o.shape
     VP = padded(V)
     BM = 64 if VP <= 128 else 32
@@ -386,7 +391,10 @@ def plan_keys(
         "keys" if dq is None else "fused", q.dtype, max(KP, VP), options.causal, max(T, S)
     )
     BM, BN = config.block_m, config.block_n
-    tma = config.tma and tma_ready(q, k, v, do) and (dq is None or K % 4 == 0)
+    tma = config.tma and tma_ready(q, k, v, do)
+    bulk = (
+        tma and K % 4 == 0 and not triton.knobs.runtime.interpret
+    )  # the interpreter has no bulk sums
     return Launch(
         key_kernel,
         (triton.cdiv(S, BN) * B * G,),
@@ -399,7 +407,7 @@ def plan_keys(
             delta,
             dk,
             dv,
-            None if dq is None else tiles(dq, BM, KP, tma),
+            None if dq is None else tiles(dq, BM, KP, bulk),
             q.stride(),
             k.stride(),
             v.stride(),
@@ -422,6 +430,7 @@ def plan_keys(
             EVEN=is_even(masks, options.causal, S, BN),
             FUSED=dq is not None,
             TMA=tma,
+            BULK=bulk,
             num_warps=config.warps,
             num_stages=config.stages,
         ),
@@ -489,7 +498,7 @@ def plan_bias(
     sum_t, sum_s = t == 1 and T > 1, s == 1 and S > 1
     shape = (b, h, blocks[0] if sum_t else T, blocks[1] if sum_s else S)
     partial = q.new_empty(shape, dtype=torch.float32)
-    launch = Launch(
+    described = Launch(
         bias_kernel,
         (*blocks, b * h),
         (
@@ -519,7 +528,7 @@ def plan_bias(
             BM=BM, BN=BN, SUM_T=sum_t, SUM_S=sum_s, num_warps=config.warps, num_stages=config.stages
         ),
     )
-    return launch, partial
+    return described, partial
 
 
 def backward(
@@ -544,16 +553,16 @@ def backward(
         return dq.zero_(), dk.zero_(), dv.zero_(), dbias
     lse = lse.contiguous()
     delta = torch.empty_like(lse)
-    plan_delta(do, o, dlse, delta).run()
+    launch(plan_delta, (do, o, dlse, delta), Options())
     if options.deterministic:
-        plan_keys(q, k, v, do, lse, delta, dk, dv, None, options).run()
-        plan_queries(q, k, v, do, lse, delta, dq, options).run()
+        launch(plan_keys, (q, k, v, do, lse, delta, dk, dv, None), options)
+        launch(plan_queries, (q, k, v, do, lse, delta, dq), options)
     else:
         sums = q.new_zeros((B, H, T, K), dtype=torch.float32)
-        plan_keys(q, k, v, do, lse, delta, dk, dv, sums, options).run()
+        launch(plan_keys, (q, k, v, do, lse, delta, dk, dv, sums), options)
         dq.copy_(sums)
     if not need_dbias or options.bias is None:
         return dq, dk, dv, None
-    launch, partial = plan_bias(q, k, v, do, lse, delta, options)
-    launch.run()
+    described, partial = plan_bias(q, k, v, do, lse, delta, options)
+    described.run()
     return dq, dk, dv, partial.sum_to_size(options.bias.shape).to(options.bias.dtype)

@@ -61,7 +61,7 @@ def compile_launch(launch: Launch, capability: int) -> Any:
 
 def resources(compiled: Any, capability: int) -> Resources:
     """Reads registers and spills from the machine code by the cuobjdump that Triton carries."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    tool = Path(str(triton.__file__)).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

@@ -32,6 +32,7 @@ from msfs_kernels.triton_common import (
     Launch,
     Masks,
     key_range,
+    launch,
     load_tile,
     longest_first,
     masks_of,
@@ -113,7 +114,7 @@ def forward_kernel(
     out = tl.zeros([BM, VP], tl.float32)
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
-    if masks.window is not None:
+    if masks.window is not None and masks.q_segments is None and masks.mask is None:
         out, top, total = forward_blocks(
             out, top, total, queries, k, v, k_strides, v_strides, row, low, tl.minimum(full_low, high),
             batch, head, kv_head, H, T, S, facts, masks, scale_log2, K, V, BM, BN, KP, VP,
@@ -141,7 +142,7 @@ def forward_kernel(
     store_tile(o, o_strides, out, batch, head, row, T, BM, VP, V)
     i = row + tl.arange(0, BM)
     log_sum = tl.where(seen, (top + tl.log2(total)) * LN2, float("-inf"))
-    tl.store(lse + flat_head.to(tl.int64) * T + i, log_sum, mask=i < T)
+    tl.store(lse + tl.cast(flat_head, tl.int64) * T + i, log_sum, mask=i < T)
 
 
 def is_even(masks: Masks, causal: bool, keys: int, block: int) -> bool:
@@ -221,5 +222,5 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
     lse = q.new_empty((B, H, T), dtype=torch.float32)
     if o.numel() == 0 or k.shape[2] == 0:
         return o.zero_(), lse.fill_(float("-inf"))
-    plan_forward(q, k, v, o, lse, options).run()
+    launch(plan_forward, (q, k, v, o, lse), options)
     return o, lse

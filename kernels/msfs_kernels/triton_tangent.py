@@ -22,7 +22,9 @@ from msfs_kernels.triton_backward import common, load_log_sums
 from msfs_kernels.triton_common import (
     LOG2E,
     Launch,
+    broadcast_strides,
     key_range,
+    launch,
     load_tile,
     longest_first,
     masks_of,
@@ -62,7 +64,16 @@ def tangent_blocks(
         if masks.softcap is not None:
             moves = moves * slope
         if tbias is not None:
-            offsets = tile_offsets(i, j, tbias_strides, batch, head)
+            offsets = tile_offsets(
+                i,
+                j,
+                batch,
+                head,
+                tbias_strides[0],
+                tbias_strides[1],
+                tbias_strides[2],
+                tbias_strides[3],
+            )
             moves += tl.load(tbias + offsets, mask=(i < T) & (j < S), other=0.0).to(tl.float32)
         moved = p * moves
         mean += tl.sum(moved, 1)
@@ -99,7 +110,7 @@ def tangent_kernel(
     log_sums = load_log_sums(lse, flat_head, row, T, BM)
     out = tl.zeros([BM, VP], tl.float32)
     mean = tl.zeros([BM], tl.float32)
-    if masks.window is not None:
+    if masks.window is not None and masks.q_segments is None and masks.mask is None:
         out, mean = tangent_blocks(
             out, mean, queries, t_queries, log_sums, k, v, tk, tv, tbias,
             k_strides, v_strides, tk_strides, tv_strides, tbias_strides, row, low, tl.minimum(full_low, high),
@@ -124,7 +135,7 @@ def tangent_kernel(
     out -= mean[:, None] * outputs.to(tl.float32)
     store_tile(to, to_strides, out, batch, head, row, T, BM, VP, V)
     i = row + tl.arange(0, BM)
-    tl.store(tlse + flat_head.to(tl.int64) * T + i, mean, mask=i < T)
+    tl.store(tlse + tl.cast(flat_head, tl.int64) * T + i, mean, mask=i < T)
 
 
 def plan_tangent(
@@ -137,8 +148,6 @@ def plan_tangent(
     config = config or choose("tangent", q.dtype, max(KP, VP), options.causal, max(T, S))
     BM, BN = config.block_m, config.block_n
     tma = config.tma and tma_ready(q, k, v, tq, tk, tv)
-    if tbias is not None:
-        tbias = tbias.expand(B, H, T, S)
     return Launch(
         tangent_kernel,
         (triton.cdiv(T, BM) * B * H,),
@@ -160,7 +169,7 @@ def plan_tangent(
             tq.stride(),
             tk.stride(),
             tv.stride(),
-            None if tbias is None else tbias.stride(),
+            broadcast_strides(tbias, (B, H, T, S)),
             o.stride(),
             to.stride(),
             masks,
@@ -202,5 +211,5 @@ def tangent(
     tlse = q.new_empty((B, H, T), dtype=torch.float32)
     if to.numel() == 0 or k.shape[2] == 0:
         return to.zero_(), tlse.zero_()
-    plan_tangent(tq, tk, tv, tbias, q, k, v, o, lse.contiguous(), to, tlse, options).run()
+    launch(plan_tangent, (tq, tk, tv, tbias, q, k, v, o, lse.contiguous(), to, tlse), options)
     return to, tlse

@@ -180,8 +180,8 @@ def with_object(
 
 
 _WATERS = [noun for noun in nouns_of("WX") if noun.lemma in ("sea", "lake", "river")]
-_PLACED = {"sleep", "work", "dance", "have lunch", "have dinner", "stay", "run",
-           "wake up", "fall asleep"}  # fmt: skip
+PLACED = {"sleep", "work", "dance", "have lunch", "have dinner", "stay", "run",
+           "wake up", "fall asleep", "swim"}  # fmt: skip
 
 
 def intransitive(rng: random.Random, kind: str = "P", *, placed: float = 0.6) -> Predicate:
@@ -191,8 +191,9 @@ def intransitive(rng: random.Random, kind: str = "P", *, placed: float = 0.6) ->
         if verb.lemma == "swim":
             water = phrase(pick(rng, _WATERS), "the")
             return Predicate(verb, "in " + water.english, water.after("in"))
-        if verb.lemma in _PLACED:
-            return Predicate(verb, *place(rng))
+        if verb.lemma in PLACED:
+            where, dove, pairs = place(rng)
+            return Predicate(verb, where, dove, pairs=pairs)
     return Predicate(verb)
 
 

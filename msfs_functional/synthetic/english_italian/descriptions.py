@@ -189,7 +189,7 @@ def superlative(rng: random.Random) -> Sentence:
 def existence(rng: random.Random) -> Sentence:
     """There are three cats under the tree. Is there a key in the box?"""
     small = rng.random() < 0.5
-    where, dove = place(rng, pick(rng, "FN") if small else pick(rng, "GLXW"))
+    where, dove, pairs = place(rng, pick(rng, "FN") if small else pick(rng, "GLXW"))
     what = thing(
         rng,
         "ORTC" if small else "PAO",
@@ -202,7 +202,7 @@ def existence(rng: random.Random) -> Sentence:
     return end(
         words(there, what.english, where),
         italian.join(ci, essere, what.direct, dove),
-        what.pairs,
+        what.pairs | pairs,
         "?" if asked else ".",
     )
 

@@ -15,9 +15,11 @@ from msfs_functional.synthetic.english_italian.lexicon import (
     nouns_of,
 )
 from msfs_functional.synthetic.english_italian.nouns import (
+    NO_PAIRS,
     POSSESSIVES,
     QUANTIFIERS,
     SUBJECT_PRONOUNS,
+    Pairs,
     Phrase,
     both,
     phrase,
@@ -34,12 +36,11 @@ def pick(rng: random.Random, items: Sequence[T]) -> T:
 def draw(rng: random.Random, weights: Mapping[T, float]) -> T:
     """One of the keys, as likely as its weight says."""
     rest = rng.random() * sum(weights.values())
-    key = next(iter(weights))
     for key, weight in weights.items():
         rest -= weight
         if rest < 0:
-            break
-    return key
+            return key
+    raise ValueError(f"weights {weights} must be positive")
 
 
 _DETERMINERS = {
@@ -52,7 +53,7 @@ _OWNED = {
     "A": {"dog", "cat", "horse", "bird", "cow", "duck"},
     "G": {"house", "castle", "school", "shop", "hotel", "restaurant", "university", "church"},
     "L": {"garden", "village", "city", "kitchen", "island"},
-    "X": {"street", "square"},
+    "X": {"street"},
     "U": {"song"},
     "W": set(),
 }  # fmt: skip
@@ -173,16 +174,17 @@ _PREPOSITIONS = {
 }  # fmt: skip
 
 
-def place(rng: random.Random, kinds: str = "GGLX") -> tuple[str, str]:
+def place(rng: random.Random, kinds: str = "GGLX") -> tuple[str, str, Pairs]:
     """Where something happens: in the garden, near my house, on that table, in Rome."""
     if "G" in kinds and rng.random() < 0.08:
         city, città = pick(rng, list(CITIES.items()))
-        return "in " + city, italian.preposition("a", città, None)
+        return "in " + city, italian.preposition("a", città, None), NO_PAIRS
     kind = pick(rng, kinds)
     nouns = lexicon().nouns[kind]
     noun = pick(rng, [n for n in nouns if n.lemma in _NEAR] if kind == "W" else nouns)
     choices = ["on" if noun.lemma in _ON else "near" if noun.lemma in _NEAR else "in"] * 5
-    choices += ["near", "behind", "in front of"]
+    if noun.lemma not in _NEAR or noun.lemma == "tree":
+        choices += ["near", "behind", "in front of"]
     if noun.kind == "F" or noun.lemma in ("bridge", "tree", "box"):
         choices += ["under", "under"]
     preposition = pick(rng, choices)
@@ -190,4 +192,4 @@ def place(rng: random.Random, kinds: str = "GGLX") -> tuple[str, str]:
     landmark = noun_phrase(rng, noun, determiner=determiner, plural=False, rate=0.12)
     first, second = _PREPOSITIONS[preposition]
     dove = f"{first} {landmark.after(second)}" if second else landmark.after(first)
-    return f"{preposition} {landmark.english}", dove
+    return f"{preposition} {landmark.english}", dove, landmark.pairs
