@@ -59,9 +59,8 @@ def sdpa(backend: str) -> Attention:
 
 
 def flex() -> Attention:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
     import torch._functorch.config
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     torch._functorch.config.donated_buffer = False  # the backward is timed by running it repeatedly
     torch._dynamo.config.recompile_limit = 64

@@ -8,6 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+LIBRARY = torch.library.Library("msfs_kernels", "DEF")
+OPS = torch.ops.msfs_kernels
+
 
 class Options(NamedTuple):
     """Optional tensors and scalars of one call; the order is that of the raw ops' schemas.
@@ -43,6 +46,15 @@ class Options(NamedTuple):
     def drop_threshold(self) -> int:
         """A pair is kept when its random 32-bit word is at least this."""
         return round(self.dropout * 2**32)
+
+
+OPTION_SCHEMA = (  # the bias, which is differentiable, stands with q, k and v
+    "Tensor? key_lengths, Tensor? prefix_lengths, Tensor? q_segments, Tensor? k_segments,"
+    " Tensor? alibi, Tensor? rng, bool causal, int window, float scale, float softcap,"
+    " float dropout, str precision, bool deterministic"
+)
+OPTION_COUNT = len(Options._fields) - 1
+OPTION_TENSORS = OPTION_SCHEMA.count("Tensor?")
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

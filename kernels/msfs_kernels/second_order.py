@@ -7,7 +7,7 @@ maps are needed for every second-order composition, because mixed second derivat
                                                    backward of tangent
     second_tangent   (t, u) -> D_u (J t)           the new part of: tangent of tangent
 
-In the notation of cpu.py, the tangent along t of the backward with do and dlse held fixed:
+In the notation of tiled.py, the tangent along t of the backward with do and dlse held fixed:
 
     tdP = Z (do tv^T)       tD = rowsum(do to)
     tds = P ((ts - tlse) (dP - D + dlse) + tdP - tD)
@@ -24,8 +24,8 @@ and the tangent along u of the tangent along t:
 import torch
 from torch import Tensor
 
-from .cpu import Gradients, logit_tangent, raw_tangent
 from .options import Options, empty_tokens_first
+from .tiled import Gradients, logit_tangent, raw_tangent
 from .tiles import Logits, tiles, times
 
 

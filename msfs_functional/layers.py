@@ -1,0 +1,162 @@
+"""What models are made of: plain functions of tensors, and thin modules that hold the weights.
+
+torch's nn.Linear, nn.LayerNorm and nn.Embedding serve as they are. What is added here keeps no
+state: randomness comes in as a key, positions are computed, caches are arguments.
+
+Dimension key: ... batch dims, T queries, S keys, D width, H heads, K head dim, N positions.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Int64
+from torch import Tensor, nn
+
+from msfs_functional import random
+from msfs_functional.attention import Implementation, attention, attention_weights
+
+Activation = Literal["relu", "gelu", "gelu_tanh", "swish"]
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "swish": F.silu,
+}
+
+
+def sinusoidal_positions(
+    positions: Int[Tensor, "N"],
+    width: int,
+    *,
+    layout: Literal["interleaved", "halves"] = "interleaved",
+    dtype: torch.dtype = torch.float32,
+) -> Float[Tensor, "N D"]:
+    """Sines and cosines of geometrically falling frequency, one row for each position.
+
+        angle(n, c) = n / 10000^(2c / D)
+        interleaved  sin a0, cos a0, sin a1, cos a1, ...     (the paper, tensor2tensor aside)
+        halves       sin a0, sin a1, ..., cos a0, cos a1, ...    (Marian)
+
+    Angles are taken in float64: in float32 the angle of position 1000 is already 3e-5 off.
+
+    Raises:
+        ValueError: an odd width.
+
+    Source: Vaswani et al. 2017, section 3.5.
+    """
+    if width % 2:
+        raise ValueError(f"width ({width}) must be even: positions pair a sine with a cosine")
+    pairs = torch.arange(0, width, 2, device=positions.device, dtype=torch.float64)
+    frequencies = torch.exp(pairs * (-math.log(10000.0) / width))
+    angles = positions[:, None].to(torch.float64) * frequencies
+    waves = (angles.sin().to(dtype), angles.cos().to(dtype))
+    return torch.stack(waves, -1).flatten(-2) if layout == "interleaved" else torch.cat(waves, -1)
+
+
+def site_keys(key: Int64[Tensor, "2"] | None, n: int) -> list[Tensor | None]:
+    """One key for each of n places that drop; all None (no dropout, evaluation) without a key."""
+    return [None] * n if key is None else list(random.split(key, n).unbind(0))
+
+
+def fused_linear(x: Float[Tensor, "... D"], *layers: nn.Linear) -> list[Tensor]:
+    """`[layer(x) for layer in layers]` as one matrix product over the stacked weights.
+
+    Stacking copies the weights, which pays only when x has more rows than they have together:
+    fewer (decoding a token at a time) are multiplied one layer after another.
+    """
+    sizes = [layer.out_features for layer in layers]
+    if x.numel() // x.shape[-1] < sum(sizes):
+        return [layer(x) for layer in layers]
+    weight = torch.cat([layer.weight for layer in layers])
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    return list(F.linear(x, weight, torch.cat(biases) if biases else None).split(sizes, -1))
+
+
+class MultiHeadAttention(nn.Module):
+    """Attention with projections q, k, v, o; heads attend side by side in width / heads dims.
+
+    Source: Vaswani et al. 2017, section 3.2.2.
+
+    Raises:
+        ValueError: heads do not divide the width, or kv_heads the heads.
+    """
+
+    def __init__(self, width: int, heads: int, *, kv_heads: int | None = None, bias: bool = True):
+        super().__init__()
+        kv_heads = heads if kv_heads is None else kv_heads
+        if min(width, heads, kv_heads) < 1 or width % heads:
+            raise ValueError(f"heads ({heads}) must divide width ({width}), both positive")
+        if heads % kv_heads:
+            raise ValueError(f"kv_heads ({kv_heads}) must divide heads ({heads})")
+        self.head_dim = width // heads
+        self.q = nn.Linear(width, width, bias=bias)
+        self.k = nn.Linear(width, kv_heads * self.head_dim, bias=bias)
+        self.v = nn.Linear(width, kv_heads * self.head_dim, bias=bias)
+        self.o = nn.Linear(width, width, bias=bias)
+
+    def split_heads(self, x: Float[Tensor, "... T D"]) -> Float[Tensor, "... H T K"]:
+        """(..., T, heads * head_dim) seen as (..., heads, T, head_dim): a view, no copy."""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(-2, -3)
+
+    def keys_values(self, memory: Float[Tensor, "... S D"]) -> tuple[Tensor, Tensor]:
+        """Keys and values of what is attended to, each (..., G, S, K): what a cache keeps."""
+        k, v = fused_linear(memory, self.k, self.v)
+        return self.split_heads(k), self.split_heads(v)
+
+    def forward(
+        self,
+        x: Float[Tensor, "... T D"],
+        keys_values: tuple[Tensor, Tensor] | None = None,
+        *,
+        store: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        maps: list[Tensor] | None = None,
+        key: Int64[Tensor, "2"] | None = None,
+        dropout: float = 0.0,
+        implementation: Implementation = "flash",
+        **mask: Any,
+    ) -> Float[Tensor, "... T D"]:
+        """x attends to itself, or to the given `keys_values` of a memory.
+
+        Args:
+            store: takes x's own keys and values, returns those to attend to (a cache's).
+            maps: a list to which the attention weights are appended, for pictures.
+            key, dropout: of the attention weights; no key, no dropout.
+            mask: options of `attention` (is_causal, key_lengths, bias, ...).
+        """
+        if keys_values is None:
+            q, k, v = map(self.split_heads, fused_linear(x, self.q, self.k, self.v))
+            k, v = (k, v) if store is None else store(k, v)
+        else:
+            q, (k, v) = self.split_heads(self.q(x)), keys_values
+        if maps is not None:
+            maps.append(attention_weights(q, k, **mask))
+        dropped = {} if key is None or dropout == 0 else {"dropout": dropout, "dropout_key": key}
+        heads = attention(q, k, v, implementation=implementation, **dropped, **mask)
+        return self.o(heads.transpose(-2, -3).flatten(-2))
+
+
+class FeedForward(nn.Module):
+    """down(dropout(activation(up(x)))): the same two layers at every position.
+
+    Source: Vaswani et al. 2017, section 3.3.
+    """
+
+    def __init__(self, width: int, hidden: int, activation: Activation, *, bias: bool = True):
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation ({activation!r}) must be one of {list(ACTIVATIONS)}")
+        self.activation = ACTIVATIONS[activation]
+        self.up = nn.Linear(width, hidden, bias=bias)
+        self.down = nn.Linear(hidden, width, bias=bias)
+
+    def forward(
+        self,
+        x: Float[Tensor, "... D"],
+        *,
+        key: Int64[Tensor, "2"] | None = None,
+        dropout: float = 0.0,
+    ) -> Float[Tensor, "... D"]:
+        return self.down(random.dropout(key, self.activation(self.up(x)), dropout))

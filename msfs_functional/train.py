@@ -1,0 +1,373 @@
+"""The training step: loss and optimizer in, one compiled function of (state, batch) out.
+
+    state = init_state(model.init(seed), optimizer, random.key(seed))
+    step = make_step(loss_fn, optimizer)
+    for batch in batches:
+        state, metrics = step(state, batch)
+
+`loss_fn(params, batch, key) -> (loss, metrics)` is all a user writes: a 0-d loss, the mean over the
+batch's items, and a dict of 0-d tensors. metrics["weight"], the number of those items, is needed
+where microbatches differ in it.
+
+How a step runs, in the structure that measured fastest (a compiled loss, the autograd engine, a
+compiled update in place):
+
+    1. key = fold_in(state.key, state.step)
+    2. loss_fn forward and backward, compiled together and partitioned; once for each microbatch
+    3. one compiled update: gradient norm, guard, optimizer, moving average, written in place
+
+Everything that changes from step to step is a tensor, so nothing recompiles, and nothing in a step
+waits for the device.
+"""
+
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import optree
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+from torch.func import vmap
+from torch.fx.experimental import _config
+from torch.utils import _pytree
+from torch.utils._triton import has_triton
+
+from msfs_functional import random
+from msfs_functional.optim import Transformation, apply_updates, ema, global_norm, overwrite
+from msfs_functional.params import Params
+from msfs_functional.transforms import NAMESPACE, accumulate
+
+Metrics = dict[str, Tensor]
+LossFn = Callable[[Any, Any, Tensor], tuple[Tensor, Metrics]]
+OURS = ("loss", "grad_norm", "skipped")
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """All that a training run is, as one pytree.
+
+    In an ensemble of N every tensor but `step` has a leading dim N.
+
+    Attributes:
+        params: what is trained.
+        opt_state: the optimizer's.
+        ema: exponential moving average of params, or None.
+        step: steps taken, skipped ones included; 0-d int64.
+        skipped: steps whose loss or gradient was not finite; 0-d (N,) int64.
+        key: base of the random keys; step i draws from fold_in(key, i).
+    """
+
+    params: Params
+    opt_state: Any
+    ema: Params | None
+    step: Int64[Tensor, ""]
+    skipped: Int64[Tensor, "*N"]
+    key: Int64[Tensor, "*N 2"]
+
+
+FIELDS = ("params", "opt_state", "ema", "step", "skipped", "key")
+optree.register_pytree_node(
+    TrainState,  # pyright: ignore[reportArgumentType]
+    lambda state: (tuple(getattr(state, name) for name in FIELDS), None, FIELDS),
+    lambda _, children: TrainState(*children),  # pyright: ignore[reportArgumentType]
+    path_entry_type=optree.DataclassEntry,
+    namespace=NAMESPACE,
+)
+_pytree.register_dataclass(TrainState)
+
+
+def _map(fn: Callable[..., Any], *trees: Any) -> Any:
+    return optree.tree_map(fn, *trees, namespace=NAMESPACE)
+
+
+def _flatten(tree: Any) -> tuple[list[Any], Any]:
+    leaves, spec, *_ = optree.tree_flatten(tree, namespace=NAMESPACE)
+    return leaves, spec
+
+
+def _vmap(fn: Callable[..., Any], mapped: tuple[int, ...]) -> Callable[..., Any]:
+    """fn over dim 0 of every tensor in the arguments `mapped`; arguments and results any pytree."""
+
+    def run(*args: Any) -> Any:
+        leaves, spec = _flatten([args[i] for i in mapped])
+        result: list[Any] = []
+
+        def flat(*leaves: Tensor) -> tuple[Tensor, ...]:
+            one = list(args)
+            for i, arg in zip(mapped, optree.tree_unflatten(spec, leaves), strict=True):
+                one[i] = arg
+            outs, out_spec = _flatten(fn(*one))
+            result[:] = [out_spec]
+            return tuple(outs)
+
+        leaves = vmap(flat)(*leaves)
+        return optree.tree_unflatten(result[0], leaves)
+
+    return run
+
+
+def init_state(
+    params: Params,
+    optimizer: Transformation,
+    key: Int64[Tensor, "*N 2"],
+    *,
+    ema_decay: float | None = None,
+) -> TrainState:
+    """The state before the first step. It takes `params` over: a donating step writes into them.
+
+    Args:
+        params: what is trained; for an ensemble of N stacked, every tensor with a leading dim N.
+        key: base of all random keys, (2,); for an ensemble (N, 2), one for each member.
+        ema_decay: not None keeps a moving average of params, which starts as a copy of them.
+
+    Raises:
+        ValueError: ensemble keys with params that are not stacked.
+    """
+    device = _flatten(params)[0][0].device
+    init = optimizer.init
+    if key.ndim == 2:
+        for name, value in params.items():
+            if value.shape[:1] != key.shape[:1]:
+                raise ValueError(
+                    f"{len(key)} keys ask for an ensemble, but {name!r} has shape "
+                    f"{tuple(value.shape)}; stack the members' params, dim 0 counts them"
+                )
+        init = _vmap(init, mapped=(0,))
+    own = lambda leaf: leaf.detach().clone(memory_format=torch.contiguous_format)  # noqa: E731
+    return TrainState(
+        params={name: value.detach() for name, value in params.items()},
+        opt_state=_map(own, init(params)),
+        ema=None if ema_decay is None else ema(ema_decay).init(params),
+        step=torch.zeros((), dtype=torch.int64, device=device),
+        skipped=torch.zeros(key.shape[:-1], dtype=torch.int64, device=device),
+        key=key.to(device, copy=True),
+    )
+
+
+def why_not_compile(device: torch.device | str) -> str | None:
+    """Why torch.compile cannot work for this device on this machine; None if it can."""
+    kind = torch.device(device).type
+    if kind == "cuda" and not has_triton():
+        return "Triton is missing or does not support this GPU: pip install triton"
+    if kind == "cpu":
+        from torch._inductor import cpp_builder, exc
+
+        try:
+            cpp_builder.get_cpp_compiler()
+        except (exc.InvalidCxxCompiler, RuntimeError):
+            return "no C++ compiler was found: install g++ or clang, or name one in CXX"
+    return None
+
+
+def can_compile(device: torch.device | str) -> bool:
+    """Whether torch.compile works for this device; `why_not_compile` gives the reason."""
+    return why_not_compile(device) is None
+
+
+def _fresh(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A copy of fn with its own code object.
+
+    Dynamo keeps compiled graphs, and counts them against its recompile limit, by code object, which
+    all closures of one `def` share: without this the ninth `make_step` of a process would fail.
+    """
+    code = fn.__code__.replace()
+    return types.FunctionType(code, fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
+
+
+def _objective(loss_fn: LossFn, weighted: bool, members: int | None) -> Callable[..., Any]:
+    """(params, batch, key, step, part) -> (0-d tensor to differentiate, (metrics, weight))."""
+
+    def one(params: Params, batch: Any, key: Tensor, step: Tensor, part: Tensor | None) -> Any:
+        key = random.fold_in(key, step)
+        loss, metrics = loss_fn(params, batch, key if part is None else random.fold_in(key, part))
+        if loss.ndim:
+            raise ValueError(f"loss_fn must return a 0-d loss, got shape {tuple(loss.shape)}")
+        if taken := metrics.keys() & set(OURS):
+            raise ValueError(f"the step itself reports {sorted(taken)}: rename loss_fn's metrics")
+        sums = {"loss": loss, **metrics}
+        sums = {name: torch.as_tensor(v, device=loss.device).detach() for name, v in sums.items()}
+        weight = sums.get("weight", torch.ones_like(loss, dtype=torch.float32)).detach()
+        if weighted:
+            loss = loss * weight
+            sums = {name: v if name == "weight" else v * weight for name, v in sums.items()}
+        return loss, (sums, weight)
+
+    def every(params: Params, batch: Any, key: Tensor, step: Tensor, part: Tensor | None) -> Any:
+        losses, aux = _vmap(one, mapped=(0, 2))(params, batch, key, step, part)
+        return losses.sum(), aux
+
+    return one if members is None else every
+
+
+def _advance(
+    optimizer: Transformation,
+    weighted: bool,
+    ema_decay: float | None,
+    members: int | None,
+    donate: bool,
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """(state, grads, sums, weight) -> (state, metrics): the whole step after the gradient."""
+    average = None if ema_decay is None else ema(ema_decay)
+
+    def one(trained: Any, grads: Params, sums: Metrics, weight: Tensor) -> Any:
+        params, opt_state, mean = trained
+        if weighted:
+            grads = {name: g / weight.to(g.dtype) for name, g in grads.items()}
+            sums = {name: v if name == "weight" else v / weight for name, v in sums.items()}
+        norm = global_norm(grads)
+        finite = sums["loss"].isfinite() & norm.isfinite()
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        params = apply_updates(params, updates)
+        if average is not None:
+            mean = average.update(params, mean)
+        guard = lambda new, old: torch.where(finite, new.to(old.dtype), old)  # noqa: E731
+        trained = _map(guard, (params, opt_state, mean), trained)
+        return trained, {**sums, "grad_norm": norm}, ~finite
+
+    def advance(state: TrainState, grads: Params, sums: Metrics, weight: Tensor) -> Any:
+        trained = (state.params, state.opt_state, state.ema)
+        run = one if members is None else _vmap(one, mapped=(0, 1, 2, 3))
+        after, metrics, skip = run(trained, grads, sums, weight)
+        after = (after, state.step + 1, state.skipped + skip)
+        metrics["skipped"] = after[2]
+        if donate:
+            before = (trained, state.step, state.skipped)
+            overwrite(before, after)
+            after = before
+        (params, opt_state, mean), step, skipped = after
+        return TrainState(params, opt_state, mean, step, skipped, state.key), metrics
+
+    return advance
+
+
+def _check(state: TrainState, ema_decay: float | None, members: int | None, compile: bool) -> None:
+    held = len(state.key) if state.key.ndim == 2 else None
+    if held != members:
+        raise ValueError(
+            f"make_step got members={members}, but the state holds {held}: give init_state a key "
+            f"for each member, random.split(key, members), or make_step the same members"
+        )
+    if (state.ema is None) != (ema_decay is None):
+        held = "no" if state.ema is None else "a"
+        raise ValueError(
+            f"make_step got ema_decay={ema_decay}, but the state holds {held} moving average: give "
+            f"init_state the same ema_decay"
+        )
+    reason = why_not_compile(state.step.device) if compile else None
+    if reason:
+        raise ValueError(f"compile=True, but {reason}; or pass compile=False")
+
+
+def _cut(batch: Any, n: int) -> list[Any]:
+    """n equal microbatches, views of batch; 0-d tensors and other leaves are in each."""
+    for leaf in _flatten(batch)[0]:
+        if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] % n:
+            raise ValueError(
+                f"accumulation ({n}) must divide the batch, got a tensor of shape "
+                f"{tuple(leaf.shape)}: choose batch sizes that are multiples of {n}"
+            )
+
+    def piece(leaf: Any, i: int) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.ndim:
+            return leaf
+        size = leaf.shape[0] // n
+        return leaf[i * size : (i + 1) * size]
+
+    return [_map(lambda leaf: piece(leaf, i), batch) for i in range(n)]  # noqa: B023
+
+
+def _per_shape(objective: Callable[..., Any], dynamic: bool | None) -> Callable[..., Any]:
+    """objective compiled as make_step's `dynamic` says, for batches (argument 1) of any shapes.
+
+    With static graphs each set of shapes gets a callable of its own, so that any number of them
+    compiles and a call checks the guards of one graph only. Where shapes are symbols, sizes that
+    happen to be equal in one batch (source and target length) stay different symbols.
+    """
+    graphs: dict[Any, Callable[..., Any]] = {}
+
+    def run(params: Params, batch: Any, *rest: Any) -> Any:
+        tensors = [leaf for leaf in _flatten(batch)[0] if isinstance(leaf, Tensor)]
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in tensors)
+        if shapes in graphs:
+            return graphs[shapes](params, batch, *rest)
+        symbolic = dynamic is True or (dynamic is None and len(graphs) > 0)
+        if dynamic is False or not graphs:
+            fn = torch.compile(_fresh(objective), fullgraph=True)
+        else:
+            fn = next(iter(graphs.values()))
+        graphs[shapes] = fn
+        if symbolic:
+            for leaf in tensors:
+                torch._dynamo.maybe_mark_dynamic(leaf, list(range(leaf.ndim)))
+        with _config.patch(use_duck_shape=False):  # pyright: ignore[reportAttributeAccessIssue]
+            return fn(params, batch, *rest)
+
+    return run
+
+
+def make_step(
+    loss_fn: LossFn,
+    optimizer: Transformation,
+    *,
+    accumulation: int = 1,
+    ema_decay: float | None = None,
+    members: int | None = None,
+    compile: bool = True,
+    dynamic: bool | None = None,
+    donate: bool = True,
+) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+    """step(state, batch) -> (state, metrics): gradient, guard, optimizer and average in one.
+
+    A step whose loss or gradient norm is not finite changes nothing but `step` and `skipped`.
+    Metrics are device tensors: loss_fn's own, "loss" (the mean), "grad_norm" (before clipping) and
+    "skipped" (so far); reading one waits for the device, so read rarely.
+
+    Args:
+        loss_fn: (params, batch, key) -> (0-d mean loss, dict of 0-d metrics).
+        optimizer: a Transformation, clipping and schedules included.
+        accumulation: microbatches a step; every tensor of the batch is cut into so many along
+            dim 0. Gradient, loss and metrics are means over them weighted by metrics["weight"],
+            which is itself summed. Microbatch i draws from fold_in(step key, i).
+        ema_decay: the same as init_state got.
+        members: N trains an ensemble in one vmapped step: params, opt_state, ema, skipped, keys and
+            metrics carry a leading dim N, the batch is common, clipping and guard are per member.
+        compile: False runs eager, for debugging or where `can_compile` says no.
+        dynamic: batch shapes in compiled graphs. False: one graph for each shape, the fastest
+            kernels, for few shapes. True: one graph for all shapes. None: a graph for the first
+            shape, then one for all others. A bounded set of shapes stops compiling once each was
+            seen, in all three.
+        donate: write the new state into the old one's memory: nothing is allocated, and the state
+            that went in is spent.
+
+    Raises:
+        ValueError: a batch that accumulation does not divide; members that the state does not have;
+            loss_fn returns something else; compile=True on a machine that cannot.
+    """
+    if accumulation < 1:
+        raise ValueError(f"accumulation ({accumulation}) must be at least 1")
+    weighted = accumulation > 1
+    objective = _objective(loss_fn, weighted, members)
+    advance = _advance(optimizer, weighted, ema_decay, members, donate)
+    if compile:
+        objective = _per_shape(objective, dynamic)
+        advance = torch.compile(_fresh(advance), fullgraph=True, dynamic=False)
+    checked = False
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        nonlocal checked
+        if not checked:
+            _check(state, ema_decay, members, compile)
+            checked = True
+        if weighted:
+            parts = torch.arange(accumulation, device=state.step.device).unbind()
+            pieces = zip(_cut(batch, accumulation), parts, strict=True)
+        else:
+            pieces = [(batch, None)]
+        calls = ((piece, state.key, state.step, part) for piece, part in pieces)
+        (_, (sums, weight)), grads = accumulate(objective, state.params, calls)
+        with torch.no_grad():
+            return advance(state, grads, sums, weight)
+
+    return step
