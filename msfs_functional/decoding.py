@@ -123,8 +123,10 @@ def _donating(updates: Updates, state: Any) -> Callable[[], None]:
         return advance
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
+    start = optree.tree_map(lambda x: x.clone(), state)
     with torch.cuda.stream(stream):
         for _ in range(3):  # compiles, and lets libraries allocate their workspaces
+            optree.tree_map_(lambda x, y: x.copy_(y), state, start)
             advance()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()

@@ -15,7 +15,9 @@ SHARED = {80: 163, 90: 227, 100: 227}  # KiB a program may take
 KERNELS = ["forward", "fused", "keys", "queries", "tangent", "bias"]
 
 
-def launch_of(kernel: str, K: int, options: Options, config: Config | None, dtype=torch.bfloat16) -> Launch:
+def launch_of(
+    kernel: str, K: int, options: Options, config: Config | None, dtype=torch.bfloat16
+) -> Launch:
     B, H, G, T = 2, 4, 2, 256
 
     def tensor(heads: int) -> torch.Tensor:
@@ -25,12 +27,16 @@ def launch_of(kernel: str, K: int, options: Options, config: Config | None, dtyp
     if kernel == "forward":
         return triton_forward.plan_forward(q, k, v, o, lse, options, config)
     if kernel == "tangent":
-        return triton_tangent.plan_tangent(q, k, v, options.bias, q, k, v, o, lse, o, lse, options, config)
+        return triton_tangent.plan_tangent(
+            q, k, v, options.bias, q, k, v, o, lse, o, lse, options, config
+        )
     if kernel == "queries":
         return triton_backward.plan_queries(q, k, v, o, lse, lse, q, options, config)
     if kernel == "bias":
         bias = torch.empty(1, H, T, T, dtype=dtype)
-        return triton_backward.plan_bias(q, k, v, o, lse, lse, options._replace(bias=bias), config)[0]
+        return triton_backward.plan_bias(q, k, v, o, lse, lse, options._replace(bias=bias), config)[
+            0
+        ]
     sums = torch.empty(B, H, T, K) if kernel == "fused" else None
     return triton_backward.plan_keys(q, k, v, o, lse, lse, k, v, sums, options, config)
 
@@ -81,7 +87,9 @@ def test_causal_kernel_uses_hopper_matrix_instructions_and_does_not_spill(kernel
 def test_padded_head_dims_fit_the_smallest_chip(K):
     for kernel in ("forward", "fused"):
         config = configs.default(kernel, torch.bfloat16, padded(K))
-        assert took(launch_of(kernel, K, Options(scale=0.1), config), 80).shared <= SHARED[80] * 1024
+        assert (
+            took(launch_of(kernel, K, Options(scale=0.1), config), 80).shared <= SHARED[80] * 1024
+        )
 
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
@@ -96,7 +104,13 @@ def test_float32_compiles_in_both_precisions(precision):
 def test_warp_specialised_forward_compiles_for_hopper(causal):
     q = torch.empty(2, 256, 4, 128, dtype=torch.bfloat16).transpose(1, 2)
     launch = hopper_forward.plan_forward(
-        q, q, q, q, torch.empty(2, 4, 256), Options(causal=causal, scale=0.1), Config(128, 128, 8, 2)
+        q,
+        q,
+        q,
+        q,
+        torch.empty(2, 4, 256),
+        Options(causal=causal, scale=0.1),
+        Config(128, 128, 8, 2),
     )
     used = took(launch, 90)
     assert used.wgmma > 0 and used.spills == 0 and used.shared <= SHARED[90] * 1024

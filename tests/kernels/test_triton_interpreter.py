@@ -85,10 +85,17 @@ def failures_with(name: str, tma: bool, deterministic: bool) -> list[str]:
         "causal window": {"causal": True, "window": 20},
         "key lengths": {"key_lengths": torch.tensor([33, 0], dtype=torch.int32)},
         "prefix": {"causal": True, "prefix_lengths": torch.tensor([40, 5], dtype=torch.int32)},
-        "prefix and window": {"window": 8, "prefix_lengths": torch.tensor([0, 35], dtype=torch.int32)},
+        "prefix and window": {
+            "window": 8,
+            "prefix_lengths": torch.tensor([0, 35], dtype=torch.int32),
+        },
         "segments": {
-            "q_segments": torch.arange(T, dtype=torch.int32).div(13, rounding_mode="floor").repeat(2, 1),
-            "k_segments": torch.arange(S, dtype=torch.int32).div(19, rounding_mode="floor").repeat(2, 1),
+            "q_segments": torch.arange(T, dtype=torch.int32)
+            .div(13, rounding_mode="floor")
+            .repeat(2, 1),
+            "k_segments": torch.arange(S, dtype=torch.int32)
+            .div(19, rounding_mode="floor")
+            .repeat(2, 1),
         },
         "softcap": {"softcap": 1.5, "scale": 1.0},
         "alibi": {"alibi": noise(2, 4).abs(), "causal": True},

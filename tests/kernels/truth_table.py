@@ -124,9 +124,7 @@ def some_mapped(a: Attention, c: Case):
     rest = c.x[1:]
     in_rest = (None,) * len(rest)
     first = vmap(a, in_dims=(0, *in_rest))(q, *rest)
-    last = vmap(a, in_dims=(None, 2, *in_rest[1:]), out_dims=1)(
-        c.x[0], k.movedim(0, 2), *rest[1:]
-    )
+    last = vmap(a, in_dims=(None, 2, *in_rest[1:]), out_dims=1)(c.x[0], k.movedim(0, 2), *rest[1:])
     both = vmap(grad(loss_of(a), argnums(c)), in_dims=(0, *in_rest))(q, *rest)
     return first, last, both
 
@@ -371,7 +369,9 @@ def main() -> None:
             }
             bad = {name: r for name, r in results.items() if r[0] != "ok"}
             for name, (verdict, ratio) in bad.items():
-                print(f"    {composition} / {mode} / {name}: {verdict} {ratio:.1f}", file=sys.stderr)
+                print(
+                    f"    {composition} / {mode} / {name}: {verdict} {ratio:.1f}", file=sys.stderr
+                )
             wrong += sum(not verdict.startswith("torch cannot") for verdict, _ in bad.values())
             worst = max(ratio for _, ratio in results.values())
             verdicts = sorted({verdict.split(" (")[0].split()[0] for verdict, _ in bad.values()})
