@@ -37,6 +37,7 @@ LOW32 = 0xFFFFFFFF
 NUMBERS, FOLD, SPLIT, DROPOUT = range(4)
 
 CHUNK = 2**13  # counters at a time on the CPU: the temporaries stay in cache
+FEW = 8  # counters for which Python's integers are faster than 150 calls of numpy
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -148,10 +149,17 @@ def _chunks(key_R2: Tensor, counter_RN: Tensor, domain: int) -> Iterator[tuple[s
 @torch.library.custom_op("msfs_kernels::philox_words", mutates_args=())
 def _words(key: Tensor, counter: Tensor, domain: int) -> Tensor:
     lead, keys, counters = _rows(key, counter)
-    out = np.empty((len(keys), counters.shape[1], 4), dtype=np.int64)
+    rows, n = len(keys), counters.shape[1]
+    if 0 < rows * n <= FEW:
+        pairs = zip(keys.tolist(), counters.expand(rows, n).tolist(), strict=True)
+        few = [
+            philox_4x32(c & LOW32, (c >> 32) & LOW32, 0, domain, *k) for k, cs in pairs for c in cs
+        ]
+        return torch.tensor(few, device=key.device).view(*lead, n, 4)
+    out = np.empty((rows, n, 4), dtype=np.int64)
     for part, words in _chunks(keys, counters, domain):
         out[:, part] = words
-    return torch.from_numpy(out).view(*lead, counters.shape[1], 4).to(key.device)
+    return torch.from_numpy(out).view(*lead, n, 4).to(key.device)
 
 
 @torch.library.custom_op("msfs_kernels::dropout_bits", mutates_args=())
