@@ -4,7 +4,7 @@ Dimension key: N matrices of one shape, R rows, C columns.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ def scale_by_muon(
     nesterov: bool = True,
     *,
     match_adamw: bool = False,
-    **newton_schulz: Any,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Transformation:
     """Momentum, orthogonalised (Jordan et al. 2024, "Muon").
 
@@ -95,7 +95,7 @@ def scale_by_muon(
                 if match_adamw
                 else math.sqrt(max(1, rows / columns))
             )
-            orthogonal = orthogonalize(torch.stack([u[name] for name in group]), **newton_schulz)
+            orthogonal = orthogonalize(torch.stack([u[name] for name in group]), dtype=dtype)
             updates.update(zip(group, (orthogonal * scale).unbind(), strict=True))
         return {name: updates[name] for name in grads}, MomentumState(mu)
 

@@ -1,6 +1,5 @@
 """The Transformer against torch.nn.Transformer and MarianMT, its masks, caches and options."""
 
-import itertools
 import math
 
 import pytest
@@ -10,6 +9,7 @@ from transformers import MarianConfig, MarianMTModel
 
 from msfs_functional import random
 from msfs_functional.models import transformer as tf
+from msfs_functional.models.marian import from_marian
 from msfs_functional.models.transformer import TransformerConfig, transformer
 
 SMALL = {"vocab": 23, "width": 16, "depth": 2, "heads": 4, "hidden": 24, "max_length": 32}
@@ -46,7 +46,7 @@ def torch_layer_names(name: str) -> str:
     ]
     for old, new in pairs:
         name = name.replace(old, new)
-    last = name.startswith("encoder") and ".norm2" in name or ".norm3" in name
+    last = (name.startswith("encoder") and ".norm2" in name) or ".norm3" in name
     name = name.replace(".norm3", ".norm2")
     return name.replace(".norm2", ".feed_forward_norm" if last else ".cross_attention_norm")
 
@@ -141,7 +141,7 @@ def marian(**options) -> MarianMTModel:
 @torch.no_grad()
 def test_logits_equal_marian(options):
     theirs = marian(**options)
-    config, params = tf.from_marian(theirs.config.to_dict(), theirs.state_dict())
+    config, params = from_marian(theirs.config.to_dict(), theirs.state_dict())
     model = transformer(config)
     assert set(params) == set(model.shapes)
     source, target = tokens(0, 4, 9), tokens(1, 4, 6)

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from . import checks, ops  # noqa: F401, registers the ops
-from .dispatch import call
+from .dispatch import call, is_sharded
 from .options import accumulate_dtype
 from .philox import fold_in
 from .refusal import refused
@@ -120,12 +120,8 @@ def flash_attention(
     rng = None
     if dropout > 0 and dropout_key is not None:
         rng = fold_in(dropout_key, torch.arange(B, device=q.device))
-    o, lse = call(
-        "attention",
-        one_batch_dim(q),
-        one_batch_dim(k),
-        one_batch_dim(v),
-        None if bias is None else canonical_bias(bias, lead),
+    bias = None if bias is None else canonical_bias(bias, lead)
+    options = (
         per_row(key_lengths),
         per_row(prefix_lengths),
         q_segments,
@@ -140,6 +136,9 @@ def flash_attention(
         precision,
         deterministic,
     )
+    if is_sharded(q):
+        from . import sharding  # noqa: F401, registers the ops' rules for DTensors
+    o, lse = call("attention", one_batch_dim(q), one_batch_dim(k), one_batch_dim(v), bias, *options)
     if len(lead) != 1:
         o, lse = o.reshape(*lead, H, T, Kv), lse.reshape(*lead, H, T)
     return (o, lse) if return_lse else o

@@ -4,7 +4,8 @@ A dispatcher that enters Python twice (Autograd, then the device's kernel) costs
 call. Where no transform, mode, tracer or tensor subclass is about, the kernel is called as the function that it is.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,23 @@ from .options import OPS
 
 KERNELS: dict[str, Callable] = {}  # the function behind each op, for CPU and CUDA alike
 DIRECT_RULES: dict[str, Any] = {}  # autograd.Functions around the bare kernel
+
+
+def is_sharded(x: Tensor) -> bool:
+    """Whether x is a DTensor, also within torch.func's wrappers; imports nothing to find out."""
+    if not torch.compiler.is_compiling():
+        while torch._C._functorch.is_functorch_wrapped_tensor(x):
+            x = torch._C._functorch.get_unwrapped(x)
+    return type(x).__name__ == "DTensor"
+
+
+def mixing_dtensors(args: Sequence[Any]) -> AbstractContextManager:
+    """Lets plain options (lengths, keys: the same on every rank) stand beside DTensors, replicated."""
+    if not any(type(x).__name__ == "DTensor" for x in args):
+        return nullcontext()
+    from torch.distributed.tensor.experimental import implicit_replication
+
+    return implicit_replication()
 
 
 def watched() -> bool:

@@ -1,4 +1,12 @@
-"""The backward for Hopper in Gluon: two warpgroups of 64 keys each, a producer warp, gradients of queries by atomics."""
+"""The backward for Hopper in Gluon: two warpgroups of 64 keys each, a producer warp, gradients of
+queries by atomics.
+"""
+
+# Device functions are Python to pyright: tiles, constants and pointers have no types of theirs.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalOperand=false
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+# pyright: reportAssignmentType=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
 
 import torch
 import triton
@@ -18,13 +26,37 @@ from msfs_kernels.options import Options
 from msfs_kernels.triton_common import LOG2E, Launch
 from msfs_kernels.triton_forward import heads_in_cache
 
+# Triton renamed both after 3.6.
+load_tma = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+store_tma = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
 KEYS = gl.constexpr(128)  # of a program, 64 a warpgroup
 
 
 @gluon.jit
-def prepare_kernel(do, o, lse, dlse, log_sums, delta, do_b, do_h, do_t, o_b, o_h, o_t, dlse_b, dlse_h, dlse_t, H, T, padded_T,
-                   D: gl.constexpr, ROWS: gl.constexpr):
-    """delta = rowsum(do * o) - dlse and lse in log2 units, both padded; lse is +inf where there is no key or no query."""
+def prepare_kernel(
+    do,
+    o,
+    lse,
+    dlse,
+    log_sums,
+    delta,
+    do_b,
+    do_h,
+    do_t,
+    o_b,
+    o_h,
+    o_t,
+    dlse_b,
+    dlse_h,
+    dlse_t,
+    H,
+    T,
+    padded_T,
+    D: gl.constexpr,
+    ROWS: gl.constexpr,
+):
+    """delta = rowsum(do * o) - dlse and lse in log2 units, padded; lse +inf without a key."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     rows: gl.constexpr = gl.SliceLayout(1, layout)
     blocks = padded_T // ROWS
@@ -35,11 +67,17 @@ def prepare_kernel(do, o, lse, dlse, log_sums, delta, do_b, do_h, do_t, o_b, o_h
     d = gl.arange(0, D, gl.SliceLayout(0, layout))
     inside = i < T
     at = i.to(gl.int64)[:, None]
-    a = gl.load(do + batch * do_b + head * do_h + at * do_t + d[None, :], mask=inside[:, None], other=0.0)
-    b = gl.load(o + batch * o_b + head * o_h + at * o_t + d[None, :], mask=inside[:, None], other=0.0)
+    a = gl.load(
+        do + batch * do_b + head * do_h + at * do_t + d[None, :], mask=inside[:, None], other=0.0
+    )
+    b = gl.load(
+        o + batch * o_b + head * o_h + at * o_t + d[None, :], mask=inside[:, None], other=0.0
+    )
     total = gl.sum(a.to(gl.float32) * b.to(gl.float32), 1)
     if dlse is not None:
-        total -= gl.load(dlse + batch * dlse_b + head * dlse_h + i.to(gl.int64) * dlse_t, mask=inside, other=0.0).to(gl.float32)
+        total -= gl.load(
+            dlse + batch * dlse_b + head * dlse_h + i.to(gl.int64) * dlse_t, mask=inside, other=0.0
+        ).to(gl.float32)
     start = flat_head.to(gl.int64)
     sums = gl.load(lse + start * T + i, mask=inside, other=float("-inf")) * 1.4426950408889634
     sums = gl.where(sums == float("-inf"), float("inf"), sums)
@@ -49,7 +87,9 @@ def prepare_kernel(do, o, lse, dlse, log_sums, delta, do_b, do_h, do_t, o_b, o_h
 
 @gluon.jit
 def query_range(column, T, S, CAUSAL: gl.constexpr, BM: gl.constexpr):
-    """(first, first unmasked, end) query for the keys column .. column + KEYS - 1, the first two multiples of BM."""
+    """(first, first unmasked, end) query for the keys column .. column + KEYS - 1, the first two
+    multiples of BM.
+    """
     low = 0
     full = 0
     if CAUSAL:
@@ -63,14 +103,40 @@ def query_range(column, T, S, CAUSAL: gl.constexpr, BM: gl.constexpr):
 
 
 @gluon.jit
-def producer(q, k, v, do, log_sums, delta, q_s, k_s, v_s, do_s, lse_s, delta_s, kv_full, q_full, q_free, do_full, do_free,
-             batch, kv_head, column, H, T, S,
-             GROUP: gl.constexpr, CAUSAL: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr):
+def producer(
+    q,
+    k,
+    v,
+    do,
+    log_sums,
+    delta,
+    q_s,
+    k_s,
+    v_s,
+    do_s,
+    lse_s,
+    delta_s,
+    kv_full,
+    q_full,
+    q_free,
+    do_full,
+    do_free,
+    batch,
+    kv_head,
+    column,
+    H,
+    T,
+    S,
+    GROUP: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    BM: gl.constexpr,
+    STAGES: gl.constexpr,
+):
     D: gl.constexpr = q.block_type.shape[3]
     mbarrier.expect(kv_full, 2 * KEYS * D * 2)
-    tma.async_copy_global_to_shared(k, [batch, kv_head, column, 0], kv_full, k_s)
-    tma.async_copy_global_to_shared(v, [batch, kv_head, column, 0], kv_full, v_s.index(0))
-    tma.async_copy_global_to_shared(v, [batch, kv_head, column + 64, 0], kv_full, v_s.index(1))
+    load_tma(k, [batch, kv_head, column, 0], kv_full, k_s)
+    load_tma(v, [batch, kv_head, column, 0], kv_full, v_s.index(0))
+    load_tma(v, [batch, kv_head, column + 64, 0], kv_full, v_s.index(1))
     low, _, high = query_range(column, T, S, CAUSAL, BM)
     count = 0
     for member in range(GROUP):
@@ -80,25 +146,27 @@ def producer(q, k, v, do, log_sums, delta, q_s, k_s, v_s, do_s, lse_s, delta_s, 
             phase = ((count // STAGES) & 1) ^ 1
             mbarrier.wait(q_free.index(stage), phase)
             mbarrier.expect(q_full.index(stage), BM * D * 2 + BM * 4)
-            tma.async_copy_global_to_shared(q, [batch, head, i, 0], q_full.index(stage), q_s.index(stage))
-            tma.async_copy_global_to_shared(log_sums, [batch * H + head, i], q_full.index(stage), lse_s.index(stage))
+            load_tma(q, [batch, head, i, 0], q_full.index(stage), q_s.index(stage))
+            load_tma(log_sums, [batch * H + head, i], q_full.index(stage), lse_s.index(stage))
             mbarrier.wait(do_free.index(stage), phase)
             mbarrier.expect(do_full.index(stage), BM * D * 2 + BM * 4)
-            tma.async_copy_global_to_shared(do, [batch, head, i, 0], do_full.index(stage), do_s.index(stage))
-            tma.async_copy_global_to_shared(delta, [batch * H + head, i], do_full.index(stage), delta_s.index(stage))
+            load_tma(do, [batch, head, i, 0], do_full.index(stage), do_s.index(stage))
+            load_tma(delta, [batch * H + head, i], do_full.index(stage), delta_s.index(stage))
             count += 1
 
 
 @gluon.jit
 def add_to_memory(pointer, value, BM: gl.constexpr, HALF: gl.constexpr, LAYOUT: gl.constexpr):
-    """Adds a (64, HALF) accumulator to float32 memory, 16 bytes a thread, in the order in which threads hold it.
+    """Adds a (64, HALF) accumulator to float32 memory, 16 bytes a thread, in the order in which
+    threads hold it.
 
-    Of four consecutive registers two are in one row and two eight rows below; address g * 512 + thread * 4 gets the
-    g-th four of a thread. `finish_kernel` reads the same order back.
+    Of four consecutive registers two are in one row and two eight rows below; address g * 512 +
+    thread * 4 gets the g-th four of a thread. `finish_kernel` reads the same order back.
     """
     offsets = accumulator_offsets(BM, HALF, LAYOUT)
     gl.inline_asm_elementwise(
-        "red.global.add.v4.f32 [$4], {$8, $9, $10, $11}; mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u32 $3, 0;",
+        "red.global.add.v4.f32 [$4], {$8, $9, $10, $11};"
+        "mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u32 $3, 0;",
         "=r,=r,=r,=r,l,l,l,l,f,f,f,f",
         [(pointer + offsets).to(gl.int64), value],
         dtype=gl.int32,
@@ -116,9 +184,35 @@ def accumulator_offsets(BM: gl.constexpr, HALF: gl.constexpr, LAYOUT: gl.constex
 
 
 @gluon.jit
-def consumer_step(dk, dv, k_s, v_s, q_s, do_s, lse_s, delta_s, ds_s, q_full, q_free, do_full, do_free, ds_full, ds_free, dq,
-                  count, i, column, T, S, scale_log2, C: gl.constexpr, CAUSAL: gl.constexpr, MASKED: gl.constexpr,
-                  BM: gl.constexpr, STAGES: gl.constexpr):
+def consumer_step(
+    dk,
+    dv,
+    k_s,
+    v_s,
+    q_s,
+    do_s,
+    lse_s,
+    delta_s,
+    ds_s,
+    q_full,
+    q_free,
+    do_full,
+    do_free,
+    ds_full,
+    ds_free,
+    dq,
+    count,
+    i,
+    column,
+    T,
+    S,
+    scale_log2,
+    C: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    MASKED: gl.constexpr,
+    BM: gl.constexpr,
+    STAGES: gl.constexpr,
+):
     D: gl.constexpr = q_s.shape[4]
     HALF: gl.constexpr = D // 2
     dtype: gl.constexpr = q_s.dtype
@@ -135,7 +229,9 @@ def consumer_step(dk, dv, k_s, v_s, q_s, do_s, lse_s, delta_s, ds_s, q_full, q_f
     zero = gl.zeros([64, BM], gl.float32, S_LAYOUT)
     s = warpgroup_mma(mine, q_t.permute((1, 0)), zero, use_acc=False, is_async=True)
     mbarrier.wait(do_full.index(stage), phase)
-    dp = warpgroup_mma(v_s.index(C).reshape([64, D]), do_t.permute((1, 0)), zero, use_acc=False, is_async=True)
+    dp = warpgroup_mma(
+        v_s.index(C).reshape([64, D]), do_t.permute((1, 0)), zero, use_acc=False, is_async=True
+    )
     log_sums = lse_s.index(stage).reshape([BM]).load(gl.SliceLayout(0, S_LAYOUT))
     s = warpgroup_mma_wait(1, [s])
     p = gl.exp2(s * scale_log2 - log_sums[None, :])
@@ -175,9 +271,39 @@ def consumer_step(dk, dv, k_s, v_s, q_s, do_s, lse_s, delta_s, ds_s, q_full, q_f
 
 
 @gluon.jit
-def consumer(dq, dk_out, dv_out, k_s, v_s, q_s, do_s, lse_s, delta_s, ds_s, kv_full, q_full, q_free, do_full, do_free, ds_full,
-             ds_free, batch, kv_head, column, H, T, S, padded_T, scale, scale_log2,
-             C: gl.constexpr, GROUP: gl.constexpr, CAUSAL: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr):
+def consumer(
+    dq,
+    dk_out,
+    dv_out,
+    k_s,
+    v_s,
+    q_s,
+    do_s,
+    lse_s,
+    delta_s,
+    ds_s,
+    kv_full,
+    q_full,
+    q_free,
+    do_full,
+    do_free,
+    ds_full,
+    ds_free,
+    batch,
+    kv_head,
+    column,
+    H,
+    T,
+    S,
+    padded_T,
+    scale,
+    scale_log2,
+    C: gl.constexpr,
+    GROUP: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    BM: gl.constexpr,
+    STAGES: gl.constexpr,
+):
     D: gl.constexpr = q_s.shape[4]
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     dk = gl.zeros([64, D], gl.float32, LAYOUT)
@@ -190,33 +316,102 @@ def consumer(dq, dk_out, dv_out, k_s, v_s, q_s, do_s, lse_s, delta_s, ds_s, kv_f
         rows = dq + (batch * H + head).to(gl.int64) * padded_T * D + C * (BM * D // 2)
         for i in range(low, full, BM):
             dk, dv = consumer_step(
-                dk, dv, k_s, v_s, q_s, do_s, lse_s, delta_s, ds_s, q_full, q_free, do_full, do_free, ds_full, ds_free,
-                rows + i.to(gl.int64) * D, count, i, column, T, S, scale_log2, C, CAUSAL, True, BM, STAGES,
+                dk,
+                dv,
+                k_s,
+                v_s,
+                q_s,
+                do_s,
+                lse_s,
+                delta_s,
+                ds_s,
+                q_full,
+                q_free,
+                do_full,
+                do_free,
+                ds_full,
+                ds_free,
+                rows + i.to(gl.int64) * D,
+                count,
+                i,
+                column,
+                T,
+                S,
+                scale_log2,
+                C,
+                CAUSAL,
+                True,
+                BM,
+                STAGES,
             )
             count += 1
         for i in range(full, high, BM):
             dk, dv = consumer_step(
-                dk, dv, k_s, v_s, q_s, do_s, lse_s, delta_s, ds_s, q_full, q_free, do_full, do_free, ds_full, ds_free,
-                rows + i.to(gl.int64) * D, count, i, column, T, S, scale_log2, C, CAUSAL, False, BM, STAGES,
+                dk,
+                dv,
+                k_s,
+                v_s,
+                q_s,
+                do_s,
+                lse_s,
+                delta_s,
+                ds_s,
+                q_full,
+                q_free,
+                do_full,
+                do_free,
+                ds_full,
+                ds_free,
+                rows + i.to(gl.int64) * D,
+                count,
+                i,
+                column,
+                T,
+                S,
+                scale_log2,
+                C,
+                CAUSAL,
+                False,
+                BM,
+                STAGES,
             )
             count += 1
     # This warpgroup alone read its half of V: the half is free to stage the results.
     stage = v_s.index(C)
     stage.reshape([64, D]).store(dv.to(q_s.dtype))
     fence_async_shared()
-    tma.async_copy_shared_to_global(dv_out, [batch, kv_head, column + C * 64, 0], stage)
+    store_tma(dv_out, [batch, kv_head, column + C * 64, 0], stage)
     tma.store_wait(0)
     stage.reshape([64, D]).store((dk * scale).to(q_s.dtype))
     fence_async_shared()
-    tma.async_copy_shared_to_global(dk_out, [batch, kv_head, column + C * 64, 0], stage)
+    store_tma(dk_out, [batch, kv_head, column + C * 64, 0], stage)
     tma.store_wait(0)
 
 
 @gluon.jit
-def backward_hopper(q, k, v, do, log_sums, delta, dq, dk, dv, heads, H, T, S, padded_T, scale, scale_log2, wave,
-                    GROUP: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr):
+def backward_hopper(
+    q,
+    k,
+    v,
+    do,
+    log_sums,
+    delta,
+    dq,
+    dk,
+    dv,
+    heads,
+    H,
+    T,
+    S,
+    padded_T,
+    scale,
+    scale_log2,
+    wave,
+    GROUP: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    STAGES: gl.constexpr,
+):
     BM: gl.constexpr = q.block_type.shape[2]
-    D: gl.constexpr = q.block_type.shape[3]
     dtype: gl.constexpr = q.dtype
     blocks = (S + KEYS - 1) // KEYS
     group = gl.program_id(0) // (wave * blocks)
@@ -230,12 +425,18 @@ def backward_hopper(q, k, v, do, log_sums, delta, dq, dk, dv, heads, H, T, S, pa
 
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     k_s = gl.allocate_shared_memory(dtype, k.block_type.shape, k.layout)
-    v_s = gl.allocate_shared_memory(dtype, [2] + v.block_type.shape, v.layout)
-    q_s = gl.allocate_shared_memory(dtype, [STAGES] + q.block_type.shape, q.layout)
-    do_s = gl.allocate_shared_memory(dtype, [STAGES] + do.block_type.shape, do.layout)
-    lse_s = gl.allocate_shared_memory(gl.float32, [STAGES] + log_sums.block_type.shape, log_sums.layout)
-    delta_s = gl.allocate_shared_memory(gl.float32, [STAGES] + delta.block_type.shape, delta.layout)
-    ds_s = gl.allocate_shared_memory(dtype, [2, KEYS, BM], gl.NVMMASharedLayout.get_default_for([KEYS, BM], dtype))
+    v_s = gl.allocate_shared_memory(dtype, [2] + v.block_type.shape, v.layout)  # noqa: RUF005
+    q_s = gl.allocate_shared_memory(dtype, [STAGES] + q.block_type.shape, q.layout)  # noqa: RUF005
+    do_s = gl.allocate_shared_memory(dtype, [STAGES] + do.block_type.shape, do.layout)  # noqa: RUF005
+    lse_s = gl.allocate_shared_memory(
+        gl.float32,
+        [STAGES] + log_sums.block_type.shape,  # noqa: RUF005
+        log_sums.layout,
+    )
+    delta_s = gl.allocate_shared_memory(gl.float32, [STAGES] + delta.block_type.shape, delta.layout)  # noqa: RUF005
+    ds_s = gl.allocate_shared_memory(
+        dtype, [2, KEYS, BM], gl.NVMMASharedLayout.get_default_for([KEYS, BM], dtype)
+    )
     kv_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     q_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
@@ -255,12 +456,110 @@ def backward_hopper(q, k, v, do, log_sums, delta, dq, dk, dv, heads, H, T, S, pa
     fence_async_shared()
     gl.warp_specialize(
         [
-            (consumer, (dq, dk, dv, k_s, v_s, q_s, do_s, lse_s, delta_s, ds_s, kv_full, q_full, q_free, do_full, do_free,
-                        ds_full, ds_free, batch, kv_head, column, H, T, S, padded_T, scale, scale_log2, 0, GROUP, CAUSAL, BM, STAGES)),
-            (consumer, (dq, dk, dv, k_s, v_s, q_s, do_s, lse_s, delta_s, ds_s, kv_full, q_full, q_free, do_full, do_free,
-                        ds_full, ds_free, batch, kv_head, column, H, T, S, padded_T, scale, scale_log2, 1, GROUP, CAUSAL, BM, STAGES)),
-            (producer, (q, k, v, do, log_sums, delta, q_s, k_s, v_s, do_s, lse_s, delta_s, kv_full, q_full, q_free, do_full,
-                        do_free, batch, kv_head, column, H, T, S, GROUP, CAUSAL, BM, STAGES)),
+            (
+                consumer,
+                (
+                    dq,
+                    dk,
+                    dv,
+                    k_s,
+                    v_s,
+                    q_s,
+                    do_s,
+                    lse_s,
+                    delta_s,
+                    ds_s,
+                    kv_full,
+                    q_full,
+                    q_free,
+                    do_full,
+                    do_free,
+                    ds_full,
+                    ds_free,
+                    batch,
+                    kv_head,
+                    column,
+                    H,
+                    T,
+                    S,
+                    padded_T,
+                    scale,
+                    scale_log2,
+                    0,
+                    GROUP,
+                    CAUSAL,
+                    BM,
+                    STAGES,
+                ),
+            ),
+            (
+                consumer,
+                (
+                    dq,
+                    dk,
+                    dv,
+                    k_s,
+                    v_s,
+                    q_s,
+                    do_s,
+                    lse_s,
+                    delta_s,
+                    ds_s,
+                    kv_full,
+                    q_full,
+                    q_free,
+                    do_full,
+                    do_free,
+                    ds_full,
+                    ds_free,
+                    batch,
+                    kv_head,
+                    column,
+                    H,
+                    T,
+                    S,
+                    padded_T,
+                    scale,
+                    scale_log2,
+                    1,
+                    GROUP,
+                    CAUSAL,
+                    BM,
+                    STAGES,
+                ),
+            ),
+            (
+                producer,
+                (
+                    q,
+                    k,
+                    v,
+                    do,
+                    log_sums,
+                    delta,
+                    q_s,
+                    k_s,
+                    v_s,
+                    do_s,
+                    lse_s,
+                    delta_s,
+                    kv_full,
+                    q_full,
+                    q_free,
+                    do_full,
+                    do_free,
+                    batch,
+                    kv_head,
+                    column,
+                    H,
+                    T,
+                    S,
+                    GROUP,
+                    CAUSAL,
+                    BM,
+                    STAGES,
+                ),
+            ),
         ],
         [4, 1],
         [240, 24],
@@ -268,7 +567,9 @@ def backward_hopper(q, k, v, do, log_sums, delta, dq, dk, dv, heads, H, T, S, pa
 
 
 @gluon.jit
-def finish_kernel(sums, dq, dq_b, dq_h, dq_t, H, T, padded_T, scale, D: gl.constexpr, BM: gl.constexpr):
+def finish_kernel(
+    sums, dq, dq_b, dq_h, dq_t, H, T, padded_T, scale, D: gl.constexpr, BM: gl.constexpr
+):
     """dq = scale * sums, out of the order in which threads added them."""
     HALF: gl.constexpr = D // 2
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
@@ -288,43 +589,98 @@ def finish_kernel(sums, dq, dq_b, dq_h, dq_t, H, T, padded_T, scale, D: gl.const
         gl.store(pointers, value.to(dq.dtype.element_ty), mask=start + row < T)
 
 
-def plan_backward(q: Tensor, k: Tensor, v: Tensor, do: Tensor, log_sums: Tensor, delta: Tensor, sums: Tensor, dk: Tensor, dv: Tensor,
-                  options: Options, stages: int = 2, block: int = 64) -> Launch:
+def plan_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    log_sums: Tensor,
+    delta: Tensor,
+    sums: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    options: Options,
+    stages: int = 2,
+    block: int = 64,
+) -> Launch:
     (B, H, T, D), (_, G, S, _) = q.shape, k.shape
     dtype = gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16
 
     def rows(x: Tensor, n: int) -> TensorDescriptor:
         shape = [1, 1, n, D]
-        return TensorDescriptor(x, list(x.shape), list(x.stride()), shape, gl.NVMMASharedLayout.get_default_for(shape, dtype))
+        return TensorDescriptor(
+            x,
+            list(x.shape),
+            list(x.stride()),
+            shape,
+            gl.NVMMASharedLayout.get_default_for(shape, dtype),
+        )
 
     def vector(x: Tensor) -> TensorDescriptor:
-        return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, block], gl.NVMMASharedLayout.get_default_for([1, block], gl.float32))
+        return TensorDescriptor(
+            x,
+            list(x.shape),
+            list(x.stride()),
+            [1, block],
+            gl.NVMMASharedLayout.get_default_for([1, block], gl.float32),
+        )
 
     padded_T = log_sums.shape[1]
     return Launch(
         backward_hopper,
         (triton.cdiv(S, 128) * B * G,),
         (
-            rows(q, block), rows(k, 128), rows(v, 64), rows(do, block), vector(log_sums), vector(delta), sums, rows(dk, 64), rows(dv, 64),
-            B * G, H, T, S, padded_T, options.scale, options.scale * LOG2E.value,
+            rows(q, block),
+            rows(k, 128),
+            rows(v, 64),
+            rows(do, block),
+            vector(log_sums),
+            vector(delta),
+            sums,
+            rows(dk, 64),
+            rows(dv, 64),
+            B * G,
+            H,
+            T,
+            S,
+            padded_T,
+            options.scale,
+            options.scale * LOG2E.value,
             heads_in_cache(q, do, 1) if options.causal else 1,
         ),
         dict(GROUP=H // G, CAUSAL=options.causal, STAGES=stages, num_warps=4),
     )
 
 
-def plan_prepare(do: Tensor, o: Tensor, lse: Tensor, dlse: Tensor | None, log_sums: Tensor, delta: Tensor) -> Launch:
+def plan_prepare(
+    do: Tensor, o: Tensor, lse: Tensor, dlse: Tensor | None, log_sums: Tensor, delta: Tensor
+) -> Launch:
     B, H, T, D = o.shape
     padded_T = log_sums.shape[1]
     return Launch(
         prepare_kernel,
         (B * H * padded_T // 64,),
-        (do, o, lse, dlse, log_sums, delta, *do.stride()[:3], *o.stride()[:3], *(dlse.stride() if dlse is not None else (0, 0, 0)), H, T, padded_T),
+        (
+            do,
+            o,
+            lse,
+            dlse,
+            log_sums,
+            delta,
+            *do.stride()[:3],
+            *o.stride()[:3],
+            *(dlse.stride() if dlse is not None else (0, 0, 0)),
+            H,
+            T,
+            padded_T,
+        ),
         dict(D=D, ROWS=64, num_warps=4),
     )
 
 
-def plan_finish(sums: Tensor, dq: Tensor, padded_T: int, options: Options, block: int = 64) -> Launch:
+def plan_finish(
+    sums: Tensor, dq: Tensor, padded_T: int, options: Options, block: int = 64
+) -> Launch:
     B, H, T, D = dq.shape
     return Launch(
         finish_kernel,
@@ -334,7 +690,16 @@ def plan_finish(sums: Tensor, dq: Tensor, padded_T: int, options: Options, block
     )
 
 
-def backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, options: Options, stages: int = 2):
+def backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    options: Options,
+    stages: int = 2,
+):
     B, H, T, D = q.shape
     padded_T = triton.cdiv(T, 64) * 64
     log_sums = q.new_empty((B * H, padded_T), dtype=torch.float32)

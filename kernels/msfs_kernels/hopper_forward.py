@@ -1,5 +1,11 @@
 """The forward for Hopper in Gluon: warp-specialised, with softmax under the matrix units' work."""
 
+# Device functions are Python to pyright: tiles, constants and pointers have no types of theirs.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalOperand=false
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+# pyright: reportAssignmentType=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
+
 import torch
 import triton
 from torch import Tensor
@@ -18,6 +24,10 @@ from msfs_kernels.configs import Config
 from msfs_kernels.options import Options
 from msfs_kernels.triton_common import LOG2E, Launch
 from msfs_kernels.triton_forward import heads_in_cache
+
+# Triton renamed both after 3.6.
+load_tma = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+store_tma = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 
 @gluon.jit
@@ -78,9 +88,7 @@ def producer(
         for c in gl.static_range(CONSUMERS):
             mbarrier.wait(q_free.index(c), (turn & 1) ^ 1)
             mbarrier.expect(q_full.index(c), BM * D * 2)
-            tma.async_copy_global_to_shared(
-                q, [batch, head, row + c * BM, 0], q_full.index(c), q_s.index(c)
-            )
+            load_tma(q, [batch, head, row + c * BM, 0], q_full.index(c), q_s.index(c))
         n, _ = key_blocks(row, T, S, CAUSAL, BM * CONSUMERS, BN)
         for step in range(n):
             j = (n - 1 - step) * BN
@@ -88,14 +96,10 @@ def producer(
             phase = (count // STAGES) & 1
             mbarrier.wait(k_free.index(stage), phase ^ 1)
             mbarrier.expect(k_full.index(stage), BN * D * 2)
-            tma.async_copy_global_to_shared(
-                k, [batch, head // GROUP, j, 0], k_full.index(stage), k_s.index(stage)
-            )
+            load_tma(k, [batch, head // GROUP, j, 0], k_full.index(stage), k_s.index(stage))
             mbarrier.wait(v_free.index(stage), phase ^ 1)
             mbarrier.expect(v_full.index(stage), BN * D * 2)
-            tma.async_copy_global_to_shared(
-                v, [batch, head // GROUP, j, 0], v_full.index(stage), v_s.index(stage)
-            )
+            load_tma(v, [batch, head // GROUP, j, 0], v_full.index(stage), v_s.index(stage))
             count += 1
         turn += 1
 
@@ -189,7 +193,8 @@ def scores_step(
     )
     if FENCE:
         gl.inline_asm_elementwise(
-            "{ .reg .pred q; .reg .b32 a; mov.b32 a, 0; setp.lt.f32 q, $1, 0f00000000; @q st.shared.f32 [a], $1; mov.b32 $0, $1; }",
+            "{ .reg .pred q; .reg .b32 a; mov.b32 a, 0; setp.lt.f32 q, $1, 0f00000000;"
+            "@q st.shared.f32 [a], $1; mov.b32 $0, $1; }",
             "=f,f",
             [total],
             dtype=gl.float32,
@@ -355,7 +360,7 @@ def consumer(
         o_t = o_s.index(C)
         o_t.reshape([BM, D]).store(out.to(o_s.dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(o, [batch, head, row, 0], o_t)
+        store_tma(o, [batch, head, row, 0], o_t)
         turn += 1
     tma.store_wait(0)
 
@@ -384,10 +389,10 @@ def forward_hopper(
 ):
     BM: gl.constexpr = q.block_type.shape[2]
     dtype: gl.constexpr = q.dtype
-    q_s = gl.allocate_shared_memory(dtype, [CONSUMERS] + q.block_type.shape, q.layout)
-    o_s = gl.allocate_shared_memory(dtype, [CONSUMERS] + o.block_type.shape, o.layout)
-    k_s = gl.allocate_shared_memory(dtype, [STAGES] + k.block_type.shape, k.layout)
-    v_s = gl.allocate_shared_memory(dtype, [STAGES] + v.block_type.shape, v.layout)
+    q_s = gl.allocate_shared_memory(dtype, [CONSUMERS] + q.block_type.shape, q.layout)  # noqa: RUF005
+    o_s = gl.allocate_shared_memory(dtype, [CONSUMERS] + o.block_type.shape, o.layout)  # noqa: RUF005
+    k_s = gl.allocate_shared_memory(dtype, [STAGES] + k.block_type.shape, k.layout)  # noqa: RUF005
+    v_s = gl.allocate_shared_memory(dtype, [STAGES] + v.block_type.shape, v.layout)  # noqa: RUF005
     q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
     q_free = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())

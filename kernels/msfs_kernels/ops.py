@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import cpu, rules, second_order, tiled
 from .batching import vmap_rule
-from .dispatch import DIRECT_RULES, KERNELS
+from .dispatch import DIRECT_RULES, KERNELS, mixing_dtensors
 from .options import (
     LIBRARY,
     OPS,
@@ -138,7 +138,7 @@ def register(kernel: Callable, rule: Any, arguments: str, results: str) -> None:
     op = getattr(OPS, name)
 
     def forward(*args):
-        with torch._C._AutoDispatchBelowADInplaceOrView():
+        with torch._C._AutoDispatchBelowADInplaceOrView(), mixing_dtensors(args):
             return op(*args)
 
     # Function.apply asks for it at every call, and working it out takes 100 us.

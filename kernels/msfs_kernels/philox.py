@@ -8,10 +8,18 @@ One round takes words (c0, c1, c2, c3), key (k0, k1) and two odd constants M0, M
     c2 <- hi(M0 c0) ^ c3 ^ k1        then k0 += W0, k1 += W1 (mod 2**32)
     c3 <- lo(M0 c0)
 
+`philox_4x32` is that, in plain integer arithmetic. `philox_words`, `dropout_bits` and `fold_in` are
+registered ops around it. They are ops, and not traced through, because the 150 operations of one
+call would cost a compiler seconds for each dropout of a model. On CUDA they are Triton kernels.
+
 Words are int64 tensors or Python integers in [0, 2**32): torch has no arithmetic on uint32. All of
-it is exact integer arithmetic, so the numbers are the same on every device, eager or compiled.
+it is exact, so the numbers are the same on every device, eager, compiled or mapped.
+
+Dimension key: R keys (rows), N counters of a key.
 """
 
+import importlib.util
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,6 +30,13 @@ Word = Any  # Tensor (int64) or int; words broadcast against one another
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)  # the golden ratio and sqrt(3) - 1, in units of 2**-32
 LOW32 = 0xFFFFFFFF
+
+# The last counter word says what a draw is for, so that draws for different ends never meet.
+NUMBERS, FOLD, SPLIT, DROPOUT = range(4)
+
+CHUNK = 2**15  # counters at a time on CPU: the temporaries stay in cache
+FEW = 16  # counters below which Python's integers beat a hundred tiny tensor operations
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def multiply_32(word: Word, constant: int) -> tuple[Word, Word]:
@@ -54,11 +69,42 @@ def philox_4x32(
     return c0, c1, c2, c3
 
 
+def philox_words(key: Tensor, counter: Tensor, domain: int) -> Tensor:
+    """philox_4x32(counter, counter >> 32, 0, domain, *key) for every counter of every key.
+
+    Args:
+        key: int64 (..., 2), words in [0, 2**32).
+        counter: int64 (..., N); its leading dims broadcast against the key's.
+        domain: 32-bit integer, the last counter word.
+
+    Returns:
+        int64 (..., N, 4), words in [0, 2**32).
+    """
+    return (_cuda_words if key.is_cuda and HAS_TRITON else _words)(key, counter, domain)
+
+
+def dropout_bits(key: Tensor, count: int, threshold: int) -> Tensor:
+    """`count` random bits, 8 a byte, each 0 with probability threshold / 2**16.
+
+    One Philox call makes one byte: its four words, halved, are eight 16-bit numbers, and bit i of
+    byte n (element 8 n + i) says whether number i of counter n is at least the threshold.
+
+    Args:
+        key: int64 (..., 2), words in [0, 2**32).
+        count: at most 2**35; the last byte is filled up with further random bits.
+        threshold: in [0, 2**16].
+
+    Returns:
+        uint8 (..., ceil(count / 8)).
+    """
+    return (_cuda_bits if key.is_cuda and HAS_TRITON else _bits)(key, count, threshold)
+
+
 def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
     """A new key out of a key and an integer, or one key for each integer of a tensor.
 
-    Words 0 and 1 of philox_4x32(counter=(data, data >> 32, 0, 1), key). Random numbers have 0 as
-    their last counter word (`msfs_functional.random`): a folded key is none of them.
+    The new key is words 0 and 1 of philox_4x32(counter=(data, data >> 32, 0, 1), key). Random
+    numbers have another last counter word: a folded key is none of them.
 
     Args:
         key: int64 (2,), words in [0, 2**32).
@@ -67,6 +113,120 @@ def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
     Returns:
         int64 (..., 2); (2,) for an int.
     """
-    low, high = data & LOW32, (data >> 32) & LOW32
-    words = philox_4x32(low, high, 0, 1, key[0], key[1])
-    return torch.stack(torch.broadcast_tensors(words[0], words[1]), dim=-1)
+    if not isinstance(data, Tensor):
+        data = torch.full((), data, dtype=torch.int64, device=key.device)
+    words = philox_words(key, data.reshape(-1), FOLD)
+    return words[:, :2].reshape(*data.shape, 2)
+
+
+def _rows(key: Tensor, counter: Tensor) -> tuple[list[int], Tensor, Tensor]:
+    """Broadcast leading dims; keys as (R, 2); counters as (R, N), or (1, N) if all keys share."""
+    lead = list(torch.broadcast_shapes(key.shape[:-1], counter.shape[:-1]))
+    n = counter.shape[-1]
+    keys = key.expand(*lead, 2).reshape(-1, 2)
+    shared = counter.shape[:-1].numel() == 1
+    counters = counter.reshape(1, n) if shared else counter.expand(*lead, n).reshape(len(keys), n)
+    return lead, keys, counters
+
+
+def _chunks(key_R2: Tensor, counter_RN: Tensor, domain: int) -> Iterator[tuple[slice, Any]]:
+    """The words of some counters after the others: (slice of N, four tensors (R, n))."""
+    k0, k1 = key_R2[:, :1], key_R2[:, 1:]
+    n = counter_RN.shape[1]
+    step = max(CHUNK // max(len(key_R2), 1), 1) if key_R2.is_cpu else max(n, 1)
+    for start in range(0, n, step):
+        part = slice(start, start + step)
+        c = counter_RN[:, part]
+        yield part, philox_4x32(c & LOW32, (c >> 32) & LOW32, 0, domain, k0, k1)
+
+
+@torch.library.custom_op("msfs_kernels::philox_words", mutates_args=())
+def _words(key: Tensor, counter: Tensor, domain: int) -> Tensor:
+    lead, keys, counters = _rows(key, counter)
+    rows, n = len(keys), counters.shape[1]
+    if keys.is_cpu and 0 < rows * n <= FEW:
+        few = [
+            philox_4x32(c & LOW32, (c >> 32) & LOW32, 0, domain, k0, k1)
+            for (k0, k1), cs in zip(keys.tolist(), counters.expand(rows, n).tolist(), strict=True)
+            for c in cs
+        ]
+        return torch.tensor(few, dtype=torch.int64).view(*lead, n, 4)
+    out = keys.new_empty(rows, n, 4)
+    for part, words in _chunks(keys, counters, domain):
+        for i, word in enumerate(words):
+            out[:, part, i] = word
+    return out.view(*lead, n, 4)
+
+
+@torch.library.custom_op("msfs_kernels::dropout_bits", mutates_args=())
+def _bits(key: Tensor, count: int, threshold: int) -> Tensor:
+    counter = torch.arange((count + 7) // 8, device=key.device)
+    lead, keys, counters = _rows(key, counter)
+    out = torch.empty(len(keys), counters.shape[1], dtype=torch.uint8, device=key.device)
+    for part, words in _chunks(keys, counters, DROPOUT):
+        byte = torch.zeros_like(words[0], dtype=torch.uint8)
+        for i in range(8):
+            number = words[i // 2] >> 16 if i % 2 else words[i // 2] & 0xFFFF
+            byte |= (number >= threshold).to(torch.uint8) << i
+        out[:, part] = byte
+    return out.view(*lead, counters.shape[1])
+
+
+@torch.library.triton_op("msfs_kernels::philox_words_triton", mutates_args=())
+def _cuda_words(key: Tensor, counter: Tensor, domain: int) -> Tensor:
+    from . import philox_triton
+
+    lead, keys, counters = _rows(key, counter)
+    rows, n = len(keys), counters.shape[1]
+    out = keys.new_empty(rows, n, 4)
+    philox_triton.words(torch.library.wrap_triton, keys, counters.contiguous(), domain, out)
+    return out.view(*lead, n, 4)
+
+
+@torch.library.triton_op("msfs_kernels::dropout_bits_triton", mutates_args=())
+def _cuda_bits(key: Tensor, count: int, threshold: int) -> Tensor:
+    from . import philox_triton
+
+    n = (count + 7) // 8
+    keys = key.reshape(-1, 2)
+    out = torch.empty(len(keys), n, dtype=torch.uint8, device=key.device)
+    philox_triton.bits(torch.library.wrap_triton, keys, threshold, out, DROPOUT)
+    return out.view(*key.shape[:-1], n)
+
+
+@_words.register_fake
+def _(key: Tensor, counter: Tensor, domain: int) -> Tensor:
+    lead = torch.broadcast_shapes(key.shape[:-1], counter.shape[:-1])
+    return key.new_empty(*lead, counter.shape[-1], 4)
+
+
+@_bits.register_fake
+def _(key: Tensor, count: int, threshold: int) -> Tensor:
+    return key.new_empty(*key.shape[:-1], (count + 7) // 8, dtype=torch.uint8)
+
+
+def _map_words(info, in_dims, key: Tensor, counter: Tensor, domain: int):
+    """The mapped dim becomes the first leading dim of whichever argument has it."""
+    key_dim, counter_dim, _ = in_dims
+    rank = max(key.ndim - (key_dim is not None), counter.ndim - (counter_dim is not None))
+
+    def front(x: Tensor, dim: int | None) -> Tensor:
+        if dim is None:
+            return x
+        x = x.movedim(dim, 0)
+        return x.reshape(x.shape[0], *[1] * (rank - x.ndim + 1), *x.shape[1:])
+
+    return philox_words(front(key, key_dim), front(counter, counter_dim), domain), 0
+
+
+def _map_bits(info, in_dims, key: Tensor, count: int, threshold: int):
+    return dropout_bits(key.movedim(in_dims[0], 0), count, threshold), 0
+
+
+for op, rule in (
+    (_words, _map_words),
+    (_cuda_words, _map_words),
+    (_bits, _map_bits),
+    (_cuda_bits, _map_bits),
+):
+    op.register_vmap(rule)
