@@ -30,8 +30,8 @@ from torch import Tensor
 
 from msfs_functional import durable
 from msfs_functional.durable import verify
+from msfs_functional.transforms import NAMESPACE
 
-NAMESPACE = "msfs_functional"
 STATE, META = "state.safetensors", "meta.json"
 _NAME = re.compile(r"step_(\d{8,})")
 

@@ -49,6 +49,59 @@ def cross_entropy(
     return torch.where(kept, loss, 0.0).sum(), kept.sum()
 
 
+def linear_cross_entropy(
+    hidden: Float[Tensor, "... D"],
+    weight: Float[Tensor, "V D"],
+    labels: Int[Tensor, "..."],
+    *,
+    bias: Float[Tensor, "V"] | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = PAD,
+    z_loss: float = 0.0,
+) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
+    """cross_entropy(hidden @ weight.T + bias, labels), whose logits never exist all at once.
+
+    Exact. Items go through in chunks, forward and backward in one pass, so the memory is that of
+    the gradients; the logits of a batch of 32,768 tokens and 32,768 words would take 4 GiB. First
+    and second derivatives are right under autograd and any transform of torch.func, eager and
+    compiled; a third one raises.
+
+    Args:
+        hidden, weight, bias: of one dtype; products are in it, softmax and sums in float32.
+        others: as in `cross_entropy`.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, options out of range; on CPU also a label
+            that is no class.
+    """
+    _validate(hidden.shape[:-1], labels, label_smoothing, z_loss)
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"weight {tuple(weight.shape)} must be (V, {hidden.shape[-1]}), the width of hidden "
+            f"{tuple(hidden.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias {tuple(bias.shape)} must be ({weight.shape[0]},), one per class")
+    if {x.dtype for x in (hidden, weight, bias) if x is not None} != {hidden.dtype}:
+        raise ValueError(
+            f"hidden ({hidden.dtype}), weight ({weight.dtype}) and bias must have one dtype: cast "
+            "the parameters"
+        )
+    from msfs_kernels.linear_cross_entropy import linear_cross_entropy as op
+
+    labels = labels.long()
+    loss = op(
+        hidden.reshape(1, -1, hidden.shape[-1]),
+        weight[None],
+        None if bias is None else bias[None],
+        labels.reshape(1, -1),
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        z_loss=z_loss,
+    )
+    return loss.reshape(()), (labels != ignore_index).sum()
+
+
 def _validate(items: torch.Size, labels: Tensor, label_smoothing: float, z_loss: float) -> None:
     if labels.shape != items:
         raise ValueError(

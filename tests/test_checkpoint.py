@@ -587,3 +587,16 @@ def test_kills_at_random_moments_always_leave_a_bit_exact_state(root: Path) -> N
     result = python(DYING_WRITER, "random", str(root), "40")
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) > 30
+
+
+@pytest.mark.gpu
+def test_tensors_of_a_gpu_come_back_to_where_like_is(root: Path) -> None:
+    state = {"a": torch.randn(3, 5, device="cuda").mT, "b": torch.ones(2, device="cuda").bfloat16()}
+    checkpoint.save(root, 1, state)
+    on_gpu = checkpoint.load(root, state).state
+    assert all(leaf.is_cuda for leaf in on_gpu.values())
+    assert on_gpu["a"].stride() == state["a"].stride()
+    on_cpu = checkpoint.load(root, state, device="cpu").state
+    for name, leaf in state.items():
+        assert torch.equal(on_gpu[name], leaf)
+        assert_same(on_cpu[name], leaf.cpu())

@@ -7,7 +7,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from . import checks, ops  # noqa: F401, registers the ops
-from .options import OPS, accumulate_dtype
+from .dispatch import call, is_sharded
+from .options import accumulate_dtype
+from .philox import fold_in
 from .refusal import refused
 
 
@@ -95,36 +97,31 @@ def flash_attention(
     if problem is not None:
         o, lse = refused(q, v, problem)
         return (o, lse) if return_lse else o
-    lead, (H, T, K), (G, S, Kv) = q.shape[:-3], q.shape[-3:], v.shape[-3:]
+    lead, (H, T, K), (S, Kv) = q.shape[:-3], q.shape[-3:], v.shape[-2:]
     B = math.prod(lead)
-    device = q.device
+
+    def one_batch_dim(x: Tensor) -> Tensor:
+        if x.ndim == 4 and len(lead) == 1:
+            return x if x.shape[0] == B else x.expand(B, -1, -1, -1)
+        return x.expand(*lead, *x.shape[-3:]).reshape(B, *x.shape[-3:])
 
     def per_row(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.to(torch.int32).expand(lead).reshape(B)
 
     q_segments = k_segments = None
     if segment_ids is not None:
+        pair = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
         q_segments, k_segments = (
-            segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+            x.to(torch.int32).expand(*lead, tokens).reshape(B, tokens)
+            for x, tokens in zip(pair, (T, S), strict=True)
         )
-        q_segments = q_segments.to(torch.int32).expand(*lead, T).reshape(B, T)
-        k_segments = k_segments.to(torch.int32).expand(*lead, S).reshape(B, S)
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes.to(accumulate_dtype(q.dtype)).expand(*lead, H).reshape(B, H)
     rng = None
     if dropout > 0 and dropout_key is not None:
-        from .philox import philox_4x32
-
-        rows = torch.arange(B, device=device)
-        zero = torch.zeros_like(rows)
-        rng = torch.stack(
-            philox_4x32(rows, zero, zero, zero, dropout_key[0], dropout_key[1])[:2], -1
-        )
-    o, lse = OPS.attention(
-        q.reshape(B, H, T, K),
-        k.expand(*lead, G, S, K).reshape(B, G, S, K),
-        v.expand(*lead, G, S, Kv).reshape(B, G, S, Kv),
-        None if bias is None else canonical_bias(bias, lead),
+        rng = fold_in(dropout_key, torch.arange(B, device=q.device))
+    bias = None if bias is None else canonical_bias(bias, lead)
+    options = (
         per_row(key_lengths),
         per_row(prefix_lengths),
         q_segments,
@@ -139,7 +136,11 @@ def flash_attention(
         precision,
         deterministic,
     )
-    o, lse = o.reshape(*lead, H, T, Kv), lse.reshape(*lead, H, T)
+    if is_sharded(q):
+        from . import sharding  # noqa: F401, registers the ops' rules for DTensors
+    o, lse = call("attention", one_batch_dim(q), one_batch_dim(k), one_batch_dim(v), bias, *options)
+    if len(lead) != 1:
+        o, lse = o.reshape(*lead, H, T, Kv), lse.reshape(*lead, H, T)
     return (o, lse) if return_lse else o
 
 

@@ -1,16 +1,196 @@
-"""The op's CPU backend."""
+"""The op's CPU backend: torch's own flash kernels where they can express a call, the tiled path elsewhere.
 
+torch's CPU kernels (C++, threaded, blockwise) know a top-left causal mask and an additive mask. That covers plain
+and causal attention, key lengths and a bias without gradient; T != S is cut into parts that align:
+
+    causal, S > T      keys [0, S - T) without a mask, keys [S - T, S) with a square one, merged by log-sum-exp
+    causal, S < T      the first T - S queries see nothing
+    grouped heads      the r-th query head of each group in turn, so that keys and values are never repeated
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
 from . import tiled
 from .checks import check_lengths
-from .options import Options
-from .tiled import backward, tangent
+from .merge import merge_attention
+from .options import Options, accumulate_dtype, empty_tokens_first
+from .tiled import tangent
 
 __all__ = ["backward", "forward", "tangent"]
 
+FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+FEWEST_GROUPED_ROWS = 32  # below, the tiled path reads keys once for all heads of a group
+
+
+class Part(NamedTuple):
+    """A rectangle of queries and keys that one call of torch's kernel computes."""
+
+    rows: slice
+    keys: slice
+    causal: bool
+
+
+def expressible(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
+    T, repeat = q.shape[2], q.shape[1] // k.shape[1]
+    return (
+        min(*q.shape, *k.shape) > 0  # the kernel divides by zero
+        and q.shape[3] == v.shape[3]
+        and (repeat == 1 or T >= FEWEST_GROUPED_ROWS)
+        and options.window < 0
+        and (options.prefix_lengths is None or not options.causal)
+        and options.q_segments is None
+        and options.alibi is None
+        and options.softcap == 0
+        and options.dropout == 0
+        and (options.bias is None or not (options.causal or options.key_lengths is not None))
+    )
+
+
+def parts(T: int, S: int, causal: bool) -> list[Part]:
+    everything = Part(slice(0, T), slice(0, S), causal and T > 1)
+    if not causal or T == 1 or S == T:
+        return [everything]
+    if S < T:
+        return [Part(slice(T - S, T), slice(0, S), True)]
+    return [
+        Part(slice(0, T), slice(0, S - T), False),
+        Part(slice(0, T), slice(S - T, S), True),
+    ]
+
+
+def additive_mask(q: Tensor, S: int, options: Options) -> Tensor | None:
+    """The bias or the key lengths as a tensor to add, (B | 1, H | 1, T | 1, S)."""
+    if options.bias is not None:
+        bias = options.bias.expand(*options.bias.shape[:3], S)
+        if bias.dtype is not torch.bool:
+            return bias.to(q.dtype)
+        return q.new_zeros(bias.shape).masked_fill_(~bias, -math.inf)
+    if options.key_lengths is None or int(options.key_lengths.min()) == S:
+        return None
+    hidden = torch.arange(S) >= options.key_lengths[:, None]
+    return q.new_zeros(hidden.shape).masked_fill_(hidden, -math.inf)[:, None, None, :]
+
+
+def cut(x: Tensor | None, r: int, repeat: int, part: Part) -> Tensor | None:
+    """A mask's share of one head of each group and of a part."""
+    if x is None:
+        return None
+    x = x[..., part.keys]
+    x = x if x.shape[2] == 1 else x[:, :, part.rows]
+    return x if x.shape[1] == 1 else x[:, r::repeat]
+
+
+def rows_first(x: Tensor) -> Tensor:
+    """With elements of a row side by side: torch's kernel assumes it without a look."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def tokens_first(x: Tensor) -> Tensor:
+    """With the memory layout of every result of the op (options.empty_tokens_first)."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def without_keys(mask: Tensor | None) -> Tensor | None:
+    """(B | 1, H | 1, T | 1), True for rows that the mask leaves no key; None if there is none."""
+    if mask is None:
+        return None
+    empty = mask.amax(-1) == -math.inf
+    return empty if bool(empty.any()) else None
+
 
 def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    check_lengths("key_lengths", options.key_lengths, k.shape[2])
-    check_lengths("prefix_lengths", options.prefix_lengths, k.shape[2])
-    return tiled.forward(q, k, v, options)
+    T, S, repeat = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    check_lengths("key_lengths", options.key_lengths, S)
+    check_lengths("prefix_lengths", options.prefix_lengths, S)
+    if not expressible(q, k, v, options):
+        return tiled.forward(q, k, v, options)
+    q, k, v = rows_first(q), rows_first(k), rows_first(v)
+    mask = additive_mask(q, S, options)
+    if mask is None and repeat == 1 and (not options.causal or T == S or T == 1):
+        o, lse = FLASH(q, k, v, is_causal=options.causal and T > 1, scale=options.scale)
+        return tokens_first(o), lse.contiguous()
+    todo = parts(T, S, options.causal)
+
+    def compute(r: int, part: Part) -> tuple[Tensor, Tensor]:
+        share = cut(mask, r, repeat, part)
+        o, lse = FLASH(
+            q[:, r::repeat, part.rows],
+            k[:, :, part.keys],
+            v[:, :, part.keys],
+            is_causal=part.causal,
+            attn_mask=share,
+            scale=options.scale,
+        )
+        empty = without_keys(share)
+        if empty is not None:
+            o = o.masked_fill_(empty[..., None], 0.0)
+            lse = lse.masked_fill_(empty, -math.inf)
+        return o, lse
+
+    if repeat == 1 and len(todo) == 1 and todo[0].rows == slice(0, T):
+        o, lse = compute(0, todo[0])
+        return tokens_first(o), lse.contiguous()
+    o = empty_tokens_first(q, *q.shape)
+    lse = q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
+    hidden = slice(0, todo[0].rows.start)
+    o[:, :, hidden], lse[:, :, hidden] = 0.0, -math.inf
+    for r in range(repeat):
+        results = [compute(r, part) for part in todo]
+        merged = results[0] if len(todo) == 1 else merge_attention(*zip(*results, strict=True))
+        o[:, r::repeat, todo[0].rows], lse[:, r::repeat, todo[0].rows] = merged
+    return o, lse
+
+
+def backward(
+    do: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    options: Options,
+    need_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    if dlse is not None or need_dbias or not expressible(q, k, v, options):
+        return tiled.backward(do, dlse, q, k, v, o, lse, options, need_dbias)
+    T, S, repeat = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    inputs, dtype = (q, k, v), accumulate_dtype(q.dtype)
+    do, q, k, v, o = (rows_first(x.to(dtype)) for x in (do, q, k, v, o))  # torch's bf16: 7x slower
+    mask = additive_mask(q, S, options)
+    todo = parts(T, S, options.causal)
+    lse = lse.masked_fill(lse == -math.inf, 0.0)  # weights are exp(s - lse) = exp(-inf) = 0
+
+    def gradients() -> Iterator[tuple[int, Part, tuple[Tensor, Tensor, Tensor]]]:
+        for r in range(repeat):
+            for part in todo:
+                yield (
+                    r,
+                    part,
+                    FLASH_BACKWARD(
+                        *(x[:, r::repeat, part.rows] for x in (do, q)),
+                        *(x[:, :, part.keys] for x in (k, v)),
+                        *(x[:, r::repeat, part.rows] for x in (o, lse)),
+                        0.0,
+                        part.causal,
+                        attn_mask=cut(mask, r, repeat, part),
+                        scale=options.scale,
+                    ),
+                )
+
+    if repeat == 1 and todo == [Part(slice(0, T), slice(0, S), todo[0].causal)]:
+        ((_, _, grads),) = gradients()
+        return *(tokens_first(dx.to(x.dtype)) for dx, x in zip(grads, inputs, strict=True)), None
+    sums = [empty_tokens_first(x, *x.shape).zero_() for x in (q, k, v)]
+    for r, part, (dq, dk, dv) in gradients():
+        sums[0][:, r::repeat, part.rows] += dq
+        sums[1][:, :, part.keys] += dk
+        sums[2][:, :, part.keys] += dv
+    dq, dk, dv = (dx.to(x.dtype) for dx, x in zip(sums, inputs, strict=True))
+    return dq, dk, dv, None

@@ -14,6 +14,7 @@ forward calls the op again below autograd. Seen on torch 2.11 to 2.15: torch.lib
 gives zero tangents without an error, and an autograd.Function called from Python comes out wrong under torch.compile.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from . import cpu, rules, second_order, tiled
 from .batching import vmap_rule
+from .dispatch import DIRECT_RULES, KERNELS, mixing_dtensors
 from .options import (
     LIBRARY,
     OPS,
@@ -53,7 +55,8 @@ def attention(q, k, v, bias, *options):
     return backend(q, v).forward(q, k, v, Options(bias, *options))
 
 
-def attention_backward(do, dlse, q, k, v, bias, o, lse, need_dbias, *options):
+def attention_backward(do, dlse, q, k, v, bias, o, lse, *rest):
+    *options, need_dbias = rest
     full = Options(bias, *options)
     grads = backend(q, v).backward(do, dlse, q, k, v, o, lse, full, need_dbias)
     return with_dbias(grads, bias, need_dbias)
@@ -64,9 +67,8 @@ def attention_tangent(tq, tk, tv, tbias, q, k, v, bias, o, lse, *options):
     return backend(q, v).tangent(tq, tk, tv, tbias, q, k, v, o, lse, full)
 
 
-def attention_second_backward(
-    do, dlse, tq, tk, tv, tbias, q, k, v, bias, o, lse, to, tlse, need_dbias, *options
-):
+def attention_second_backward(do, dlse, tq, tk, tv, tbias, q, k, v, bias, o, lse, to, tlse, *rest):
+    *options, need_dbias = rest
     grads = second_order.second_backward(
         *(do, dlse, tq, tk, tv, tbias, q, k, v, o, lse, to, tlse),
         Options(bias, *options),
@@ -111,22 +113,43 @@ def fake(names: list[str]) -> Callable:
     return gradients if "need_dbias" in names else outputs
 
 
+class DirectAttention(rules.Attention):
+    """The same rule around the bare kernel, in the form without setup_context, which costs less."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        outputs = attention(*args)
+        rules.save(ctx, (*args[:4], *outputs), args[4:])
+        return outputs
+
+    setup_context = torch.autograd.Function.setup_context
+
+
+DIRECT_RULES["attention"] = DirectAttention
+
+
 def register(kernel: Callable, rule: Any, arguments: str, results: str) -> None:
     name = kernel.__name__
     arguments = f"{arguments}, {OPTION_SCHEMA}"
+    if results == GRADIENTS:
+        arguments += ", bool need_dbias"
     names = [argument.split()[-1] for argument in arguments.split(", ")]
     LIBRARY.define(f"{name}({arguments}) -> {results}", tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(OPS, name)
 
     def forward(*args):
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch._C._AutoDispatchBelowADInplaceOrView(), mixing_dtensors(args):
             return op(*args)
+
+    # Function.apply asks for it at every call, and working it out takes 100 us.
+    forward.__signature__ = inspect.signature(forward)
 
     def entry(*args):
         return rule.apply(*args)
 
     rule.forward = staticmethod(forward)
     rule.vmap = vmap_rule(op, names)
+    KERNELS[name] = kernel
     LIBRARY.impl(name, kernel, "CPU")
     LIBRARY.impl(name, kernel, "CUDA")
     torch.library.register_fake(f"msfs_kernels::{name}", fake(names), lib=LIBRARY)
@@ -138,7 +161,7 @@ register(attention, rules.Attention, INPUTS, "(Tensor o, Tensor lse)")
 register(
     attention_backward,
     rules.AttentionBackward,
-    f"Tensor do, Tensor? dlse, {INPUTS}, Tensor o, Tensor lse, bool need_dbias",
+    f"Tensor do, Tensor? dlse, {INPUTS}, Tensor o, Tensor lse",
     GRADIENTS,
 )
 register(
@@ -150,8 +173,7 @@ register(
 register(
     attention_second_backward,
     rules.AttentionSecondBackward,
-    f"Tensor do, Tensor? dlse, {TANGENTS}, {INPUTS}, Tensor o, Tensor lse, Tensor to, Tensor tlse,"
-    " bool need_dbias",
+    f"Tensor do, Tensor? dlse, {TANGENTS}, {INPUTS}, Tensor o, Tensor lse, Tensor to, Tensor tlse",
     GRADIENTS,
 )
 register(

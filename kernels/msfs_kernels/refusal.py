@@ -36,7 +36,7 @@ class Refused(torch.autograd.Function):
 
     @staticmethod
     def forward(*args):
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch._C._AutoDispatchBelowADInplaceOrView():
             return OPS.attention_refused(*args)
 
     @staticmethod

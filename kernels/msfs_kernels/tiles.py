@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .options import Options, accumulate_dtype
+from .philox import philox_4x32
 
 CPU_TILE = 1 << 19  # logits in a tile: 2 MiB of float32, about an L2 cache
 CUDA_TILE = 1 << 25
@@ -181,8 +182,6 @@ class Tile:
         o = self.options
         if o.dropout == 0 or o.rng is None:
             return None
-        from .philox import philox_4x32
-
         b, g, r, t, s = self.shape
         device = self.q.device
         h = torch.arange(self.heads.start, self.heads.stop, device=device)[:, None, None]

@@ -1,15 +1,24 @@
-"""What the Triton attention kernels share: tile loads, scores and their masks, dropout, and how a launch is described.
+"""What the Triton attention kernels share: tile loads, scores and their masks, dropout, and how a
+launch is described.
 
-Letters: B batch, H query heads, G key heads, T queries, S keys, K head dim, V value head dim. `i` numbers queries and
-`j` keys; query i stands at position p = i + S - T of the key axis, so that the last query sees the last key. Scores are
-kept in units of log2 (scale * log2(e) * q.k), because the hardware's exponential is 2^x.
+Letters: B batch, H query heads, G key heads, T queries, S keys, K head dim, V value head dim. `i`
+numbers queries and `j` keys; query i stands at position p = i + S - T of the key axis, so that the
+last query sees the last key. Scores are kept in units of log2 (scale * log2(e) * q.k), because the
+hardware's exponential is 2^x.
 
-Every mask is a field of `Masks`. A field that is None is a compile-time constant to Triton and costs nothing: the plain
-and the causal kernel carry no trace of the options. All mask functions take `i` and `j` as broadcastable index tensors,
-(M, 1) and (1, N) or transposed, so that one definition serves tiles of scores and tiles of transposed scores.
+Every mask is a field of `Masks`. A field that is None is a compile-time constant to Triton and
+costs nothing: the plain and the causal kernel carry no trace of the options. All mask functions
+take `i` and `j` as broadcastable index tensors, (M, 1) and (1, N) or transposed, so that one
+definition serves tiles of scores and tiles of transposed scores.
 """
 
+# Device functions are Python to pyright: tiles, constants and pointers have no types of theirs.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalOperand=false
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+# pyright: reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
+
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -24,12 +33,18 @@ LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2.0))
 
 
+TENSOR_OPTIONS = 7  # the first fields of Options
+
+
 class Masks(NamedTuple):
     """The optional inputs as the kernels take them; None means absent and compiles to nothing."""
 
-    bias: Tensor | None = None  # (B, H, T, S) float, added to the scores (nats)
-    mask: Tensor | None = None  # (B, H, T, S) uint8, 0 hides
-    strides: tuple[int, ...] = (0, 0, 0, 0)  # of bias or mask
+    bias: Tensor | None = None  # (B | 1, H | 1, T | 1, S | 1) float, added to the scores (nats)
+    mask: Tensor | None = None  # the same, bool, False hides
+    stride_b: int = 0  # of bias or mask, 0 where it broadcasts; a nested tuple trips Triton 3.6
+    stride_h: int = 0
+    stride_t: int = 0
+    stride_s: int = 0
     key_lengths: Tensor | None = None  # (B,) int32
     prefix_lengths: Tensor | None = None  # (B,) int32
     q_segments: Tensor | None = None  # (B, T) int32
@@ -43,11 +58,14 @@ class Masks(NamedTuple):
 
 
 @triton.jit
-def load_tile(x, strides, batch, head, row, rows, ROWS: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr,
-              BOUNDED: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
+def load_tile(
+    x, strides, batch, head, row, rows, ROWS: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr,
+    BOUNDED: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
     """x[batch, head, row : row + ROWS, :D] as a (ROWS, COLS) tile, zeros outside (rows, D).
 
-    BOUNDED False promises that all rows exist. With TMA, x is a descriptor and the copy engine fills the zeros.
+    BOUNDED False promises that all rows exist. With TMA, x is a descriptor and the copy engine
+    fills the zeros.
     """
     if TMA:
         return x.load([batch, head, row, 0]).reshape([ROWS, COLS])
@@ -55,8 +73,8 @@ def load_tile(x, strides, batch, head, row, rows, ROWS: tl.constexpr, COLS: tl.c
         i = tl.arange(0, ROWS)
         d = tl.arange(0, COLS)
         start = (
-            batch.to(tl.int64) * strides[0]
-            + head.to(tl.int64) * strides[1]
+            tl.cast(batch, tl.int64) * strides[0]
+            + tl.cast(head, tl.int64) * strides[1]
             + tl.cast(row, tl.int64) * strides[2]
         )
         pointers = (x + start) + (
@@ -89,8 +107,8 @@ def store_tile(
     i = tl.arange(0, ROWS)
     d = tl.arange(0, COLS)
     start = (
-        batch.to(tl.int64) * strides[0]
-        + head.to(tl.int64) * strides[1]
+        tl.cast(batch, tl.int64) * strides[0]
+        + tl.cast(head, tl.int64) * strides[1]
         + tl.cast(row, tl.int64) * strides[2]
     )
     pointers = (x + start) + (
@@ -103,7 +121,9 @@ def store_tile(
 
 @triton.jit
 def row_facts(masks, batch, head, H, S):
-    """What the masks say about one (batch, head): key length, prefix length, ALiBi slope (log2), Philox key."""
+    """What the masks say about one (batch, head): key length, prefix length, ALiBi slope (log2),
+    Philox key.
+    """
     length = S
     prefix = 0
     slope = 0.0
@@ -130,14 +150,16 @@ def tanh(x):
 
 
 @triton.jit
-def tile_offsets(i, j, strides, batch, head):
-    base = batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
-    return base + i.to(tl.int64) * strides[2] + j.to(tl.int64) * strides[3]
+def tile_offsets(i, j, batch, head, stride_b, stride_h, stride_t, stride_s):
+    base = tl.cast(batch, tl.int64) * stride_b + tl.cast(head, tl.int64) * stride_h
+    return base + i.to(tl.int64) * stride_t + j.to(tl.int64) * stride_s
 
 
 @triton.jit
 def tile_scores(products, i, j, batch, head, T, S, facts, masks, scale_log2):
-    """(scores in log2 units, their derivative by scale * q.k): soft-cap first, then ALiBi and bias (Gemma 2's order)."""
+    """(scores in log2 units, their derivative by scale * q.k): soft-cap first, then ALiBi and bias
+    (Gemma 2's order).
+    """
     scores = products * scale_log2
     derivative = 1.0
     if masks.softcap is not None:
@@ -147,7 +169,9 @@ def tile_scores(products, i, j, batch, head, T, S, facts, masks, scale_log2):
     if masks.alibi is not None:
         scores -= facts[2] * tl.abs(i + (S - T) - j).to(tl.float32)
     if masks.bias is not None:
-        offsets = tile_offsets(i, j, masks.strides, batch, head)
+        offsets = tile_offsets(
+            i, j, batch, head, masks.stride_b, masks.stride_h, masks.stride_t, masks.stride_s
+        )
         scores += (
             tl.load(masks.bias + offsets, mask=(i < T) & (j < S), other=0.0).to(tl.float32) * LOG2E
         )
@@ -170,18 +194,28 @@ def tile_visible(i, j, batch, head, T, S, facts, masks, CAUSAL: tl.constexpr):
             near = near | (j < facts[1])
         visible = visible & near
     if masks.q_segments is not None:
-        q_segment = tl.load(masks.q_segments + batch.to(tl.int64) * T + i, mask=i < T, other=-1)
-        k_segment = tl.load(masks.k_segments + batch.to(tl.int64) * S + j, mask=j < S, other=-2)
+        q_segment = tl.load(
+            masks.q_segments + tl.cast(batch, tl.int64) * T + i, mask=i < T, other=-1
+        )
+        k_segment = tl.load(
+            masks.k_segments + tl.cast(batch, tl.int64) * S + j, mask=j < S, other=-2
+        )
         visible = visible & (q_segment == k_segment)
     if masks.mask is not None:
-        offsets = tile_offsets(i, j, masks.strides, batch, head)
-        visible = visible & (tl.load(masks.mask + offsets, mask=(i < T) & (j < S), other=0) != 0)
+        offsets = tile_offsets(
+            i, j, batch, head, masks.stride_b, masks.stride_h, masks.stride_t, masks.stride_s
+        )
+        visible = visible & tl.load(masks.mask + offsets, mask=(i < T) & (j < S), other=0).to(
+            tl.int1
+        )
     return visible
 
 
 @triton.jit
 def tile_kept(i, j, head, facts, masks):
-    """Dropout's verdict on each entry: word 0 of Philox4x32-10 at counter (j, i, head, 0) under the row's key."""
+    """Dropout's verdict on each entry: word 0 of Philox4x32-10 at counter (j, i, head, 0) under the
+    row's key.
+    """
     zero = tl.zeros_like(i + j)
     word, _, _, _ = tl.philox(facts[3], zero + j, zero + i, zero + head, zero)
     return word >= tl.full((1, 1), masks.threshold, tl.uint32)
@@ -199,13 +233,15 @@ def segment_reach(
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """The range [low, high) of the other axis whose segment ids fall within this block's smallest and largest id.
+    """The range [low, high) of the other axis whose segment ids fall within this block's smallest
+    and largest id.
 
-    Exact for packed sequences (ids in runs), never too small for any ids: the kernels skip what lies outside.
+    Exact for packed sequences (ids in runs), never too small for any ids: the kernels skip what
+    lies outside.
     """
     at = first + tl.arange(0, BLOCK)
     inside = at < first + count
-    ids = mine + batch.to(tl.int64) * total_mine + at
+    ids = mine + tl.cast(batch, tl.int64) * total_mine + at
     smallest = tl.min(tl.load(ids, mask=inside, other=2147483647), 0)
     largest = tl.max(tl.load(ids, mask=inside, other=-2147483648), 0)
     low = total_others
@@ -213,7 +249,7 @@ def segment_reach(
     for start in range(0, total_others, CHUNK):
         j = start + tl.arange(0, CHUNK)
         other = tl.load(
-            others + batch.to(tl.int64) * total_others + j, mask=j < total_others, other=0
+            others + tl.cast(batch, tl.int64) * total_others + j, mask=j < total_others, other=0
         )
         meets = (other >= smallest) & (other <= largest) & (j < total_others)
         low = tl.minimum(low, tl.min(tl.where(meets, j, total_others), 0))
@@ -225,7 +261,8 @@ def segment_reach(
 def key_range(
     row, facts, masks, batch, T, S, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
 ):
-    """Key blocks that queries row .. row + BM - 1 can see: [low, high), of which [full_low, full_high) need no mask.
+    """Key blocks that queries row .. row + BM - 1 can see: [low, high), of which [full_low,
+    full_high) need no mask.
 
     All four are multiples of BN except high. Blocks outside are never touched.
     """
@@ -272,7 +309,7 @@ def query_range(
 ):
     """Query blocks that keys column .. column + BN - 1 are seen by: the transpose of `key_range`.
 
-    [low, high), of which [full_low, full_high) need no mask on queries; multiples of BM except high.
+    [low, high), of which [full_low, full_high) need no mask; multiples of BM except high.
     """
     length = facts[0]
     shift = S - T
@@ -319,9 +356,11 @@ def query_range(
 
 @triton.jit
 def longest_first(pid, blocks, heads, wave):
-    """(block, head) of a program: heads in groups of `wave` that share the L2 cache, in each the last block first.
+    """(block, head) of a program: heads in groups of `wave` that share the L2 cache, in each the
+    last block first.
 
-    Under a causal mask the last query block has the most keys; starting with it keeps the tail of the launch short.
+    Under a causal mask the last query block has the most keys; starting with it keeps the tail of
+    the launch short.
     """
     group = pid // (wave * blocks)
     rest = pid - group * (wave * blocks)
@@ -330,28 +369,123 @@ def longest_first(pid, blocks, heads, wave):
 
 
 class Launch(NamedTuple):
-    """One kernel call, described before it happens, so that tests and the tuner can compile it without running it."""
+    """One kernel call, described before it happens, so that tests and the tuner can compile it
+    without running it.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
     args: tuple[Any, ...]
     constants: dict[str, Any]
 
-    def run(self) -> None:
-        self.kernel[self.grid](*self.args, **self.constants)
+    def run(self) -> Any:
+        """Starts the kernel through Triton's front door and returns what Triton compiled."""
+        return self.kernel[self.grid](*self.args, **self.constants)
+
+
+class Prepared(NamedTuple):
+    """A compiled launch whose tensors can be exchanged for others of the same shapes, strides and
+    alignment.
+    """
+
+    start: Any
+    args: list[Any]
+    places: list[
+        tuple[int, str | None, int]
+    ]  # (position among args, field if it is Masks, number of the tensor)
+
+
+PREPARED: dict[Any, Prepared | None] = {}
+
+
+def launch(
+    plan: Callable[..., Launch], tensors: tuple[Tensor | None, ...], options: Options
+) -> None:
+    """Runs plan(*tensors, options), and from the second time on without planning.
+
+    Triton works out afresh at each call which kernel the arguments' types and values select, and
+    describing the launch takes as long: some 200 microseconds in all. Calls that agree in shapes,
+    strides, dtypes, alignment and scalars select the same kernel, so that only addresses change.
+    """
+    x = tensors[0]
+    assert x is not None
+    if triton.knobs.runtime.interpret:
+        plan(*tensors, options).run()
+        return
+    if x.device.index != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            return launch(plan, tensors, options)
+    everything = (*tensors, *options[:TENSOR_OPTIONS])
+    key = (plan, x.device.index, options[TENSOR_OPTIONS:], *map(fingerprint, everything))
+    prepared = PREPARED.get(key)
+    if prepared is None:
+        described = plan(*tensors, options)
+        compiled = described.run()
+        if key not in PREPARED:
+            PREPARED[key] = prepare(described, compiled, everything)
+        return
+    args = prepared.args.copy()
+    for position, field, number in prepared.places:
+        if field is None:
+            args[position] = exchange(args[position], everything[number])
+        else:
+            args[position] = args[position]._replace(**{field: everything[number]})
+    prepared.start(*args)
+
+
+def fingerprint(x: Tensor | None) -> Any:
+    return None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16 == 0)
+
+
+def prepare(
+    described: Launch, compiled: Any, tensors: tuple[Tensor | None, ...]
+) -> Prepared | None:
+    """None if the launch reads a tensor that the plan made itself: such launches are planned every
+    time.
+    """
+    names = described.kernel.arg_names[len(described.args) :]
+    args = [*described.args, *(described.constants[name] for name in names)]
+    numbers = {id(x): number for number, x in enumerate(tensors) if x is not None}
+    places: list[tuple[int, str | None, int]] = []
+    for position, arg in enumerate(args):
+        found = arg._asdict() if isinstance(arg, Masks) else {None: getattr(arg, "base", arg)}
+        found = {field: x for field, x in found.items() if isinstance(x, Tensor)}
+        if any(id(x) not in numbers for x in found.values()):
+            return None
+        places += [(position, field, numbers[id(x)]) for field, x in found.items()]
+        # What stays here keeps no tensor alive.
+        if isinstance(arg, Masks):
+            args[position] = arg._replace(**{str(field): None for field in found})
+        elif found:
+            args[position] = exchange(arg, None)
+    grid = (*described.grid, 1, 1)[:3]
+    return Prepared(compiled[grid], args, places)
+
+
+def exchange(arg: Any, x: Tensor | None) -> Any:
+    """A descriptor like `arg` of another tensor, or that tensor."""
+    if arg is None or isinstance(arg, Tensor):
+        return x
+    other = object.__new__(type(arg))
+    other.__dict__.update(arg.__dict__, base=x)
+    return other
+
+
+def broadcast_strides(x: Tensor | None, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of x expanded to `shape`: 0 where it broadcasts."""
+    if x is None:
+        return (0,) * len(shape)
+    return tuple(0 if n == 1 else stride for n, stride in zip(x.shape, x.stride(), strict=True))
 
 
 def masks_of(options: Options, shape: tuple[int, ...]) -> Masks:
     """The kernels' view of the op's options for scores of shape (B, H, T, S)."""
-    dense = None if options.bias is None else options.bias.expand(shape)
-    bias, mask = dense, None
-    if dense is not None and dense.dtype == torch.bool:
-        bias, mask = None, dense.view(torch.uint8)
     dropping = options.dropout > 0.0
+    boolean = options.bias is not None and options.bias.dtype == torch.bool
     return Masks(
-        bias=bias,
-        mask=mask,
-        strides=(0, 0, 0, 0) if dense is None else dense.stride(),
+        None if boolean else options.bias,
+        options.bias if boolean else None,
+        *broadcast_strides(options.bias, shape),
         key_lengths=packed(options.key_lengths),
         prefix_lengths=packed(options.prefix_lengths),
         q_segments=packed(options.q_segments),
@@ -376,7 +510,9 @@ def padded(dim: int) -> int:
 
 
 def tma_ready(*tensors: Tensor) -> bool:
-    """Whether the copy engine can read these (B, H, T, K) tensors: 16-byte aligned rows, last dim dense, no broadcast."""
+    """Whether the copy engine can read these (B, H, T, K) tensors: 16-byte aligned rows, last dim
+    dense, no broadcast.
+    """
 
     def ready(x: Tensor) -> bool:
         step = 16 // x.element_size()
@@ -397,7 +533,7 @@ def tma_ready(*tensors: Tensor) -> bool:
 
 def descriptor(x: Tensor, rows: int, cols: int) -> TensorDescriptor:
     """A copy-engine descriptor of x for tiles of (rows, cols) of one batch row and head."""
-    unit = max(8, triton.cdiv(x.shape[-1], 8) * 8)
+    unit = triton.cdiv(x.shape[-1], 8) * 8  # any aligned stride will do for a dim of size 1
     strides = [
         stride if size > 1 else unit
         for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)

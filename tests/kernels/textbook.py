@@ -6,13 +6,14 @@ Plain torch operations on T x S matrices, differentiable by torch itself, writte
 import math
 
 import torch
-from msfs_kernels.philox import philox_4x32
+from msfs_kernels.philox import fold_in, philox_4x32
 from torch import Tensor
 
 
 def attention_mask(
     T: int,
     S: int,
+    device=None,
     *,
     is_causal=False,
     window=None,
@@ -22,9 +23,9 @@ def attention_mask(
     bias=None,
 ) -> Tensor:
     """Bool (..., 1, T, S), True where query i may see key j."""
-    p = torch.arange(T)[:, None] + S - T
-    j = torch.arange(S)[None, :]
-    seen = torch.ones(T, S, dtype=torch.bool)
+    p = torch.arange(T, device=device)[:, None] + S - T
+    j = torch.arange(S, device=device)[None, :]
+    seen = torch.ones(T, S, dtype=torch.bool, device=device)
     if is_causal:
         seen = seen & (j <= p)
     if window is not None:
@@ -44,10 +45,9 @@ def attention_mask(
 def dropout_factors(shape: tuple[int, ...], rate: float, key: Tensor) -> Tensor:
     """0 where dropped, 1 / (1 - rate) where kept, (..., H, T, S)."""
     *lead, H, T, S = shape
-    row = torch.arange(math.prod(lead))
-    zero = torch.zeros_like(row)
-    k0, k1, *_ = philox_4x32(row, zero, zero, zero, key[0], key[1])
-    h, i, j = torch.arange(H)[:, None, None], torch.arange(T)[:, None], torch.arange(S)
+    rows, h, i, j = (torch.arange(n, device=key.device) for n in (math.prod(lead), H, T, S))
+    k0, k1 = fold_in(key, rows).unbind(-1)
+    h, i = h[:, None, None], i[:, None]
     k0, k1 = k0[:, None, None, None], k1[:, None, None, None]
     word = philox_4x32(j, i, h, torch.zeros_like(j), k0, k1)[0]
     return (
@@ -81,13 +81,15 @@ def textbook(
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
     if alibi_slopes is not None:
-        distance = (torch.arange(T)[:, None] + S - T - torch.arange(S)).abs()
+        i, j = torch.arange(T, device=q.device)[:, None], torch.arange(S, device=q.device)
+        distance = (i + S - T - j).abs()
         s = s - alibi_slopes[..., None, None] * distance
     if bias is not None and bias.dtype is not torch.bool:
         s = s + bias
     seen = attention_mask(
         T,
         S,
+        q.device,
         is_causal=is_causal,
         window=window,
         key_lengths=key_lengths,

@@ -16,15 +16,17 @@ from msfs_functional.synthetic.english_italian.clauses import (
     motion,
     readable,
     timed,
-    transitive_verb,
     verb,
     with_object,
     words,
 )
-from msfs_functional.synthetic.english_italian.lexicon import lexicon
-from msfs_functional.synthetic.english_italian.phrases import (
+from msfs_functional.synthetic.english_italian.lexicon import lexicon, transitive_verb
+from msfs_functional.synthetic.english_italian.nouns import (
     OBJECT_PRONOUNS,
+    SUBJECT_PRONOUNS,
     Phrase,
+)
+from msfs_functional.synthetic.english_italian.phrases import (
     draw,
     name,
     pick,
@@ -87,9 +89,8 @@ def giving(rng: random.Random) -> Sentence:
     return end(*clause(who, what, mood(rng, verb, who.person)))
 
 
-_WITH_PERSONS = ("see", "look at", "look for", "wait for", "listen to", "hear", "love", "hate",
-                 "call", "help", "greet", "follow", "invite", "thank", "meet", "remember",
-                 "admire", "draw")  # fmt: skip
+_WITH_PERSONS = ("see", "look at", "look for", "wait for", "listen to", "love", "call", "help",
+                 "invite", "meet", "forget")  # fmt: skip
 
 
 def clitic(rng: random.Random) -> Sentence:
@@ -99,10 +100,9 @@ def clitic(rng: random.Random) -> Sentence:
     return simple(rng, who, Predicate(transitive_verb(pick(rng, _WITH_PERSONS)), him, clitic=lo))
 
 
-_FIRST = ("buy", "find", "take", "choose", "steal", "prepare", "cook", "write", "wash", "build")
-_SECOND = ("eat", "drink", "read", "wear", "sell", "lose", "break", "hide", "forget", "repair",
-           "clean", "play", "drive", "translate", "paint", "carry", "photograph",
-           "close")  # fmt: skip
+_FIRST = ("buy", "find", "take", "choose", "write", "wash")
+_SECOND = ("eat", "drink", "read", "wear", "sell", "break", "hide", "forget", "repair", "clean",
+           "play", "drive", "correct", "close")  # fmt: skip
 _CLITICS = {"m": "lo", "f": "la", "mp": "li", "fp": "le"}
 
 
@@ -131,8 +131,6 @@ def consecutive(rng: random.Random) -> Sentence:
     )
 
 
-_EXPERIENCERS = (("I", "mi", 0), ("you", "ti", 1), ("he", "gli", 2), ("she", "le", 2),
-                 ("we", "ci", 3))  # fmt: skip
 _LIKE = english.verb("like")
 _PIACERE = italian.verb("piacere", essere=True)
 
@@ -140,8 +138,8 @@ _PIACERE = italian.verb("piacere", essere=True)
 def liking(rng: random.Random) -> Sentence:
     """The girl likes these apples: Alla ragazza piacciono queste mele."""
     if rng.random() < 0.35:
-        i, mi, person = pick(rng, _EXPERIENCERS)
-        who = Phrase(i, "", "m", person=person)
+        i = int(rng.random() * 5)
+        who, mi = SUBJECT_PRONOUNS[i], OBJECT_PRONOUNS[i][3]
     else:
         who, mi = subject(rng, pronouns=0), ""
     tense = "past" if rng.random() < 0.25 else "present"
@@ -173,10 +171,8 @@ def liking(rng: random.Random) -> Sentence:
 _CONTROL = (
     (verb(english.verb("begin", "began", "begun"), "cominciare"), "a"),
     (verb(english.verb("try"), "cercare"), "di"),
-    (verb(english.verb("hope"), "sperare", state=True), "di"),
     (verb(english.verb("decide"), "decidere", participle="deciso"), "di"),
     (verb(english.verb("learn"), "imparare"), "a"),
-    (verb(english.verb("continue"), "continuare"), "a"),
     (transitive_verb("forget"), "di"),
 )
 
@@ -192,9 +188,8 @@ def controlling(rng: random.Random) -> Sentence:
 
 
 _ORDERED = ("open", "close", "eat", "drink", "read", "write", "buy", "sell", "look at", "look for",
-            "wait for", "listen to", "carry", "clean", "wash", "paint", "draw", "choose", "finish",
-            "prepare", "repair", "call", "help", "greet", "follow", "invite", "thank", "visit",
-            "cross", "play", "study", "take", "touch", "correct", "translate", "watch")  # fmt: skip
+            "wait for", "listen to", "clean", "wash", "choose", "finish", "repair", "call", "help",
+            "invite", "visit", "cross", "play", "take", "correct", "watch")  # fmt: skip
 
 
 def ordering(rng: random.Random) -> Sentence:

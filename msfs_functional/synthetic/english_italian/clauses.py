@@ -4,11 +4,14 @@ import random
 from typing import NamedTuple
 
 from msfs_functional.synthetic.english_italian import english, italian
-from msfs_functional.synthetic.english_italian.lexicon import CITIES, TIMES, Verb, lexicon
-from msfs_functional.synthetic.english_italian.phrases import (
+from msfs_functional.synthetic.english_italian.lexicon import CITIES, TIMES, Verb, lexicon, nouns_of
+from msfs_functional.synthetic.english_italian.nouns import (
     NO_PAIRS,
     Pairs,
     Phrase,
+    phrase,
+)
+from msfs_functional.synthetic.english_italian.phrases import (
     draw,
     noun_phrase,
     pick,
@@ -165,11 +168,6 @@ def verb(english_verb: english.Verb, infinitive: str, *, state: bool = False, **
     return Verb(english_verb, italian.verb(infinitive, **options), "", state)
 
 
-def transitive_verb(lemma: str) -> Verb:
-    """The transitive verb of the lexicon with an English lemma."""
-    return next(verb for verb in lexicon().transitive if verb.lemma == lemma)
-
-
 def with_object(
     rng: random.Random, verb: Verb | None = None, **options
 ) -> tuple[Predicate, Phrase]:
@@ -181,15 +179,21 @@ def with_object(
     return Predicate(verb, what.english, what.direct, pairs=pairs), what
 
 
-_PLACED = {"sleep", "work", "swim", "dance", "walk", "have lunch", "have dinner", "stay", "laugh",
-           "cry", "run", "stop", "play"}  # fmt: skip
+_WATERS = [noun for noun in nouns_of("WX") if noun.lemma in ("sea", "lake", "river")]
+PLACED = {"sleep", "work", "dance", "have lunch", "have dinner", "stay", "run",
+           "wake up", "fall asleep", "swim"}  # fmt: skip
 
 
 def intransitive(rng: random.Random, kind: str = "P", *, placed: float = 0.6) -> Predicate:
     """A verb without object that a person or an animal can do, often with a place."""
     verb = pick(rng, [verb for verb in lexicon().intransitive if kind in verb.kinds])
-    if verb.lemma in _PLACED and rng.random() < placed:
-        return Predicate(verb, *place(rng))
+    if rng.random() < placed:
+        if verb.lemma == "swim":
+            water = phrase(pick(rng, _WATERS), "the")
+            return Predicate(verb, "in " + water.english, water.after("in"))
+        if verb.lemma in PLACED:
+            where, dove, pairs = place(rng)
+            return Predicate(verb, where, dove, pairs=pairs)
     return Predicate(verb)
 
 
@@ -199,9 +203,9 @@ _RETURN = verb(english.verb("return"), "tornare", essere=True)
 _ENTER = verb(english.verb("enter"), "entrare", essere=True)
 _WAYS = ((_GO, "to", "a"), (_GO, "to", "a"), (_RETURN, "to", "a"), (_COME, "to", "a"),
          (_COME, "from", "da"), (_ENTER, "", "in"))  # fmt: skip
-_GOALS = {"museum", "theatre", "hotel", "hospital", "library", "restaurant", "castle", "stadium",
-          "church", "school", "station", "shop", "airport", "university", "park", "market",
-          "beach", "village", "zoo", "river", "bridge", "square"}  # fmt: skip
+_GOALS = {"museum", "theatre", "hotel", "hospital", "library", "restaurant", "castle", "church",
+          "school", "station", "shop", "airport", "university", "park", "market", "beach",
+          "village", "zoo", "river", "bridge", "square"}  # fmt: skip
 
 
 def motion(rng: random.Random) -> Predicate:
@@ -213,7 +217,7 @@ def motion(rng: random.Random) -> Predicate:
             verb, f"{preposition} {city}", italian.preposition(preposizione, città, None)
         )
     kinds = "GLX" if preposition else "G"
-    goals = [n for kind in kinds for n in lexicon().nouns[kind] if n.lemma in _GOALS]
+    goals = [noun for noun in nouns_of(kinds) if noun.lemma in _GOALS]
     goal = noun_phrase(
         rng,
         pick(rng, goals),

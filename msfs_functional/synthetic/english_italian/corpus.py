@@ -1,6 +1,6 @@
 """The corpus: sentences drawn from the patterns, and splits that test composition.
 
-Some 400 lemmas and 22 sentence patterns (`actions.py`, `descriptions.py`, `linked.py`) over
+Some 310 lemmas and 22 sentence patterns (`actions.py`, `descriptions.py`, `linked.py`) over
 clauses, noun phrases, word forms and a lexicon. Translating it takes what real Italian takes:
 gender and number that agree across the sentence, articles by sound, contractions, adjectives
 behind the noun, auxiliaries and participles, clitics, subjects left unsaid.
@@ -48,6 +48,7 @@ from msfs_functional.synthetic.english_italian.linked import (
     reporting,
     yes_no,
 )
+from msfs_functional.synthetic.english_italian.phrases import draw
 
 Pair = tuple[str, str]
 PATTERNS: dict[Callable[[random.Random], Sentence], float] = {
@@ -81,13 +82,15 @@ def sentences(seed: int = 0) -> Iterator[Sentence]:
     """Distinct sentences without end."""
     rng = random.Random(seed)
     seen: set[str] = set()
-    patterns, weights = list(PATTERNS), list(PATTERNS.values())
     while True:
-        for pattern in rng.choices(patterns, weights, k=1000):
-            sentence = pattern(rng)
-            if sentence.english not in seen and sentence.english.count(" ") < MOST_WORDS:
-                seen.add(sentence.english)
-                yield sentence
+        sentence = draw(rng, PATTERNS)(rng)
+        if sentence.english not in seen and sentence.english.count(" ") < MOST_WORDS:
+            seen.add(sentence.english)
+            yield sentence
+
+
+def _words(sentence: Sentence) -> list[str]:
+    return sentence.english.split() + sentence.italian.split()
 
 
 def english_italian(
@@ -100,7 +103,7 @@ def english_italian(
         train, valid, test: number of sentence pairs.
 
     Raises:
-        ValueError: a size below 1.
+        ValueError: a size below 1, or too little training text to know the words of the others.
     """
     sizes = {"train": train, "valid": valid, "test": test}
     for name, size in sizes.items():
@@ -108,22 +111,25 @@ def english_italian(
             raise ValueError(f"{name} ({size}) must be at least 1 sentence")
     parts: dict[str, list[Sentence]] = {name: [] for name in sizes}
     known: set[str] = set()
-    for sentence in sentences(seed):
+    for drawn, sentence in enumerate(sentences(seed)):
         splits = {held_out(pair) for pair in sentence.pairs} - {"train"}
-        name = splits.pop() if splits else "train"
-        if splits or len(parts[name]) >= (sizes[name] if name == "train" else 4 * sizes[name]):
+        if len(splits) < 2:
+            name = splits.pop() if splits else "train"
+            if len(parts["train"]) < train:
+                parts[name].append(sentence)
+            elif name != "train" and known.issuperset(_words(sentence)):
+                parts[name].append(sentence)
+        if len(parts["train"]) < train:
             continue
-        parts[name].append(sentence)
-        if name == "train":
-            known.update(sentence.english.split(), sentence.italian.split())
-        if len(parts["train"]) >= train and all(
-            len(parts[n]) >= 2 * sizes[n] for n in ("valid", "test")
-        ):
+        if not known:
+            known.update(word for sentence in parts["train"] for word in _words(sentence))
+            for name in ("valid", "test"):
+                parts[name] = [s for s in parts[name] if known.issuperset(_words(s))]
+        if all(len(parts[name]) >= size for name, size in sizes.items()):
+            return Corpus(*([(s.english, s.italian) for s in parts[n][: sizes[n]]] for n in sizes))
+        if drawn > 10 * (train + valid + test) + 20_000:
             break
-    for name in ("valid", "test"):
-        parts[name] = [
-            s
-            for s in parts[name]
-            if known.issuperset(s.english.split()) and known.issuperset(s.italian.split())
-        ]
-    return Corpus(*([(s.english, s.italian) for s in parts[n][: sizes[n]]] for n in sizes))
+    raise ValueError(
+        f"{train} training sentences know the words of too few others for {valid} and {test} held "
+        "out: make train larger (30000) or the others smaller"
+    )

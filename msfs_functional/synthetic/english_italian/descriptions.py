@@ -15,12 +15,14 @@ from msfs_functional.synthetic.english_italian.lexicon import (
     Adjective,
     lexicon,
 )
-from msfs_functional.synthetic.english_italian.phrases import (
+from msfs_functional.synthetic.english_italian.nouns import (
     HE,
     NO_PAIRS,
     SHE,
     Pairs,
     Phrase,
+)
+from msfs_functional.synthetic.english_italian.phrases import (
     draw,
     name,
     noun_phrase,
@@ -39,6 +41,11 @@ _BE = {
     "was": (english.WAS, "", _ESSERE.imperfect, _AVERE.imperfect),
     "future": (("will",) * 6, "be", _ESSERE.future, _AVERE.future),
 }
+# Nothing is two things of a group at once.
+_EXCLUSIVE = (
+    {"small", "big"}, {"old", "new", "young"}, {"happy", "sad"}, {"rich", "poor"},
+    {"clean", "dirty"}, {"red", "green", "yellow", "black", "white", "blue"},
+)  # fmt: skip
 _DEGREES = {"": "", "very": "molto", "too": "troppo"}
 
 
@@ -50,7 +57,7 @@ def being(rng: random.Random, person: int, tense: str = "") -> tuple[str, str, s
 
 
 # States of persons that come and go.
-_PASSING = {"tired", "happy", "sad", "nervous", "sick", "poor", "rich", "lazy"}
+_PASSING = {"tired", "happy", "sad", "nervous", "poor", "rich"}
 
 
 def _quality(
@@ -99,7 +106,8 @@ def copula(rng: random.Random) -> Sentence:
         return end(said, italian.join(who.direct, no, essere, ADVERBS[adverb], qualità), pairs)
     if chance < 0.55:
         second, more = _quality(rng, who)
-        if second != entry:
+        two = {entry.english, second.english}
+        if second != entry and not any(two <= group for group in _EXCLUSIVE):
             conjunction, congiunzione = pick(rng, (("and", "e"), ("but", "ma")))
             altra = second.italian[who.form]
             quality = words(entry.english, conjunction, second.english)
@@ -113,15 +121,14 @@ def copula(rng: random.Random) -> Sentence:
 _COMPARATIVES = {
     "big": "bigger", "small": "smaller", "old": "older", "young": "younger", "tall": "taller",
     "strong": "stronger", "rich": "richer", "happy": "happier", "heavy": "heavier",
-    "long": "longer", "fast": "faster", "slow": "slower", "clean": "cleaner", "dirty": "dirtier",
-    "sweet": "sweeter", "light": "lighter", "lazy": "lazier", "kind": "kinder", "sad": "sadder",
-    "new": "newer", "poor": "poorer", "quiet": "quieter", "hot": "hotter", "cold": "colder",
-    "brave": "braver", "strange": "stranger", "noisy": "noisier", "fresh": "fresher",
+    "long": "longer", "fast": "faster", "clean": "cleaner", "dirty": "dirtier", "new": "newer",
+    "sweet": "sweeter", "sad": "sadder", "poor": "poorer", "quiet": "quieter", "hot": "hotter",
+    "strange": "stranger",
 }  # fmt: skip
-_ABSOLUTE = {"good", "broken", "empty", "Italian", "round", "sick", "red", "green", "yellow",
-             "black", "white", "blue", "grey"}  # fmt: skip
-_THAN = (("me", "me"), ("you", "te"), ("him", "lui"), ("her", "lei"), ("us", "noi"),
-         ("them", "loro"))  # fmt: skip
+_ABSOLUTE = {"good", "broken", "red", "green", "yellow", "black", "white", "blue"}
+_THAN = (Phrase("me", "me", "m", person=0), Phrase("you", "te", "m", person=1),
+         Phrase("him", "lui", "m"), Phrase("her", "lei", "f"),
+         Phrase("us", "noi", "mp", person=3), Phrase("them", "loro", "mp", person=5))  # fmt: skip
 
 
 def comparison(rng: random.Random) -> Sentence:
@@ -133,12 +140,12 @@ def comparison(rng: random.Random) -> Sentence:
         entry, pairs = _quality(rng, who)
     chance = rng.random()
     if kinds == "P" and chance < 0.6:
-        other = Phrase(*pick(rng, _THAN), "m") if chance < 0.3 else name(rng)
+        other = pick(rng, _THAN) if chance < 0.3 else name(rng)
     else:
         determiner = draw(rng, {"the": 5, "possessive": 2, "demonstrative": 2})
         kind = who.noun.kind if who.noun else "P"
         other = thing(rng, kind, rate=0, determiner=determiner)
-    if other.english == who.english:
+    if other.english == who.english or other.person == who.person in (0, 1, 3):
         return comparison(rng)
     quality = entry.italian[who.form]
     match draw(rng, {"more": 6, "less": 2, "as": 2}):
@@ -188,7 +195,7 @@ def superlative(rng: random.Random) -> Sentence:
 def existence(rng: random.Random) -> Sentence:
     """There are three cats under the tree. Is there a key in the box?"""
     small = rng.random() < 0.5
-    where, dove = place(rng, pick(rng, "FN") if small else pick(rng, "GLXW"))
+    where, dove, pairs = place(rng, pick(rng, "FN") if small else pick(rng, "GLXW"))
     what = thing(
         rng,
         "ORTC" if small else "PAO",
@@ -201,7 +208,7 @@ def existence(rng: random.Random) -> Sentence:
     return end(
         words(there, what.english, where),
         italian.join(ci, essere, what.direct, dove),
-        what.pairs,
+        what.pairs | pairs,
         "?" if asked else ".",
     )
 

@@ -20,105 +20,83 @@ _NOUNS = """
 P: boy ragazzo m, girl ragazza f, man/men uomo/uomini m, woman/women donna f,
    child/children bambino m, friend amico/amici m, teacher insegnante m, student studente m,
    doctor medico/medici m, nurse infermiera f, lawyer avvocato m, writer scrittore m,
-   painter pittore m, singer cantante m, cook cuoco m, waiter cameriere m, farmer contadino m,
-   gardener giardiniere m, tourist turista m, journalist giornalista m, artist artista m,
-   neighbour vicino m, guest ospite m, queen regina f, lady signora f, soldier soldato m,
-   scientist scienziato m, psychologist psicologo/psicologi m, foreigner straniero m,
-   engineer ingegnere m, actress attrice f, dancer ballerina f
+   cook cuoco m, waiter cameriere m, farmer contadino m, tourist turista m, artist artista m,
+   neighbour vicino m, queen regina f, scientist scienziato m, actress attrice f, dancer ballerina f
 K: father padre m-, mother madre f-, brother fratello m, sister sorella f, uncle zio/zii m,
    aunt zia f, grandfather nonno m-, grandmother nonna f-, son figlio m, daughter figlia f,
    husband marito m-, wife/wives moglie/mogli f-, cousin cugino m
 A: dog cane m, cat gatto m, horse cavallo m, bird uccello m, cow mucca f, wolf/wolves lupo m,
-   lion leone m, elephant elefante m, mouse/mice topo m, spider ragno m, bee ape f,
-   butterfly farfalla f, duck anatra f, hen gallina f, fox volpe f, bear orso m,
-   monkey scimmia f, zebra zebra f, frog rana f, snake serpente m, eagle aquila f,
+   lion leone m, elephant elefante m, mouse/mice topo m, bee ape f, fox volpe f, duck anatra f,
    squirrel scoiattolo m
-R: apple mela f, pear pera f, orange arancia f, strawberry fragola f, tomato pomodoro m,
-   onion cipolla f, mushroom fungo m, carrot carota f, lemon limone m, potato patata f
+R: apple mela f, orange arancia f, strawberry fragola f, tomato pomodoro m, onion cipolla f,
+   mushroom fungo m
 D: bread pane m--, cheese formaggio m--, cake torta f, egg uovo/uova mf, soup zuppa f-,
-   salad insalata f-, sandwich panino m, biscuit biscotto m, meat carne f--, rice riso m--,
-   pizza pizza f, fish pesce m--
-B: water acqua f--, wine vino m--, milk latte m--, coffee caffè m--, tea tè m--, juice succo m--
-T: book libro m, letter lettera f, newspaper giornale m, magazine rivista f, poem poesia f,
-   story storia f, message messaggio m, article articolo m, novel romanzo m, postcard cartolina f
-C: hat cappello m, coat cappotto m, dress vestito m, shirt camicia/camicie f, skirt gonna f,
-   jacket giacca f, shoe scarpa f, scarf/scarves sciarpa f, sweater maglione m, glove guanto m,
-   boot stivale m, uniform uniforme f
-M: car macchina f, truck camion m, bus autobus m, taxi taxi m
-V: bicycle bicicletta f, train treno m, boat barca f, airplane aereo m, ship nave f
-E: door porta f, window finestra f, drawer cassetto m, gate cancello m, wardrobe armadio m
-N: box scatola f, suitcase valigia/valigie f, bottle bottiglia f, bag borsa f, backpack zaino m,
-   basket cesto m
+   sandwich panino m, meat carne f--, pizza pizza f, fish pesce m--
+B: water acqua f--, wine vino m--, milk latte m--, coffee caffè m--, tea tè m--
+T: book libro m, letter lettera f, newspaper giornale m, story storia f, message messaggio m,
+   article articolo m, postcard cartolina f
+C: hat cappello m, coat cappotto m, dress vestito m, shirt camicia/camicie f, jacket giacca f,
+   shoe scarpa f, scarf/scarves sciarpa f, boot stivale m
+M: car macchina f, bus autobus m, truck camion m
+V: bicycle bicicletta f, train treno m, boat barca f, airplane aereo m
+E: door porta f, window finestra f, wardrobe armadio m
+N: box scatola f, suitcase valigia/valigie f, bottle bottiglia f, bag borsa f, backpack zaino m
 O: mirror specchio m, lamp lampada f, clock orologio m, key chiave f, pen penna f,
-   pencil matita f, knife/knives coltello m, glass bicchiere m, plate piatto m,
-   spoon cucchiaio m, phone telefono m, photograph fotografia f, painting quadro m, map mappa f,
-   gift regalo m, flower fiore m, ball palla f, doll bambola f, toy giocattolo m, coin moneta f,
-   ring anello m, umbrella ombrello m, computer computer m, screen schermo m, sword spada f
-F: table tavolo m, chair sedia f, bed letto m, sofa divano m, shelf/shelves scaffale m
-I: guitar chitarra f, violin violino m, piano pianoforte m, trumpet tromba f, flute flauto m
-U: song canzone f, concert concerto m, radio radio f
-H: film film m, match partita f, show spettacolo m, documentary documentario m
+   knife/knives coltello m, glass bicchiere m, plate piatto m, phone telefono m,
+   photograph fotografia f, painting quadro m, gift regalo m, flower fiore m, toy giocattolo m,
+   ring anello m, umbrella ombrello m
+F: table tavolo m, chair sedia f, bed letto m, sofa divano m
+I: guitar chitarra f, violin violino m, piano pianoforte m
+U: song canzone f, concert concerto m
+H: film film m, match partita f, show spettacolo m
 G: house casa f, museum museo m, theatre teatro m, hotel albergo m, hospital ospedale m,
-   library biblioteca f, restaurant ristorante m, castle castello m, stadium stadio m,
-   church chiesa f, school scuola f, station stazione f, shop negozio m, factory fabbrica f,
-   airport aeroporto m, university università f
+   library biblioteca f, restaurant ristorante m, castle castello m, church chiesa f,
+   school scuola f, station stazione f, shop negozio m, airport aeroporto m,
+   university università f
 L: garden giardino m, park parco m, market mercato m, beach spiaggia f, village villaggio m,
-   zoo zoo m, island isola f, city città f, kitchen cucina f, office ufficio m, mountain montagna f
-X: street strada f, river fiume m, bridge ponte m, square piazza f, forest foresta f, field campo m
-W: moon luna f--, sun sole m--, sea mare m--, sky cielo m--, star stella f, cloud nuvola f,
-   tree albero m, lake lago m
+   zoo zoo m, island isola f, city città f, kitchen cucina f
+X: street strada f, river fiume m, bridge ponte m, square piazza f, forest foresta f
+W: moon luna f--, sea mare m--, sky cielo m--, star stella f, tree albero m, lake lago m
 """
 
 # english italian[/masculine plural], then the kinds it fits; ^ stands before the Italian noun.
 _ADJECTIVES = """
-red rosso RCMVENOFI, green verde RCMVENOFW, yellow giallo RCMVENOFW, black nero ACMVENOI, white
-bianco ACMVENOFGW, blue blu CMVENOFW, grey grigio ACMVNW, new nuovo TCMVENOFIUHG, broken rotto
-ENOFIMV, heavy pesante NOFICT, light leggero NOC, empty vuoto NEGLX, clean pulito CMVENOFGLX,
-dirty sporco CMVENOFGLX, expensive costoso BCMVNOFIDGH, old ^vecchio PAMVENOFITCGLXW, small
-^piccolo ARNOFVMEGLXWDI, big ^grande ARNOFVMEGLXWDI, beautiful ^bello PACONFIUHGLXWTV, young
-^giovane PA, good ^buono RDB, tall alto PWG, strange strano PATUHOCGL, happy felice PA, sad triste
-PAUHT, tired stanco PA, kind gentile P, rich ricco P, poor povero P, famous famoso PTUHG,
-intelligent intelligente PA, strong forte PA, lazy pigro PA, brave coraggioso PA, elegant elegante
-PC, nervous nervoso PA, sick malato PA, Italian italiano PTUHDCM, fresh fresco RDB, sweet dolce
-RDB, delicious delizioso RD, hot caldo DB, cold freddo DBW, modern moderno GTUHF, ancient
-antico/antichi GTXOL, quiet tranquillo PAGLX, noisy rumoroso PAMGLX, interesting interessante
-TUHGL, boring noioso TUHP, difficult difficile T, long lungo TXHC, fast veloce MVA, slow lento
-MVA, dangerous pericoloso MXAL, round rotondo OFNEW
+red rosso RCMVENOFI, green verde RCMVENOFW, yellow giallo RCMVENOFW, black nero ACMVENOI,
+white bianco ACMVENOFGW, blue blu CMVENOFW, new nuovo TCMVENOFIUHG, broken rotto ENOFIMV,
+heavy pesante NOFICT, clean pulito CMVENOFGLX, dirty sporco CMVENOFGLX,
+expensive costoso BCMVNOFIDGH, old ^vecchio PAMVENOFITCGLXW, small ^piccolo ARNOFVMEGLXWDI,
+big ^grande ARNOFVMEGLXWDI, beautiful ^bello PACONFIUHGLXWTV, young ^giovane PA, good ^buono RDB,
+tall alto PW, strange strano PATUHOCGL, happy felice PA, sad triste PAUHT, tired stanco PA,
+rich ricco P, poor povero P, famous famoso PTUHG, intelligent intelligente PA, strong forte PA,
+elegant elegante PC, nervous nervoso PA, sweet dolce RDB, hot caldo DB, quiet tranquillo PAGLX,
+interesting interessante TUHGL, difficult difficile T, long lungo TXHC, fast veloce MVA
 """
 
 _TRANSITIVE = """
-eat/ate/eaten mangiare RD, cook cucinare D, drink/drank/drunk bere B, read/read leggere/letto T,
+eat/ate/eaten mangiare RD, drink/drank/drunk bere B, read/read leggere/letto T,
 write/wrote/written scrivere/scritto T, wear/wore/worn indossare C, drive/drove/driven guidare M,
-open aprire/aperto EN, close chiudere/chiuso EN, buy/bought comprare RDBTCMVNOFI, sell/sold
-vendere RDBTCMVNOFIA, find/found trovare TCNOA, lose/lost perdere/perso TCNO, see/saw/seen
-vedere/visto= PAMVOGLXWH, look_at guardare PAOWHTV, look_for cercare PATCNO, wait_for aspettare
-PKV, listen_to ascoltare UP, hear/heard sentire= UPA, carry portare NOFI, clean pulire+ FEGMO,
-wash lavare CMRA, break/broke/broken rompere/rotto OE, paint dipingere/dipinto FEWG,
-draw/drew/drawn disegnare PAWG, hide/hid/hidden nascondere/nascosto TNO, steal/stole/stolen rubare
-OMVC, choose/chose/chosen scegliere/scelto CTOD, forget/forgot/forgotten dimenticare CTNO, prefer
-preferire+= BTCDRUH, love amare= PKA, hate odiare= PAUC, understand/understood capire+= TPK,
-finish finire+ TD, prepare preparare DB, repair riparare MVI, admire ammirare= WPO, call chiamare
-PK, help aiutare PK, greet salutare PK, follow seguire PAM, invite invitare PK, thank ringraziare
-PK, meet/met incontrare PK, photograph fotografare AWG, visit visitare GL, cross attraversare X,
-play suonare I, study studiare T, build/built costruire+ GFV, take/took/taken prendere/preso OVNC,
-touch toccare OAF, correct correggere/corretto T, translate tradurre T, remember ricordare= TUPH,
-sing/sang/sung cantare U, watch guardare H
+open aprire/aperto EN, close chiudere/chiuso EN, buy/bought comprare RDBTCMVNOFI,
+sell/sold vendere RDBTCMVNOFIA, find/found trovare TCNOA, see/saw/seen vedere/visto= PAMVOGLXWH,
+look_at guardare PAOWHTV, look_for cercare PATCNO, wait_for aspettare PKV, listen_to ascoltare UP,
+clean pulire+ FEGMO, wash lavare CMRA, break/broke/broken rompere/rotto OE,
+hide/hid/hidden nascondere/nascosto TNO, choose/chose/chosen scegliere/scelto CTOD,
+forget/forgot/forgotten dimenticare CTNO, love amare= PKA, finish finire+ TD, repair riparare MVI,
+call chiamare PK, help aiutare PK, invite invitare PK, meet/met incontrare PK, visit visitare GL,
+cross attraversare X, play suonare I, take/took/taken prendere/preso OVNC,
+correct correggere/corretto T, sing/sang/sung cantare U, watch guardare H
 """
 
 _INTRANSITIVE = """
-sleep/slept dormire PKA, work lavorare PK, swim/swam/swum nuotare PKA, dance ballare PK, cry
-piangere/pianto PK, laugh ridere/riso PK, travel viaggiare PK, smile sorridere/sorriso PK,
-run/ran/run correre/corso PKA, walk camminare PKA, shout gridare PK, have/had_lunch pranzare PK,
-have/had_dinner cenare PK, arrive arrivare* PKV, leave/left partire* PKV, go/went/gone_out uscire*
-PK, come/came/come_back tornare* PKA, fall/fell/fallen cadere* PKO, stay restare* PK,
-wake/woke/woken_up svegliarsi PK, get/got_up alzarsi PK, get/got_dressed vestirsi PK,
-fall/fell/fallen_asleep addormentarsi PKA, get/got_bored annoiarsi PK, have/had_fun divertirsi PK,
-get/got_angry arrabbiarsi PK, stop fermarsi PKMV, get/got_lost perdersi/perso PK
+sleep/slept dormire PKA, work lavorare PK, swim/swam/swum nuotare PKA, dance ballare PK,
+laugh ridere/riso PK, smile sorridere/sorriso PK, run/ran/run correre/corso PKA,
+have/had_lunch pranzare PK, have/had_dinner cenare PK, arrive arrivare* PKV,
+leave/left partire* PKV, stay restare* PK, wake/woke/woken_up svegliarsi PK,
+get/got_up alzarsi PK, get/got_dressed vestirsi PK, fall/fell/fallen_asleep addormentarsi PKA,
+have/had_fun divertirsi PK
 """
 
 _DITRANSITIVE = """
-give/gave/given dare OTR, show mostrare OTC, bring/brought portare OBDT, send/sent mandare TO,
-lend/lent prestare OTMC, offer offrire/offerto BDRO, sell/sold vendere ORMI
+give/gave/given dare OTR, show mostrare OTC, bring/brought portare OBDT, send/sent mandare TO
 """
 
 NAMES = {
@@ -242,6 +220,18 @@ def _verb(cell: list[str]) -> Verb:
         essere="*" in marks,
     )
     return Verb(english.verb(base, *past, tail=tail), verb, kinds, "=" in marks)
+
+
+@cache
+def nouns_of(kinds: str) -> tuple[Noun, ...]:
+    """Every noun of some kinds."""
+    return tuple(noun for kind in kinds for noun in lexicon().nouns[kind])
+
+
+@cache
+def transitive_verb(lemma: str) -> Verb:
+    """The transitive verb with an English lemma."""
+    return next(verb for verb in lexicon().transitive if verb.lemma == lemma)
 
 
 @cache

@@ -4,6 +4,7 @@ import random
 
 from msfs_functional.synthetic.english_italian import english, italian
 from msfs_functional.synthetic.english_italian.clauses import (
+    PLACED,
     Mood,
     Predicate,
     Sentence,
@@ -23,11 +24,13 @@ from msfs_functional.synthetic.english_italian.clauses import (
 from msfs_functional.synthetic.english_italian.descriptions import being
 from msfs_functional.synthetic.english_italian.descriptions import state as state_of
 from msfs_functional.synthetic.english_italian.lexicon import Verb, lexicon
-from msfs_functional.synthetic.english_italian.phrases import (
+from msfs_functional.synthetic.english_italian.nouns import (
     HE,
     SHE,
     WHO,
     Phrase,
+)
+from msfs_functional.synthetic.english_italian.phrases import (
     draw,
     pick,
     short,
@@ -62,8 +65,9 @@ def asking(rng: random.Random) -> Sentence:
             how = how._replace(negative=True)
         return question(who, what, how, ("why", "perché"))
     if kind in ("where", "when"):
-        place = kind == "when" and rng.random() < 0.3
-        what = motion(rng) if place else intransitive(rng, placed=0)
+        what = motion(rng) if kind == "when" and rng.random() < 0.3 else intransitive(rng, placed=0)
+        if kind == "where" and what.verb.lemma not in PLACED:
+            return asking(rng)
         opening = (kind, "dove" if kind == "where" else "quando")
     else:
         verbs = [v for v in lexicon().transitive if set(v.kinds) & set(_OBJECTS)]
@@ -126,7 +130,7 @@ def relative_object(rng: random.Random) -> Sentence:
     item = thing(rng, kinds, determiner=draw(rng, {"the": 8, "demonstrative": 2}), rate=0.1)
     assert item.noun is not None
     who = subject(rng)
-    how = Mood(draw(rng, {"present": 2, "past": 6, "future": 1}))
+    how = Mood(draw(rng, {"present": 2, "past": 6}))
     if not readable(verb, how.tense, who.person):
         how = Mood("past")
     group, _, gruppo = groups(Predicate(verb), how, who)
@@ -165,9 +169,9 @@ def joined(rng: random.Random) -> Sentence:
     if (what.verb.state and tense == "progressive") or not readable(what.verb, tense, who.person):
         what = intransitive(rng)
     first = clause(who, what, Mood(tense))
-    again = (SHE if who.form == "f" else HE) if who.person == 2 else short(rng)
-    if rng.random() < 0.4:
-        again = short(rng)
+    again = short(rng)
+    if who.person == 2 and (again == who or rng.random() < 0.6):
+        again = SHE if who.form == "f" else HE
     now = {"past": "was", "future": "future"}.get(tense, "present")
     second = state_of(rng, again, "future" if conjunction == "if" else now)
     pairs = first[2] | second[2]
@@ -191,11 +195,11 @@ _SAY: tuple[Verb, ...] = (
 
 
 def reporting(rng: random.Random) -> Sentence:
-    """The doctor says that my father is sick. I do not know that you are tired."""
+    """The doctor says that my father is tired: never denied, that would take the subjunctive."""
     who, inner = short(rng), short(rng)
     if rng.random() < 0.5:
         said, detto, pairs = state_of(rng, inner)
     else:
         said, detto, pairs = clause(inner, _deed(rng), Mood(pick(rng, ("past", "future"))))
     what = Predicate(pick(rng, _SAY), "that " + said, "che " + detto, pairs=pairs)
-    return end(*clause(who, what, Mood("present", negative=rng.random() < 0.2)))
+    return end(*clause(who, what, Mood("present")))

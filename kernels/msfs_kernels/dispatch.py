@@ -1,0 +1,64 @@
+"""Calling a raw op, past PyTorch's dispatcher where nothing stands in it that has to see the call.
+
+A dispatcher that enters Python twice (Autograd, then the device's kernel) costs more than all the rest of a small
+call. Where no transform, mode, tracer or tensor subclass is about, the kernel is called as the function that it is.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .options import OPS
+
+KERNELS: dict[str, Callable] = {}  # the function behind each op, for CPU and CUDA alike
+DIRECT_RULES: dict[str, Any] = {}  # autograd.Functions around the bare kernel
+
+
+def is_sharded(x: Tensor) -> bool:
+    """Whether x is a DTensor, also within torch.func's wrappers; imports nothing to find out."""
+    if not torch.compiler.is_compiling():
+        while torch._C._functorch.is_functorch_wrapped_tensor(x):
+            x = torch._C._functorch.get_unwrapped(x)
+    return type(x).__name__ == "DTensor"
+
+
+def mixing_dtensors(args: Sequence[Any]) -> AbstractContextManager:
+    """Lets plain options (lengths, keys: the same on every rank) stand beside DTensors, replicated."""
+    if not any(type(x).__name__ == "DTensor" for x in args):
+        return nullcontext()
+    from torch.distributed.tensor.experimental import implicit_replication
+
+    return implicit_replication()
+
+
+def watched() -> bool:
+    """Whether torch.func, forward mode, a compiler, a tracer or another mode is active."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+    )
+
+
+def call(name: str, *args: Any) -> Any:
+    """torch.ops.msfs_kernels.<name>(*args)."""
+    if watched():
+        return getattr(OPS, name)(*args)
+    grad_enabled = torch.is_grad_enabled()
+    needs_grad = False
+    for x in args:
+        if isinstance(x, Tensor):
+            if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+                return getattr(OPS, name)(*args)
+            needs_grad = needs_grad or (grad_enabled and x.requires_grad)
+    if not needs_grad:
+        return KERNELS[name](*args)
+    if name in DIRECT_RULES:
+        return DIRECT_RULES[name].apply(*args)
+    return getattr(OPS, name)(*args)

@@ -1,0 +1,99 @@
+"""Cross-entropy of a block of logits and its gradient, in place: one Triton program a row.
+
+The row is read twice: once for its maximum and sum (online, as in attention), once to be replaced
+by its gradient. A row of 32,768 bf16 logits is 64 KiB, so the second reading comes from the cache.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def row_kernel(
+    logits, bias, labels, losses, rows, vocab, bias_stride, label_smoothing, ignore_index, z_loss,
+    SMOOTH: tl.constexpr, STORE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """losses[row], and ds over logits[row]; rows is the number of items of one problem."""
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels + row)
+    start = logits + row * vocab
+    if bias is not None:
+        bias += (row // rows) * bias_stride
+    kept = label != ignore_index
+    top = float("-inf")
+    total = 0.0
+    added = 0.0
+    if kept:
+        for first in range(0, vocab, BLOCK):
+            j = first + tl.arange(0, BLOCK)
+            s = tl.load(start + j, mask=j < vocab, other=float("-inf")).to(tl.float32)
+            if bias is not None:
+                s += tl.load(bias + j, mask=j < vocab, other=0.0).to(tl.float32)
+            higher = tl.maximum(top, tl.max(s, 0))
+            total = total * tl.exp(top - higher) + tl.sum(tl.exp(s - higher), 0)
+            top = higher
+            if SMOOTH:
+                added += tl.sum(tl.where(j < vocab, s, 0.0), 0)
+        lse = top + tl.log(total)
+        chosen = tl.load(start + label).to(tl.float32)
+        if bias is not None:
+            chosen += tl.load(bias + label).to(tl.float32)
+        loss = lse - (1 - label_smoothing) * chosen + z_loss * lse * lse
+        if SMOOTH:
+            loss -= label_smoothing * added / vocab
+        tl.store(losses + row, loss)
+        if STORE:
+            tl.debug_barrier()  # every thread has read the label's logit before it is overwritten
+            grown = 1 + 2 * z_loss * lse
+            for first in range(0, vocab, BLOCK):
+                j = first + tl.arange(0, BLOCK)
+                s = tl.load(start + j, mask=j < vocab, other=0.0).to(tl.float32)
+                if bias is not None:
+                    s += tl.load(bias + j, mask=j < vocab, other=0.0).to(tl.float32)
+                ds = tl.exp(s - lse) * grown - label_smoothing / vocab
+                ds = tl.where(j == label, ds - (1 - label_smoothing), ds)
+                tl.store(start + j, ds.to(logits.dtype.element_ty), mask=j < vocab)
+    else:
+        tl.store(losses + row, 0.0)
+        if STORE:
+            for first in range(0, vocab, BLOCK):
+                j = first + tl.arange(0, BLOCK)
+                zero = tl.zeros([BLOCK], tl.float32).to(logits.dtype.element_ty)
+                tl.store(start + j, zero, mask=j < vocab)
+
+
+def gradient_of_logits_(
+    logits: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    label_smoothing: float,
+    ignore_index: int,
+    z_loss: float,
+    store: bool,
+) -> tuple[Tensor, Tensor]:
+    """(losses (M, N) float32, ds): logits (M, N, V), contiguous, become ds where `store`."""
+    M, N, vocab = logits.shape
+    losses = torch.empty((M, N), dtype=torch.float32, device=logits.device)
+    if losses.numel() == 0:
+        return losses, logits
+    bias = None if bias is None else bias.contiguous()
+    block = min(4096, triton.next_power_of_2(vocab))
+    row_kernel[(M * N,)](
+        logits,
+        bias,
+        labels.contiguous(),
+        losses,
+        N,
+        vocab,
+        vocab,
+        label_smoothing,
+        ignore_index,
+        z_loss,
+        SMOOTH=label_smoothing > 0,
+        STORE=store,
+        BLOCK=block,
+        num_warps=8 if block >= 2048 else 4,
+    )
+    return losses, logits

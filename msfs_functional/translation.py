@@ -1,0 +1,179 @@
+"""From sentences to sentences: a trained encoder-decoder Transformer and its tokenizers at work.
+
+    translate = translator(model, params, source_tokenizer, target_tokenizer, beams=5)
+    translate(["The old woman sees a red house."])[0][0].text
+
+Dimension key: M members of an ensemble, B sentences, S source tokens, L target tokens at most.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from msfs_functional import pictures
+from msfs_functional.attention import Implementation
+from msfs_functional.decoding import (
+    beam_search,
+    ensemble_reorder,
+    ensemble_step,
+    greedy,
+)
+from msfs_functional.models.transformer import Cache, reorder_cache
+from msfs_functional.params import Functional, Params
+from msfs_functional.tokenizer import BOS, EOS, PAD, Tokenizer
+
+ROUNDING = 16  # source tokens
+
+
+class Translation(NamedTuple):
+    """One hypothesis; score: log-probability / tokens ** length_penalty [nats]."""
+
+    text: str
+    score: float
+
+
+Translate = Callable[[Sequence[str]], list[list[Translation]]]
+
+
+def _pieces(ids: list[int], limit: int) -> list[list[int]]:
+    """`ids` cut into as few parts of like lengths as have, with EOS, at most `limit` ids."""
+    parts = -(-len(ids) // (limit - 1))
+    edges = [len(ids) * i // parts for i in range(parts + 1)] if parts else [0]
+    return [[*ids[i:j], EOS] for i, j in itertools.pairwise(edges)]
+
+
+def translator(
+    model: Functional,
+    params: Params,
+    source_tokenizer: Tokenizer,
+    target_tokenizer: Tokenizer,
+    *,
+    members: int = 1,
+    beams: int = 4,
+    n_best: int = 1,
+    length_penalty: float = 1.0,
+    max_length: int = 128,
+    extra_length: int = 40,
+    batch: int = 64,
+    implementation: Implementation = "flash",
+) -> Translate:
+    """A function from sentences to the n_best translations of each, the best first.
+
+    Args:
+        model, params: of `models.transformer`; params decide dtype and device, and are stacked when
+            there are members, which then score each token by the mean of their probabilities.
+        beams: hypotheses kept side by side; 1 is greedy.
+        length_penalty: scores are divided by tokens ** length_penalty.
+        max_length: longest source and target [tokens]. A longer sentence is cut into pieces, which
+            are translated one by one.
+        extra_length: a target has at most this many tokens more than its source, rounded up to 16.
+        batch: sentences decoded at once; like lengths are put together.
+
+    Raises:
+        ValueError: n_best is not from 1 to beams.
+    """
+    if not 1 <= n_best <= beams:
+        raise ValueError(f"n_best ({n_best}) must be from 1 to beams ({beams}): use more beams")
+    device = next(iter(params.values())).device
+
+    def start(params: Params, source: Tensor, lengths: Tensor, steps: int) -> Cache:
+        memory = model.apply(
+            params, source, lengths, method="encode", implementation=implementation
+        )
+        return model.apply(params, memory, lengths, steps, beams, method="init_cache")
+
+    def step(params: Params, tokens: Tensor, cache: Cache, position: Tensor):
+        logits, cache = model.apply(
+            params,
+            tokens[:, None],
+            cache,
+            position,
+            method="decode",
+            implementation=implementation,
+        )
+        return logits[:, 0], cache
+
+    if members > 1:
+        start_fn = torch.vmap(start, in_dims=(0, None, None, None))
+        step_fn, reorder_fn = ensemble_step(step, params), ensemble_reorder(reorder_cache)
+    else:
+        start_fn, step_fn, reorder_fn = start, partial(step, params), reorder_cache
+
+    @torch.no_grad()
+    def search(ids_BS: list[list[int]], width: int) -> list[list[Translation]]:
+        lengths = torch.tensor([len(ids) for ids in ids_BS], device=device)
+        rows = [ids + [PAD] * (width - len(ids)) for ids in ids_BS]
+        source = torch.tensor(rows, device=device)
+        steps = min(width + extra_length, max_length)
+        cache = start_fn(params, source, lengths, steps)
+        options: dict[str, Any] = {"batch": len(rows), "max_length": steps}
+        options |= {"bos": BOS, "eos": EOS, "pad": PAD}
+        if beams == 1:
+            found = greedy(step_fn, cache, **options)
+            scores = found.scores / found.lengths.clamp(min=1) ** length_penalty
+            tokens_BnL, scores_Bn = found.tokens[:, None], scores[:, None]
+        else:
+            found = beam_search(
+                step_fn,
+                cache,
+                beams=beams,
+                n_best=n_best,
+                length_penalty=length_penalty,
+                reorder_fn=reorder_fn,
+                **options,
+            )
+            tokens_BnL, scores_Bn = found.tokens, found.scores
+        texts = target_tokenizer.decode(tokens_BnL.flatten(0, 1).tolist())
+        found = list(map(Translation, texts, scores_Bn.flatten().tolist()))
+        return [found[i : i + n_best] for i in range(0, len(found), n_best)]
+
+    def translate(sentences: Sequence[str]) -> list[list[Translation]]:
+        encoded = source_tokenizer.encode(list(sentences))
+        pieces = [(i, ids) for i, e in enumerate(encoded) for ids in _pieces(e, max_length)]
+        # Widths are rounded up, so that shapes are few and a translation depends on no other.
+        width_of = [-(-len(ids) // ROUNDING) * ROUNDING for _, ids in pieces]
+        translated: dict[int, list[Translation]] = {}
+        for width in sorted(set(width_of)):
+            alike = [i for i in range(len(pieces)) if width_of[i] == width]
+            for first in range(0, len(alike), batch):
+                chosen = alike[first : first + batch]
+                found = search([pieces[i][1] for i in chosen], width)
+                translated.update(zip(chosen, found, strict=True))
+        results = [[Translation("", 0.0)] * n_best for _ in sentences]
+        for i, (sentence, _) in enumerate(pieces):
+            results[sentence] = [
+                Translation(f"{before.text} {new.text}".strip(), before.score + new.score)
+                for before, new in zip(results[sentence], translated[i], strict=True)
+            ]
+        return results
+
+    return translate
+
+
+def attention_figure(
+    model: Functional,
+    params: Params,
+    source_tokenizer: Tokenizer,
+    target_tokenizer: Tokenizer,
+    source: str,
+    target: str,
+    *,
+    layer: int = -1,
+) -> Figure:
+    """How each token of a translation looks at the source, in every head of one decoder layer.
+
+    Row i shows the step that writes token i; the last one writes <eos>.
+    """
+    source_ids = source_tokenizer.encode([source], eos=True)[0]
+    target_ids = target_tokenizer.encode([target], bos=True, eos=True)[0]
+    device = next(iter(params.values())).device
+    inputs = [torch.tensor([ids], device=device) for ids in (source_ids, target_ids[:-1])]
+    with torch.no_grad():
+        cross = model.apply(params, *inputs, method="attention_maps")["cross"][layer, 0]
+    written, read = target_tokenizer.tokens(target_ids[1:]), source_tokenizer.tokens(source_ids)
+    return pictures.attention_map(cross.float().cpu().numpy(), written, read)

@@ -1,0 +1,680 @@
+"""Translate with an encoder-decoder Transformer (Vaswani et al. 2017), from raw text to BLEU.
+
+    python recipes/translate.py                                    # train, evaluate, show, draw
+
+    echo "The old woman sees a red house." | python recipes/translate.py translate
+
+    python recipes/translate.py evaluate --decode.beam 8
+
+Without arguments it learns English to Italian on a corpus that the project makes itself. Every run
+leaves runs/<name>/ with config.json, metrics.jsonl, TensorBoard events, checkpoints and pictures.
+Put the mode first; `evaluate`, `translate` and `--resume` start from the run's own settings.
+"""
+
+import itertools
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import datasets
+import torch
+import tyro
+from datasets import Dataset
+from torch import Tensor
+
+from msfs_functional import (
+    checkpoint,
+    errors,
+    metrics,
+    optim,
+    pictures,
+    random,
+    schedules,
+    tracking,
+)
+from msfs_functional import config as configs
+from msfs_functional.data import Prefetch, Splits, TokenBatches, encode_pairs, load_pairs
+from msfs_functional.losses import linear_cross_entropy
+from msfs_functional.models.transformer import DECAY, output_weight, transformer
+from msfs_functional.models.transformer import PRESETS as SIZES
+from msfs_functional.params import Functional, Params, cast, stack, unstack
+from msfs_functional.tokenizer import PAD, Tokenizer, train_bpe, train_word_level
+from msfs_functional.tracking import Tracker
+from msfs_functional.train import TrainState, init_state, make_step, why_not_compile
+from msfs_functional.translation import Translate, attention_figure, translator
+
+MAY_BE_ZERO = ("seed", "warmup", "extra_length", "valid_sentences")
+CHECKPOINTS = "checkpoints"
+TOKENIZERS = ("source_tokenizer.json", "target_tokenizer.json")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the sentence pairs come from."""
+
+    name: str = "english_italian"
+    """"english_italian" (made here, no network) or a Hugging Face dataset such as opus_books;
+    not used when `train` names files"""
+    config: str | None = None
+    """configuration of the Hugging Face dataset, such as en-it"""
+    train: tuple[Path, ...] = ()
+    """local training data: one .tsv, .jsonl or .parquet file, or two aligned text files, source
+    then target; .gz and .zip are read as they are"""
+    valid: tuple[Path, ...] = ()
+    """the same for validation; left out, it is cut off the training data"""
+    test: tuple[Path, ...] = ()
+    """the same for the test"""
+    source: str | None = None
+    """column or language to translate from; None: the first"""
+    target: str | None = None
+    """column or language to translate into; None: the second"""
+    valid_size: float | None = None
+    """source sentences to cut off for validation: a count, or a fraction below 1; None: 5%,
+    at most 1000"""
+    test_size: float | None = None
+    """source sentences to cut off for the test: a count, or a fraction below 1"""
+    max_length: int = 128
+    """longest sentence [tokens]; longer pairs are dropped and counted"""
+    batch: int = 2048
+    """padded source and target tokens of one step [tokens]"""
+    buckets: int = 6
+    """most shapes that a batch can have"""
+    seed: int = 0
+    """of splits and of the order, not of the model"""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """How text becomes ids; learned from the training split only."""
+
+    kind: Literal["bpe", "word"] = "bpe"
+    """byte-level BPE, which spells every text, or whole words with <unk> for the rest"""
+    size: int = 2000
+    """most ids [tokens], specials included"""
+    joint: bool = True
+    """one vocabulary for both languages, which lets all embeddings be shared"""
+
+
+@dataclass(frozen=True)
+class Model:
+    """Size of the Transformer; None keeps what the size says."""
+
+    size: Literal["tiny", "base", "big"] = "tiny"
+    """tiny: 4 + 4 layers of 128; base and big: as in the paper"""
+    width: int | None = None
+    """of the residual stream"""
+    depth: int | None = None
+    """encoder layers"""
+    decoder_depth: int | None = None
+    """decoder layers; None: as the encoder"""
+    heads: int | None = None
+    """attention heads; must divide the width"""
+    hidden: int | None = None
+    """width inside the feed-forward layers"""
+    dropout: float | None = None
+    """probability, on embeddings and on what each sublayer adds"""
+    norm: Literal["post", "pre"] = "post"
+    """normalise after each sum, as in the paper, or before each sublayer"""
+    attention: Literal["flash", "sdpa", "reference"] = "flash"
+    """implementation of attention"""
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """How gradients become updates: AdamW."""
+
+    schedule: Literal["inverse_square_root", "cosine", "linear", "wsd", "constant"] = "cosine"
+    """learning rate over the steps"""
+    learning_rate: float = 3e-3
+    """peak, reached after the warm-up"""
+    warmup: int = 100
+    """steps in which the learning rate rises from 0 [steps]"""
+    weight_decay: float = 0.0
+    """decoupled, on matrices only [1/update, times the learning rate]"""
+    b1: float = 0.9
+    """decay of the first moment"""
+    b2: float = 0.98
+    """decay of the second moment"""
+    eps: float = 1e-9
+    """added to the root of the second moment"""
+    clip: float = 1.0
+    """largest global norm of the gradient; 0 does not clip"""
+
+
+@dataclass(frozen=True)
+class Train:
+    """Length and mechanics of training."""
+
+    steps: int = 1000
+    """optimizer steps"""
+    accumulation: int = 1
+    """microbatches of one step"""
+    label_smoothing: float = 0.1
+    """probability mass spread over the vocabulary"""
+    consistency: float = 0.0
+    """weight of R-Drop, which predicts each batch under two dropout masks that must agree"""
+    ema: float = 0.0
+    """decay of the average of the parameters that evaluation uses [1/step]; 0: no average"""
+    log_every: int = 50
+    """[steps]"""
+    eval_every: int = 250
+    """validation loss and a checkpoint [steps]"""
+    keep: int = 3
+    """checkpoints to keep besides the best"""
+    valid_sentences: int = 200
+    """validation sentences to translate greedily at each evaluation, for the BLEU that chooses the
+    best checkpoint; 0: the loss chooses"""
+    compile: bool | None = None
+    """compile the step; None: on a GPU"""
+
+
+@dataclass(frozen=True)
+class Decode:
+    """How translations are searched."""
+
+    beam: int = 4
+    """hypotheses kept side by side; 1 is greedy"""
+    length_penalty: float = 1.0
+    """scores are divided by length ** this"""
+    extra_length: int = 40
+    """longest translation: source tokens plus this, at most data.max_length [tokens]"""
+    nbest: int = 1
+    """translations to print for each line, at most the beam"""
+    batch: int = 64
+    """sentences decoded at once"""
+    average: int = 1
+    """average the parameters of this many last checkpoints"""
+    which: Literal["best", "latest"] = "best"
+    """checkpoint to use when only one is"""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run needs; frozen, and written to runs/<name>/config.json."""
+
+    mode: tyro.conf.Positional[Literal["train", "evaluate", "translate"]] = "train"
+    """what to do; must come first"""
+    preset: Literal["default", "classic", "multi30k"] = "default"
+    """settings that the other options start from (their defaults below are this preset's):
+    default: minutes on a CPU; classic: the well-known tutorial recipe on opus_books; multi30k:
+    English to German on a GPU"""
+    name: str | None = None
+    """of the run, its folder is <out>/<name>; None: a new number to train, the newest to use"""
+    out: Path = Path("runs")
+    """folder of the runs"""
+    resume: bool = False
+    """go on with the run from its latest checkpoint"""
+    overwrite: bool = False
+    """delete the run of this name first"""
+    seed: int = 0
+    """of initial parameters and dropout; member i of an ensemble uses seed + i"""
+    members: int = 1
+    """seeds to train at once, stacked in one step; they decode with averaged probabilities"""
+    device: str | None = None
+    """cpu, cuda, cuda:1, ...; None: cuda where there is one"""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """of the computation, parameters stay float32; None: bfloat16 on a GPU"""
+    threads: int | None = None
+    """CPU threads; None: all cores"""
+    input: Path | None = None
+    """translate: text file with a sentence a line; None: stdin"""
+    attention_map: Path | None = None
+    """translate: draw how the first sentence's translation attends to it into this PNG"""
+    debug: bool = False
+    """show tracebacks"""
+    data: Data = field(default_factory=Data)
+    vocabulary: Vocabulary = field(default_factory=Vocabulary)
+    model: Model = field(default_factory=lambda: Model(depth=2, hidden=512, dropout=0.0))
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    train: Train = field(default_factory=Train)
+    decode: Decode = field(default_factory=Decode)
+
+
+MULTI30K = Config(
+    preset="multi30k",
+    data=Data(name="bentrevett/multi30k", source="en", target="de", batch=8192, buckets=8),
+    vocabulary=Vocabulary(size=8000),
+    model=Model("tiny", dropout=0.3),
+    optimizer=Optimizer(schedule="inverse_square_root", learning_rate=5e-3, warmup=2000),
+    train=Train(steps=8000, ema=0.999, eval_every=500),
+    decode=Decode(beam=5),
+)
+CLASSIC = Config(
+    preset="classic",
+    data=Data(name="opus_books", config="en-it", batch=512, max_length=350),
+    vocabulary=Vocabulary("word", size=30_000, joint=False),
+    model=Model("base", dropout=0.1, norm="pre"),
+    optimizer=Optimizer(
+        schedule="constant", learning_rate=1e-4, warmup=0, b2=0.999, eps=1e-9, clip=0.0
+    ),
+    train=Train(steps=72_000, eval_every=3_600),
+    decode=Decode(beam=1),
+)
+PRESETS = {"default": Config(), "classic": CLASSIC, "multi30k": MULTI30K}
+
+
+class Tokenizers(NamedTuple):
+    """Of both languages; one and the same when joint."""
+
+    source: Tokenizer
+    target: Tokenizer
+
+
+def read_data(data: Data) -> Splits:
+    return load_pairs(
+        list(data.train) if data.train else data.name,
+        config=data.config,
+        valid=list(data.valid) or None,
+        test=list(data.test) or None,
+        source=data.source,
+        target=data.target,
+        valid_size=data.valid_size,
+        test_size=data.test_size,
+        seed=data.seed,
+    )
+
+
+def learn_tokenizers(vocabulary: Vocabulary, splits: Splits) -> Tokenizers:
+    """From the training split only: what validation and test hold must be news."""
+    learn = train_bpe if vocabulary.kind == "bpe" else train_word_level
+    sides = list(splits.train["source"]), list(splits.train["target"])
+    if vocabulary.joint:
+        both = learn([*sides[0], *sides[1]], vocabulary.size)
+        return Tokenizers(both, both)
+    return Tokenizers(*(learn(side, vocabulary.size) for side in sides))
+
+
+def make_batches(data: Data, pairs: Dataset, tokenizers: Tokenizers, **options) -> TokenBatches:
+    source, target = encode_pairs(pairs, *tokenizers)
+    return TokenBatches(
+        source,
+        target,
+        tokens=data.batch,
+        max_length=data.max_length,
+        buckets=data.buckets,
+        **options,
+    )
+
+
+def make_model(config: Config, tokenizers: Tokenizers) -> Functional:
+    sizes = ("width", "depth", "decoder_depth", "heads", "hidden", "dropout", "norm")
+    chosen = {name: getattr(config.model, name) for name in sizes}
+    return transformer(
+        SIZES[config.model.size](
+            tokenizers.source.vocab_size,
+            target_vocab=tokenizers.target.vocab_size,
+            tie="all" if config.vocabulary.joint else "none",
+            max_length=config.data.max_length,
+            **{name: value for name, value in chosen.items() if value is not None},
+        )
+    )
+
+
+def make_loss(
+    config: Config, model: Functional, label_smoothing: float = 0.0, consistency: float = 0.0
+):
+    """The mean cross-entropy of the next target token [nats/token]; padding does not count.
+
+    With `consistency` each batch is predicted under two dropout masks, p and q, and
+    consistency / 4 (KL(p, q) + KL(q, p)) is added to their mean (R-Drop, Liang et al. 2021, eq. 4).
+    """
+    dtype = getattr(torch, str(config.dtype))
+
+    def decoder_states(params: Params, batch: dict[str, Tensor], key: Tensor | None) -> Tensor:
+        return model.apply(
+            params,
+            batch["source"],
+            batch["target"][:, :-1],
+            source_lengths=batch["source_lengths"],
+            target_lengths=batch["target_lengths"],
+            key=key,
+            implementation=config.model.attention,
+            method="hidden",
+        )
+
+    def loss_fn(params: Params, batch: dict[str, Tensor], key: Tensor | None):
+        params, labels = cast(params, dtype), batch["target"][:, 1:]
+        weight, count = output_weight(params), (labels != PAD).sum()
+        keys = random.split(key).unbind() if consistency and key is not None else [key]
+        states = [decoder_states(params, batch, each) for each in keys]
+        sums = [
+            linear_cross_entropy(each, weight, labels, label_smoothing=label_smoothing)[0]
+            for each in states
+        ]
+        total = sum(sums) / len(sums)
+        if len(states) == 2:
+            p, q = ((each @ weight.T).float().log_softmax(-1) for each in states)
+            divergence = ((p.exp() - q.exp()) * (p - q)).sum(-1)
+            total = total + consistency / 4 * divergence.masked_fill(labels == PAD, 0.0).sum()
+        return total / count, {"weight": count}
+
+    return loss_fn
+
+
+def make_optimizer(config: Optimizer, steps: int) -> optim.Transformation:
+    peak, warmup = config.learning_rate, config.warmup
+    schedule = {
+        "inverse_square_root": lambda: schedules.inverse_square_root(peak, warmup=warmup),
+        "cosine": lambda: schedules.cosine(peak, steps, warmup=warmup),
+        "linear": lambda: schedules.linear(peak, steps, warmup=warmup),
+        "wsd": lambda: schedules.warmup_stable_decay(
+            peak, steps, warmup=warmup, decay=max(1, steps // 5)
+        ),
+        "constant": lambda: schedules.constant(peak, warmup=warmup),
+    }[config.schedule]()
+    update = optim.adamw(schedule, config.b1, config.b2, config.eps, config.weight_decay, DECAY)
+    return optim.chain(optim.clip_by_global_norm(config.clip), update) if config.clip else update
+
+
+def first_state(config: Config, model: Functional, optimizer: optim.Transformation) -> TrainState:
+    """Member i of an ensemble starts, and drops out, as the run with seed + i alone."""
+    seeds = range(config.seed, config.seed + config.members)
+    members = [model.init(seed, device=config.device) for seed in seeds]
+    keys = torch.stack([random.key(seed, device=config.device) for seed in seeds])
+    alone = config.members == 1
+    params, key = (members[0], keys[0]) if alone else (stack(members), keys)
+    return init_state(params, optimizer, key, ema_decay=config.train.ema or None)
+
+
+# ----------------------------------------------------------------------------------------- training
+
+
+def describe(config: Config, splits: Splits, stream: TokenBatches, model: Functional) -> str:
+    """What is about to be trained, on what: the first lines of a run."""
+    sizes = [len(part) for part in (splits.train, splits.valid, splits.test)]
+    dropped = {**splits.dropped, f"longer than {config.data.max_length} tokens": stream.dropped}
+    left_out = [f"{number} {reason}" for reason, number in dropped.items() if number]
+    parameters = sum(math.prod(shape) for shape in model.shapes.values())
+    how = "compiled" if config.train.compile else "eager"
+    members = f"{config.members} members of " if config.members > 1 else ""
+    lines = [
+        "{} pairs to train, {} to validate, {} to test".format(*sizes),
+        f"left out: {', '.join(left_out) or 'none'}",
+        f"{stream.steps_per_epoch} batches an epoch in {len(stream.shapes)} shapes, "
+        f"{stream.padding:.0%} padding",
+        f"{members}{parameters:,} parameters, {config.device}, {config.dtype}, {how}",
+    ]
+    return "\n".join(lines)
+
+
+def validate(
+    config: Config, model: Functional, tokenizers: Tokenizers, params: Params, pairs: Dataset
+) -> dict[str, Tensor | float]:
+    """Loss [nats/token] without label smoothing, and BLEU of greedy translations."""
+    loss_fn = make_loss(config, model)
+    if config.members > 1:
+        loss_fn = torch.vmap(loss_fn, in_dims=(0, None, None))
+    batches = make_batches(config.data, pairs, tokenizers, shuffle=False, epochs=1)
+    losses, weights = [], []
+    with torch.no_grad():
+        for batch in Prefetch(batches, str(config.device)):
+            loss, found = loss_fn(params, batch, None)
+            losses.append(loss * found["weight"])
+            weights.append(found["weight"])
+    scores: dict[str, Tensor | float] = {"valid/loss": sum(losses) / sum(weights)}
+    if sentences := min(config.train.valid_sentences, len(pairs)):
+        greedily = replace(config, decode=replace(config.decode, beam=1, nbest=1))
+        translate = make_translate(greedily, model, tokenizers, params)
+        found = [best.text for best, *_ in translate(pairs["source"][:sentences])]
+        scores["valid/bleu"] = metrics.bleu(found, pairs["target"][:sentences]).value
+    return scores
+
+
+def train(config: Config) -> None:
+    """data -> model -> loss -> step -> loop -> report"""
+    begin, settings = time.perf_counter(), config.train
+    run = config.out / str(config.name)
+    if not config.resume:
+        configs.check_free(run, overwrite=config.overwrite)
+    saved = checkpoint.load(run / CHECKPOINTS) if config.resume else None
+    splits = read_data(config.data)
+    tokenizers = saved_tokenizers(saved) if saved else learn_tokenizers(config.vocabulary, splits)
+    stream = make_batches(
+        config.data,
+        splits.train,
+        tokenizers,
+        seed=config.data.seed,
+        row_multiple=settings.accumulation,
+    )
+    batches = Prefetch(stream, str(config.device))
+
+    model = make_model(config, tokenizers)
+    optimizer = make_optimizer(config.optimizer, settings.steps)
+    step = make_step(
+        make_loss(config, model, settings.label_smoothing, settings.consistency),
+        optimizer,
+        accumulation=settings.accumulation,
+        ema_decay=settings.ema or None,
+        members=config.members if config.members > 1 else None,
+        compile=bool(settings.compile),
+    )
+    state = first_state(config, model, optimizer)
+    if saved:
+        state = checkpoint.load(saved.path, state).state
+        batches.restore(saved.extra["batches"])
+        (run / configs.FILE).write_text(configs.to_json(config), encoding="utf-8")
+    else:
+        configs.new_run(run, config, overwrite=config.overwrite)
+    first = int(state.step)
+
+    def save(count: int, score: Tensor | float | None) -> None:
+        checkpoint.save(
+            run / CHECKPOINTS,
+            count,
+            state,
+            extra={"batches": batches.state()},
+            files=dict(zip(TOKENIZERS, (each.to_json() for each in tokenizers), strict=True)),
+            metric=None if score is None else float(torch.as_tensor(score).mean()),
+            keep_last=settings.keep,
+        )
+
+    tracker = Tracker(run, settings.steps, name="translate", step=first, every=settings.log_every)
+    with tracker, errors.interruptible() as stop:
+        tracker.note(describe(config, splits, stream, model))
+        for count in range(first + 1, settings.steps + 1):
+            batch = next(batches)
+            state, values = step(state, batch)
+            values.pop("weight")
+            tracker.log(count, values, tokens=batch["source"].numel() + batch["target"].numel())
+            if count % settings.eval_every == 0 or count == settings.steps:
+                with tracker.paused():
+                    params = state.ema or state.params
+                    scores = validate(config, model, tokenizers, params, splits.valid)
+                    tracker.record(count, scores)
+                    save(count, scores.get("valid/bleu", -scores["valid/loss"]))
+            elif stop:
+                save(count, None)
+            if stop and count < settings.steps:
+                resume = (
+                    f"python recipes/translate.py --resume --out {config.out} --name {run.name}"
+                )
+                tracker.note(f"saved after step {count}; go on with: {resume}")
+                raise SystemExit(128 + (stop.received or 0))
+        batches.close()
+        report(config, splits, tracker.note)
+        draw(config, splits, tracker)
+        tracker.note(f"{time.perf_counter() - begin:.0f} seconds; everything is in {run}")
+
+
+# --------------------------------------------------------------------------- using what is trained
+
+
+def saved_tokenizers(saved: checkpoint.Restored) -> Tokenizers:
+    return Tokenizers(*(Tokenizer.from_json(saved.files[name].decode()) for name in TOKENIZERS))
+
+
+def load_trained(config: Config) -> tuple[Functional, Tokenizers, Params]:
+    """Model, tokenizers and parameters of a run: the moving average, if it kept one, of the best
+    checkpoint or the mean of the last decode.average ones."""
+    root, decode = config.out / str(config.name) / CHECKPOINTS, config.decode
+    found = checkpoint.checkpoints(root)
+    if decode.average > 1 and found:
+        places = [each.path for each in found[-decode.average :]]
+    else:
+        scored = any(each.metric is not None for each in found)
+        places = [checkpoint.load(root, which=decode.which if scored else "latest").path]
+    tokenizers = saved_tokenizers(checkpoint.load(places[-1]))
+    model = make_model(config, tokenizers)
+    members = (config.members,) if config.members > 1 else ()
+    like = {name: torch.Size((*members, *shape)) for name, shape in model.shapes.items()}
+    kept = "ema" if config.train.ema else "params"
+    loaded = [
+        checkpoint.load(place, {kept: like}, partial=True, device=config.device).state[kept]
+        for place in places
+    ]
+    return model, tokenizers, {n: torch.stack([p[n] for p in loaded]).mean(0) for n in like}
+
+
+def make_translate(
+    config: Config, model: Functional, tokenizers: Tokenizers, params: Params
+) -> Translate:
+    decode = config.decode
+    return translator(
+        model,
+        cast(params, getattr(torch, str(config.dtype))),
+        *tokenizers,
+        members=config.members,
+        beams=decode.beam,
+        n_best=decode.nbest,
+        length_penalty=decode.length_penalty,
+        max_length=config.data.max_length,
+        extra_length=decode.extra_length,
+        batch=decode.batch,
+        implementation=config.model.attention,
+    )
+
+
+def report(config: Config, splits: Splits, note: Callable[[str], None] = print) -> dict[str, Any]:
+    """Translates the test split: samples, BLEU and chrF, into results.json and test.txt too."""
+    run = config.out / str(config.name)
+    translate = make_translate(config, *load_trained(config))
+    sources, references = list(splits.test["source"]), list(splits.test["target"])
+    begin = time.perf_counter()
+    found = [best.text for best, *_ in translate(sources)]
+    seconds = time.perf_counter() - begin
+    rows = list(zip(sources, references, found, strict=True))
+    right = [row for row in rows if row[1] == row[2]]
+    wrong = [row for row in rows if row[1] != row[2]]
+    note(f"{len(right)} of {len(rows)} translations equal the reference; some of both kinds:")
+    few = min(5, len(wrong))
+    for source, reference, text in (right[: 10 - few] + wrong)[:10]:
+        note(f"  {source}\n    {text}" + (f"\n    WRONG {reference}" if text != reference else ""))
+    bleu, chrf = metrics.bleu(found, references), metrics.chrf(found, references)
+    note(f"test BLEU {bleu}\ntest chrF {chrf}\n{len(rows)} sentences in {seconds:.1f} seconds")
+    results = {"bleu": bleu._asdict(), "chrf": chrf._asdict(), "seconds": seconds}
+    (run / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (run / "test.txt").write_text("".join(f"{text}\n" for text in found), encoding="utf-8")
+    return results
+
+
+def draw(config: Config, splits: Splits, tracker: Tracker) -> None:
+    """Leaves the curves of the run and the attention map of a test sentence."""
+    panels = {
+        "nats per token": {"loss": "training, smoothed labels", "valid/loss": "validation"},
+        "BLEU": {"valid/bleu": "validation, greedy"},
+    }
+    records = tracking.read_metrics(tracker.run_dir / tracking.METRICS)
+    tracker.figure("curves", pictures.training_curves(records, panels))
+    model, tokenizers, params = load_trained(config)
+    one = unstack(params)[0] if config.members > 1 else params
+    source = max(splits.test["source"][:100], key=lambda text: min(len(text), 60))
+    text = make_translate(config, model, tokenizers, params)([source])[0][0].text
+    tracker.figure("attention", attention_figure(model, one, *tokenizers, source, text))
+
+
+def evaluate(config: Config) -> None:
+    report(config, read_data(config.data))
+
+
+def read_lines(config: Config) -> Iterator[str]:
+    """Lines of config.input or of stdin, as they arrive."""
+    if config.input is None and sys.stdin.isatty():
+        print("one sentence a line; Ctrl-D ends", file=sys.stderr)
+    with sys.stdin.buffer if config.input is None else config.input.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            try:
+                yield line.decode("utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{config.input or 'stdin'}, line {number}: byte 0x{line[error.start]:02x} is "
+                    "not UTF-8: convert the text, for example with iconv -f latin1 -t utf-8"
+                ) from None
+
+
+def translate_lines(config: Config) -> None:
+    """Prints the translation of each line, or its n best as score, tab, text."""
+    model, tokenizers, params = load_trained(config)
+    translate = make_translate(config, model, tokenizers, params)
+    lines, first = read_lines(config), True
+    together = 1 if config.input is None and sys.stdin.isatty() else 16 * config.decode.batch
+    while block := list(itertools.islice(lines, together)):
+        found = translate(block)
+        for hypotheses in found:
+            for text, score in hypotheses:
+                print(text if config.decode.nbest == 1 else f"{score:.4f}\t{text}", flush=True)
+        if config.attention_map and first:
+            one = unstack(params)[0] if config.members > 1 else params
+            figure = attention_figure(model, one, *tokenizers, block[0], found[0][0].text)
+            pictures.save_png(figure, config.attention_map)
+        first = False
+    if first:
+        raise ValueError(f"{config.input or 'stdin'} holds no line: give one sentence a line")
+
+
+# ------------------------------------------------------------------------------------- command line
+
+
+def checked(config: Config) -> Config:
+    """The configuration with what the machine decides filled in.
+
+    Raises:
+        ValueError: a size below its least value, a device that is not there, options that exclude
+            each other.
+    """
+    configs.check_numbers(config, may_be_zero=MAY_BE_ZERO)
+    if config.decode.nbest > config.decode.beam:
+        raise ValueError(
+            f"--decode.nbest ({config.decode.nbest}) must not exceed --decode.beam "
+            f"({config.decode.beam}): use more beams"
+        )
+    if config.name and Path(config.name).name != config.name:
+        raise ValueError(f"--name ({config.name}) must be a plain name: put folders into --out")
+    if config.resume and config.overwrite:
+        raise ValueError("--resume goes on with a run, --overwrite deletes it: give one of them")
+    device = configs.device(config.device)
+    on_gpu = device.type == "cuda"
+    compiled = config.train.compile
+    if compiled is None:
+        reason = why_not_compile(device) if on_gpu else None
+        if reason:
+            print(f"note: training without torch.compile, because {reason}", file=sys.stderr)
+        compiled = on_gpu and not reason
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    return replace(
+        config,
+        device=str(device),
+        dtype=config.dtype or ("bfloat16" if on_gpu else "float32"),
+        name=config.name or configs.free_name(config.out, "translate"),
+        train=replace(config.train, compile=compiled),
+    )
+
+
+def main(config: Config) -> None:
+    datasets.disable_progress_bars()  # the tracker's is enough
+    modes = {"train": train, "evaluate": evaluate, "translate": translate_lines}
+    modes[config.mode](checked(config))
+
+
+def command_line(args: Sequence[str]) -> Config:
+    start = configs.starting_point(args, PRESETS, modes=("evaluate", "translate"))
+    return configs.parse(start, args, description=str(__doc__), prog="translate.py")
+
+
+if __name__ == "__main__":
+    errors.run(main, lambda: command_line(sys.argv[1:]))

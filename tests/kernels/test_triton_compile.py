@@ -1,0 +1,106 @@
+"""Every Triton kernel compiles for Ampere, Hopper and Blackwell, on a machine without a GPU."""
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from msfs_kernels import (  # noqa: E402
+    configs,
+    triton_backward,
+    triton_decode,
+    triton_forward,
+    triton_tangent,
+)
+from msfs_kernels.configs import Config  # noqa: E402
+from msfs_kernels.options import Options  # noqa: E402
+from msfs_kernels.triton_common import Launch, padded  # noqa: E402
+from msfs_kernels.triton_compile import compile_launch, resources  # noqa: E402
+
+SHARED = {80: 163, 90: 227, 100: 227}  # KiB a program may take
+KERNELS = ["forward", "fused", "keys", "queries", "tangent", "bias", "decode"]
+
+
+def launch_of(
+    kernel: str, K: int, options: Options, config: Config | None, dtype=torch.bfloat16
+) -> Launch:
+    B, H, G, T = 2, 4, 2, 256
+
+    def tensor(heads: int) -> torch.Tensor:
+        return torch.empty(B, T, heads, K, dtype=dtype).transpose(1, 2)
+
+    q, k, v, o, lse = tensor(H), tensor(G), tensor(G), tensor(H), torch.empty(B, H, T)
+    if kernel == "forward":
+        return triton_forward.plan_forward(q, k, v, o, lse, options, config)
+    if kernel == "decode":
+        parts, part_lse = torch.empty(4 * B, H, T, K), torch.empty(4 * B, H, T)
+        return triton_decode.plan_slices(q[:, :, :1], k, v, parts, part_lse, options, config)
+    if kernel == "tangent":
+        return triton_tangent.plan_tangent(
+            q, k, v, options.bias, q, k, v, o, lse, o, lse, options, config
+        )
+    if kernel == "queries":
+        return triton_backward.plan_queries(q, k, v, o, lse, lse, q, options, config)
+    if kernel == "bias":
+        bias = torch.empty(1, H, T, T, dtype=dtype)
+        return triton_backward.plan_bias(q, k, v, o, lse, lse, options._replace(bias=bias), config)[
+            0
+        ]
+    sums = torch.empty(B, H, T, K) if kernel == "fused" else None
+    return triton_backward.plan_keys(q, k, v, o, lse, lse, k, v, sums, options, config)
+
+
+def everything() -> Options:
+    B, H, T = 2, 4, 256
+    lengths = torch.empty(B, dtype=torch.int32)
+    segments = torch.empty(B, T, dtype=torch.int32)
+    return Options(
+        bias=torch.empty(1, H, T, T, dtype=torch.bfloat16),
+        key_lengths=lengths,
+        prefix_lengths=lengths,
+        q_segments=segments,
+        k_segments=segments,
+        alibi=torch.empty(B, H),
+        rng=torch.empty(B, 2, dtype=torch.int64),
+        causal=True,
+        window=100,
+        scale=0.1,
+        softcap=20.0,
+        dropout=0.1,
+    )
+
+
+def took(launch: Launch, capability: int):
+    return resources(compile_launch(launch, capability), capability)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernel_with_all_options_compiles_with_the_default_tiles(kernel):
+    config = configs.default(kernel, torch.bfloat16, 64)
+    assert took(launch_of(kernel, 64, everything(), config), 80).shared <= SHARED[80] * 1024
+
+
+@pytest.mark.parametrize("capability", [90, 100])
+def test_causal_forward_and_backward_compile_for_newer_chips(capability):
+    for kernel in KERNELS:
+        config = configs.default(kernel, torch.bfloat16, 64)
+        used = took(launch_of(kernel, 64, Options(causal=True, scale=0.125), config), capability)
+        assert used.shared <= SHARED[capability] * 1024, kernel
+        assert used.wgmma > 0 or capability != 90 or kernel == "decode", kernel
+
+
+@pytest.mark.parametrize("K", [8, 80, 256])
+def test_padded_head_dims_fit_the_smallest_chip(K):
+    for kernel in ("forward", "fused"):
+        config = configs.default(kernel, torch.bfloat16, padded(K))
+        assert (
+            took(launch_of(kernel, K, Options(scale=0.1), config), 80).shared <= SHARED[80] * 1024
+        )
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_float32_compiles_in_both_precisions(precision):
+    config = configs.default("fused", torch.float32, 64)
+    options = Options(scale=0.1, precision=precision)
+    used = took(launch_of("fused", 64, options, config, torch.float32), 90)
+    assert used.shared <= SHARED[90] * 1024

@@ -1,0 +1,286 @@
+"""The Triton kernels compute attention: run by Triton's interpreter on the CPU and compared with
+float64.
+
+Triton decides when it is imported whether it interprets, so everything here runs in a child process
+of its own.
+"""
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+
+
+def here() -> bool:
+    return True
+
+
+@pytest.fixture(scope="module")
+def interpreter():
+    """One process with TRITON_INTERPRET=1 for all tests of this file."""
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        assert pool.submit(here).result()
+    finally:
+        if before is None:
+            del os.environ["TRITON_INTERPRET"]
+        else:
+            os.environ["TRITON_INTERPRET"] = before
+    yield lambda fn, *args: pool.submit(fn, *args).result()
+    pool.shutdown()
+
+
+def small_tiles(tma: bool = False) -> None:
+    """Tiles of 16 x 16 in every kernel, so that few tokens make many blocks."""
+    from msfs_kernels import triton_backward, triton_forward, triton_tangent
+    from msfs_kernels.configs import Config
+
+    for module in (triton_forward, triton_backward, triton_tangent):
+        module.choose = lambda *_: Config(16, 16, 4, 1, tma)
+
+
+def failures_of_seed(seed: int) -> list[str]:
+    from msfs_kernels.triton_check import failures, random_case
+
+    torch.set_num_threads(1)
+    small_tiles()
+    # The interpreter multiplies bfloat16 tiles as integers; the GPU check covers it.
+    case = random_case(seed, "cpu", largest=40, dtypes=(torch.float16, torch.float32))
+    return [f"{case.name}: {line}" for line in failures(case)]
+
+
+@pytest.mark.parametrize("seed", range(2, 7))
+def test_random_shapes_strides_and_options_agree_with_the_formula(interpreter, seed):
+    assert interpreter(failures_of_seed, seed) == []
+
+
+def made(T, S, K=16, V=16, B=2, H=2, G=1, dtype=torch.float16, **options):
+    """q, k, v and options; a field given as a function is called with a generator."""
+    from msfs_kernels.options import Options
+
+    generator = torch.Generator().manual_seed(7)
+    q = torch.randn(B, H, T, K, generator=generator).to(dtype)
+    k = torch.randn(B, G, S, K, generator=generator).to(dtype)
+    v = torch.randn(B, G, S, V, generator=generator).to(dtype)
+    return q, k, v, Options(**{"scale": K**-0.5} | options)
+
+
+def failures_with(name: str, tma: bool, deterministic: bool) -> list[str]:
+    from msfs_kernels.triton_check import Case, failures
+
+    torch.set_num_threads(1)
+    small_tiles(tma)
+    T, S = 21, 39
+    generator = torch.Generator().manual_seed(3)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    options = {
+        "plain": {},
+        "causal": {"causal": True},
+        "window": {"window": 9},
+        "causal window": {"causal": True, "window": 18},
+        "key lengths": {"key_lengths": torch.tensor([20, 0], dtype=torch.int32)},
+        "prefix": {"causal": True, "prefix_lengths": torch.tensor([33, 5], dtype=torch.int32)},
+        "prefix and window": {
+            "window": 8,
+            "prefix_lengths": torch.tensor([0, 18], dtype=torch.int32),
+        },
+        "segments": {
+            "q_segments": torch.arange(T, dtype=torch.int32)
+            .div(13, rounding_mode="floor")
+            .repeat(2, 1),
+            "k_segments": torch.arange(S, dtype=torch.int32)
+            .div(19, rounding_mode="floor")
+            .repeat(2, 1),
+        },
+        "softcap": {"softcap": 1.5, "scale": 1.0},
+        "alibi": {"alibi": noise(2, 2).abs(), "causal": True},
+        "bias over rows": {"bias": noise(1, 2, T, S).half()},
+        "bias over queries": {"bias": noise(2, 1, 1, S).half(), "causal": True},
+        "bias over keys": {"bias": noise(2, 2, T, 1).half()},
+        "boolean bias": {"bias": noise(2, 1, T, S) > 0},
+        "dropout": {"dropout": 0.3, "rng": torch.tensor([[1, 2], [3, 2**32 - 1]])},
+        "negative scale": {"scale": -0.2},
+    }[name]
+    q, k, v, made_options = made(T, S, **options, deterministic=deterministic)
+    return failures(Case(name, q, k, v, made_options))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "plain",
+        "causal",
+        "window",
+        "causal window",
+        "key lengths",
+        "prefix",
+        "prefix and window",
+        "segments",
+        "softcap",
+        "alibi",
+        "bias over rows",
+        "bias over queries",
+        "bias over keys",
+        "boolean bias",
+        "dropout",
+        "negative scale",
+    ],
+)
+def test_each_option_alone_agrees_with_the_formula(interpreter, name):
+    assert interpreter(failures_with, name, False, False) == []
+
+
+@pytest.mark.parametrize("name", ["plain", "causal window", "boolean bias"])
+def test_deterministic_gradients_agree_with_the_formula(interpreter, name):
+    assert interpreter(failures_with, name, False, True) == []
+
+
+@pytest.mark.parametrize("name", ["plain", "causal window"])
+def test_tiles_through_the_copy_engine_agree_with_the_formula(interpreter, name):
+    assert interpreter(failures_with, name, True, False) == []
+
+
+def everything(q, k, v, options):
+    from msfs_kernels.triton_backend import backward, forward, tangent
+
+    o, lse = forward(q, k, v, options)
+    dq, dk, dv, _ = backward(torch.ones_like(o), None, q, k, v, o, lse, options, False)
+    to, tlse = tangent(q, k, v, None, q, k, v, o, lse, options)
+    return {"o": o, "lse": lse, "dq": dq, "dk": dk, "dv": dv, "to": to, "tlse": tlse}
+
+
+def results(T, S, poison_from=None, **options):
+    torch.set_num_threads(1)
+    small_tiles()
+    q, k, v, made_options = made(T, S, **options)
+    if poison_from is not None:
+        k[:, :, poison_from:] = float("nan")
+        v[:, :, poison_from:] = float("nan")
+    return everything(q, k, v, made_options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"key_lengths": torch.tensor([32, 16], dtype=torch.int32)},
+        {"window": 17, "causal": True, "key_lengths": torch.tensor([32, 32], dtype=torch.int32)},
+        {
+            "q_segments": torch.zeros(2, 40, dtype=torch.int32),
+            "k_segments": (torch.arange(80) // 32).to(torch.int32).repeat(2, 1),
+        },
+    ],
+    ids=["key lengths", "window", "segments"],
+)
+def test_blocks_that_are_hidden_whole_are_never_read(interpreter, options):
+    got = interpreter(poisoned, options)
+    assert all(x.isfinite().all() for name, x in got.items() if name != "lse"), got.keys()
+    assert not got["dk"][:, :, 32:].any() and not got["dv"][:, :, 32:].any()
+
+
+def poisoned(options):
+    return results(40, 80, 32, **options)
+
+
+def no_keys():
+    return results(40, 24, causal=True)  # T > S: the first 16 queries stand before the first key
+
+
+def test_a_query_without_keys_gives_zeros_and_zero_gradients(interpreter):
+    got = interpreter(no_keys)
+    assert (got["lse"][:, :, :16] == float("-inf")).all() and got["lse"][:, :, 16:].isfinite().all()
+    for name in ("o", "dq", "to", "tlse"):
+        assert not got[name][:, :, :16].any(), name
+
+
+def one_token():
+    return results(1, 1)
+
+
+def test_one_token_attends_to_itself(interpreter):
+    got = interpreter(one_token)
+    assert got["o"].shape == (2, 2, 1, 16) and got["dq"].abs().max() < 1e-2
+
+
+def large_logits():
+    from msfs_kernels.triton_check import Case, failures
+
+    small_tiles()
+    q, k, v, options = made(17, 17, dtype=torch.float32, scale=-40.0, causal=True)
+    return failures(Case("large", q, k, v, options)), everything(q, k, v, options)["lse"]
+
+
+def test_log_sum_exps_far_beyond_88_on_either_side_are_safe(interpreter):
+    wrong, lse = interpreter(large_logits)
+    assert lse.min() < -88 and lse.max() > 88
+    assert wrong == []
+
+
+def memory_layouts():
+    small_tiles()
+    q, k, v, options = made(20, 30)
+    return {name: x.stride() for name, x in everything(q, k, v, options).items()}
+
+
+def test_results_are_laid_out_tokens_first(interpreter):
+    strides = interpreter(memory_layouts)
+    assert strides["o"] == (20 * 2 * 16, 16, 2 * 16, 1)
+    assert strides["dk"] == (30 * 16, 16, 16, 1)
+
+
+def empty():
+    return results(0, 5), results(5, 0)
+
+
+def test_no_queries_or_no_keys_give_empty_or_zero_results(interpreter):
+    without_queries, without_keys = interpreter(empty)
+    assert without_queries["o"].shape == (2, 2, 0, 16) and not without_queries["dk"].any()
+    assert not without_keys["o"].any() and not without_keys["dq"].any()
+
+
+def decoding_errors(T, S, heads, options):
+    from msfs_kernels import triton_decode
+    from msfs_kernels.configs import Config
+    from msfs_kernels.triton_check import textbook
+
+    triton_decode.choose = lambda *_: Config(16, 32, 4, 1)
+    triton_decode.SHORTEST_SLICE = 40
+    q, k, v, made_options = made(T, S, H=heads[0], G=heads[1], **options)
+    assert triton_decode.slices(q, k) > 1
+    o, lse = triton_decode.decode(q, k, v, made_options)
+    bias = made_options.bias
+    exact = textbook(q.double(), k.double(), v.double(), bias, made_options)
+    finite = exact[1] > float("-inf")
+    assert torch.equal(lse > float("-inf"), finite)
+    return float((o - exact[0]).abs().max()), float((lse - exact[1])[finite].abs().max())
+
+
+@pytest.mark.parametrize(
+    "T, S, heads, options",
+    [
+        (1, 200, (2, 2), {}),
+        (1, 130, (6, 2), {"key_lengths": torch.tensor([50, 0], dtype=torch.int32)}),
+        (5, 133, (4, 2), {"causal": True, "window": 90}),
+        (
+            2,
+            100,
+            (4, 2),
+            {
+                "alibi": torch.linspace(0, 1, 8).view(2, 4),
+                "softcap": 2.0,
+                "dropout": 0.3,
+                "rng": torch.tensor([[1, 2], [3, 4]]),
+            },
+        ),
+        (16, 90, (2, 1), {"bias": torch.linspace(-1, 1, 180).view(1, 2, 1, 90).half()}),
+    ],
+)
+def test_decoding_over_slices_of_the_keys_equals_the_formula(interpreter, T, S, heads, options):
+    error, lse_error = interpreter(decoding_errors, T, S, heads, options)
+    assert error < 1e-3 and lse_error < 1e-5

@@ -1,0 +1,391 @@
+"""The truth table: every composition of transforms, eager and compiled, against the fp64 textbook formula.
+
+    python tests/kernels/truth_table.py                                # CPU, float64, about an hour
+    python tests/kernels/truth_table.py --device cuda --dtype bfloat16
+    python tests/kernels/truth_table.py --composition "jvp(grad)" --options causal --mode compiled
+
+Rows are compositions, columns modes:
+
+    eager            the composition of the op
+    forward compiled torch.compile(fullgraph=True) of the attention function, transforms around it eager
+    compiled         torch.compile(fullgraph=True) of the whole composition
+
+A cell runs every set of options below and holds the largest error of ours over that of the plain formula in the same
+dtype, both against the plain formula in float64 on the CPU. It is right when that is at most 2. Where the plain
+formula itself cannot be computed in that mode, the cell says `torch cannot`; an error of ours alone is `ERROR`.
+"""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from msfs_kernels import flash_attention
+from textbook import textbook
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vmap
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+
+B, H, G, T, S, K, N = 2, 4, 2, 5, 6, 4, 3  # N: size of mapped dims
+
+
+class Case(NamedTuple):
+    """Inputs of one cell: x = (q, k, v) or (q, k, v, bias), directions like x, and options."""
+
+    x: tuple[Tensor, ...]
+    t: tuple[Tensor, ...]
+    u: tuple[Tensor, ...]
+    options: dict[str, Any]
+
+    def to(self, device: str, dtype: torch.dtype) -> "Case":
+        def move(x):
+            if not isinstance(x, Tensor):
+                return x
+            return x.to(device, dtype) if x.is_floating_point() else x.to(device)
+
+        return pytree.tree_map(move, self)
+
+
+def options_by_name() -> dict[str, dict[str, Any]]:
+    generator = torch.Generator().manual_seed(1)
+    lengths, key = torch.tensor([6, 4]), torch.tensor([3141, 5926])
+    bias = torch.randn(1, H, T, S, generator=generator, dtype=torch.float64)
+    slopes = torch.rand(H, generator=generator, dtype=torch.float64)
+    some = {
+        "none": {},
+        "causal": {"is_causal": True},
+        "padding": {"key_lengths": lengths},
+        "grouped heads": {"kv_heads": G},
+        "window": {"is_causal": True, "window": 2},
+        "bias": {"bias": bias},
+        "dropout": {"dropout": 0.25, "dropout_key": key},
+        "softcap": {"softcap": 2.0},
+    }
+    everything: dict[str, Any] = {"prefix_lengths": torch.tensor([0, 2]), "alibi_slopes": slopes}
+    for options in some.values():
+        everything |= options
+    everything["segment_ids"] = (torch.tensor([0, 0, 0, 1, 1]), torch.tensor([0, 0, 0, 0, 1, 1]))
+    return {**some, "all": everything}
+
+
+def make_case(options: dict[str, Any]) -> Case:
+    generator = torch.Generator().manual_seed(2)
+    options = dict(options)
+    kv_heads, bias = options.pop("kv_heads", H), options.pop("bias", None)
+    shapes = [(B, H, T, K), (B, kv_heads, S, K), (B, kv_heads, S, K)]
+    if bias is not None:
+        shapes.append(bias.shape)
+
+    def draw():
+        return tuple(
+            torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes
+        )
+
+    return Case(draw(), draw(), draw(), options)
+
+
+Attention = Callable[..., Tensor]
+
+
+def bound(attention: Attention, options: dict[str, Any]) -> Attention:
+    """(q, k, v, bias=None, **options that replace those given) -> o"""
+
+    def run(q, k, v, bias=None, **more):
+        return attention(q, k, v, bias=bias, **{**options, **more})
+
+    return run
+
+
+# Compositions: (a, case) -> any pytree of tensors, where a(q, k, v[, bias]) -> o.
+
+
+def loss_of(a: Attention) -> Attention:
+    return lambda *x: a(*x).sin().sum()
+
+
+def argnums(c: Case) -> tuple[int, ...]:
+    return tuple(range(len(c.x)))
+
+
+def mapped(x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(torch.stack([y * (1 - 0.3 * i) for i in range(N)]) for y in x)
+
+
+def dot(x, y) -> Tensor:
+    return sum((a * b).sum() for a, b in zip(x, y, strict=True))  # type: ignore[return-value]
+
+
+def some_mapped(a: Attention, c: Case):
+    q, k = mapped(c.x[:2])
+    rest = c.x[1:]
+    in_rest = (None,) * len(rest)
+    first = vmap(a, in_dims=(0, *in_rest))(q, *rest)
+    last = vmap(a, in_dims=(None, 2, *in_rest[1:]), out_dims=1)(c.x[0], k.movedim(0, 2), *rest[1:])
+    both = vmap(grad(loss_of(a), argnums(c)), in_dims=(0, *in_rest))(q, *rest)
+    return first, last, both
+
+
+def options_mapped(a: Attention, c: Case):
+    """Lengths, keys, segments... mapped together with the inputs."""
+    lane = torch.arange(N, device=c.x[0].device)[:, None]
+    given = {n: c.options[n][None] + 0 * lane for n in MAPPABLE if n in c.options}
+    if "dropout_key" in given:
+        given["dropout_key"] = given["dropout_key"] + lane
+    if "key_lengths" in given:
+        given["key_lengths"] = given["key_lengths"] - lane
+
+    def f(x, given):
+        return grad(lambda *x: a(*x, **given).sin().sum(), argnums(c))(*x)
+
+    return vmap(f)(mapped(c.x), given)
+
+
+MAPPABLE = ("key_lengths", "prefix_lengths", "dropout_key", "alibi_slopes")
+
+
+def nested_vmap(a: Attention, c: Case):
+    x = mapped(c.x)
+    xx = tuple(torch.stack([y, y + 0.1], 2) for y in x)
+    return vmap(vmap(a, in_dims=1), in_dims=0)(*xx)
+
+
+def grad_of_vmap(a: Attention, c: Case):
+    return grad(lambda *x: vmap(loss_of(a))(*x).sum(), argnums(c))(*mapped(c.x))
+
+
+def jvp_of(a: Attention, c: Case):
+    return jvp(a, c.x, c.t)
+
+
+def vmap_jvp(a: Attention, c: Case):
+    return vmap(lambda t: jvp(a, c.x, t)[1])(mapped(c.t))
+
+
+def grad_grad(a: Attention, c: Case):
+    def g(*x):
+        return dot(grad(loss_of(a), argnums(c))(*x), c.t)
+
+    return grad(g, argnums(c))(*c.x)
+
+
+def jvp_grad(a: Attention, c: Case):
+    return jvp(grad(loss_of(a), argnums(c)), c.x, c.t)
+
+
+def grad_jvp(a: Attention, c: Case):
+    return grad(lambda *x: jvp(loss_of(a), x, c.t)[1], argnums(c))(*c.x)
+
+
+def jvp_jvp(a: Attention, c: Case):
+    return jvp(lambda *x: jvp(a, x, c.t)[1], c.x, c.u)
+
+
+def small_hessian(a: Attention, c: Case, wrt: int = 0):
+    """Over the first query (key, value) of the first head: the rest would only repeat it."""
+    x = c.x[wrt]
+
+    def f(row):
+        full = torch.cat([row[None], x.flatten(0, 2)[1:]]).view(x.shape)
+        return loss_of(a)(*c.x[:wrt], full, *c.x[wrt + 1 :])
+
+    return hessian(f)(x.flatten(0, 2)[0])
+
+
+def vmap_jvp_grad(a: Attention, c: Case):
+    return vmap(lambda t: jvp(grad(loss_of(a), argnums(c)), c.x, t)[1])(mapped(c.t))
+
+
+def vmap_hessian(a: Attention, c: Case):
+    def f(row, x):
+        return loss_of(a)(torch.cat([row[None], x[0].flatten(0, 2)[1:]]).view(x[0].shape), *x[1:])
+
+    x = mapped(c.x)
+    return vmap(hessian(f))(x[0].flatten(1, 3)[:, 0], x)
+
+
+def linearized(a: Attention, c: Case):
+    o, tangent = linearize(a, *c.x)
+    return o, tangent(*c.t)
+
+
+class Block(nn.Module):
+    """Attention among linear maps, as a model has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.o = nn.Linear(K, K, bias=False), nn.Linear(K, K)
+
+    def forward(self, a, q, *rest):
+        return self.o(a(self.q(q), *rest)).tanh().sum()
+
+
+with torch.device("meta"):
+    BLOCK = Block()
+
+
+def through_model(a: Attention, c: Case):
+    weights = {"q.weight": c.x[0][0, 0, :K], "o.weight": c.u[0][0, 1, :K], "o.bias": c.u[0][0, 0, 0]}
+    loss = lambda weights, *x: functional_call(BLOCK, weights, (a, *x))  # noqa: E731
+    return grad(loss)(weights, *c.x)
+
+
+def leaves(c: Case) -> tuple[Tensor, ...]:
+    return tuple(x.detach().requires_grad_() for x in c.x)
+
+
+def rematerialised(a: Attention, c: Case):
+    x = leaves(c)
+    loss = checkpoint(lambda *x: loss_of(a)(*x), *x, use_reentrant=False)
+    return torch.autograd.grad(loss, x)  # type: ignore[arg-type]
+
+
+def create_graph(a: Attention, c: Case):
+    x = leaves(c)
+    first = torch.autograd.grad(loss_of(a)(*x), x, create_graph=True)
+    return torch.autograd.grad(dot(first, c.t), x)
+
+
+def dual_level(a: Attention, c: Case):
+    with forward_ad.dual_level():
+        duals = (forward_ad.make_dual(x, t) for x, t in zip(c.x, c.t, strict=True))
+        return tuple(forward_ad.unpack_dual(a(*duals)))
+
+
+COMPOSITIONS: dict[str, Callable[[Attention, Case], Any]] = {
+    "forward": lambda a, c: a(*c.x),
+    "grad": lambda a, c: grad(loss_of(a), argnums(c))(*c.x),
+    "vmap": lambda a, c: vmap(a)(*mapped(c.x)),
+    "vmap(grad)": lambda a, c: vmap(grad(loss_of(a), argnums(c)))(*mapped(c.x)),
+    "grad(vmap)": grad_of_vmap,
+    "vmap over some arguments": some_mapped,
+    "vmap over masks and keys too": options_mapped,
+    "nested vmap": nested_vmap,
+    "jvp": jvp_of,
+    "vmap(jvp)": vmap_jvp,
+    "jacrev": lambda a, c: jacrev(lambda *x: a(*x)[0, 1, 2], argnums(c))(*c.x),
+    "jacfwd": lambda a, c: jacfwd(lambda q: a(q, *c.x[1:])[0, 1])(c.x[0]),
+    "grad(grad)": grad_grad,
+    "jvp(grad)": jvp_grad,
+    "grad(jvp)": grad_jvp,
+    "jvp(jvp)": jvp_jvp,
+    "hessian": lambda a, c: [small_hessian(a, c, i) for i in range(3)],
+    "vmap(jvp(grad))": vmap_jvp_grad,
+    "vmap(hessian)": vmap_hessian,
+    "linearize": linearized,
+    "functional_call": through_model,
+    "checkpoint": rematerialised,
+    "autograd.grad, create_graph": create_graph,
+    "forward_ad.dual_level": dual_level,
+}
+MODES = ("eager", "forward compiled", "compiled")
+
+
+def run(
+    attention: Attention, composition: str, case: Case, mode: str = "eager", backend="inductor"
+) -> list[Tensor]:
+    compose = COMPOSITIONS[composition]
+    a = bound(attention, case.options)
+    if mode == "forward compiled":
+        a = torch.compile(a, fullgraph=True, backend=backend)
+
+    def whole(*inputs):
+        return compose(a, Case(*inputs, case.options))
+
+    # AOTAutograd's cache on disk knows a graph by the ops in it, not by the code of their rules.
+    torch._functorch.config.enable_autograd_cache = False
+    if mode == "compiled":
+        torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad inside, off by default
+        whole = torch.compile(whole, fullgraph=True, backend=backend)
+    return pytree.tree_leaves(whole(*case[:3]))
+
+
+def error(got: list[Tensor], want: list[Tensor]) -> float:
+    """Largest difference, in units of the largest element of each tensor."""
+    assert len(got) == len(want) and len(got) > 0
+    worst = 0.0
+    for a, b in zip(got, want, strict=True):
+        assert a.shape == b.shape, f"{a.shape} != {b.shape}"
+        difference = (a.detach().cpu().double() - b).abs().max()
+        worst = max(worst, float(difference / b.abs().max().clamp_min(1e-30)))
+        if not bool(torch.isfinite(a).all()):
+            return float("inf")
+    return worst
+
+
+def cell(
+    composition: str, name: str, mode: str, device="cpu", dtype=torch.float64, backend="inductor"
+) -> tuple[str, float]:
+    """("ok" | "WRONG" | "torch cannot" | "ERROR ...", error over that of the plain formula)."""
+    case = make_case(options_by_name()[name])
+    if composition == "vmap over masks and keys too" and not set(MAPPABLE) & set(case.options):
+        return "ok", 0.0
+    want = run(textbook, composition, case)
+    case = case.to(device, dtype)
+    noise = (128 if dtype is torch.float64 else 2) * torch.finfo(dtype).eps
+    plain = max(error(run(textbook, composition, case), want), noise)
+    torch._dynamo.reset()
+    try:
+        got = run(flash_attention, composition, case, mode, backend)
+    except Exception as exception:
+        problem = f"{type(exception).__name__}: {exception}".strip().splitlines()[0][:120]
+        torch._dynamo.reset()
+        try:
+            run(textbook, composition, case, mode, backend)
+        except Exception:
+            return f"torch cannot ({problem})", 0.0
+        return f"ERROR {problem}", float("inf")
+    ratio = error(got, want) / plain
+    return ("ok" if ratio <= 2 else "WRONG"), ratio
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float64")
+    parser.add_argument("--backend", default="inductor", help="of torch.compile")
+    parser.add_argument("--composition", nargs="*", default=list(COMPOSITIONS))
+    parser.add_argument("--options", nargs="*", default=list(options_by_name()))
+    parser.add_argument("--mode", nargs="*", default=list(MODES))
+    parser.add_argument("--output", help="Markdown file to write the table to")
+    args = parser.parse_args()
+    dtype = getattr(torch, args.dtype)
+    lines = [
+        f"torch {torch.__version__}, {args.device}, {args.dtype}, compiled by {args.backend};"
+        f" options: {', '.join(args.options)}",
+        "",
+        "| composition | " + " | ".join(args.mode) + " |",
+        "|---" * (len(args.mode) + 1) + "|",
+    ]
+    print("\n".join(lines), flush=True)
+    wrong = 0
+    for composition in args.composition:
+        row = []
+        for mode in args.mode:
+            results = {
+                name: cell(composition, name, mode, args.device, dtype, args.backend)
+                for name in args.options
+            }
+            bad = {name: r for name, r in results.items() if r[0] != "ok"}
+            for name, (verdict, ratio) in bad.items():
+                print(
+                    f"    {composition} / {mode} / {name}: {verdict} {ratio:.1f}", file=sys.stderr
+                )
+            wrong += sum(not verdict.startswith("torch cannot") for verdict, _ in bad.values())
+            worst = max(ratio for _, ratio in results.values())
+            verdicts = sorted({verdict.split(" (")[0].split()[0] for verdict, _ in bad.values()})
+            row.append(f"{worst:.1f}" if not bad else ", ".join(verdicts))
+        lines.append(f"| {composition} | " + " | ".join(row) + " |")
+        print(lines[-1], flush=True)
+    if args.output:
+        with open(args.output, "w") as file:
+            file.write("\n".join(lines) + "\n")
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    main()
