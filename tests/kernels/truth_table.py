@@ -295,6 +295,8 @@ def run(
     def whole(*inputs):
         return compose(a, Case(*inputs, case.options))
 
+    # AOTAutograd's cache on disk knows a graph by the ops in it, not by the code of their rules.
+    torch._functorch.config.enable_autograd_cache = False
     if mode == "compiled":
         torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad inside, off by default
         whole = torch.compile(whole, fullgraph=True, backend=backend)
