@@ -97,7 +97,6 @@ def build_ours(
     shape, params = from_marian(marian.config.to_dict(), marian.state_dict())
     model, params = tf.transformer(shape), cast(params, dtype)
 
-    # One apply a compiled function: torch 2.13 compiles a function with two of them twice.
     def start(params: Params, source: Tensor, lengths: Tensor) -> tf.Cache:
         arguments = (source, lengths, config.new_tokens, config.beams)
         return model.apply(params, *arguments, method="start", implementation=implementation)
