@@ -249,7 +249,8 @@ def dropout(key: Key | None, x: Float[Tensor, "..."], rate: float) -> Float[Tens
     threshold = min(round(rate * 2**16), 2**16 - 1)
     packed = dropout_bits(key, x.numel(), threshold)
     place = torch.arange(8, dtype=torch.uint8, device=x.device)
-    keep = ((packed[:, None] >> place) & 1).flatten()[: x.numel()].view(x.shape) != 0
+    bit = torch.bitwise_right_shift(packed.unsqueeze(-1), place) & 1
+    keep = bit.flatten().narrow(0, 0, x.numel()).view(x.shape) != 0
     return torch.where(keep, x * (2**16 / (2**16 - threshold)), 0.0)
 
 

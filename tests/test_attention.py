@@ -285,15 +285,15 @@ def test_compiled_reference_equals_eager():
         options = {"is_causal": True, "key_lengths": lengths, "window": 3}
         return attention(q, k, v, **options, implementation="reference").square().sum()
 
-    eager = torch.func.grad(loss, argnums=(0, 1, 2))(q, k, v)
-    compiled = torch.compile(torch.func.grad(loss, argnums=(0, 1, 2)), fullgraph=True)(q, k, v)
-    for ours, expected in zip(compiled, eager, strict=True):
-        torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(torch.compile(loss, fullgraph=True)(q, k, v), loss(q, k, v))
+    grads = torch.func.grad(loss, argnums=(0, 1, 2))
+    traced = torch.compile(grads, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(traced(q, k, v), grads(q, k, v))
 
 
-def test_importing_models_needs_no_triton():
-    code = "import sys, msfs_functional.models.transformer, msfs_functional.decoding; "
-    code += "assert 'triton' not in sys.modules"
+def test_models_need_no_triton():
+    code = "import sys; sys.modules['triton'] = None; import msfs_functional.decoding; "
+    code += "import msfs_functional.models.transformer"
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ".:kernels"})
 
 

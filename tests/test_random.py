@@ -109,6 +109,24 @@ def test_triton_kernels_equal_the_cpu_bit_for_bit():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("chip", [80, 90, 100])
+def test_triton_kernels_compile_without_a_gpu(chip: int):
+    triton = pytest.importorskip("triton")
+    from msfs_kernels import philox_triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    numbers = {"keys": "*i64", "n": "i32", "blocks": "i32"}
+    fixed = {"DOMAIN": 3, "BLOCK": philox_triton.BLOCK}
+    for kernel, signature in (
+        (philox_triton.words_kernel, {"counters": "*i64", "out": "*i64", "row_stride": "i32"}),
+        (philox_triton.bits_kernel, {"out": "*u8", "threshold": "i32"}),
+    ):
+        types = {**numbers, **signature, **dict.fromkeys(fixed, "constexpr")}
+        source = ASTSource(kernel, {name: types[name] for name in kernel.arg_names}, fixed)
+        assert triton.compile(source, target=GPUTarget("cuda", chip, 32)).asm["cubin"]
+
+
 COMPILED = (
     "bits of a late shard",
     "uniform in an interval",
@@ -329,6 +347,17 @@ def test_dropout_derivatives_are_those_of_its_mask():
     leaf = x.clone().requires_grad_()
     random.dropout(key, leaf, 0.4).backward(t)
     torch.testing.assert_close(leaf.grad, mask * t)
+
+
+def test_compiled_dropout_keeps_one_bit_an_element_for_its_backward():
+    saved = []
+    x = torch.randn(64, 33, requires_grad=True)
+    forward = torch.compile(lambda k, x: random.dropout(k, x, 0.4), fullgraph=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        out = forward(random.key(8), x)
+    assert sum(t.nbytes for t in saved) == 64 * 33 // 8
+    (slope,) = torch.autograd.grad(out, x, torch.ones_like(out))
+    assert torch.equal(slope != 0, out != 0)
 
 
 def test_dropout_under_vmap_takes_one_key_each_or_one_for_all():

@@ -10,10 +10,11 @@ One round takes words (c0, c1, c2, c3), key (k0, k1) and two odd constants M0, M
 
 `philox_4x32` is that, in plain integer arithmetic. `philox_words`, `dropout_bits` and `fold_in` are
 registered ops around it. They are ops, and not traced through, because the 150 operations of one
-call would cost a compiler seconds for each dropout of a model. On CUDA they are Triton kernels.
+call would cost a compiler seconds for each dropout of a model. On CUDA they are Triton kernels, on
+the CPU numpy, whose integers are four times as fast as torch's; other devices ask the CPU.
 
-Words are int64 tensors or Python integers in [0, 2**32): torch has no arithmetic on uint32. All of
-it is exact, so the numbers are the same on every device, eager, compiled or mapped.
+Words are Python integers, or int64 tensors or arrays, in [0, 2**32): torch has no arithmetic on
+uint32. All of it is exact: the same numbers on every device, eager, compiled or mapped.
 
 Dimension key: R keys (rows), N counters of a key.
 """
@@ -22,10 +23,11 @@ import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-Word = Any  # Tensor (int64) or int; words broadcast against one another
+Word = Any  # int, or int64 Tensor or array; words broadcast against one another
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)  # the golden ratio and sqrt(3) - 1, in units of 2**-32
@@ -34,8 +36,8 @@ LOW32 = 0xFFFFFFFF
 # The last counter word says what a draw is for, so that draws for different ends never meet.
 NUMBERS, FOLD, SPLIT, DROPOUT = range(4)
 
-CHUNK = 2**15  # counters at a time on CPU: the temporaries stay in cache
-FEW = 16  # counters below which Python's integers beat a hundred tiny tensor operations
+CHUNK = 2**13  # counters at a time on the CPU: the temporaries stay in cache
+FEW = 8  # counters for which Python's integers are faster than 150 calls of numpy
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -129,47 +131,46 @@ def _rows(key: Tensor, counter: Tensor) -> tuple[list[int], Tensor, Tensor]:
     return lead, keys, counters
 
 
-def _chunks(key_R2: Tensor, counter_RN: Tensor, domain: int) -> Iterator[tuple[slice, Any]]:
-    """The words of some counters after the others: (slice of N, four tensors (R, n))."""
-    k0, k1 = key_R2[:, :1], key_R2[:, 1:]
-    n = counter_RN.shape[1]
-    step = max(CHUNK // max(len(key_R2), 1), 1) if key_R2.is_cpu else max(n, 1)
+def _chunks(key_R2: Tensor, counter_RN: Tensor, domain: int) -> Iterator[tuple[slice, np.ndarray]]:
+    """The words of some counters after the others: (slice of N, uint32 array (R, n, 4))."""
+    keys, counters = key_R2.cpu().numpy(), counter_RN.cpu().numpy()
+    rows, n = len(keys), counters.shape[1]
+    step = max(CHUNK // max(rows, 1), 1)
     for start in range(0, n, step):
-        part = slice(start, start + step)
-        c = counter_RN[:, part]
-        yield part, philox_4x32(c & LOW32, (c >> 32) & LOW32, 0, domain, k0, k1)
+        part = slice(start, min(start + step, n))
+        c = counters[:, part]
+        words = philox_4x32(c & LOW32, (c >> 32) & LOW32, 0, domain, keys[:, :1], keys[:, 1:])
+        joined = np.empty((rows, part.stop - start, 4), dtype=np.uint32)
+        for i, word in enumerate(words):
+            joined[..., i] = word
+        yield part, joined
 
 
 @torch.library.custom_op("msfs_kernels::philox_words", mutates_args=())
 def _words(key: Tensor, counter: Tensor, domain: int) -> Tensor:
     lead, keys, counters = _rows(key, counter)
     rows, n = len(keys), counters.shape[1]
-    if keys.is_cpu and 0 < rows * n <= FEW:
+    if 0 < rows * n <= FEW:
+        pairs = zip(keys.tolist(), counters.expand(rows, n).tolist(), strict=True)
         few = [
-            philox_4x32(c & LOW32, (c >> 32) & LOW32, 0, domain, k0, k1)
-            for (k0, k1), cs in zip(keys.tolist(), counters.expand(rows, n).tolist(), strict=True)
-            for c in cs
+            philox_4x32(c & LOW32, (c >> 32) & LOW32, 0, domain, *k) for k, cs in pairs for c in cs
         ]
-        return torch.tensor(few, dtype=torch.int64).view(*lead, n, 4)
-    out = keys.new_empty(rows, n, 4)
+        return torch.tensor(few, device=key.device).view(*lead, n, 4)
+    out = np.empty((rows, n, 4), dtype=np.int64)
     for part, words in _chunks(keys, counters, domain):
-        for i, word in enumerate(words):
-            out[:, part, i] = word
-    return out.view(*lead, n, 4)
+        out[:, part] = words
+    return torch.from_numpy(out).view(*lead, n, 4).to(key.device)
 
 
 @torch.library.custom_op("msfs_kernels::dropout_bits", mutates_args=())
 def _bits(key: Tensor, count: int, threshold: int) -> Tensor:
-    counter = torch.arange((count + 7) // 8, device=key.device)
-    lead, keys, counters = _rows(key, counter)
-    out = torch.empty(len(keys), counters.shape[1], dtype=torch.uint8, device=key.device)
+    lead, keys, counters = _rows(key, torch.arange((count + 7) // 8))
+    rows, n = len(keys), counters.shape[1]
+    out = np.empty((rows, n), dtype=np.uint8)
     for part, words in _chunks(keys, counters, DROPOUT):
-        byte = torch.zeros_like(words[0], dtype=torch.uint8)
-        for i in range(8):
-            number = words[i // 2] >> 16 if i % 2 else words[i // 2] & 0xFFFF
-            byte |= (number >= threshold).to(torch.uint8) << i
-        out[:, part] = byte
-    return out.view(*lead, counters.shape[1])
+        keep = words.astype("<u4", copy=False).view("<u2") >= threshold  # the lower half first
+        out[:, part] = np.packbits(keep.reshape(-1), bitorder="little").reshape(rows, -1)
+    return torch.from_numpy(out).view(*lead, n).to(key.device)
 
 
 @torch.library.triton_op("msfs_kernels::philox_words_triton", mutates_args=())

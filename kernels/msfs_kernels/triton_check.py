@@ -254,7 +254,9 @@ def failures(case: Case, seed: int = 0) -> list[str]:
         bound = 2 * allowed.max() + growth * rounding * scale if truth.numel() else scale
         if name == "to" and truth.numel():
             # (P * tS) V and tlse o cancel; each carries the rounding of its own size.
-            bound += 2 * torch.finfo(q.dtype).eps * exact["tlse"].abs().max() * v.abs().max().double()
+            bound += (
+                2 * torch.finfo(q.dtype).eps * exact["tlse"].abs().max() * v.abs().max().double()
+            )
         worst = error.max() if truth.numel() else torch.zeros(())
         if not same or not bool(worst <= bound):
             wrong.append(

@@ -5,10 +5,8 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from msfs_kernels import (  # noqa: E402  # noqa: E402
+from msfs_kernels import (  # noqa: E402
     configs,
-    hopper_backward,
-    hopper_forward,
     triton_backward,
     triton_decode,
     triton_forward,
@@ -106,17 +104,3 @@ def test_float32_compiles_in_both_precisions(precision):
     options = Options(scale=0.1, precision=precision)
     used = took(launch_of("fused", 64, options, config, torch.float32), 90)
     assert used.shared <= SHARED[90] * 1024
-
-
-@pytest.mark.parametrize("K", [64, 128])
-def test_warp_specialised_kernels_compile_for_hopper(K):
-    q = torch.empty(2, 256, 4, K, dtype=torch.bfloat16).transpose(1, 2)
-    options = Options(causal=True, scale=0.1)
-    forward = hopper_forward.plan_forward(
-        q, q, q, q, torch.empty(2, 4, 256), options, Config(128, 128, 8, 2)
-    )
-    rows, sums = torch.empty(8, 256), torch.empty(2, 4, 256, K)
-    backward = hopper_backward.plan_backward(q, q, q, q, rows, rows, sums, q, q, options)
-    for launch in (forward, backward):
-        used = took(launch, 90)
-        assert used.wgmma > 0 and used.shared <= SHARED[90] * 1024
