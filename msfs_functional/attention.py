@@ -10,7 +10,7 @@ K head dim, X value head dim.
 """
 
 import math
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -187,7 +187,8 @@ def attention(
     if implementation == "flash":
         from msfs_kernels import flash_attention  # needs Triton on a GPU: only when asked for
 
-        return flash_attention(q, k, v, **options, dropout=dropout, dropout_key=dropout_key)
+        out = flash_attention(q, k, v, **options, dropout=dropout, dropout_key=dropout_key)
+        return cast(Tensor, out)  # no pair without return_lse
     if implementation not in get_args(Implementation):
         raise ValueError(
             f"implementation ({implementation!r}) must be one of {get_args(Implementation)}"
@@ -287,8 +288,8 @@ def _cuda(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, scale: float | No
 
     batch = q.shape[:-3]
     q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in (q, k, v))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out, _ = cuda_forward.forward(q, k, v, Options(causal=is_causal, scale=scale))
+    factor: float = q.shape[-1] ** -0.5 if scale is None else scale
+    out, _ = cuda_forward.forward(q, k, v, Options(causal=is_causal, scale=factor))
     return out.reshape(*batch, *out.shape[1:])
 
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -26,6 +26,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from msfs_functional import decoding
+from msfs_functional.attention import Implementation
 from msfs_functional.models import transformer as tf
 from msfs_functional.models.marian import from_marian
 from msfs_functional.params import Params, cast
@@ -54,13 +55,13 @@ class Config:
     out: Path | None = None  # also write the figures here, as JSON
 
 
-def build_marian(config: Config) -> transformers.MarianMTModel:
+def build_marian(config: Config) -> Any:
     """Transformer base in Marian's layout, with weights large enough for varied hypotheses."""
     width, layers, hidden, heads, vocab = 512, 6, 2048, 8, 32000
     if config.small:
         width, layers, hidden, heads, vocab = 32, 2, 64, 4, 300
     torch.manual_seed(config.seed)
-    model = transformers.MarianMTModel(
+    model: Any = transformers.MarianMTModel(
         transformers.MarianConfig(
             vocab_size=vocab,
             d_model=width,
@@ -87,13 +88,15 @@ def build_marian(config: Config) -> transformers.MarianMTModel:
 
 
 def build_ours(
-    marian: transformers.MarianMTModel, config: Config, implementation: str, dtype: torch.dtype
+    marian: Any,
+    config: Config,
+    implementation: Implementation,
+    dtype: torch.dtype,
 ) -> Callable[[Tensor, Tensor], decoding.Hypotheses]:
     """(source, lengths) -> hypotheses: encoder, caches and search, all compiled."""
     shape, params = from_marian(marian.config.to_dict(), marian.state_dict())
     model, params = tf.transformer(shape), cast(params, dtype)
 
-    # One apply a compiled function: torch 2.13 compiles a function with two of them twice.
     def start(params: Params, source: Tensor, lengths: Tensor) -> tf.Cache:
         arguments = (source, lengths, config.new_tokens, config.beams)
         return model.apply(params, *arguments, method="start", implementation=implementation)
@@ -122,9 +125,7 @@ def build_ours(
     return search
 
 
-def build_theirs(
-    marian: transformers.MarianMTModel, config: Config
-) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def build_theirs(marian: Any, config: Config) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     def generate(source: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         out = marian.generate(
             source,

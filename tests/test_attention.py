@@ -291,9 +291,9 @@ def test_compiled_reference_equals_eager():
     torch.testing.assert_close(traced(q, k, v), grads(q, k, v))
 
 
-def test_importing_models_needs_no_triton():
-    code = "import sys, msfs_functional.models.transformer, msfs_functional.decoding; "
-    code += "assert 'triton' not in sys.modules"
+def test_models_need_no_triton():
+    code = "import sys; sys.modules['triton'] = None; import msfs_functional.decoding; "
+    code += "import msfs_functional.models.transformer"
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ".:kernels"})
 
 

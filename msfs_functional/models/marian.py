@@ -47,6 +47,7 @@ def from_marian(
         raise ValueError("encoder and decoder must have feed-forward layers of the same width")
     shared = config.get("share_encoder_decoder_embeddings", True)
     tied = config.get("tie_word_embeddings", True)
+    renamed: dict[str, Any] = {"silu": "swish", "gelu_new": "gelu_tanh"}
     activation = config["activation_function"]
     ours = TransformerConfig(
         vocab=config["vocab_size"],
@@ -59,7 +60,7 @@ def from_marian(
         dropout=config["dropout"],
         attention_dropout=config["attention_dropout"],
         hidden_dropout=config["activation_dropout"],
-        activation={"silu": "swish", "gelu_new": "gelu_tanh"}.get(activation, activation),
+        activation=renamed.get(activation, activation),
         tie="all" if shared and tied else "decoder" if tied else "none",
         scale_embedding=config["scale_embedding"],
         positions="halves",

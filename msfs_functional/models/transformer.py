@@ -13,7 +13,7 @@ vocabulary, R beams (hypotheses of one sentence that decode side by side), L cac
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int, Int64
@@ -252,8 +252,14 @@ class Transformer(nn.Module):
         Raises:
             ValueError: more tokens than max_length.
         """
-        lengths = {"source_lengths": source_lengths, "target_lengths": target_lengths}
-        states = self.hidden(source, target_in, **lengths, key=key, implementation=implementation)
+        states = self.hidden(
+            source,
+            target_in,
+            source_lengths=source_lengths,
+            target_lengths=target_lengths,
+            key=key,
+            implementation=implementation,
+        )
         return self.output(states)
 
     def hidden(
@@ -274,7 +280,7 @@ class Transformer(nn.Module):
         keys = site_keys(decoder_key, 1 + Layer.SITES * len(self.decoder))
         y = self.embed("target", target_in, keys.pop())
         mask = {"is_causal": True, "key_lengths": target_lengths}
-        for layer in self.decoder:
+        for layer in cast(Sequence[Layer], self.decoder):
             layer_keys, keys = keys[: Layer.SITES], keys[Layer.SITES :]
             keys_values = layer.cross_attention.keys_values(memory)
             y = layer(
@@ -295,7 +301,7 @@ class Transformer(nn.Module):
         keys = site_keys(key, 1 + Layer.SITES * len(self.encoder))
         x = self.embed("source", source, keys.pop())
         mask = {"key_lengths": source_lengths}
-        for layer in self.encoder:
+        for layer in cast(Sequence[Layer], self.encoder):
             layer_keys, keys = keys[: Layer.SITES], keys[Layer.SITES :]
             x = layer(x, layer_keys, mask, implementation=implementation, maps=maps)
         return self.encoder_norm(x)
@@ -339,7 +345,10 @@ class Transformer(nn.Module):
             raise ValueError(f"beams ({beams}) must be at least 1")
         if source_lengths is None:
             source_lengths = torch.full((B,), S, device=memory.device)
-        pairs = [layer.cross_attention.keys_values(memory) for layer in self.decoder]
+        pairs = [
+            layer.cross_attention.keys_values(memory)
+            for layer in cast(Sequence[Layer], self.decoder)
+        ]
         heads = self.config.heads
         shape = (B, heads, beams, max_length, self.config.width // heads)
         empty = tuple(memory.new_zeros(shape) for _ in self.decoder)
@@ -403,7 +412,7 @@ class Transformer(nn.Module):
 
         y = self.embed("target", tokens, position=position).reshape(B, R * T, -1)
         pairs = zip(cache.memory_keys, cache.memory_values, strict=True)
-        for layer, memory in zip(self.decoder, pairs, strict=True):
+        for layer, memory in zip(cast(Sequence[Layer], self.decoder), pairs, strict=True):
             lengths = {"memory": memory, "memory_lengths": cache.source_lengths}
             no_keys = site_keys(None, Layer.SITES)
             y = layer(y, no_keys, mask, **lengths, store=store, implementation=implementation)

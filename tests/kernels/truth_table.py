@@ -22,6 +22,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch._dynamo.config
+import torch._functorch.config
 from msfs_kernels import flash_attention
 from textbook import textbook
 from torch import Tensor, nn
@@ -298,7 +300,8 @@ def run(
     # AOTAutograd's cache on disk knows a graph by the ops in it, not by the code of their rules.
     torch._functorch.config.enable_autograd_cache = False
     if mode == "compiled":
-        torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad inside, off by default
+        if hasattr(torch._dynamo.config, "trace_autograd_ops"):
+            torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad within
         whole = torch.compile(whole, fullgraph=True, backend=backend)
     return pytree.tree_leaves(whole(*case[:3]))
 
