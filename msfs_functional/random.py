@@ -23,7 +23,15 @@ from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int64
-from msfs_kernels.philox import LOW32, NUMBERS, SPLIT, dropout_bits, fold_in, philox_words
+from msfs_kernels.philox import (
+    LOW32,
+    NUMBERS,
+    SPLIT,
+    check_key,
+    dropout_bits,
+    fold_in,
+    philox_words,
+)
 from torch import Tensor
 
 __all__ = [
@@ -57,14 +65,6 @@ def key(seed: int, *, device: torch.device | str | None = None) -> Key:
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed ({seed}) must fit in 64 bits")
     return torch.tensor([seed & LOW32, (seed >> 32) & LOW32], dtype=torch.int64, device=device)
-
-
-def check_key(key: Tensor) -> None:
-    if key.shape != (2,) or key.dtype != torch.int64:
-        raise ValueError(
-            f"a key is an int64 tensor (2,), got {key.dtype} {tuple(key.shape)}: make one with "
-            "random.key(seed), map over a batch of keys with torch.vmap"
-        )
 
 
 def split(key: Key, n: int = 2) -> Int64[Tensor, "n 2"]:

@@ -1,6 +1,6 @@
 """What a compiled dropout costs: ours, by a key, against F.dropout, eager and compiled.
 
-    python recipes/bench_dropout.py                 # on a GPU: 256 MiB, and (256, 128, 512), in bf16
+    python recipes/bench_dropout.py                 # on a GPU: 256 MiB, and (256, 128, 512), bf16
     python recipes/bench_dropout.py --device cpu    # a smoke test of the script
 
 Each row is forward and backward of x -> dropout(x), and of the residual form x, y -> x + dropout(y)

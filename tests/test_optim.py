@@ -1,7 +1,11 @@
 """Optimizers: equal to torch.optim or a reference by hand, pure == in place, mapped, compiled."""
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -321,6 +325,60 @@ def test_nested_trees_of_params_work_where_no_rule_needs_names():
     optimizer = optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(1e-2))
     updates, _ = optimizer.update(params, optimizer.init(params), params)
     assert optim.apply_updates(params, updates)["value"][0].shape == (3,)
+
+
+TWO_RANKS = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from msfs_functional import optim, schedules
+
+rank, store = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+mesh = init_device_mesh("cpu", (2,))
+torch.manual_seed(0)
+plain = {"a": torch.randn(6, 4), "b": torch.randn(5), "c": torch.randn(4, 6)}
+grads = {name: torch.randn_like(p) for name, p in plain.items()}
+
+def shard(tree):
+    return {name: distribute_tensor(x.clone(), mesh, [Shard(0)]) for name, x in tree.items()}
+
+for optimizer in (
+    optim.adamw(schedules.cosine(1e-2, 10)),
+    optim.lion(1e-2),
+    optim.adafactor(1e-2),
+    optim.muon(1e-2, dtype=torch.float32),
+):
+    optimizer = optim.chain(optim.clip_by_global_norm(0.5), optimizer)
+    whole, parts = {name: p.clone() for name, p in plain.items()}, shard(plain)
+    whole_state, parts_state = optimizer.init(whole), optimizer.init(parts)
+    for _ in range(3):
+        optim.in_place(optimizer)(grads, whole_state, whole)
+        optim.in_place(optimizer)(shard(grads), parts_state, parts)
+    for name, p in parts.items():
+        assert p.placements == (Shard(0),)
+        torch.testing.assert_close(p.full_tensor(), whole[name], rtol=1e-5, atol=1e-6)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.ranks
+def test_sharded_on_two_ranks_equals_one_process(tmp_path: Path):
+    root = Path(__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", TWO_RANKS, str(rank), str(tmp_path / "store")],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=200)[1] for process in ranks]
+    assert all(process.returncode == 0 for process in ranks), errors
 
 
 @pytest.mark.parametrize(

@@ -224,6 +224,8 @@ def test_fold_in_takes_integers_and_tensors_alike(seed: int, data: int):
     assert ((0 <= folded) & (folded < 2**32)).all()
     assert torch.equal(folded, random.fold_in(key, torch.tensor(data)))
     assert torch.equal(folded, random.fold_in(key, torch.tensor([1, data]))[1])
+    small = torch.tensor(data % 100, dtype=torch.int32)
+    assert torch.equal(random.fold_in(key, small), random.fold_in(key, data % 100))
 
 
 def test_keys_and_their_draws_never_meet():
@@ -418,6 +420,10 @@ K = random.key(0)
         (lambda: random.bits(random.split(K, 3), (3,)), "(3, 2)"),
         (lambda: random.bits(K, (3,), offset=-1), "offset (-1)"),
         (lambda: random.split(K, 0), "n (0)"),
+        (lambda: random.fold_in(K, 2**63), str(2**63)),
+        (lambda: random.fold_in(random.split(K), 1), "(2, 2)"),
+        (lambda: random.fold_in(K, torch.ones(2)), "torch.float32"),
+        (lambda: random.fold_in(K, torch.ones(2, dtype=torch.int64, device="meta")), "meta"),
         (lambda: random.uniform(K, (3,), low=1.0, high=0.0), "low (1.0)"),
         (lambda: random.uniform(K, (3,), dtype=torch.int64), "torch.int64"),
         (lambda: random.normal(K, (3,), dtype=torch.int32), "torch.int32"),

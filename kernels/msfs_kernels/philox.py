@@ -102,6 +102,15 @@ def dropout_bits(key: Tensor, count: int, threshold: int) -> Tensor:
     return (_cuda_bits if key.is_cuda and HAS_TRITON else _bits)(key, count, threshold)
 
 
+def check_key(key: Tensor) -> None:
+    """Raises a ValueError unless `key` is one key: int64 (2,)."""
+    if key.shape != (2,) or key.dtype != torch.int64:
+        raise ValueError(
+            f"a key is an int64 tensor (2,), got {key.dtype} {tuple(key.shape)}: make one with "
+            "random.key(seed), map over a batch of keys with torch.vmap"
+        )
+
+
 def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
     """A new key out of a key and an integer, or one key for each integer of a tensor.
 
@@ -110,14 +119,22 @@ def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
 
     Args:
         key: int64 (2,), words in [0, 2**32).
-        data: any 64-bit integer, or an int64 tensor (...) of them.
+        data: an integer in [-2**63, 2**63), or an integer tensor (...) on the key's device.
 
     Returns:
         int64 (..., 2); (2,) for an int.
     """
+    check_key(key)
     if not isinstance(data, Tensor):
+        if not -(2**63) <= data < 2**63:
+            raise ValueError(f"data ({data}) must fit in 64 bits, signed")
         data = torch.full((), data, dtype=torch.int64, device=key.device)
-    words = philox_words(key, data.reshape(-1), FOLD)
+    if data.is_floating_point() or data.device != key.device:
+        raise ValueError(
+            f"data must be integers on {key.device}, the key's device, got {data.dtype} on "
+            f"{data.device}"
+        )
+    words = philox_words(key, data.to(torch.int64).reshape(-1), FOLD)
     return words[:, :2].reshape(*data.shape, 2)
 
 
