@@ -1,11 +1,15 @@
-"""The op's CPU backend: torch's own flash kernels where they can express a call, the tiled path elsewhere.
+"""The op's CPU backend: torch's own flash kernels where they can express a call, the tiled path
+elsewhere.
 
-torch's CPU kernels (C++, threaded, blockwise) know a top-left causal mask and an additive mask. That covers plain
-and causal attention, key lengths and a bias without gradient; T != S is cut into parts that align:
+torch's CPU kernels (C++, threaded, blockwise) know a top-left causal mask and an additive mask.
+That covers plain and causal attention, key lengths and a bias without gradient; T != S is cut into
+parts that align:
 
-    causal, S > T      keys [0, S - T) without a mask, keys [S - T, S) with a square one, merged by log-sum-exp
+    causal, S > T      keys [0, S - T) without a mask, keys [S - T, S) with a square one, merged by
+    log-sum-exp
     causal, S < T      the first T - S queries see nothing
-    grouped heads      the r-th query head of each group in turn, so that keys and values are never repeated
+    grouped heads      the r-th query head of each group in turn, so that keys and values are never
+    repeated
 """
 
 import math
@@ -186,7 +190,8 @@ def backward(
 
     if repeat == 1 and todo == [Part(slice(0, T), slice(0, S), todo[0].causal)]:
         ((_, _, grads),) = gradients()
-        return *(tokens_first(dx.to(x.dtype)) for dx, x in zip(grads, inputs, strict=True)), None
+        dq, dk, dv = (tokens_first(d.to(x.dtype)) for d, x in zip(grads, inputs, strict=True))
+        return dq, dk, dv, None
     sums = [empty_tokens_first(x, *x.shape).zero_() for x in (q, k, v)]
     for r, part, (dq, dk, dv) in gradients():
         sums[0][:, r::repeat, part.rows] += dq

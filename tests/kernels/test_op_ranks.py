@@ -1,4 +1,6 @@
-"""flash_attention on DTensors over two ranks equals one process: sharded by batch, by heads, replicated."""
+"""flash_attention on DTensors over two ranks equals one process: sharded by batch, by heads,
+replicated.
+"""
 
 import os
 import socket

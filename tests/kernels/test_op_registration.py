@@ -1,4 +1,4 @@
-"""The raw ops as torch sees them: opcheck, fakes, export, compilation without breaks or recompiles."""
+"""The raw ops as torch sees them: opcheck, fakes, export, compiled without break or recompile."""
 
 import pytest
 import torch
