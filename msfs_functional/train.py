@@ -116,6 +116,8 @@ def init_state(
 ) -> TrainState:
     """The state before the first step. It takes `params` over: a donating step writes into them.
 
+    Only tensors that are not contiguous are copied, as the expanded ones of `vmap(model.init)`.
+
     Args:
         params: what is trained; for an ensemble of N stacked, every tensor with a leading dim N.
         key: base of all random keys, (2,); for an ensemble (N, 2), one for each member.
@@ -136,7 +138,7 @@ def init_state(
         init = _vmap(init, mapped=(0,))
     own = lambda leaf: leaf.detach().clone(memory_format=torch.contiguous_format)  # noqa: E731
     return TrainState(
-        params={name: value.detach() for name, value in params.items()},
+        params={name: value.detach().contiguous() for name, value in params.items()},
         opt_state=_map(own, init(params)),
         ema=None if ema_decay is None else ema(ema_decay).init(params),
         step=torch.zeros((), dtype=torch.int64, device=device),

@@ -378,6 +378,17 @@ def test_state_holds_no_memory_twice():
     assert state.params["w"].data_ptr() == params["w"].data_ptr()
 
 
+def test_members_drawn_by_vmap_can_be_written_in_place():
+    """vmap expands what does not depend on the key: a zero bias of all members is one number."""
+    zeros = P.functional(Net, [("bias", P.zeros), ("", P.normal(0.3))])
+    keys = random.split(random.key(0), 2)
+    state = init_state(torch.vmap(zeros.init)(keys), optimizer(), keys)
+    step = make_step(loss_fn, optimizer(), members=2, compile=False)
+    state, _ = step(state, make_batch(0))
+    first, second = state.params["hidden.bias"]
+    assert first.any() and not torch.equal(first, second)
+
+
 def test_bad_input_is_refused_by_name():
     step = functools.partial(make_step, loss_fn, optimizer(), compile=False)
     with pytest.raises(ValueError, match=r"accumulation \(3\) must divide the batch.*\(4, "):
