@@ -11,10 +11,11 @@ import json
 import re
 import shutil
 import types
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import torch
 import tyro
 
 C = TypeVar("C")
@@ -85,17 +86,49 @@ def option(args: Sequence[str], flag: str) -> str | None:
     return found
 
 
-def parse(
-    default: Callable[[Sequence[str]], C], args: Sequence[str], *, description: str, prog: str
+def starting_point(
+    args: Sequence[str], presets: Mapping[str, C], *, modes: Collection[str] = ()
 ) -> C:
-    """The command line over a default that may itself depend on the arguments (preset, run).
+    """What options keep that `args` do not name: a preset's settings, or those of a run.
+
+    A run's own settings come back when the first argument is one of `modes`, which work on a run,
+    or with --resume; --out and --name say which one, without --name it is the newest.
 
     Args:
-        default: `default(args)` gives the configuration that unnamed options keep.
-        args: the arguments without the program's name.
+        presets: {name: configuration}, "default" among them; the configuration has the fields
+            `mode`, `out` (folder of the runs), `name` and `overwrite`.
     """
-    start = default(args)
+    mode = args[0] if args and args[0] in modes else None
+    chosen = presets.get(option(args, "--preset") or "default", presets["default"])
+    if {"-h", "--help"} & set(args) or (mode is None and "--resume" not in args):
+        return chosen
+    out, name = Path(option(args, "--out") or "runs"), option(args, "--name")
+    run = out / name if name else newest_run(out)
+    saved: Any = load(type(chosen), run / FILE)
+    changes = {"mode": mode or saved.mode, "out": out, "name": run.name, "overwrite": False}
+    return dataclasses.replace(saved, **changes)
+
+
+def parse(start: C, args: Sequence[str], *, description: str, prog: str) -> C:
+    """The command line over a starting point; help shows that point's values as the defaults."""
     return tyro.cli(type(start), default=start, args=args, description=description, prog=prog)
+
+
+def device(name: str | None) -> torch.device:
+    """The device of that name; None: cuda where there is one, else cpu.
+
+    Raises:
+        ValueError: no such kind of device, or none of that number here.
+    """
+    count = torch.cuda.device_count()
+    name = name or ("cuda" if count else "cpu")
+    try:
+        found = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device ({name}) must be cpu, cuda or cuda:N") from None
+    if found.type == "cuda" and (found.index or 0) >= count:
+        raise ValueError(f"--device ({name}) is not here, torch sees {count} GPUs: use cpu")
+    return found
 
 
 def check_numbers(config: Any, may_be_zero: Collection[str], *, where: str = "--") -> None:

@@ -1,4 +1,4 @@
-"""Pictures of a run as matplotlib figures: curves, attention maps, masks; without pyplot's state."""
+"""Pictures of a run as matplotlib figures: curves, attention maps, masks; no pyplot state."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

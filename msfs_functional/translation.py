@@ -9,7 +9,7 @@ Dimension key: M members of an ensemble, B sentences, S source tokens, L target 
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
@@ -26,7 +26,6 @@ from msfs_functional.decoding import (
 from msfs_functional.models.transformer import Cache, reorder_cache
 from msfs_functional.params import Functional, Params
 from msfs_functional.tokenizer import BOS, EOS, PAD, Tokenizer
-
 
 ROUNDING = 16  # source tokens
 
@@ -112,9 +111,10 @@ def translator(
         source = torch.tensor(rows, device=device)
         steps = min(width + extra_length, max_length)
         cache = start_fn(params, source, lengths, steps)
-        ends = {"batch": len(rows), "max_length": steps, "bos": BOS, "eos": EOS, "pad": PAD}
+        options: dict[str, Any] = {"batch": len(rows), "max_length": steps}
+        options |= {"bos": BOS, "eos": EOS, "pad": PAD}
         if beams == 1:
-            found = greedy(step_fn, cache, **ends)
+            found = greedy(step_fn, cache, **options)
             scores = found.scores / found.lengths.clamp(min=1) ** length_penalty
             tokens_BnL, scores_Bn = found.tokens[:, None], scores[:, None]
         else:
@@ -125,7 +125,7 @@ def translator(
                 n_best=n_best,
                 length_penalty=length_penalty,
                 reorder_fn=reorder_fn,
-                **ends,
+                **options,
             )
             tokens_BnL, scores_Bn = found.tokens, found.scores
         texts = target_tokenizer.decode(tokens_BnL.flatten(0, 1).tolist())

@@ -179,7 +179,8 @@ def marian_step(
         eos_token_id=2,
         decoder_start_token_id=1,
     )
-    model = MarianMTModel(config).to(device).train()
+    model: Any = MarianMTModel(config)
+    model.to(device).train()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1e-4, betas=(0.9, 0.98), weight_decay=0.0,
         fused=device.type == "cuda",
@@ -231,7 +232,7 @@ def recipe_step(config: translate.Config) -> tuple[Callable, Any, TokenBatches]:
     model = translate.make_model(config, tokenizers)
     optimizer = translate.make_optimizer(config.optimizer, config.train.steps)
     step = make_step(
-        translate.make_loss(config, model, config.train.label_smoothing),
+        translate.make_loss(config, model, config.train.label_smoothing, config.train.consistency),
         optimizer,
         ema_decay=config.train.ema or None,
         members=config.members if config.members > 1 else None,

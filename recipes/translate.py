@@ -25,7 +25,6 @@ import datasets
 import torch
 import tyro
 from datasets import Dataset
-from msfs_functional.train import LossFn, TrainState, init_state, make_step, why_not_compile
 from torch import Tensor
 
 from msfs_functional import (
@@ -46,6 +45,7 @@ from msfs_functional.models.transformer import PRESETS as SIZES
 from msfs_functional.params import Functional, Params, cast, stack, unstack
 from msfs_functional.tokenizer import PAD, Tokenizer, train_bpe, train_word_level
 from msfs_functional.tracking import Tracker
+from msfs_functional.train import TrainState, init_state, make_step, why_not_compile
 from msfs_functional.translation import Translate, attention_figure, translator
 
 MAY_BE_ZERO = ("seed", "warmup", "extra_length", "valid_sentences")
@@ -80,7 +80,7 @@ class Data:
     """source sentences to cut off for the test: a count, or a fraction below 1"""
     max_length: int = 128
     """longest sentence [tokens]; longer pairs are dropped and counted"""
-    batch: int = 4096
+    batch: int = 2048
     """padded source and target tokens of one step [tokens]"""
     buckets: int = 6
     """most shapes that a batch can have"""
@@ -132,7 +132,7 @@ class Optimizer:
     """learning rate over the steps"""
     learning_rate: float = 3e-3
     """peak, reached after the warm-up"""
-    warmup: int = 200
+    warmup: int = 100
     """steps in which the learning rate rises from 0 [steps]"""
     weight_decay: float = 0.0
     """decoupled, on matrices only [1/update, times the learning rate]"""
@@ -150,17 +150,19 @@ class Optimizer:
 class Train:
     """Length and mechanics of training."""
 
-    steps: int = 1500
+    steps: int = 1000
     """optimizer steps"""
     accumulation: int = 1
     """microbatches of one step"""
     label_smoothing: float = 0.1
     """probability mass spread over the vocabulary"""
+    consistency: float = 0.0
+    """weight of R-Drop, which predicts each batch under two dropout masks that must agree"""
     ema: float = 0.0
     """decay of the average of the parameters that evaluation uses [1/step]; 0: no average"""
     log_every: int = 50
     """[steps]"""
-    eval_every: int = 500
+    eval_every: int = 250
     """validation loss and a checkpoint [steps]"""
     keep: int = 3
     """checkpoints to keep besides the best"""
@@ -227,7 +229,7 @@ class Config:
     """show tracebacks"""
     data: Data = field(default_factory=Data)
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
-    model: Model = field(default_factory=Model)
+    model: Model = field(default_factory=lambda: Model(depth=2, hidden=512, dropout=0.0))
     optimizer: Optimizer = field(default_factory=Optimizer)
     train: Train = field(default_factory=Train)
     decode: Decode = field(default_factory=Decode)
@@ -313,13 +315,18 @@ def make_model(config: Config, tokenizers: Tokenizers) -> Functional:
     )
 
 
-def make_loss(config: Config, model: Functional, label_smoothing: float = 0.0) -> LossFn:
-    """The mean cross-entropy of the next target token [nats/token]; padding does not count."""
+def make_loss(
+    config: Config, model: Functional, label_smoothing: float = 0.0, consistency: float = 0.0
+):
+    """The mean cross-entropy of the next target token [nats/token]; padding does not count.
+
+    With `consistency` each batch is predicted under two dropout masks, p and q, and
+    consistency / 4 (KL(p, q) + KL(q, p)) is added to their mean (R-Drop, Liang et al. 2021, eq. 4).
+    """
     dtype = getattr(torch, str(config.dtype))
 
-    def loss_fn(params: Params, batch: dict[str, Tensor], key: Tensor | None):
-        params = cast(params, dtype)
-        states = model.apply(
+    def decoder_states(params: Params, batch: dict[str, Tensor], key: Tensor | None) -> Tensor:
+        return model.apply(
             params,
             batch["source"],
             batch["target"][:, :-1],
@@ -329,11 +336,22 @@ def make_loss(config: Config, model: Functional, label_smoothing: float = 0.0) -
             implementation=config.model.attention,
             method="hidden",
         )
-        labels = batch["target"][:, 1:]
-        total, tokens = linear_cross_entropy(
-            states, output_weight(params), labels, label_smoothing=label_smoothing, ignore_index=PAD
-        )
-        return total / tokens, {"weight": tokens}
+
+    def loss_fn(params: Params, batch: dict[str, Tensor], key: Tensor | None):
+        params, labels = cast(params, dtype), batch["target"][:, 1:]
+        weight, count = output_weight(params), (labels != PAD).sum()
+        keys = random.split(key).unbind() if consistency and key is not None else [key]
+        states = [decoder_states(params, batch, each) for each in keys]
+        sums = [
+            linear_cross_entropy(each, weight, labels, label_smoothing=label_smoothing)[0]
+            for each in states
+        ]
+        total = sum(sums) / len(sums)
+        if len(states) == 2:
+            p, q = ((each @ weight.T).float().log_softmax(-1) for each in states)
+            divergence = ((p.exp() - q.exp()) * (p - q)).sum(-1)
+            total = total + consistency / 4 * divergence.masked_fill(labels == PAD, 0.0).sum()
+        return total / count, {"weight": count}
 
     return loss_fn
 
@@ -344,7 +362,9 @@ def make_optimizer(config: Optimizer, steps: int) -> optim.Transformation:
         "inverse_square_root": lambda: schedules.inverse_square_root(peak, warmup=warmup),
         "cosine": lambda: schedules.cosine(peak, steps, warmup=warmup),
         "linear": lambda: schedules.linear(peak, steps, warmup=warmup),
-        "wsd": lambda: schedules.warmup_stable_decay(peak, steps, warmup=warmup),
+        "wsd": lambda: schedules.warmup_stable_decay(
+            peak, steps, warmup=warmup, decay=max(1, steps // 5)
+        ),
         "constant": lambda: schedules.constant(peak, warmup=warmup),
     }[config.schedule]()
     update = optim.adamw(schedule, config.b1, config.b2, config.eps, config.weight_decay, DECAY)
@@ -426,7 +446,7 @@ def train(config: Config) -> None:
     model = make_model(config, tokenizers)
     optimizer = make_optimizer(config.optimizer, settings.steps)
     step = make_step(
-        make_loss(config, model, settings.label_smoothing),
+        make_loss(config, model, settings.label_smoothing, settings.consistency),
         optimizer,
         accumulation=settings.accumulation,
         ema_decay=settings.ema or None,
@@ -442,14 +462,14 @@ def train(config: Config) -> None:
         configs.new_run(run, config, overwrite=config.overwrite)
     first = int(state.step)
 
-    def save(count: int, score: float | None) -> None:
+    def save(count: int, score: Tensor | float | None) -> None:
         checkpoint.save(
             run / CHECKPOINTS,
             count,
             state,
             extra={"batches": batches.state()},
             files=dict(zip(TOKENIZERS, (each.to_json() for each in tokenizers), strict=True)),
-            metric=score,
+            metric=None if score is None else float(torch.as_tensor(score).mean()),
             keep_last=settings.keep,
         )
 
@@ -466,7 +486,7 @@ def train(config: Config) -> None:
                     params = state.ema or state.params
                     scores = validate(config, model, tokenizers, params, splits.valid)
                     tracker.record(count, scores)
-                    save(count, float(scores.get("valid/bleu", -scores["valid/loss"].mean())))
+                    save(count, scores.get("valid/bleu", -scores["valid/loss"]))
             elif stop:
                 save(count, None)
             if stop and count < settings.steps:
@@ -609,19 +629,6 @@ def translate_lines(config: Config) -> None:
 # ------------------------------------------------------------------------------------- command line
 
 
-def starting_point(args: Sequence[str]) -> Config:
-    """What options keep that are not named: a preset's settings, or those of the run to use."""
-    mode = args[0] if args and args[0] in ("evaluate", "translate") else "train"
-    if mode == "train" and "--resume" not in args:
-        return PRESETS.get(configs.option(args, "--preset") or "default", Config())
-    if {"-h", "--help"} & set(args):
-        return Config(mode=mode)
-    out, name = Path(configs.option(args, "--out") or "runs"), configs.option(args, "--name")
-    run = out / name if name else configs.newest_run(out)
-    saved = configs.load(Config, run / configs.FILE)
-    return replace(saved, mode=mode, out=out, name=run.name, overwrite=False)
-
-
 def checked(config: Config) -> Config:
     """The configuration with what the machine decides filled in.
 
@@ -639,14 +646,7 @@ def checked(config: Config) -> Config:
         raise ValueError(f"--name ({config.name}) must be a plain name: put folders into --out")
     if config.resume and config.overwrite:
         raise ValueError("--resume goes on with a run, --overwrite deletes it: give one of them")
-    name = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device ({name}) must be cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise ValueError(f"--device ({name}) is not here, torch sees {count} GPUs: use cpu")
+    device = configs.device(config.device)
     on_gpu = device.type == "cuda"
     compiled = config.train.compile
     if compiled is None:
@@ -658,7 +658,7 @@ def checked(config: Config) -> Config:
         torch.set_num_threads(config.threads)
     return replace(
         config,
-        device=name,
+        device=str(device),
         dtype=config.dtype or ("bfloat16" if on_gpu else "float32"),
         name=config.name or configs.free_name(config.out, "translate"),
         train=replace(config.train, compile=compiled),
@@ -672,7 +672,8 @@ def main(config: Config) -> None:
 
 
 def command_line(args: Sequence[str]) -> Config:
-    return configs.parse(starting_point, args, description=str(__doc__), prog="translate.py")
+    start = configs.starting_point(args, PRESETS, modes=("evaluate", "translate"))
+    return configs.parse(start, args, description=str(__doc__), prog="translate.py")
 
 
 if __name__ == "__main__":
