@@ -57,7 +57,8 @@ def call(name: str, *args: Any) -> Any:
     needs_grad = False
     for x in args:
         if isinstance(x, Tensor):
-            if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+            plain = type(x) is Tensor or type(x) is torch.nn.Parameter
+            if not plain or not (x.is_cpu or x.is_cuda):
                 return getattr(OPS, name)(*args)
             needs_grad = needs_grad or (grad_enabled and x.requires_grad)
     if not needs_grad:
