@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 # pyright: reportAttributeAccessIssue=false
-
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad

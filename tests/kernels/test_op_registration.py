@@ -111,7 +111,9 @@ def test_export_keeps_the_op_whole():
 def test_aot_inductor_runs_the_op(tmp_path):
     inputs = block_inputs()
     program = torch.export.export(Block(), inputs)
-    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "block.pt2"))
+    path = torch._inductor.aoti_compile_and_package(
+        program, package_path=str(tmp_path / "block.pt2")
+    )
     loaded = torch._inductor.aoti_load_package(path)
     torch.testing.assert_close(loaded(*inputs), Block()(*inputs))
 
