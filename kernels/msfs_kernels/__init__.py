@@ -1,4 +1,4 @@
-"""Exact attention as one registered op: every transform of torch.func right, eager and compiled, CPU and CUDA."""
+"""Exact attention as one registered op: every transform right, eager and compiled, CPU and CUDA."""
 
 from .attention import flash_attention
 from .merge import merge_attention

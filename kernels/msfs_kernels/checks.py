@@ -1,7 +1,8 @@
 """What can be wrong with a call of flash_attention, found before any kernel starts.
 
-Everything that shapes, dtypes and devices tell is found here, in the public function. Lengths are values: the CPU
-kernel checks them (`check_lengths`) before it computes, on other devices looking would make the host wait.
+Everything that shapes, dtypes and devices tell is found here, in the public function. Lengths are
+values: the CPU kernel checks them (`check_lengths`) before it computes, on other devices looking
+would make the host wait.
 """
 
 import math

@@ -1,11 +1,13 @@
-"""The op's CPU backend: torch's own flash kernels where they can express a call, the tiled path elsewhere.
+"""The op's CPU backend: torch's flash kernels where they express a call, tiles elsewhere.
 
-torch's CPU kernels (C++, threaded, blockwise) know a top-left causal mask and an additive mask. That covers plain
-and causal attention, key lengths and a bias without gradient; T != S is cut into parts that align:
+torch's CPU kernels (C++, threaded, blockwise) know a top-left causal mask and an additive mask.
+That covers plain and causal attention, key lengths and a bias without gradient; T != S is cut into
+parts that align:
 
-    causal, S > T      keys [0, S - T) without a mask, keys [S - T, S) with a square one, merged by log-sum-exp
+    causal, S > T      keys [0, S - T) without a mask, keys [S - T, S) with a square one, merged
+                       by log-sum-exp
     causal, S < T      the first T - S queries see nothing
-    grouped heads      the r-th query head of each group in turn, so that keys and values are never repeated
+    grouped heads      the r-th query head of each group in turn: keys and values are never repeated
 """
 
 import math

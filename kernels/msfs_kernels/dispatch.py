@@ -1,7 +1,8 @@
 """Calling a raw op, past PyTorch's dispatcher where nothing stands in it that has to see the call.
 
-A dispatcher that enters Python twice (Autograd, then the device's kernel) costs more than all the rest of a small
-call. Where no transform, mode, tracer or tensor subclass is about, the kernel is called as the function that it is.
+A dispatcher that enters Python twice (Autograd, then the device's kernel) costs more than all the
+rest of a small call. Where no transform, mode, tracer or tensor subclass is about, the kernel is
+called as the function that it is.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ def is_sharded(x: Tensor) -> bool:
 
 
 def mixing_dtensors(args: Sequence[Any]) -> AbstractContextManager:
-    """Lets plain options (lengths, keys: the same on every rank) stand beside DTensors, replicated."""
+    """Lets plain options, the same on every rank, stand beside DTensors as replicated."""
     if not any(type(x).__name__ == "DTensor" for x in args):
         return nullcontext()
     from torch.distributed.tensor.experimental import implicit_replication

@@ -8,10 +8,11 @@ Five ops on canonical tensors (options.py), in the namespace `torch.ops.msfs_ker
     attention_second_backward   see second_order.py         -> dq, dk, dv, dbias
     attention_second_tangent    see second_order.py         -> uto, utlse
 
-Each has a kernel per device, a fake and a vmap rule, and one Python entry registered for both Autograd (autograd and
-AOTAutograd come by) and FuncTorchDynamicLayerFrontMode (torch.func does): it applies an autograd.Function whose
-forward calls the op again below autograd. Seen on torch 2.11 to 2.15: torch.library.register_autograd in its place
-gives zero tangents without an error, and an autograd.Function called from Python comes out wrong under torch.compile.
+Each has a kernel per device, a fake and a vmap rule, and one Python entry registered for both
+Autograd (autograd and AOTAutograd come by) and FuncTorchDynamicLayerFrontMode (torch.func does): it
+applies an autograd.Function whose forward calls the op again below autograd. Seen on torch 2.11 to
+2.15: torch.library.register_autograd in its place gives zero tangents without an error, and an
+autograd.Function called from Python comes out wrong under torch.compile.
 """
 
 import inspect

@@ -1,4 +1,4 @@
-"""What an attention call asks for beyond q, k and v, in the canonical form that every backend reads.
+"""What an attention call asks for beyond q, k and v, in the form that every backend reads.
 
 B batch (all leading dims flattened), H heads, G kv heads, T query tokens, S key tokens, K head dim.
 """
@@ -70,9 +70,10 @@ def empty_tokens_first(
     head_dim: int,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """An uninitialised (B, H, T, K) whose memory is (B, T, H, K): merging heads back is then a view.
+    """An uninitialised (B, H, T, K) whose memory is (B, T, H, K): merging heads is then a view.
 
-    Every (B, H, T, K) result of every backend and of the fake kernels has this layout, whatever the inputs' strides.
+    Every (B, H, T, K) result of every backend and of the fake kernels has this layout, whatever the
+    inputs' strides.
     """
     return like.new_empty((batch, tokens, heads, head_dim), dtype=dtype or like.dtype).transpose(
         1, 2

@@ -1,14 +1,16 @@
 """Derivative rules of the raw ops, one autograd.Function each, closed under themselves.
 
-With J the derivative of (q, k, v, bias) -> (o, lse), attention_backward is J^T d and attention_tangent is J t, and
+With J the derivative of (q, k, v, bias) -> (o, lse), attention_backward is J^T d and
+attention_tangent is J t, and
 
-    D_t [J^T d] = J^T t_d + second_backward(d, t)     grad <c, J^T d> = (J c, second_backward(d, c))
-    D_u [J t]   = J u_t   + second_tangent(t, u)      grad <c, J t>   = (J^T c, second_backward(c, t))
+    D_t [J^T d] = J^T t_d + second_backward(d, t)    grad <c, J^T d> = (J c, second_backward(d, c))
+    D_u [J t]   = J u_t   + second_tangent(t, u)     grad <c, J t> = (J^T c, second_backward(c, t))
 
-so second-order compositions are made of first-order kernels and the two maps of second_order.py. o and lse, which
-the derivative ops take, are functions of q, k, v and bias: derivatives here are total, and these two get none of
-their own. Rules are explicit formulas: one that called torch.func.jvp could not nest. `forward` and `vmap` of each
-Function are put in by ops.register.
+so second-order compositions are made of first-order kernels and the two maps of second_order.py. o
+and lse, which
+the derivative ops take, are functions of q, k, v and bias: derivatives here are total, and these
+two get none of their own. Rules are explicit formulas: one that called torch.func.jvp could not
+nest. `forward` and `vmap` of each Function are put in by ops.register.
 """
 
 from collections.abc import Sequence

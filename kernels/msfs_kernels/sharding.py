@@ -1,13 +1,16 @@
 """The raw ops on DTensors: sharded by batch or by heads, replicated otherwise.
 
-Importing this module registers the rules; flash_attention does so when it first meets a DTensor. On one mesh dim:
+Importing this module registers the rules; flash_attention does so when it first meets a DTensor. On
+one mesh dim:
 
-    batch     every tensor on its first dim; what has batch size 1 (a bias) stays replicated, its gradient is partial
-    heads     queries and keys on their heads, when the shards keep kv groups whole; what is kept for each batch row
-              (lengths, segments) stays replicated. Not with dropout, whose mask is a function of the head's number.
+    batch     every tensor on its first dim; what has batch size 1 (a bias) stays replicated, its
+              gradient is partial
+    heads     queries and keys on their heads, when shards keep kv groups whole; what rows have
+              (lengths, segments) stays replicated. Not with dropout, whose mask is a function of
+              the head's number.
 
-Meshes of several dims combine these. Keys are per batch row before they are sharded, so that dropout by batch
-gives the numbers of one process.
+Meshes of several dims combine these. Keys are per batch row before they are sharded, so that
+dropout by batch gives the numbers of one process.
 """
 
 import math
@@ -61,7 +64,7 @@ def is_tensor(x: Any) -> bool:
 
 
 def of_dbias(given: dict[str, Any], dim: int):
-    """dbias is empty where not asked for, and a sum over shards of a dim that the bias broadcasts."""
+    """dbias is empty where not asked for, a sum over shards of a dim that the bias broadcasts."""
     if given["bias"] is None or not given["need_dbias"]:
         return Replicate()
     return Partial() if given["bias"].shape[dim] == 1 else Shard(dim)

@@ -1,4 +1,4 @@
-"""A wrong call of flash_attention is a ValueError with value, rule and remedy: eager, compiled, mapped."""
+"""A wrong call is a ValueError with value, rule and remedy: eager, compiled, mapped."""
 
 import math
 

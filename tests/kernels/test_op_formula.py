@@ -177,8 +177,19 @@ def problems(draw):
     names = draw(
         st.lists(
             st.sampled_from(
-                ["is_causal", "window", "key_lengths", "prefix_lengths", "segment_ids", "softcap"]
-                + ["alibi_slopes", "bias", "mask", "dropout", "scale"]
+                [
+                    "is_causal",
+                    "window",
+                    "key_lengths",
+                    "prefix_lengths",
+                    "segment_ids",
+                    "softcap",
+                    "alibi_slopes",
+                    "bias",
+                    "mask",
+                    "dropout",
+                    "scale",
+                ]
             ),
             unique=True,
             max_size=4,

@@ -1,5 +1,7 @@
 """merge_attention: attention over all keys from attention over parts of them."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from msfs_kernels import flash_attention, merge_attention
@@ -15,7 +17,7 @@ Q, K, V = randn(2, 4, 5, 8), randn(2, 2, 9, 8, seed=1), randn(2, 2, 9, 3, seed=2
 
 def in_parts(q, k, v, cuts=(0, 2, 3, 9), lengths=None):
     parts = []
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in pairwise(cuts):
         own = None if lengths is None else (lengths - start).clamp(0, stop - start)
         keys, values = k[:, :, start:stop], v[:, :, start:stop]
         parts.append(flash_attention(q, keys, values, key_lengths=own, return_lse=True))

@@ -1,4 +1,4 @@
-"""flash_attention on DTensors over two ranks equals one process: sharded by batch, by heads, replicated."""
+"""flash_attention on DTensors over two ranks equals one process, however they are sharded."""
 
 import os
 import socket

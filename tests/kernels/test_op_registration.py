@@ -1,4 +1,4 @@
-"""The raw ops as torch sees them: opcheck, fakes, export, compilation without breaks or recompiles."""
+"""The raw ops as torch sees them: opcheck, fakes, export, no graph breaks or recompiles."""
 
 import pytest
 import torch
@@ -111,7 +111,8 @@ def test_export_keeps_the_op_whole():
 def test_aot_inductor_runs_the_op(tmp_path):
     inputs = block_inputs()
     program = torch.export.export(Block(), inputs)
-    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "block.pt2"))
+    path = str(tmp_path / "block.pt2")
+    torch._inductor.aoti_compile_and_package(program, package_path=path)
     loaded = torch._inductor.aoti_load_package(path)
     torch.testing.assert_close(loaded(*inputs), Block()(*inputs))
 

@@ -1,6 +1,7 @@
 """Transforms of flash_attention against the same transforms of the textbook formula.
 
-A fast share of the truth table (truth_table.py makes the whole one), and what that table does not ask.
+A fast share of the truth table (truth_table.py makes the whole one), and what that table does not
+ask.
 """
 
 import pytest
@@ -59,7 +60,7 @@ def test_third_derivatives_raise_and_say_what_to_do():
         d(lambda x: d(grad(loss))(x).sum()),
         grad(lambda x: d(d(loss))(x)),
     ):
-        with pytest.raises(RuntimeError, match="first and second derivatives.*reference"):
+        with pytest.raises(RuntimeError, match=r"first and second derivatives.*reference"):
             third(q)
 
 

@@ -1,4 +1,4 @@
-"""The truth table: every composition of transforms, eager and compiled, against the fp64 textbook formula.
+"""The truth table: compositions of transforms, eager and compiled, against the textbook in fp64.
 
     python tests/kernels/truth_table.py                                # CPU, float64, about an hour
     python tests/kernels/truth_table.py --device cuda --dtype bfloat16
@@ -7,12 +7,14 @@
 Rows are compositions, columns modes:
 
     eager            the composition of the op
-    forward compiled torch.compile(fullgraph=True) of the attention function, transforms around it eager
+    forward compiled torch.compile(fullgraph=True) of the attention function, transforms around it
+    eager
     compiled         torch.compile(fullgraph=True) of the whole composition
 
-A cell runs every set of options below and holds the largest error of ours over that of the plain formula in the same
-dtype, both against the plain formula in float64 on the CPU. It is right when that is at most 2. Where the plain
-formula itself cannot be computed in that mode, the cell says `torch cannot`; an error of ours alone is `ERROR`.
+A cell runs every set of options below and holds the largest error of ours over that of the plain
+formula in the same dtype, both against the plain formula in float64 on the CPU. It is right when
+that is at most 2. Where the plain formula itself cannot be computed in that mode, the cell says
+`torch cannot`; an error of ours alone is `ERROR`.
 """
 
 import argparse
@@ -230,7 +232,8 @@ with torch.device("meta"):
 
 
 def through_model(a: Attention, c: Case):
-    weights = {"q.weight": c.x[0][0, 0, :K], "o.weight": c.u[0][0, 1, :K], "o.bias": c.u[0][0, 0, 0]}
+    q, u = c.x[0], c.u[0]
+    weights = {"q.weight": q[0, 0, :K], "o.weight": u[0, 1, :K], "o.bias": u[0, 0, 0]}
     loss = lambda weights, *x: functional_call(BLOCK, weights, (a, *x))  # noqa: E731
     return grad(loss)(weights, *c.x)
 
