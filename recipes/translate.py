@@ -14,12 +14,17 @@ Put the mode first; `evaluate`, `translate` and `--resume` start from the run's 
 import itertools
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+# CPU threads that wait must soon sleep, or on a busy machine they take the cores from those that
+# work: ten times slower with three other processes on two cores. Must stand before torch.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import datasets
 import torch
