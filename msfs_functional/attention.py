@@ -10,7 +10,7 @@ K head dim, X value head dim.
 """
 
 import math
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -187,7 +187,8 @@ def attention(
     if implementation == "flash":
         from msfs_kernels import flash_attention  # needs Triton on a GPU: only when asked for
 
-        return flash_attention(q, k, v, **options, dropout=dropout, dropout_key=dropout_key)
+        out = flash_attention(q, k, v, **options, dropout=dropout, dropout_key=dropout_key)
+        return cast(Tensor, out)  # no pair without return_lse
     if implementation not in get_args(Implementation):
         raise ValueError(
             f"implementation ({implementation!r}) must be one of {get_args(Implementation)}"
@@ -195,6 +196,8 @@ def attention(
     _validate(q, k, v, dropout=dropout, dropout_key=dropout_key, **options)
     if implementation == "sdpa":
         return _sdpa(q, k, v, dropout=dropout, **options)
+    if implementation == "cuda":
+        return _cuda(q, k, v, dropout=dropout, **options)
     weights = attention_weights(q, k, **options)
     if dropout > 0 and dropout_key is not None:
         weights = _dropout(weights, dropout, dropout_key)
@@ -266,6 +269,28 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, dropout: float, **options) -> Tens
     mask = mask.expand(*batch, heads, T, S).reshape(-1, heads, T, S)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return torch.where(empty, 0.0, out.reshape(*batch, *out.shape[-3:]))
+
+
+def _cuda(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, scale: float | None, **options):
+    """The CUDA C++ kernel: forward only, causal masks only."""
+    given = [name for name, value in options.items() if name != "dropout" and value is not None]
+    if options["dropout"] > 0:
+        given.append("dropout")
+    if given:
+        raise ValueError(f"implementation='cuda' does not know {given}; use 'flash'")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise ValueError(
+            "implementation='cuda' is a forward kernel and has no gradient, but an input requires "
+            "one; call it under torch.no_grad(), or use 'flash'"
+        )
+    from msfs_kernels import cuda_forward
+    from msfs_kernels.options import Options
+
+    batch = q.shape[:-3]
+    q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in (q, k, v))
+    factor: float = q.shape[-1] ** -0.5 if scale is None else scale
+    out, _ = cuda_forward.forward(q, k, v, Options(causal=is_causal, scale=factor))
+    return out.reshape(*batch, *out.shape[1:])
 
 
 def _validate(

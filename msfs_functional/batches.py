@@ -126,7 +126,7 @@ class TokenBatches:
     target[:, 1:]; target_lengths counts those T-side positions (ids of the target less one).
     Rows that fill up a bucket's last batch are PAD and have length 0.
 
-    An epoch gives each row once. Its order depends on (seed, epoch) alone, so `state()` is three
+    An epoch gives each row once. Its order depends on (seed, epoch) alone, so `state()` is a few
     numbers and `restore` resumes in the middle of an epoch with the very next batch. Over several
     ranks each step takes its rows from one bucket: all ranks have the same shape at every step,
     the same number of steps, and together the rows that one rank with `world` times the rows has.
@@ -134,7 +134,7 @@ class TokenBatches:
     Args:
         source, target: id lists; the target's start with BOS and end with EOS.
         tokens: budget of padded tokens, source and target together, of a batch on one rank.
-        max_length: most ids on either side (the target without BOS); longer pairs are dropped and
+        max_length: most ids on either side, EOS among them, BOS not; longer pairs are dropped and
             counted in `.dropped`. None keeps all.
         buckets: most shapes to have.
         row_multiple: B is a multiple of it (of the gradient accumulation, for example).
@@ -174,6 +174,8 @@ class TokenBatches:
         for name, value in positive.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} ({value}) must be at least 1")
+        if seed < 0:
+            raise ValueError(f"seed ({seed}) must be at least 0")
         if not 0 <= rank < world:
             raise ValueError(f"rank ({rank}) must lie in [0, world = {world})")
         if len(source.lengths) != len(target.lengths):
@@ -286,6 +288,7 @@ class TokenBatches:
             "epoch": self.epoch,
             "step": self.step,
             "seed": self._seed,
+            "pairs": sum(bucket.rows for bucket in self._buckets),
             "steps_per_epoch": self.steps_per_epoch,
         }
 
@@ -296,7 +299,7 @@ class TokenBatches:
             ValueError: the state comes from other data, another seed, budget or world.
         """
         own = self.state()
-        for name in ("seed", "steps_per_epoch"):
+        for name in ("seed", "pairs", "steps_per_epoch"):
             if state.get(name) != own[name]:
                 raise ValueError(
                     f"the saved position has {name} = {state.get(name)}, here it is {own[name]}: "
@@ -320,24 +323,24 @@ class Prefetch:
         self._state = batches.state()
 
     def _work(self, made: queue.Queue, stop: threading.Event) -> None:
-        pin = self._device.type == "cuda"
-        item = None
+        def put(item) -> bool:
+            while not stop.is_set():
+                try:
+                    made.put(item, timeout=0.1)
+                    return True
+                except queue.Full:
+                    pass
+            return False
+
         try:
             for batch in self._batches:
-                if pin:
+                if self._device.type == "cuda":
                     batch = {name: value.pin_memory() for name, value in batch.items()}
-                item = (batch, self._batches.state())
-                while not stop.is_set():
-                    try:
-                        made.put(item, timeout=0.1)
-                        break
-                    except queue.Full:
-                        continue
-                if stop.is_set():
+                if not put((batch, self._batches.state())):
                     return
-            made.put((None, self._batches.state()))
+            put((None, None))
         except Exception as error:
-            made.put((error, None))
+            put((error, None))
 
     def __iter__(self) -> Iterator[Batch]:
         return self

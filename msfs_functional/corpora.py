@@ -222,9 +222,11 @@ def _from_hub(name: str, config: str | None, split: str, source, target) -> _Pai
             f"cannot fetch dataset {name!r} ({error}): connect to the network, name local files, "
             f"or use {EMBEDDED!r}, which needs none"
         ) from None
-    except ValueError as error:  # unknown config or split: the message lists the ones there are
+    except (ValueError, RuntimeError, OSError, datasets.exceptions.DatasetsError) as error:
+        # An unknown config or split, most often: the message lists the ones there are.
+        reason = " ".join(str(error).split())
         raise ValueError(
-            f"dataset {name!r} has no config {config!r} with split {split!r}: {error}"
+            f"dataset {name!r} does not load with config {config!r} and split {split!r}: {reason}"
         ) from None
     assert isinstance(data, datasets.Dataset)
     columns = {column: list(data[column]) for column in data.column_names}
@@ -243,7 +245,7 @@ def _paths(location: Location) -> list[Path] | None:
         location = location[0]
     path = Path(location)
     suffixes = set(path.suffixes)
-    if isinstance(location, Path) or path.exists() or suffixes & {*FORMATS, ".gz", ".zip"}:
+    if isinstance(location, Path) or path.is_file() or suffixes & {*FORMATS, ".gz", ".zip"}:
         return [path]
     return None
 
@@ -313,10 +315,11 @@ def load_pairs(
     test_size: float | None = None,
     seed: int = 0,
 ) -> Splits:
-    """Reads pairs of texts and gives train, valid and test; no source sentence is in two of them.
+    """Reads pairs of texts and gives train, valid and test.
 
-    Pairs with an empty side are dropped and counted. A split cut off here keeps the first pair of
-    each source sentence, because the metrics compare with one reference.
+    What is cut off here shares no source sentence with the rest (case and spaces aside) and keeps
+    the first pair of each, because the metrics compare with one reference; the others are dropped
+    and counted, as are pairs with an empty side. Files that are given stay as they are.
 
     Args:
         dataset: "english_italian" (embedded), a name on the Hugging Face Hub, one file of pairs
@@ -335,8 +338,17 @@ def load_pairs(
         ValueError: unknown dataset, config, split or column; no network; a file that is missing,
             empty, damaged, misaligned or not UTF-8. One line: value, rule, remedy.
     """
+    if seed < 0:
+        raise ValueError(f"seed ({seed}) must be at least 0")
     if dataset == EMBEDDED:
-        corpus = english_italian(seed=seed)
+        if config or valid or test:
+            raise ValueError(
+                f"dataset {EMBEDDED!r} has its own splits and no config: leave config, valid and "
+                "test out, or name other data"
+            )
+        sizes = {"valid": valid_size, "test": test_size}
+        counts = {k: _size(v, 30_000, k + "_size") for k, v in sizes.items() if v is not None}
+        corpus = english_italian(seed=seed, **counts)
         sides = _choose(["en", "it"], source, target, f"dataset {EMBEDDED!r}")
         columns = [("en", "it").index(side) for side in sides]
         parts = [_Pairs(*([pair[c] for pair in part] for c in columns)) for part in corpus]

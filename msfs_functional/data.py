@@ -7,6 +7,7 @@ batch = next(batches)
 """
 
 import hashlib
+import sys
 from pathlib import Path
 
 import datasets
@@ -60,12 +61,19 @@ def encode_pairs(
         }
 
     ids = datasets.List(datasets.Value("int32"))
-    encoded = pairs.map(
-        encode,
-        batched=True,
-        batch_size=10_000,
-        features=datasets.Features({"source": ids, "target": ids}),
-        cache_file_name=str(folder / f"pairs_{fingerprint}.arrow"),
-        new_fingerprint=fingerprint,
-    )
+    quiet = not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
+    if quiet:
+        datasets.disable_progress_bars()
+    try:
+        encoded = pairs.map(
+            encode,
+            batched=True,
+            batch_size=10_000,
+            features=datasets.Features({"source": ids, "target": ids}),
+            cache_file_name=str(folder / f"pairs_{fingerprint}.arrow"),
+            new_fingerprint=fingerprint,
+        )
+    finally:
+        if quiet:
+            datasets.enable_progress_bars()
     return _ragged(encoded, "source"), _ragged(encoded, "target")

@@ -71,7 +71,7 @@ def fused_linear(x: Float[Tensor, "... D"], *layers: nn.Linear) -> list[Tensor]:
     if x.numel() // x.shape[-1] < sum(sizes):
         return [layer(x) for layer in layers]
     weight = torch.cat([layer.weight for layer in layers])
-    biases = [layer.bias for layer in layers if layer.bias is not None]
+    biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
     return list(F.linear(x, weight, torch.cat(biases) if biases else None).split(sizes, -1))
 
 

@@ -4,7 +4,7 @@ Dimension key: N matrices of one shape, R rows, C columns.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from msfs_functional.updates import (
     check_decay,
     stateless,
     tree_map,
+    widen,
     zero_count,
     zeros_like,
 )
@@ -50,7 +51,7 @@ def orthogonalize(
         gram = torch.bmm(x, x.mT)
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
-    x = x.view(wide.shape).to(matrix_NRC.dtype)
+    x = x.reshape(wide.shape).to(matrix_NRC.dtype)
     return x.mT if tall else x
 
 
@@ -59,7 +60,7 @@ def scale_by_muon(
     nesterov: bool = True,
     *,
     match_adamw: bool = False,
-    **newton_schulz: Any,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Transformation:
     """Momentum, orthogonalised (Jordan et al. 2024, "Muon").
 
@@ -82,7 +83,7 @@ def scale_by_muon(
         return MomentumState(zeros_like(params))
 
     def update(grads: dict[str, Tensor], state: MomentumState, params: dict[str, Tensor]):
-        grads = tree_map(lambda m, g: g.to(m.dtype), state.mu, grads)
+        grads = widen(grads)
         mu = tree_map(lambda m, g: torch.lerp(m, g, 1 - momentum), state.mu, grads)
         u = tree_map(lambda m, g: torch.lerp(g, m, momentum), mu, grads) if nesterov else mu
         names: dict[tuple[int, ...], list[str]] = {}
@@ -95,7 +96,7 @@ def scale_by_muon(
                 if match_adamw
                 else math.sqrt(max(1, rows / columns))
             )
-            orthogonal = orthogonalize(torch.stack([u[name] for name in group]), **newton_schulz)
+            orthogonal = orthogonalize(torch.stack([u[name] for name in group]), dtype=dtype)
             updates.update(zip(group, (orthogonal * scale).unbind(), strict=True))
         return {name: updates[name] for name in grads}, MomentumState(mu)
 
@@ -132,10 +133,10 @@ def scale_by_factored_rms(
         return FactoredState(zero_count(params), rows, columns)
 
     def update(grads: Tree, state: FactoredState, params: Tree) -> tuple[Tree, FactoredState]:
-        count = state.count + 1
+        count, grads = state.count + 1, widen(grads)
 
         def average(old: Tensor, g: Tensor, dim: int) -> Tensor:
-            square = g.to(old.dtype).square()
+            square = g.square()
             if g.ndim > 1:
                 square = square.mean(dim, keepdim=True)
             return old + count.to(old.dtype) ** beta2_decay * (square - old)
@@ -165,4 +166,4 @@ def scale_by_parameter_rms(minimum: float = 1e-3) -> Transformation:
 
 
 def rms(x: Tensor) -> Tensor:
-    return torch.sqrt(x.to(torch.promote_types(x.dtype, torch.float32)).square().mean())
+    return torch.sqrt(widen(x).square().mean())

@@ -136,6 +136,7 @@ def muon(
     match_adamw: bool = False,
     matrices: Rules[bool] | None = None,
     rest: Transformation | None = None,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Transformation:
     """Muon for matrices, another optimizer for the rest (Jordan et al. 2024); see scale_by_muon.
 
@@ -147,6 +148,7 @@ def muon(
             [("embedding|output", False), ("weight$", True), ("", False)]
         rest: what updates the others; None: adamw(learning_rate) with match_adamw, for which
             one rate fits both, else adamw(3e-4).
+        dtype: of the products that orthogonalise.
     """
 
     def assign(params: dict[str, Tensor]) -> dict[str, int]:
@@ -155,7 +157,7 @@ def muon(
         return {name: 0 if yes else 1 for name, yes in by_rules(matrices, params).items()}
 
     orthogonal = chain(
-        scale_by_muon(momentum, nesterov, match_adamw=match_adamw),
+        scale_by_muon(momentum, nesterov, match_adamw=match_adamw, dtype=dtype),
         add_decayed_weights(weight_decay, decay),
         scale_by_learning_rate(learning_rate),
     )

@@ -4,10 +4,11 @@
     for step in range(steps):
         dropout_key, noise_key = random.split(random.fold_in(key, step))
 
-A key is an int64 tensor (2,) of two 32-bit words. Element i of a draw, i its flat index in the
-shape asked for, is computed from (key, i) alone, by Philox-4x32-10 with counter (i, i >> 32, 0, 0).
-Hence a draw that is recomputed, cut into shards (`offset`) or mapped over a batch of keys by `vmap`
-gives the same numbers again. Never draw twice from one key: split it, or fold a number into it.
+A key is an int64 tensor (2,) of two 32-bit words. It opens a stream of random words: word j is
+word j % 4 of Philox-4x32-10 at counter (c, c >> 32, 0, 0), c = j // 4. Element i of a draw, i its
+flat index in the shape, takes word i, or words 2 i and 2 i + 1 where it needs two. Hence a draw
+that is recomputed, cut into shards (`offset`) or mapped over a batch of keys by `vmap` gives the
+same numbers again. Never draw twice from one key: split it, or fold a number into it.
 
 Everything here, `normal` included, is made of exact integer operations and one final rounding, and
 so is bit-equal eager, compiled and vmapped, on CPU and on CUDA. Two exceptions may differ by one
@@ -22,7 +23,15 @@ from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int64
-from msfs_kernels.philox import LOW32, fold_in, philox_4x32
+from msfs_kernels.philox import (
+    LOW32,
+    NUMBERS,
+    SPLIT,
+    check_key,
+    dropout_bits,
+    fold_in,
+    philox_words,
+)
 from torch import Tensor
 
 __all__ = [
@@ -58,53 +67,35 @@ def key(seed: int, *, device: torch.device | str | None = None) -> Key:
     return torch.tensor([seed & LOW32, (seed >> 32) & LOW32], dtype=torch.int64, device=device)
 
 
-def check_key(key: Tensor) -> None:
-    if key.shape != (2,) or key.dtype != torch.int64:
-        raise ValueError(
-            f"a key is an int64 tensor (2,), got {key.dtype} {tuple(key.shape)}: make one with "
-            "random.key(seed), map over a batch of keys with torch.vmap"
-        )
-
-
-def counter(
-    shape: Shape, device: torch.device, offset: int | Tensor = 0
-) -> tuple[Tensor, Tensor | int]:
-    """Lower and upper word of offset + flat index, for every element of a shape.
-
-    The masks on `index` change no number. Without them Inductor (torch 2.13) folds arange(n) times
-    a constant into one index expression and computes that in 32 bits, wrapping in silence.
-    """
-    count = math.prod(shape)
-    index = torch.arange(count, device=device).view(*shape)
-    if isinstance(offset, int) and offset == 0 and count <= 2**32:
-        return index & LOW32, 0
-    index = (index & (2**63 - 1)) + offset
-    return index & LOW32, index >> 32
-
-
 def split(key: Key, n: int = 2) -> Int64[Tensor, "n 2"]:
     """n independent keys."""
     check_key(key)
     if n < 1:
         raise ValueError(f"n ({n}) must be at least 1")
-    words = philox_4x32(*counter((n,), key.device), 0, 2, key[0], key[1])
-    return torch.stack(words[:2], dim=-1)
+    return philox_words(key, torch.arange(n, device=key.device), SPLIT)[:, :2]
 
 
-def words(key: Key, shape: Shape, offset: int | Tensor = 0) -> tuple[Tensor, Tensor]:
-    """Philox words 0 and 1 of every element of a shape."""
+def words(key: Key, shape: Shape, each: int, offset: int = 0) -> tuple[Tensor, ...]:
+    """The next `each` (1 or 2) words of the key's stream for every element of a shape."""
     check_key(key)
-    return philox_4x32(*counter(shape, key.device, offset), 0, 0, key[0], key[1])[:2]
+    if offset < 0:
+        raise ValueError(f"offset ({offset}) must not be negative")
+    start, stop = each * offset, each * (offset + math.prod(shape))
+    counters = torch.arange(start // 4, (stop + 3) // 4, device=key.device)
+    stream = philox_words(key, counters, NUMBERS).flatten()
+    skip = start // 4 * 4
+    return stream[start - skip : stop - skip].view(*shape, each).unbind(-1)
 
 
-def bits(key: Key, shape: Shape, *, offset: int | Tensor = 0) -> Int64[Tensor, "..."]:
+def bits(key: Key, shape: Shape, *, offset: int = 0) -> Int64[Tensor, "..."]:
     """Uniform integers in [0, 2**32).
 
     Args:
         offset: flat index of the first element, to draw one shard of a larger array:
-            bits(key, (6,)) == cat([bits(key, (4,)), bits(key, (2,), offset=4)])
+            bits(key, (6,)) == cat([bits(key, (4,)), bits(key, (2,), offset=4)]).
+            `uniform` and `normal` take it too.
     """
-    return words(key, shape, offset)[0]
+    return words(key, shape, 1, offset)[0]
 
 
 def integers(key: Key, shape: Shape, low: int, high: int) -> Int64[Tensor, "..."]:
@@ -121,6 +112,7 @@ def uniform(
     low: float = 0.0,
     high: float = 1.0,
     dtype: torch.dtype = torch.float32,
+    offset: int = 0,
 ) -> Float[Tensor, "..."]:
     """Uniform floats in [low, high), as fine as the dtype: multiples of 2**-24 in float32.
 
@@ -129,11 +121,11 @@ def uniform(
     precision = check_float(dtype)
     if not low <= high:
         raise ValueError(f"low ({low}) must not exceed high ({high})")
-    first, second = words(key, shape)
     if dtype == torch.float64:
+        first, second = words(key, shape, 2, offset)
         unit = (first << 21) + (second >> 11)
     else:
-        unit = first >> (32 - precision)
+        unit = bits(key, shape, offset=offset) >> (32 - precision)
     if (low, high) == (0.0, 1.0):
         return unit.to(dtype) * 2.0**-precision
     # The width cut to 24 bits makes the product exact in float64: fused multiply-add or not.
@@ -202,14 +194,16 @@ def exponential(
     return (minus_log(bits(key, shape)).to(torch.float64) * 2.0**-31).to(dtype)
 
 
-def normal(key: Key, shape: Shape, *, dtype: torch.dtype = torch.float32) -> Float[Tensor, "..."]:
+def normal(
+    key: Key, shape: Shape, *, dtype: torch.dtype = torch.float32, offset: int = 0
+) -> Float[Tensor, "..."]:
     """Standard normal floats, up to 6.77 in size (Box and Muller 1958).
 
     z = sqrt(-2 ln u) sin(a), u uniform in (0, 1), a uniform over the circle: two words each.
     The steps are of 2**-31 in every dtype.
     """
     check_float(dtype)
-    first, second = words(key, shape)
+    first, second = words(key, shape, 2, offset)
     x = second & (2**31 - 1)
     sine = x * horner(x * x >> 31, SINE_FIT) >> 31
     sign = 1 - 2 * (second >> 31)
@@ -231,7 +225,9 @@ def bernoulli(key: Key, p: float | Tensor, shape: Shape) -> Bool[Tensor, "..."]:
 def dropout(key: Key | None, x: Float[Tensor, "..."], rate: float) -> Float[Tensor, "..."]:
     """Zeroes each element with probability `rate` and scales the others by 1 / (1 - rate).
 
-    Element i of x is kept where bits(key, x.shape)[i] >= rate 2**32. Under vmap, a batch of keys
+    The rate is rounded to a multiple of 2**-16 and the scale belongs to the rounded one: the mean
+    is exact. Element i of x is kept where bit i of `philox.dropout_bits` is 1, and that bit is what
+    a compiled backward pass keeps, an eighth of a byte an element. Under vmap, a batch of keys
     drops each example by its own key; one key for all drops the same elements of each.
 
     Args:
@@ -245,15 +241,22 @@ def dropout(key: Key | None, x: Float[Tensor, "..."], rate: float) -> Float[Tens
         raise ValueError(f"dropout rate ({rate}) must be in [0, 1)")
     if key is None or rate == 0.0:
         return x
+    check_key(key)
+    if not x.is_floating_point():
+        raise ValueError(f"dropout scales floating-point numbers, x is {x.dtype}: cast it first")
     if key.device != x.device:
         raise ValueError(f"key is on {key.device}, x on {x.device}: move the key, key.to(x.device)")
-    keep = bits(key, x.shape) >= round(rate * 2**32)
-    return torch.where(keep, x * (1.0 / (1.0 - rate)), 0.0)
+    threshold = min(round(rate * 2**16), 2**16 - 1)
+    packed = dropout_bits(key, x.numel(), threshold)
+    place = torch.arange(8, dtype=torch.uint8, device=x.device)
+    bit = torch.bitwise_right_shift(packed.unsqueeze(-1), place) & 1
+    keep = bit.flatten().narrow(0, 0, x.numel()).view(x.shape) != 0
+    return torch.where(keep, x * (2**16 / (2**16 - threshold)), 0.0)
 
 
 def permutation(key: Key, n: int) -> Int64[Tensor, "n"]:
     """The numbers 0 to n - 1 in random order."""
-    first, second = words(key, (n,))
+    first, second = words(key, (n,), 2)
     return torch.argsort((first << 31) + (second >> 1), stable=True)
 
 

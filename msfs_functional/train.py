@@ -20,7 +20,6 @@ Everything that changes from step to step is a tensor, so nothing recompiles, an
 waits for the device.
 """
 
-import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,17 +29,17 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 from torch.func import vmap
-from torch.fx.experimental import _config
 from torch.utils import _pytree
-from torch.utils._triton import has_triton
 
 from msfs_functional import random
+from msfs_functional.compiling import compile_per_shape, fresh, why_not_compile
 from msfs_functional.optim import Transformation, apply_updates, ema, global_norm, overwrite
 from msfs_functional.params import Params
 from msfs_functional.transforms import NAMESPACE, accumulate
 
 Metrics = dict[str, Tensor]
 LossFn = Callable[[Any, Any, Tensor], tuple[Tensor, Metrics]]
+Step = Callable[["TrainState", Any], tuple["TrainState", Metrics]]
 OURS = ("loss", "grad_norm", "skipped")
 
 
@@ -117,6 +116,8 @@ def init_state(
 ) -> TrainState:
     """The state before the first step. It takes `params` over: a donating step writes into them.
 
+    Only tensors that are not contiguous are copied, as the expanded ones of `vmap(model.init)`.
+
     Args:
         params: what is trained; for an ensemble of N stacked, every tensor with a leading dim N.
         key: base of all random keys, (2,); for an ensemble (N, 2), one for each member.
@@ -137,43 +138,13 @@ def init_state(
         init = _vmap(init, mapped=(0,))
     own = lambda leaf: leaf.detach().clone(memory_format=torch.contiguous_format)  # noqa: E731
     return TrainState(
-        params={name: value.detach() for name, value in params.items()},
+        params={name: value.detach().contiguous() for name, value in params.items()},
         opt_state=_map(own, init(params)),
         ema=None if ema_decay is None else ema(ema_decay).init(params),
         step=torch.zeros((), dtype=torch.int64, device=device),
         skipped=torch.zeros(key.shape[:-1], dtype=torch.int64, device=device),
         key=key.to(device, copy=True),
     )
-
-
-def why_not_compile(device: torch.device | str) -> str | None:
-    """Why torch.compile cannot work for this device on this machine; None if it can."""
-    kind = torch.device(device).type
-    if kind == "cuda" and not has_triton():
-        return "Triton is missing or does not support this GPU: pip install triton"
-    if kind == "cpu":
-        from torch._inductor import cpp_builder, exc
-
-        try:
-            cpp_builder.get_cpp_compiler()
-        except (exc.InvalidCxxCompiler, RuntimeError):
-            return "no C++ compiler was found: install g++ or clang, or name one in CXX"
-    return None
-
-
-def can_compile(device: torch.device | str) -> bool:
-    """Whether torch.compile works for this device; `why_not_compile` gives the reason."""
-    return why_not_compile(device) is None
-
-
-def _fresh(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """A copy of fn with its own code object.
-
-    Dynamo keeps compiled graphs, and counts them against its recompile limit, by code object, which
-    all closures of one `def` share: without this the ninth `make_step` of a process would fail.
-    """
-    code = fn.__code__.replace()
-    return types.FunctionType(code, fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
 
 
 def _objective(loss_fn: LossFn, weighted: bool, members: int | None) -> Callable[..., Any]:
@@ -278,35 +249,6 @@ def _cut(batch: Any, n: int) -> list[Any]:
     return [_map(lambda leaf: piece(leaf, i), batch) for i in range(n)]  # noqa: B023
 
 
-def _per_shape(objective: Callable[..., Any], dynamic: bool | None) -> Callable[..., Any]:
-    """objective compiled as make_step's `dynamic` says, for batches (argument 1) of any shapes.
-
-    With static graphs each set of shapes gets a callable of its own, so that any number of them
-    compiles and a call checks the guards of one graph only. Where shapes are symbols, sizes that
-    happen to be equal in one batch (source and target length) stay different symbols.
-    """
-    graphs: dict[Any, Callable[..., Any]] = {}
-
-    def run(params: Params, batch: Any, *rest: Any) -> Any:
-        tensors = [leaf for leaf in _flatten(batch)[0] if isinstance(leaf, Tensor)]
-        shapes = tuple((leaf.shape, leaf.dtype) for leaf in tensors)
-        if shapes in graphs:
-            return graphs[shapes](params, batch, *rest)
-        symbolic = dynamic is True or (dynamic is None and len(graphs) > 0)
-        if dynamic is False or not graphs:
-            fn = torch.compile(_fresh(objective), fullgraph=True)
-        else:
-            fn = next(iter(graphs.values()))
-        graphs[shapes] = fn
-        if symbolic:
-            for leaf in tensors:
-                torch._dynamo.maybe_mark_dynamic(leaf, list(range(leaf.ndim)))
-        with _config.patch(use_duck_shape=False):  # pyright: ignore[reportAttributeAccessIssue]
-            return fn(params, batch, *rest)
-
-    return run
-
-
 def make_step(
     loss_fn: LossFn,
     optimizer: Transformation,
@@ -317,7 +259,7 @@ def make_step(
     compile: bool = True,
     dynamic: bool | None = None,
     donate: bool = True,
-) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+) -> Step:
     """step(state, batch) -> (state, metrics): gradient, guard, optimizer and average in one.
 
     A step whose loss or gradient norm is not finite changes nothing but `step` and `skipped`.
@@ -351,8 +293,8 @@ def make_step(
     objective = _objective(loss_fn, weighted, members)
     advance = _advance(optimizer, weighted, ema_decay, members, donate)
     if compile:
-        objective = _per_shape(objective, dynamic)
-        advance = torch.compile(_fresh(advance), fullgraph=True, dynamic=False)
+        objective = compile_per_shape(objective, dynamic)
+        advance = torch.compile(fresh(advance), fullgraph=True, dynamic=False)
     checked = False
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:

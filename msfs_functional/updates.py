@@ -39,6 +39,11 @@ def tree_map(fn: Callable[..., Any], tree: T, *rest: Any) -> T:
     return optree.tree_map(fn, tree, *rest)  # pyright: ignore
 
 
+def widen(tree: T) -> T:
+    """The tree with narrower floats than float32 cast to it, so that sums of them do not round."""
+    return tree_map(lambda x: x.to(torch.promote_types(x.dtype, torch.float32)), tree)
+
+
 def zeros_like(params: Tree) -> Tree:
     """Zeros in the shape of each parameter, in float32 where the parameter is narrower."""
     return tree_map(
@@ -121,11 +126,10 @@ def partition(
 
 def global_norm(tree: Tree) -> Tensor:
     """Euclidean norm of all leaves as one vector: 0-d, summed in float32 at least."""
-    leaves = optree.tree_leaves(tree)
+    leaves = optree.tree_leaves(widen(tree))
     if not leaves:
         raise ValueError("a tree without tensors has no norm")
-    squares = [x.to(torch.promote_types(x.dtype, torch.float32)).square().sum() for x in leaves]
-    return torch.sqrt(torch.stack(squares).sum())
+    return torch.sqrt(torch.stack([x.square().sum() for x in leaves]).sum())
 
 
 def clip_by_global_norm(max_norm: float) -> Transformation:
@@ -138,7 +142,7 @@ def clip_by_global_norm(max_norm: float) -> Transformation:
 
     def update(grads: Tree, params: Tree) -> Tree:
         scale = torch.clamp(max_norm / global_norm(grads), max=1.0)
-        return tree_map(lambda g: g * scale, grads)
+        return tree_map(lambda g: g * scale, widen(grads))
 
     return stateless(update)
 
@@ -206,9 +210,9 @@ def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Tran
         return AdamState(zero_count(params), zeros_like(params), zeros_like(params))
 
     def update(grads: Tree, state: AdamState, params: Tree) -> tuple[Tree, AdamState]:
-        count = state.count + 1
+        count, grads = state.count + 1, widen(grads)
         mu = tree_map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
-        nu = tree_map(lambda v, g: b2 * v + (1 - b2) * g.to(v.dtype).square(), state.nu, grads)
+        nu = tree_map(lambda v, g: b2 * v + (1 - b2) * g.square(), state.nu, grads)
         t = count.to(optree.tree_leaves(nu)[0].dtype)
         c1, c2 = one_minus_power(b1, t), one_minus_power(b2, t)
         updates = tree_map(lambda m, v: m / c1 / (torch.sqrt(v / c2) + eps), mu, nu)

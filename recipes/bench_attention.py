@@ -1,19 +1,22 @@
 """Attention measured: our kernels and every peer that is installed, in one run on one GPU.
 
-    python recipes/bench_attention.py                     # the grid of head dims, lengths and masks, forward and backward
-    python recipes/bench_attention.py --check             # ours against float64 over random shapes and options (< 60 s)
-    python recipes/bench_attention.py --tangent           # torch.func.jvp against our forward and jvp_flash_attention
-    python recipes/bench_attention.py --tune              # measures tile sizes and rewrites kernels/msfs_kernels/configs.json
-    python recipes/bench_attention.py --head-dims 128 --lengths 4096 --peers ours cudnn    # any part of the grid
+    python recipes/bench_attention.py               # the grid, forward and backward
+    python recipes/bench_attention.py --check       # ours against float64, random options (< 60 s)
+    python recipes/bench_attention.py --tangent     # torch.func.jvp beside jvp_flash_attention
+    python recipes/bench_attention.py --overhead    # the host's time a call
+    python recipes/bench_attention.py --tune        # measures tile sizes, rewrites configs.json
+    python recipes/bench_attention.py --head-dims 128 --lengths 4096 --peers ours cudnn   # a part
 
-Work: bf16, 16,384 tokens of width 2048, so heads = 2048 / head dim and batch = 16,384 / length. A forward counts
-4 B H T^2 K floating-point operations, a backward 10 B H T^2 K, half of either under a causal mask. Times are medians over
-CUDA events; errors are the largest difference from the formula in float64 on one head; memory is the peak of one forward and
-backward above the inputs, in MiB. A table goes to the terminal and, with a plot, to --out.
+Work: bf16, 16,384 tokens of width 2048, so heads = 2048 / head dim and batch = 16,384 / length. A
+forward counts 4 B H T^2 K floating-point operations, a backward 10 B H T^2 K, half of either under
+a causal mask. Times are medians over CUDA events; errors are the largest difference from the
+formula in float64 on one head; memory is the peak of one forward and backward above the inputs, in
+MiB. A table goes to the terminal and, with a plot, to --out.
 """
 
 import argparse
 import concurrent.futures
+import functools
 import json
 import multiprocessing
 import os
@@ -40,7 +43,9 @@ Attention = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 def ours(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     from msfs_kernels import flash_attention
 
-    return flash_attention(q, k, v, is_causal=causal)
+    out = flash_attention(q, k, v, is_causal=causal)
+    assert isinstance(out, Tensor)
+    return out
 
 
 def sdpa(backend: str) -> Attention:
@@ -54,6 +59,7 @@ def sdpa(backend: str) -> Attention:
 
 
 def flex() -> Attention:
+    import torch._functorch.config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     torch._functorch.config.donated_buffer = False  # the backward is timed by running it repeatedly
@@ -93,45 +99,12 @@ def jvp_flash() -> Attention:
     return attention
 
 
-def hopper(
-    fence: int, config: dict[int, Config], programs: int = 132, stages: int = 2
-) -> Attention:
-    from msfs_kernels import hopper_backward, hopper_forward
-    from msfs_kernels.options import empty_tokens_first
-
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, q, k, v, causal):
-            o = empty_tokens_first(q, *q.shape)
-            lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-            options = Options(causal=causal, scale=q.shape[-1] ** -0.5)
-            c = config[q.shape[-1]]
-            hopper_forward.plan_forward(q, k, v, o, lse, options, c, fence, programs).run()
-            ctx.save_for_backward(q, k, v, o, lse)
-            ctx.options = options
-            return o
-
-        @staticmethod
-        def backward(ctx, do):
-            q, k, v, o, lse = ctx.saved_tensors
-            grads = hopper_backward.backward(do, q, k, v, o, lse, ctx.options, stages)
-            return *grads, None
-
-    return Function.apply
-
-
-TWO = {64: Config(128, 128, 8, 3), 128: Config(128, 128, 8, 2)}
-THREE = {64: Config(192, 128, 12, 3), 128: Config(192, 64, 12, 2)}
 PEERS: dict[str, Callable[[], Attention]] = {
     "ours": lambda: ours,
     "flash2": lambda: sdpa("FLASH_ATTENTION"),
     "flex": flex,
     "cudnn": lambda: sdpa("CUDNN_ATTENTION"),
     "flash4": flash_attention_4,
-    "hopper0": lambda: hopper(0, TWO),
-    "hopper1": lambda: hopper(1, TWO),
-    "hopper2": lambda: hopper(1, TWO, 1 << 30),
-    "hopper3": lambda: hopper(1, THREE, stages=3),
     "math": lambda: sdpa("MATH"),
 }
 
@@ -155,10 +128,11 @@ def median_ms(fn: Callable[[], object], rep_ms: int) -> float:
     return result
 
 
-def inputs(head_dim: int, length: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+def inputs(head_dim: int, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q, k, v, do as (B, H, T, K)."""
     shape = (TOKENS // length, WIDTH // head_dim, length, head_dim)
-    return [torch.randn(shape, device="cuda", dtype=dtype) for _ in range(4)]
+    q, k, v, do = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    return q, k, v, do
 
 
 def exact_head(q: Tensor, k: Tensor, v: Tensor, do: Tensor, causal: bool) -> tuple[Tensor, ...]:
@@ -174,19 +148,17 @@ def exact_head(q: Tensor, k: Tensor, v: Tensor, do: Tensor, causal: bool) -> tup
 
 def measure(
     attention: Attention,
-    tensors: list[Tensor],
+    tensors: tuple[Tensor, ...],
     causal: bool,
     exact: tuple[Tensor, ...] | None,
     rep_ms: int,
 ):
-    """Forward and backward times in ms, largest errors of o and of the gradients, peak MiB above the inputs."""
+    """Forward and backward ms, largest errors of o and of the gradients, peak MiB above inputs."""
     q, k, v = (x.detach().requires_grad_() for x in tensors[:3])
     do = tensors[3]
 
     def both() -> tuple[Tensor, ...]:
         o = attention(q, k, v, causal)
-        if not o.requires_grad:
-            return (o,)
         return o, *torch.autograd.grad(o, (q, k, v), do)
 
     both()
@@ -200,14 +172,12 @@ def measure(
     if exact is not None:
         errors = [
             float((x[:1, :1].detach().double() - y).abs().max())
-            for x, y in zip(results, exact, strict=False)
+            for x, y in zip(results, exact, strict=True)
         ]
     del results
     with torch.no_grad():
         forward_ms = median_ms(lambda: attention(q, k, v, causal), rep_ms)
     o = attention(q, k, v, causal)
-    if not o.requires_grad:
-        return forward_ms, float("nan"), errors[0], float("nan"), peak
     backward_ms = median_ms(
         lambda: torch.autograd.grad(o, (q, k, v), do, retain_graph=True), rep_ms
     )
@@ -218,7 +188,8 @@ def bench(args: argparse.Namespace) -> None:
     peers = available(args.peers)
     rows = []
     print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}; forward / backward TFLOP/s (error o / grads, peak MiB)"
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}; "
+        "forward / backward TFLOP/s (error o / grads, peak MiB)"
     )
     for head_dim in args.head_dims:
         for causal in args.causal:
@@ -237,12 +208,23 @@ def bench(args: argparse.Namespace) -> None:
                     except Exception as problem:
                         cells.append(f"{name} failed: {str(problem).splitlines()[0][:60]}")
                         continue
-                    row = dict(head_dim=head_dim, causal=causal, length=length, peer=name, forward_ms=fwd,
-                               backward_ms=bwd, forward=flops / fwd / 1e9, backward=2.5 * flops / bwd / 1e9,
-                               error=error, grad_error=grad_error, peak_mib=peak)  # fmt: skip
+                    row = dict(
+                        head_dim=head_dim,
+                        causal=causal,
+                        length=length,
+                        peer=name,
+                        forward_ms=fwd,
+                        backward_ms=bwd,
+                        forward=flops / fwd / 1e9,
+                        backward=2.5 * flops / bwd / 1e9,
+                        error=error,
+                        grad_error=grad_error,
+                        peak_mib=peak,
+                    )
                     rows.append(row)
                     cells.append(
-                        f"{name} {row['forward']:.0f}/{row['backward']:.0f} ({error:.1g}/{grad_error:.1g} {peak:.0f})"
+                        f"{name} {row['forward']:.0f}/{row['backward']:.0f} "
+                        f"({error:.1g}/{grad_error:.1g} {peak:.0f})"
                     )
                 print(
                     f"{head_dim:4d} {'causal' if causal else 'full  '} {length:6d}  "
@@ -288,6 +270,29 @@ def plot(out: Path, rows: list[dict]) -> None:
     figure.savefig(out / "attention.png", dpi=130)
 
 
+def bench_decode(args: argparse.Namespace) -> None:
+    """One new token of 8 rows, 32 heads over 8 kv heads of 128, against a cache of keys."""
+    from msfs_kernels import triton_backend
+
+    for length in (1024, 4096, 16_384, 65_536):
+        q = torch.randn(8, 32, 1, 128, device="cuda", dtype=torch.bfloat16)
+        k, v = (
+            torch.randn(8, 8, length, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2)
+        )
+        options = Options(scale=128**-0.5)
+        both = 2 * k.numel() * 2
+        with torch.no_grad():
+            ms = median_ms(functools.partial(triton_backend.forward, q, k, v, options), args.rep)
+            peer = functools.partial(F.scaled_dot_product_attention, q, k, v, enable_gqa=True)
+            peer_ms = median_ms(peer, args.rep)
+            error = (triton_backend.forward(q, k, v, options)[0] - peer()).abs().max()
+        print(
+            f"decode over {length}: ours {ms:.3f} ms, {both / ms / 1e6:.0f} GB/s; "
+            f"sdpa {peer_ms:.3f} ms; largest difference {error:.2g}",
+            flush=True,
+        )
+
+
 def bench_overhead(args: argparse.Namespace) -> None:
     """Time that the host takes to start a tiny attention, in microseconds a call."""
     q, k, v = (torch.randn(1, 2, 16, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
@@ -302,7 +307,7 @@ def bench_overhead(args: argparse.Namespace) -> None:
         "tangent below the op": lambda: triton_tangent.tangent(
             q, k, v, None, q, k, v, q, lse, options
         ),
-        "jvp": lambda: torch.func.jvp(lambda *x: ours(*x, False), (q, k, v), (q, k, v)),
+        "jvp": lambda: torch.func.jvp(lambda x, y, z: ours(x, y, z, False), (q, k, v), (q, k, v)),
     }
     for name, call in calls.items():
         for _ in range(20):
@@ -315,33 +320,40 @@ def bench_overhead(args: argparse.Namespace) -> None:
         torch.cuda.synchronize()
 
 
+def time_tangent(attention: Attention, primals: tuple, tangents: tuple, causal: bool, rep: int):
+    """Milliseconds of torch.func.jvp over q, k and v."""
+
+    def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, causal)
+
+    return median_ms(lambda: torch.func.jvp(fn, primals, tangents), rep)
+
+
 def bench_tangent(args: argparse.Namespace) -> None:
-    """torch.func.jvp over q, k and v at 8,192 tokens of 16 heads of 64, beside our own forward."""
+    """torch.func.jvp at 8,192 tokens of 16 heads of 64, beside our own forward and the peer."""
     rows = []
     for causal in args.causal:
         for length in (1024, 4096, 8192):
             shape = (8192 // length, 16, length, 64)
-            q, k, v, tq, tk, tv = (
-                torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(6)
+            x = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(6)]
+            primals, tangents = (x[0], x[1], x[2]), (x[3], x[4], x[5])
+            options = Options(causal=causal, scale=0.125)
+            o, lse = triton_forward.forward(*primals, options)
+            row = dict(causal=causal, length=length)
+            kernels = functools.partial(triton_forward.forward, *primals, options)
+            row["forward_ms"] = median_ms(kernels, args.rep)
+            kernels = functools.partial(
+                triton_tangent.tangent, *tangents, None, *primals, o, lse, options
             )
-            fwd = median_ms(lambda: ours(q, k, v, causal), args.rep)
-            both = median_ms(
-                lambda: torch.func.jvp(lambda *x: ours(*x, causal), (q, k, v), (tq, tk, tv)),
-                args.rep,
-            )
-            cell = f"ours: forward {fwd:.3f} ms, jvp {both:.3f} ms ({both / fwd:.2f}x)"
-            row = dict(causal=causal, length=length, forward_ms=fwd, jvp_ms=both)
+            row["tangent_ms"] = median_ms(kernels, args.rep)
+            row["jvp_ms"] = time_tangent(ours, primals, tangents, causal, args.rep)
             try:
-                peer = jvp_flash()
-                row["peer_ms"] = median_ms(
-                    lambda: torch.func.jvp(lambda *x: peer(*x, causal), (q, k, v), (tq, tk, tv)),
-                    args.rep,
-                )
-                cell += f", jvp_flash_attention {row['peer_ms']:.3f} ms ({row['peer_ms'] / both:.2f}x ours)"
+                row["peer_ms"] = time_tangent(jvp_flash(), primals, tangents, causal, args.rep)
             except Exception as problem:
-                cell += f", jvp_flash_attention: {str(problem).splitlines()[0][:60]}"
+                print(f"jvp_flash_attention: {str(problem).splitlines()[0][:60]}")
             rows.append(row)
-            print(f"{'causal' if causal else 'full  '} {length:6d}  {cell}", flush=True)
+            row["tangent_over_forward"] = row["tangent_ms"] / row["forward_ms"]
+            print({k: round(v, 3) for k, v in row.items()}, flush=True)
     save(args.out, "tangent", rows)
 
 
@@ -361,7 +373,7 @@ def check_one(job: tuple[int, int, float]) -> list[str] | None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Random cases on the GPU, compiled on all cores, until the time is up; the failures, compactly."""
+    """Random cases on the GPU, compiled on all cores, until the time is up; prints failures."""
     start, cases, wrong = time.time(), 0, []
     jobs = [
         (seed, args.largest, start + args.seconds)
@@ -400,7 +412,7 @@ def candidates(kernel: str) -> list[Config]:
 def tuned_launch(
     kernel: str, head_dim: int, causal: bool, length: int, config: Config, device: str
 ) -> Launch:
-    """The launch that a configuration means for a shape of the grid; on the CPU only its compilation is of use."""
+    """The launch that a configuration means for a shape; on the CPU only good for compiling."""
     shape = (TOKENS // length, length, WIDTH // head_dim, head_dim)
     make = torch.randn if device == "cuda" else torch.empty
     q, k, v, do = (
@@ -421,13 +433,18 @@ def tuned_launch(
 
 
 def compile_one(job: tuple[str, int, bool, int, Config, int]) -> str:
-    """In a worker process without CUDA: compiles into Triton's cache on disk and says what the program takes."""
+    """In a worker process without CUDA: compiles into Triton's cache, says what it takes."""
     from msfs_kernels.triton_compile import compile_launch, resources
 
     torch.set_num_threads(1)
-    *what, capability = job
+    kernel, head_dim, causal, length, config, capability = job
     try:
-        took = resources(compile_launch(tuned_launch(*what, "cpu"), capability), capability)
+        took = resources(
+            compile_launch(
+                tuned_launch(kernel, head_dim, causal, length, config, "cpu"), capability
+            ),
+            capability,
+        )
         return (
             "too much shared memory"
             if took.shared > 227 * 1024
@@ -438,7 +455,7 @@ def compile_one(job: tuple[str, int, bool, int, Config, int]) -> str:
 
 
 def tune(args: argparse.Namespace) -> None:
-    """Compiles all candidates on all cores, measures those that fit, prints the ranking and rewrites the table."""
+    """Compiles candidates on all cores, measures those that fit, ranks them, rewrites the table."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
@@ -515,6 +532,7 @@ def main() -> None:
     )
     parser.add_argument("--tangent", action="store_true", help="measure torch.func.jvp")
     parser.add_argument("--overhead", action="store_true", help="measure the host's time a call")
+    parser.add_argument("--decode", action="store_true", help="measure one token against a cache")
     parser.add_argument("--tune", action="store_true", help="measure tile sizes, rewrite the table")
     parser.add_argument(
         "--bench",
@@ -556,9 +574,11 @@ def main() -> None:
         tune(args)
     if args.overhead:
         bench_overhead(args)
+    if args.decode:
+        bench_decode(args)
     if args.tangent:
         bench_tangent(args)
-    if args.bench or not (args.check or args.tune or args.tangent or args.overhead):
+    if args.bench or not (args.check or args.tune or args.tangent or args.overhead or args.decode):
         bench(args)
 
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -26,7 +26,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from msfs_functional import decoding
+from msfs_functional.attention import Implementation
 from msfs_functional.models import transformer as tf
+from msfs_functional.models.marian import from_marian
 from msfs_functional.params import Params, cast
 
 EOS = 2
@@ -53,13 +55,13 @@ class Config:
     out: Path | None = None  # also write the figures here, as JSON
 
 
-def build_marian(config: Config) -> transformers.MarianMTModel:
+def build_marian(config: Config) -> Any:
     """Transformer base in Marian's layout, with weights large enough for varied hypotheses."""
     width, layers, hidden, heads, vocab = 512, 6, 2048, 8, 32000
     if config.small:
         width, layers, hidden, heads, vocab = 32, 2, 64, 4, 300
     torch.manual_seed(config.seed)
-    model = transformers.MarianMTModel(
+    model: Any = transformers.MarianMTModel(
         transformers.MarianConfig(
             vocab_size=vocab,
             d_model=width,
@@ -86,27 +88,26 @@ def build_marian(config: Config) -> transformers.MarianMTModel:
 
 
 def build_ours(
-    marian: transformers.MarianMTModel, config: Config, implementation: str, dtype: torch.dtype
+    marian: Any,
+    config: Config,
+    implementation: Implementation,
+    dtype: torch.dtype,
 ) -> Callable[[Tensor, Tensor], decoding.Hypotheses]:
     """(source, lengths) -> hypotheses: encoder, caches and search, all compiled."""
-    shape, params = tf.from_marian(marian.config.to_dict(), marian.state_dict())
+    shape, params = from_marian(marian.config.to_dict(), marian.state_dict())
     model, params = tf.transformer(shape), cast(params, dtype)
 
-    def prepare(params: Params, source: Tensor, lengths: Tensor) -> tf.Cache:
-        memory = model.apply(
-            params, source, lengths, method="encode", implementation=implementation
-        )
-        return model.apply(
-            params, memory, lengths, config.new_tokens, config.beams, method="init_cache"
-        )
+    def start(params: Params, source: Tensor, lengths: Tensor) -> tf.Cache:
+        arguments = (source, lengths, config.new_tokens, config.beams)
+        return model.apply(params, *arguments, method="start", implementation=implementation)
 
-    prepare = torch.compile(prepare, fullgraph=True, dynamic=False)
+    start = torch.compile(start, fullgraph=True, dynamic=False)
     step_fn = functools.partial(tf.decode_step(model, implementation=implementation), params)
     runner = decoding.Compiled(check_every=config.check_every)
 
     def search(source: Tensor, lengths: Tensor) -> decoding.Hypotheses:
         with torch.no_grad():
-            cache = prepare(params, source, lengths)
+            cache = start(params, source, lengths)
         return decoding.beam_search(
             step_fn,
             cache,
@@ -124,9 +125,7 @@ def build_ours(
     return search
 
 
-def build_theirs(
-    marian: transformers.MarianMTModel, config: Config
-) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def build_theirs(marian: Any, config: Config) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     def generate(source: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         out = marian.generate(
             source,
@@ -167,7 +166,8 @@ def seconds(run: Callable[[], object], repeats: int, device: str) -> float:
 
 
 def main(config: Config) -> dict:
-    console = Console()
+    console = Console(width=120)
+    torch._dynamo.config.recompile_limit = 64  # each implementation and dtype is one
     if config.small:
         config = Config(**{**asdict(config), "batch": 4, "new_tokens": 8, "repeats": 2})
     device = torch.device(config.device)

@@ -1,4 +1,4 @@
-"""Shared test set-up: deterministic hypothesis, one thread a worker, GPU tests only where a GPU is."""
+"""Shared set-up: hypothesis without deadlines, one thread a worker, GPU tests where a GPU is."""
 
 import pytest
 import torch

@@ -103,16 +103,21 @@ def test_only_newlines_end_a_line(tmp_path):
 
 
 def test_the_embedded_corpus_is_the_default_in_both_directions(monkeypatch):
-    def few(seed):
-        return english_italian(seed, train=300, valid=20, test=30)
+    def few(seed, valid=20, test=30):
+        return english_italian(seed, train=300, valid=valid, test=test)
 
     monkeypatch.setattr(corpora, "english_italian", few)
     splits = load_pairs(seed=4)
     assert [rows(part) for part in (splits.train, splits.valid, splits.test)] == list(few(4))
     backwards = load_pairs(seed=4, source="it", target="en")
     assert rows(backwards.test) == [(b, a) for a, b in rows(splits.test)]
+    assert len(load_pairs(seed=4, test_size=10).test) == 10
     with pytest.raises(ValueError, match="no column 'de', it has en, it"):
         load_pairs(target="de")
+    with pytest.raises(ValueError, match="has its own splits"):
+        load_pairs(test="test.tsv")
+    with pytest.raises(ValueError, match=r"seed \(-1\) must be at least 0"):
+        load_pairs(seed=-1)
 
 
 def hub(monkeypatch, folder: Path) -> None:
@@ -144,6 +149,9 @@ def test_hub_datasets_use_their_splits_and_translation_columns(tmp_path, monkeyp
     splits = load_pairs("books", config="en-it", test="test", valid_size=5)
     assert [len(part) for part in (splits.train, splits.valid, splits.test)] == [45, 5, 10]
     assert rows(splits.test)[0] == ("test 0", "test numero 0")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "test").mkdir()  # a folder of that name is no split
+    assert rows(load_pairs("books", config="en-it", test="test").test) == rows(splits.test)
     swapped = load_pairs("books", config="en-it", source="it", target="en")
     assert ("train numero 7", "train 7") in everything(swapped)
     with pytest.raises(ValueError, match="no column 'de', it has en, it: name two"):
@@ -152,7 +160,7 @@ def test_hub_datasets_use_their_splits_and_translation_columns(tmp_path, monkeyp
 
 def test_wrong_names_on_the_hub_list_what_there_is(tmp_path, monkeypatch):
     hub(monkeypatch, tmp_path / "hub")
-    with pytest.raises(ValueError, match=r"no config 'en-xx'.*(?s:.)*en-it") as error:
+    with pytest.raises(ValueError, match=r"does not load with config 'en-xx'.*en-it") as error:
         load_pairs("books", config="en-xx")
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match=r"split 'dev'.*train"):
@@ -478,6 +486,7 @@ def test_bad_settings_say_value_rule_and_remedy():
     cases = {
         r"tokens \(0\) must be at least 1": dict(tokens=0),
         r"buckets \(-1\) must be": dict(tokens=99, buckets=-1),
+        r"seed \(-1\) must be at least 0": dict(tokens=99, seed=-1),
         r"rank \(2\) must lie in \[0, world = 2\)": dict(tokens=99, rank=2, world=2),
         r"exceeds tokens \(10\): raise": dict(tokens=10),
         r"none of 20 pairs has at most max_length \(1\)": dict(tokens=99, max_length=1),
@@ -490,7 +499,7 @@ def test_bad_settings_say_value_rule_and_remedy():
     with pytest.raises(ValueError, match="20 sources and 2 targets"):
         TokenBatches(pairs[0], ragged([3, 3]), tokens=99)
     batches = TokenBatches(*pairs, tokens=200)
-    for change in ({"seed": 5}, {"steps_per_epoch": 1}):
+    for change in ({"seed": 5}, {"steps_per_epoch": 1}, {"pairs": 7}):
         with pytest.raises(ValueError, match="resume with the same data"):
             batches.restore({**batches.state(), **change})
 
@@ -520,6 +529,16 @@ def test_prefetching_ends_with_the_epochs_and_starts_over():
     ahead = Prefetch(TokenBatches(*pairs, tokens=300, epochs=1), "cpu")
     assert sorted(contents(ahead)) == sorted(lists(pairs))
     assert sorted(contents(ahead)) == sorted(lists(pairs))
+
+
+@pytest.mark.timeout(20)
+def test_closing_never_waits_for_a_full_queue():
+    for taken in range(4):
+        ahead = Prefetch(TokenBatches(*corpus(6, 9), tokens=120, epochs=1), "cpu", depth=1)
+        for _ in range(taken):
+            next(ahead)
+        time.sleep(0.05)
+        ahead.close()
 
 
 def test_an_error_in_the_thread_reaches_the_caller(monkeypatch):

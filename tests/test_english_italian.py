@@ -14,6 +14,7 @@ import pytest
 
 from msfs_functional.synthetic.english_italian import Corpus, english_italian
 from msfs_functional.synthetic.english_italian import corpus as corpus_module
+from msfs_functional.synthetic.english_italian import english as en
 from msfs_functional.synthetic.english_italian import italian as it
 from msfs_functional.synthetic.english_italian.clauses import Mood, Predicate, clause, question
 from msfs_functional.synthetic.english_italian.corpus import PATTERNS, held_out, sentences
@@ -281,6 +282,28 @@ def test_plurals():
     assert NOUNS["egg"].genders == "mf" and NOUNS["wolf"].english[1] == "wolves"
 
 
+def test_english_verb_forms():
+    cases = """
+        eat ate eaten: eat eats ate eaten eating
+        begin began begun: begin begins began begun beginning
+        try: try tries tried tried trying
+        finish: finish finishes finished finished finishing
+        write wrote written: write writes wrote written writing
+        play: play plays played played playing
+        forget forgot forgotten: forget forgets forgot forgotten forgetting
+        have had: have has had had having
+        go went gone: go goes went gone going
+        cross: cross crosses crossed crossed crossing
+        run ran run: run runs ran run running
+    """
+    for case in cases.strip().splitlines():
+        given, forms = case.split(": ")
+        assert " ".join(en.verb(*given.split())[:5]) == forms
+    assert [en.indefinite(word) for word in ("egg", "university", "book", "old hat")] == [
+        "an egg", "a university", "a book", "an old hat",
+    ]  # fmt: skip
+
+
 def test_adjective_forms():
     cases = {
         "rosso": "rosso rossa rossi rosse", "verde": "verde verde verdi verdi",
@@ -487,6 +510,7 @@ GIRL, CHILDREN, APPLE = the("girl"), the("child", plural=True), the("apple")
          "Marco l'ha vista"),
         (says(MARCO, "see", Mood("past"), clitic=("them", "li")), "Marco saw them",
          "Marco li ha visti"),
+        (says(WE, "love", Mood("past"), clitic=("her", "la")), "we loved her", "l'abbiamo amata"),
         (says(ANNA, "see", Mood("past", True), clitic=("him", "lo")), "Anna did not see him",
          "Anna non l'ha visto"),
         (says(SHE, "call", Mood("want"), clitic=("us", "ci")), "she wants to call us",

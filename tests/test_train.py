@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from msfs_functional import optim, random, train
 from msfs_functional import params as P
+from msfs_functional.compiling import can_compile, graphed, why_not_compile
 from msfs_functional.train import init_state, make_step
 
 VOCAB = 7
@@ -345,7 +346,7 @@ def test_step_learns_and_state_continues_from_a_copy_bit_for_bit():
     step = make_step(loss_fn, optimizer(), compile=False)
     batch = make_batch(0)
     state, first = step(state, batch)
-    for _ in range(30):
+    for _ in range(100):
         state, last = step(state, batch)
     assert last["loss"] < 0.7 * first["loss"]
     kept = copy(state)
@@ -375,6 +376,17 @@ def test_state_holds_no_memory_twice():
     places = [leaf.data_ptr() for leaf in leaves(state)]
     assert len(set(places)) == len(places) and state.params["w"] is not params["w"]
     assert state.params["w"].data_ptr() == params["w"].data_ptr()
+
+
+def test_members_drawn_by_vmap_can_be_written_in_place():
+    """vmap expands what does not depend on the key: a zero bias of all members is one number."""
+    zeros = P.functional(Net, [("bias", P.zeros), ("", P.normal(0.3))])
+    keys = random.split(random.key(0), 2)
+    state = init_state(torch.vmap(zeros.init)(keys), optimizer(), keys)
+    step = make_step(loss_fn, optimizer(), members=2, compile=False)
+    state, _ = step(state, make_batch(0))
+    first, second = state.params["hidden.bias"]
+    assert first.any() and not torch.equal(first, second)
 
 
 def test_bad_input_is_refused_by_name():
@@ -407,9 +419,9 @@ def test_machine_that_cannot_compile_says_why(monkeypatch):
     def missing():
         raise exc.InvalidCxxCompiler
 
-    assert train.can_compile("cpu") and train.why_not_compile("cpu") is None
+    assert can_compile("cpu") and why_not_compile("cpu") is None
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
-    assert not train.can_compile("cpu")
+    assert not can_compile("cpu")
     with pytest.raises(ValueError, match=r"compile=True, but no C\+\+ compiler was found: install"):
         make_step(loss_fn, optimizer())(new_state(), make_batch(0))
 
@@ -448,3 +460,31 @@ def test_compiled_update_on_a_gpu_allocates_less_than_one_copy_of_the_state():
     gradients = 8 * 4 * size
     assert torch.cuda.max_memory_allocated() - held < 1.3 * gradients
     assert state.step == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+def test_step_replayed_from_cuda_graphs_equals_the_step(compile):
+    """Two shapes in turn, a skipped step, and a state restored into other memory half way."""
+    to_gpu = functools.partial(optree.tree_map, lambda t: t.cuda())
+    batches = [to_gpu(make_batch(i, rows=4 + 2 * (i % 2))) for i in range(12)]
+    batches[6]["scale"].fill_(torch.nan)
+    options = {"ema_decay": 0.9, "accumulation": 2, "compile": compile, "dynamic": False}
+    results = []
+    for wrap in (lambda step: step, graphed):
+        key = random.key(0)
+        state = init_state(model.init(key, device="cuda"), optimizer(), key, ema_decay=0.9)
+        step, losses = wrap(make_step(loss_fn, optimizer(), **options)), []
+        for i, batch in enumerate(batches):
+            if i == 8:
+                state = copy(state)
+            state, metrics = step(state, batch)
+            losses.append(metrics["loss"])
+        results.append((state, metrics, losses))
+    assert_trees(*results, rtol=1e-4, atol=1e-5, equal_nan=True)  # atomic additions vary
+    assert state.skipped == 1
+
+
+def test_graphed_step_refuses_a_state_on_the_cpu():
+    with pytest.raises(ValueError, match=r"graphed needs a state on a GPU, got one on .*cpu"):
+        graphed(make_step(loss_fn, optimizer(), compile=False))(new_state(), make_batch(0))

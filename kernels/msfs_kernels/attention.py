@@ -1,4 +1,6 @@
-"""flash_attention: the public function. Checks its arguments, brings them into canonical form, calls the op."""
+"""flash_attention: the public function. Checks its arguments, brings them into canonical form,
+calls the op.
+"""
 
 import math
 
@@ -7,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from . import checks, ops  # noqa: F401, registers the ops
-from .dispatch import call
+from .dispatch import call, is_sharded
 from .options import accumulate_dtype
 from .philox import fold_in
 from .refusal import refused
@@ -37,13 +39,13 @@ def flash_attention(
 ):
     """Exact softmax attention without the T x S matrix, right under every transform of torch.func.
 
-    o[i] = sum_j softmax_j(cap(scale q[i].k[j]) + bias[i, j] + ...) v[j] over the keys j that query i may see
-    (Dao 2023, Algorithm 1). Dims: H heads, G kv heads (G divides H: kv head g serves the query heads
-    g H/G .. (g + 1) H/G - 1), T queries, S keys, K head dim, Kv head dim of the values; "..." any number of batch
-    dims, also none. Any strides.
+    o[i] = sum_j softmax_j(cap(scale q[i].k[j]) + bias[i, j] + ...) v[j] over the keys j that query
+    i may see (Dao 2023, Algorithm 1). Dims: H heads, G kv heads (G divides H: kv head g serves the
+    query heads g H/G .. (g + 1) H/G - 1), T queries, S keys, K head dim, Kv head dim of the values;
+    "..." any number of batch dims, also none. Any strides.
 
-    Masks align bottom right: query i stands at position p = i + S - T, so the last query sees every key. (torch's
-    `is_causal` aligns top left; the two differ only where T != S.) For T = 3, S = 5:
+    Masks align bottom right: query i stands at position p = i + S - T, so the last query sees every
+    key. (torch's `is_causal` aligns top left; the two differ only where T != S.) For T = 3, S = 5:
 
         is_causal         is_causal, window=2     window=2            is_causal, prefix_lengths=4
         1 1 1 0 0         0 1 1 0 0               0 1 1 1 0           1 1 1 1 0
@@ -57,17 +59,24 @@ def flash_attention(
         is_causal: keys j <= p only.
         scale: multiplies q.k; K ** -0.5 by default.
         window: tokens, at least 1: keys with p - j < window if causal, |p - j| < window if not.
-        key_lengths: batch dims; keys j < key_lengths only (padding on the right), 0 <= key_lengths <= S.
-        prefix_lengths: batch dims; keys j < prefix_lengths are visible whatever `is_causal` and `window` say.
-        segment_ids: pairs of equal ids only (packed sequences); a pair of tensors where T != S or ids differ.
-        softcap: logits become softcap * tanh(logits / softcap), before everything that is added to them.
-        alibi_slopes: adds -slope * |p - j| (Press et al. 2022). No gradient: it raises where one is asked for.
-        bias: broadcastable to (..., H, T, S). Floats are added to the logits and get a gradient; in a boolean one
-            True means may attend.
-        dropout: share of the weights that are zeroed, in [0, 1), the others growing by 1 / (1 - dropout).
-        dropout_key: random key, Int64[2]; the same key drops the same pairs on every device and in every transform.
-        return_lse: also return the log-sum-exp of the logits, (..., H, T), float32 (float64 for float64), -inf for a
-            query without keys; differentiable.
+        key_lengths: batch dims; keys j < key_lengths only (padding on the right), 0 <= key_lengths
+            <= S.
+        prefix_lengths: batch dims; keys j < prefix_lengths are visible whatever `is_causal` and
+            `window` say.
+        segment_ids: pairs of equal ids only (packed sequences); a pair of tensors where T != S or
+            ids differ.
+        softcap: logits become softcap * tanh(logits / softcap), before everything that is added to
+            them.
+        alibi_slopes: adds -slope * |p - j| (Press et al. 2022). No gradient: it raises where one is
+            asked for.
+        bias: broadcastable to (..., H, T, S). Floats are added to the logits and get a gradient; in
+            a boolean one True means may attend.
+        dropout: share of the weights that are zeroed, in [0, 1), the others growing by 1 / (1 -
+            dropout).
+        dropout_key: random key, Int64[2]; the same key drops the same pairs on every device and in
+            every transform.
+        return_lse: also return the log-sum-exp of the logits, (..., H, T), float32 (float64 for
+            float64), -inf for a query without keys; differentiable.
         precision: of float32 products on a GPU's tensor cores, "ieee" or "tf32".
         deterministic: whether the backward on a GPU must give the same bits every time.
 
@@ -75,8 +84,8 @@ def flash_attention(
         (..., H, T, Kv) in q's dtype, and lse if asked for.
 
     Raises:
-        ValueError: for what does not fit, before any kernel starts, eager, compiled and under vmap alike.
-            Lengths out of range on a GPU are not looked at: see `key_lengths` in the README.
+        ValueError: for what does not fit, before any kernel starts, eager, compiled and under vmap
+            alike. Lengths out of range on a GPU are not looked at: see `key_lengths` in the README.
     """
     problem = checks.find_problem(
         q,
@@ -120,12 +129,8 @@ def flash_attention(
     rng = None
     if dropout > 0 and dropout_key is not None:
         rng = fold_in(dropout_key, torch.arange(B, device=q.device))
-    o, lse = call(
-        "attention",
-        one_batch_dim(q),
-        one_batch_dim(k),
-        one_batch_dim(v),
-        None if bias is None else canonical_bias(bias, lead),
+    bias = None if bias is None else canonical_bias(bias, lead)
+    options = (
         per_row(key_lengths),
         per_row(prefix_lengths),
         q_segments,
@@ -140,13 +145,18 @@ def flash_attention(
         precision,
         deterministic,
     )
+    if is_sharded(q):
+        from . import sharding  # noqa: F401, registers the ops' rules for DTensors
+    o, lse = call("attention", one_batch_dim(q), one_batch_dim(k), one_batch_dim(v), bias, *options)
     if len(lead) != 1:
         o, lse = o.reshape(*lead, H, T, Kv), lse.reshape(*lead, H, T)
     return (o, lse) if return_lse else o
 
 
 def canonical_bias(bias: Tensor, lead: torch.Size) -> Tensor:
-    """(B | 1, H | 1, T | 1, S | 1): dims that broadcast stay 1, so that gradients come out that small."""
+    """(B | 1, H | 1, T | 1, S | 1): dims that broadcast stay 1, so that gradients come out that
+    small.
+    """
     bias = bias[(None,) * (len(lead) + 3 - bias.ndim)]
     own = bias.shape[:-3]
     if all(n == 1 for n in own):

@@ -1,9 +1,10 @@
-"""vmap of the raw ops: the mapped dim becomes part of one call, its batch or its heads, never a loop.
+"""vmap of the raw ops: the mapped dim becomes part of one call, its batch or its heads, never a
+loop.
 
-N is the size of the mapped dim. As batch, (N, B, ...) is flattened to (N B, ...): a view where the strides allow it,
-which they do for every tensor when B is 1, mapped or not. As heads, for mapped queries against unmapped keys and
-values with B > 1, the N copies of the R = H / G heads of a kv head become N R heads: keys and values stay as they
-are, where a batch would need N copies of them.
+N is the size of the mapped dim. As batch, (N, B, ...) is flattened to (N B, ...): a view where the
+strides allow it, which they do for every tensor when B is 1, mapped or not. As heads, for mapped
+queries against unmapped keys and values with B > 1, the N copies of the R = H / G heads of a kv
+head become N R heads: keys and values stay as they are, where a batch would need N copies of them.
 """
 
 from collections.abc import Callable

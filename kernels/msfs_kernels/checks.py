@@ -1,7 +1,8 @@
 """What can be wrong with a call of flash_attention, found before any kernel starts.
 
-Everything that shapes, dtypes and devices tell is found here, in the public function. Lengths are values: the CPU
-kernel checks them (`check_lengths`) before it computes, on other devices looking would make the host wait.
+Everything that shapes, dtypes and devices tell is found here, in the public function. Lengths are
+values: the CPU kernel checks them (`check_lengths`) before it computes, on other devices looking
+would make the host wait.
 """
 
 import math
@@ -9,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from .dispatch import is_sharded
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
@@ -67,6 +70,17 @@ def problem_with_inputs(q: Any, k: Any, v: Any) -> str | None:
             return (
                 f"{name}'s batch dims {dims(x.shape[:-3])} do not broadcast to q's {dims(lead)}:"
                 " expand q, or give equal batch dims"
+            )
+    return None
+
+
+def problem_with_sharding(q: Tensor, others: dict[str, Any]) -> str | None:
+    for name, x in others.items():
+        if x is not None and is_sharded(x) != is_sharded(q):
+            one, other = ("q", name) if is_sharded(q) else (name, "q")
+            return (
+                f"{one} is a DTensor and {other} is not: distribute_tensor({other}, mesh, ...)"
+                " says which part of it each rank holds"
             )
     return None
 
@@ -174,6 +188,7 @@ def find_problem(
     """The first problem as value, rule and remedy, or None."""
     return (
         problem_with_inputs(q, k, v)
+        or problem_with_sharding(q, {"k": k, "v": v, "bias": bias})
         or problem_with_numbers(scale, window, softcap, dropout, dropout_key, precision)
         or problem_with_masks(q, k, key_lengths, prefix_lengths, segment_ids, alibi_slopes, bias)
     )

@@ -1,7 +1,8 @@
-"""Tile sizes by chip, kernel, dtype, head dim and mask: a small measured table with safe defaults for unknown chips.
+"""Tile sizes by chip, kernel, dtype, head dim and mask: a small measured table with safe defaults
+for unknown chips.
 
-`python recipes/bench_attention.py --tune` measures candidates on the machine at hand and rewrites configs.json.
-Nothing is tuned at a first call.
+`python recipes/bench_attention.py --tune` measures candidates on the machine at hand and rewrites
+configs.json. Nothing is tuned at a first call.
 """
 
 import functools
@@ -15,7 +16,9 @@ TABLE = Path(__file__).with_name("configs.json")
 
 
 class Config(NamedTuple):
-    """Query and key tile, warps a program, pipeline stages, whether tiles come through the copy engine."""
+    """Query and key tile, warps a program, pipeline stages, whether tiles come through the copy
+    engine.
+    """
 
     block_m: int
     block_n: int
@@ -56,9 +59,13 @@ def choose(kernel: str, dtype: torch.dtype, head_dim: int, causal: bool, length:
 
 
 def default(kernel: str, dtype: torch.dtype, head_dim: int) -> Config:
-    """Fits every chip from sm_80 on: at most 96 KB of shared memory and no register spills to speak of."""
+    """Fits every chip from sm_80 on: at most 96 KB of shared memory and no register spills to speak
+    of.
+    """
     if dtype == torch.float32:
         return Config(32, 32, 4, 1)
+    if kernel == "decode":
+        return Config(16, 64, 4, 3 if head_dim <= 128 else 2)
     if kernel == "forward":
         return Config(64, 64 if head_dim <= 128 else 32, 4, 2)
     return Config(64 if head_dim <= 128 else 32, 64 if head_dim <= 64 else 32, 4, 2)

@@ -1,11 +1,15 @@
-"""The op's CPU backend: torch's own flash kernels where they can express a call, the tiled path elsewhere.
+"""The op's CPU backend: torch's own flash kernels where they can express a call, the tiled path
+elsewhere.
 
-torch's CPU kernels (C++, threaded, blockwise) know a top-left causal mask and an additive mask. That covers plain
-and causal attention, key lengths and a bias without gradient; T != S is cut into parts that align:
+torch's CPU kernels (C++, threaded, blockwise) know a top-left causal mask and an additive mask.
+That covers plain and causal attention, key lengths and a bias without gradient; T != S is cut into
+parts that align:
 
-    causal, S > T      keys [0, S - T) without a mask, keys [S - T, S) with a square one, merged by log-sum-exp
+    causal, S > T      keys [0, S - T) without a mask, keys [S - T, S) with a square one, merged by
+    log-sum-exp
     causal, S < T      the first T - S queries see nothing
-    grouped heads      the r-th query head of each group in turn, so that keys and values are never repeated
+    grouped heads      the r-th query head of each group in turn, so that keys and values are never
+    repeated
 """
 
 import math
@@ -91,6 +95,11 @@ def rows_first(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def tokens_first(x: Tensor) -> Tensor:
+    """With the memory layout of every result of the op (options.empty_tokens_first)."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 def without_keys(mask: Tensor | None) -> Tensor | None:
     """(B | 1, H | 1, T | 1), True for rows that the mask leaves no key; None if there is none."""
     if mask is None:
@@ -109,7 +118,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
     mask = additive_mask(q, S, options)
     if mask is None and repeat == 1 and (not options.causal or T == S or T == 1):
         o, lse = FLASH(q, k, v, is_causal=options.causal and T > 1, scale=options.scale)
-        return o, lse.contiguous()
+        return tokens_first(o), lse.contiguous()
     todo = parts(T, S, options.causal)
 
     def compute(r: int, part: Part) -> tuple[Tensor, Tensor]:
@@ -130,7 +139,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
 
     if repeat == 1 and len(todo) == 1 and todo[0].rows == slice(0, T):
         o, lse = compute(0, todo[0])
-        return o, lse.contiguous()
+        return tokens_first(o), lse.contiguous()
     o = empty_tokens_first(q, *q.shape)
     lse = q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
     hidden = slice(0, todo[0].rows.start)
@@ -181,7 +190,8 @@ def backward(
 
     if repeat == 1 and todo == [Part(slice(0, T), slice(0, S), todo[0].causal)]:
         ((_, _, grads),) = gradients()
-        return *(dx.to(x.dtype) for dx, x in zip(grads, inputs, strict=True)), None
+        dq, dk, dv = (tokens_first(d.to(x.dtype)) for d, x in zip(grads, inputs, strict=True))
+        return dq, dk, dv, None
     sums = [empty_tokens_first(x, *x.shape).zero_() for x in (q, k, v)]
     for r, part, (dq, dk, dv) in gradients():
         sums[0][:, r::repeat, part.rows] += dq

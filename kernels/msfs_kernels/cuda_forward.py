@@ -45,7 +45,7 @@ def find_problem(q: Tensor, v: Tensor, options: Options) -> str | None:
 
 @cache
 def compiled(head_dim: int, dtype: torch.dtype, device: int) -> Any:
-    source = (files(__package__) / "forward.cu").read_text()
+    source = (files("msfs_kernels") / "forward.cu").read_text()
     macros = [f"-DHEAD_DIM={head_dim}", f"-DBF16={int(dtype is torch.bfloat16)}"]
     with torch.cuda.device(device):
         return torch.cuda._compile_kernel(source, "flash_forward", nvcc_options=macros)

@@ -1,12 +1,15 @@
 """Calling a raw op, past PyTorch's dispatcher where nothing stands in it that has to see the call.
 
-A dispatcher that enters Python twice (Autograd, then the device's kernel) costs more than all the rest of a small
-call. Where no transform, mode, tracer or tensor subclass is about, the kernel is called as the function that it is.
+A dispatcher that enters Python twice (Autograd, then the device's kernel) costs more than all the
+rest of a small call. Where no transform, mode, tracer or tensor subclass is about, the kernel is
+called as the function that it is.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+# pyright: reportAttributeAccessIssue=false
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -15,6 +18,23 @@ from .options import OPS
 
 KERNELS: dict[str, Callable] = {}  # the function behind each op, for CPU and CUDA alike
 DIRECT_RULES: dict[str, Any] = {}  # autograd.Functions around the bare kernel
+
+
+def is_sharded(x: Tensor) -> bool:
+    """Whether x is a DTensor, also within torch.func's wrappers; imports nothing to find out."""
+    if not torch.compiler.is_compiling():
+        while torch._C._functorch.is_functorch_wrapped_tensor(x):
+            x = torch._C._functorch.get_unwrapped(x)
+    return type(x).__name__ == "DTensor"
+
+
+def mixing_dtensors(args: Sequence[Any]) -> AbstractContextManager:
+    """Lets plain options (lengths, keys: equal on every rank) stand beside DTensors, replicated."""
+    if not any(type(x).__name__ == "DTensor" for x in args):
+        return nullcontext()
+    from torch.distributed.tensor.experimental import implicit_replication
+
+    return implicit_replication()
 
 
 def watched() -> bool:
@@ -36,7 +56,8 @@ def call(name: str, *args: Any) -> Any:
     needs_grad = False
     for x in args:
         if isinstance(x, Tensor):
-            if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+            plain = type(x) is Tensor or type(x) is torch.nn.Parameter
+            if not plain or not (x.is_cpu or x.is_cuda):
                 return getattr(OPS, name)(*args)
             needs_grad = needs_grad or (grad_enabled and x.requires_grad)
     if not needs_grad:

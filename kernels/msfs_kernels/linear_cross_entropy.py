@@ -127,7 +127,8 @@ def chunk_gradient(
     if logits.device.type == "cuda" and logits.dtype is not torch.float64:
         from .triton_cross_entropy import gradient_of_logits_ as fused
 
-        return fused(logits, bias, labels, *scalars, store)
+        label_smoothing, ignore_index, z_loss = scalars
+        return fused(logits, bias, labels, label_smoothing, ignore_index, z_loss, store)
     if bias is not None:
         logits += bias[:, None]
     return gradient_of_logits_(logits, labels, *scalars)
@@ -150,7 +151,7 @@ def value_kernel(hidden, weight, bias, labels, *rest):
 
 
 def _value_and_gradient(hidden, weight, bias, labels, scalars):
-    (M, N, _), vocab, dtype = hidden.shape, weight.shape[1], accumulate_dtype(hidden.dtype)
+    M, vocab, dtype = hidden.shape[0], weight.shape[1], accumulate_dtype(hidden.dtype)
     items = kept_items(labels, scalars[1], vocab)
     h, y = (hidden, labels) if items is None else (hidden[:, items], labels[:, items])
     loss = hidden.new_zeros(M, dtype=dtype)
@@ -189,7 +190,7 @@ def dot(xs: tuple, ys: tuple, dtype: torch.dtype) -> Tensor:
 
 
 def second_kernel(g, th, tw, tb, hidden, weight, bias, labels, *scalars):
-    label_smoothing, ignore_index, z_loss = scalars
+    _, ignore_index, z_loss = scalars
     (M, _, _), vocab, dtype = hidden.shape, weight.shape[1], accumulate_dtype(hidden.dtype)
     g = g.to(dtype)[:, None, None]
     tdh = torch.empty_like(hidden, memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""Joining attention over parts of the keys: what ring attention and split-KV decoding are built on."""
+"""Joining attention over parts of the keys: ring attention and split-KV decoding build on it."""
 
 from collections.abc import Sequence
 
@@ -14,15 +14,17 @@ def merge_attention(
 
         lse = log sum_i exp(lse_i)        o = sum_i exp(lse_i - lse) o_i
 
-    Plain torch operations, right under every transform. A query without keys in a part has lse_i = -inf there and
-    takes nothing from it; without keys in any part it stays zeros.
+    Plain torch operations, right under every transform. A query without keys in a part has lse_i =
+    -inf there and takes nothing from it; without keys in any part it stays zeros.
 
     Args:
         outputs: of each part, (..., T, Kv), one dtype and shape.
-        lses: of each part, (..., T), float32 or float64, as flash_attention(..., return_lse=True) returns them.
+        lses: of each part, (..., T), float32 or float64, as flash_attention(..., return_lse=True)
+            returns them.
 
     Returns:
-        o in the outputs' dtype, and lse: as attention over the parts' keys together would return them.
+        o in the outputs' dtype, and lse: as attention over the parts' keys together would return
+        them.
 
     Raises:
         ValueError: no part, or not one lse for each output.

@@ -8,10 +8,11 @@ Five ops on canonical tensors (options.py), in the namespace `torch.ops.msfs_ker
     attention_second_backward   see second_order.py         -> dq, dk, dv, dbias
     attention_second_tangent    see second_order.py         -> uto, utlse
 
-Each has a kernel per device, a fake and a vmap rule, and one Python entry registered for both Autograd (autograd and
-AOTAutograd come by) and FuncTorchDynamicLayerFrontMode (torch.func does): it applies an autograd.Function whose
-forward calls the op again below autograd. Seen on torch 2.11 to 2.15: torch.library.register_autograd in its place
-gives zero tangents without an error, and an autograd.Function called from Python comes out wrong under torch.compile.
+Each has a kernel per device, a fake and a vmap rule, and one Python entry registered for both
+Autograd (autograd and AOTAutograd come by) and FuncTorchDynamicLayerFrontMode (torch.func does): it
+applies an autograd.Function whose forward calls the op again below autograd. Seen on torch 2.11 to
+2.15: torch.library.register_autograd in its place gives zero tangents without an error, and an
+autograd.Function called from Python comes out wrong under torch.compile.
 """
 
 import inspect
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from . import cpu, rules, second_order, tiled
 from .batching import vmap_rule
-from .dispatch import DIRECT_RULES, KERNELS
+from .dispatch import DIRECT_RULES, KERNELS, mixing_dtensors
 from .options import (
     LIBRARY,
     OPS,
@@ -55,7 +56,8 @@ def attention(q, k, v, bias, *options):
     return backend(q, v).forward(q, k, v, Options(bias, *options))
 
 
-def attention_backward(do, dlse, q, k, v, bias, o, lse, need_dbias, *options):
+def attention_backward(do, dlse, q, k, v, bias, o, lse, *rest):
+    *options, need_dbias = rest
     full = Options(bias, *options)
     grads = backend(q, v).backward(do, dlse, q, k, v, o, lse, full, need_dbias)
     return with_dbias(grads, bias, need_dbias)
@@ -66,9 +68,8 @@ def attention_tangent(tq, tk, tv, tbias, q, k, v, bias, o, lse, *options):
     return backend(q, v).tangent(tq, tk, tv, tbias, q, k, v, o, lse, full)
 
 
-def attention_second_backward(
-    do, dlse, tq, tk, tv, tbias, q, k, v, bias, o, lse, to, tlse, need_dbias, *options
-):
+def attention_second_backward(do, dlse, tq, tk, tv, tbias, q, k, v, bias, o, lse, to, tlse, *rest):
+    *options, need_dbias = rest
     grads = second_order.second_backward(
         *(do, dlse, tq, tk, tv, tbias, q, k, v, o, lse, to, tlse),
         Options(bias, *options),
@@ -108,7 +109,7 @@ def fake(names: list[str]) -> Callable:
         given = dict(zip(names, args, strict=True))
         bias = given["bias"] if given["need_dbias"] else None
         dbias = given["q"].new_empty(0) if bias is None else bias.new_empty(bias.shape)
-        return *(empty_tokens_first(x, *x.shape) for x in map(given.get, "qkv")), dbias
+        return *(empty_tokens_first(given[x], *given[x].shape) for x in "qkv"), dbias
 
     return gradients if "need_dbias" in names else outputs
 
@@ -131,12 +132,14 @@ DIRECT_RULES["attention"] = DirectAttention
 def register(kernel: Callable, rule: Any, arguments: str, results: str) -> None:
     name = kernel.__name__
     arguments = f"{arguments}, {OPTION_SCHEMA}"
+    if results == GRADIENTS:
+        arguments += ", bool need_dbias"
     names = [argument.split()[-1] for argument in arguments.split(", ")]
     LIBRARY.define(f"{name}({arguments}) -> {results}", tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(OPS, name)
 
     def forward(*args):
-        with torch._C._AutoDispatchBelowADInplaceOrView():
+        with torch._C._AutoDispatchBelowADInplaceOrView(), mixing_dtensors(args):
             return op(*args)
 
     # Function.apply asks for it at every call, and working it out takes 100 us.
@@ -159,7 +162,7 @@ register(attention, rules.Attention, INPUTS, "(Tensor o, Tensor lse)")
 register(
     attention_backward,
     rules.AttentionBackward,
-    f"Tensor do, Tensor? dlse, {INPUTS}, Tensor o, Tensor lse, bool need_dbias",
+    f"Tensor do, Tensor? dlse, {INPUTS}, Tensor o, Tensor lse",
     GRADIENTS,
 )
 register(
@@ -171,8 +174,7 @@ register(
 register(
     attention_second_backward,
     rules.AttentionSecondBackward,
-    f"Tensor do, Tensor? dlse, {TANGENTS}, {INPUTS}, Tensor o, Tensor lse, Tensor to, Tensor tlse,"
-    " bool need_dbias",
+    f"Tensor do, Tensor? dlse, {TANGENTS}, {INPUTS}, Tensor o, Tensor lse, Tensor to, Tensor tlse",
     GRADIENTS,
 )
 register(

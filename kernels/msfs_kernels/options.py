@@ -1,4 +1,5 @@
-"""What an attention call asks for beyond q, k and v, in the canonical form that every backend reads.
+"""What an attention call asks for beyond q, k and v, in the canonical form that every backend
+reads.
 
 B batch (all leading dims flattened), H heads, G kv heads, T query tokens, S key tokens, K head dim.
 """
@@ -68,11 +69,14 @@ def empty_tokens_first(
     heads: int,
     tokens: int,
     head_dim: int,
+    *,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """An uninitialised (B, H, T, K) whose memory is (B, T, H, K): merging heads back is then a view.
+    """An uninitialised (B, H, T, K) whose memory is (B, T, H, K): merging heads back is then a
+    view.
 
-    Every (B, H, T, K) result of every backend and of the fake kernels has this layout, whatever the inputs' strides.
+    Every (B, H, T, K) result of every backend and of the fake kernels has this layout, whatever the
+    inputs' strides.
     """
     return like.new_empty((batch, tokens, heads, head_dim), dtype=dtype or like.dtype).transpose(
         1, 2

@@ -1,8 +1,9 @@
 """How a ValueError found while torch.compile traces reaches the caller as a ValueError.
 
-Dynamo turns an exception of traced code into its own `Unsupported`, and one of a fake kernel into a RuntimeError. So
-under compilation a wrong call becomes an op of the right shapes whose kernel raises the message: the compiled
-function compiles, and its call raises what the eager call raises, before anything is computed.
+Dynamo turns an exception of traced code into its own `Unsupported`, and one of a fake kernel into a
+RuntimeError. So under compilation a wrong call becomes an op of the right shapes whose kernel
+raises the message: the compiled function compiles, and its call raises what the eager call raises,
+before anything is computed.
 """
 
 from typing import Any
@@ -13,7 +14,8 @@ from torch import Tensor
 from .options import LIBRARY, OPS, accumulate_dtype
 
 LIBRARY.define(
-    "attention_refused(Tensor q, SymInt[] lead, SymInt value_dim, str problem) -> (Tensor o, Tensor lse)",
+    "attention_refused(Tensor q, SymInt[] lead, SymInt value_dim, str problem)"
+    " -> (Tensor o, Tensor lse)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -29,9 +31,10 @@ def refused_shapes(q, lead, value_dim, problem):
 
 
 class Refused(torch.autograd.Function):
-    """Differentiable and mappable in form, so that any transform of a wrong call gets to run and raise.
+    """Differentiable and mappable in form, so that any transform of a wrong call runs, and raises.
 
-    Its derivatives are the op again: constants would leave it without a use, and compilers drop such an op.
+    Its derivatives are the op again: constants would leave it without a use, and compilers drop
+    such an op.
     """
 
     @staticmethod
@@ -71,7 +74,7 @@ LIBRARY.impl("attention_refused", entry, "FuncTorchDynamicLayerFrontMode")
 
 
 def refused(q: Any, v: Any, problem: str) -> tuple[Tensor, Tensor]:
-    """Raises the problem: now, or where torch.compile traces, when the compiled function is called."""
+    """Raises the problem: now, or under torch.compile when the compiled function is called."""
     tensors = isinstance(q, Tensor) and isinstance(v, Tensor) and min(q.ndim, v.ndim) >= 3
     if not tensors or not torch.compiler.is_compiling() or torch.compiler.is_exporting():
         raise ValueError(problem)

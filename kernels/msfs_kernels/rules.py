@@ -1,16 +1,19 @@
 """Derivative rules of the raw ops, one autograd.Function each, closed under themselves.
 
-With J the derivative of (q, k, v, bias) -> (o, lse), attention_backward is J^T d and attention_tangent is J t, and
+With J the derivative of (q, k, v, bias) -> (o, lse), attention_backward is J^T d and
+attention_tangent is J t, and
 
     D_t [J^T d] = J^T t_d + second_backward(d, t)     grad <c, J^T d> = (J c, second_backward(d, c))
-    D_u [J t]   = J u_t   + second_tangent(t, u)      grad <c, J t>   = (J^T c, second_backward(c, t))
+    D_u [J t]   = J u_t   + second_tangent(t, u)      grad <c, J t>   = (J^T c, second_backward(c,
+    t))
 
-so second-order compositions are made of first-order kernels and the two maps of second_order.py. o and lse, which
-the derivative ops take, are functions of q, k, v and bias: derivatives here are total, and these two get none of
-their own. Rules are explicit formulas: one that called torch.func.jvp could not nest. `forward` and `vmap` of each
-Function are put in by ops.register.
+so second-order compositions are made of first-order kernels and the two maps of second_order.py. o
+and lse, which the derivative ops take, are functions of q, k, v and bias: derivatives here are
+total, and these two get none of their own. Rules are explicit formulas: one that called
+torch.func.jvp could not nest. `forward` and `vmap` of each Function are put in by ops.register.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,9 +32,9 @@ def filled(x: Tensor | None, like: Tensor) -> Tensor:
     return zeros_like(like) if x is None else x
 
 
-def filled_tangents(tangents: tuple, primals: tuple) -> tuple:
+def filled_tangents(tangents: Sequence, point: Sequence) -> tuple:
     """Zeros for the tangents of q, k and v that are None; the bias's stays None."""
-    return *(filled(t, x) for t, x in zip(tangents[:3], primals[:3], strict=True)), tangents[3]
+    return *(filled(t, x) for t, x in zip(tangents[:3], point[:3], strict=True)), tangents[3]
 
 
 def any_given(xs: tuple) -> bool:
@@ -46,7 +49,10 @@ def total(parts: list[tuple]) -> tuple:
 
 
 def save(ctx, tensors: tuple, options: tuple) -> None:
-    """Keeps tensors and option tensors for both modes, and the option scalars."""
+    """Keeps tensors and option tensors for both modes, and the option scalars.
+
+    Among the tensors stands the point of the derivative: q, k, v, bias, o, lse.
+    """
     ctx.set_materialize_grads(False)
     ctx.scalars = options[OPTION_TENSORS:]
     tensors = (*tensors, *options[:OPTION_TENSORS])
@@ -85,88 +91,56 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do, dlse):
         refuse_option_gradients(any(ctx.needs_input_grad[4:]))
-        (*x, o, lse), options = saved(ctx)
+        point, options = saved(ctx)
         need_dbias = ctx.needs_input_grad[3]
-        dq, dk, dv, dbias = call(
-            "attention_backward", filled(do, o), dlse, *x, o, lse, need_dbias, *options
-        )
+        do = filled(do, point[4])
+        dq, dk, dv, dbias = call("attention_backward", do, dlse, *point, *options, need_dbias)
         return dq, dk, dv, dbias if need_dbias else None, *NO_GRADS
 
     @staticmethod
     def jvp(ctx, *tangents):
         refuse_option_gradients(any_given(tangents[4:]))
-        (*x, o, lse), options = saved(ctx)
-        return call("attention_tangent", *filled_tangents(tangents, tuple(x)), *x, o, lse, *options)
+        point, options = saved(ctx)
+        t = filled_tangents(tangents[:4], point)
+        return call("attention_tangent", *t, *point, *options)
 
 
 class AttentionBackward(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.need_dbias = inputs[8]
-        save(ctx, inputs[:8], inputs[9:])
+        ctx.need_dbias = inputs[-1]
+        save(ctx, inputs[:8], inputs[8:-1])
 
     @staticmethod
     def backward(ctx, *cotangents):
-        refuse_option_gradients(any(ctx.needs_input_grad[9:]))
-        (do, dlse, *x, o, lse), options = saved(ctx)
-        direction = filled_tangents(cotangents, tuple(x))
+        refuse_option_gradients(any(ctx.needs_input_grad[8:]))
+        (do, dlse, *point), options = saved(ctx)
+        t = filled_tangents(cotangents, point)
         if not ctx.need_dbias:
-            direction = (*direction[:3], None)
-        to, tlse = call("attention_tangent", *direction, *x, o, lse, *options)
+            t = (*t[:3], None)
+        to, tlse = call("attention_tangent", *t, *point, *options)
         need_dbias = ctx.needs_input_grad[5]
         dq, dk, dv, dbias = call(
             "attention_second_backward",
-            do,
-            dlse,
-            *direction,
-            *x,
-            o,
-            lse,
-            to,
-            tlse,
-            need_dbias,
-            *options,
+            *(do, dlse, *t, *point, to, tlse, *options, need_dbias),
         )
-        given = None if dlse is None else tlse
-        return to, given, dq, dk, dv, dbias if need_dbias else None, None, None, None, *NO_GRADS
+        tlse = None if dlse is None else tlse
+        dbias = dbias if need_dbias else None
+        return to, tlse, dq, dk, dv, dbias, None, None, *NO_GRADS, None
 
     @staticmethod
     def jvp(ctx, *tangents):
-        refuse_option_gradients(any_given(tangents[9:]))
-        (do, dlse, *x, o, lse), options = saved(ctx)
-        tdo, tdlse, direction = tangents[0], tangents[1], tangents[2:6]
+        refuse_option_gradients(any_given(tangents[8:]))
+        (do, dlse, *point), options = saved(ctx)
+        tdo, tdlse, t, rest = tangents[0], tangents[1], tangents[2:6], (*options, ctx.need_dbias)
         parts = []
         if any_given((tdo, tdlse)):
-            parts.append(
-                call(
-                    "attention_backward",
-                    filled(tdo, do),
-                    tdlse,
-                    *x,
-                    o,
-                    lse,
-                    ctx.need_dbias,
-                    *options,
-                )
-            )
-        if any_given(direction):
-            direction = filled_tangents(direction, tuple(x))
-            to, tlse = call("attention_tangent", *direction, *x, o, lse, *options)
-            parts.append(
-                call(
-                    "attention_second_backward",
-                    do,
-                    dlse,
-                    *direction,
-                    *x,
-                    o,
-                    lse,
-                    to,
-                    tlse,
-                    ctx.need_dbias,
-                    *options,
-                )
-            )
+            parts.append(call("attention_backward", filled(tdo, do), tdlse, *point, *rest))
+        if any_given(t):
+            t = filled_tangents(t, point)
+            to, tlse = call("attention_tangent", *t, *point, *options)
+            args = (do, dlse, *t, *point, to, tlse, *rest)
+            parts.append(call("attention_second_backward", *args))
         return total(parts)
 
 
@@ -177,47 +151,35 @@ class AttentionTangent(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, cto, ctlse):
-        refuse_option_gradients(any(ctx.needs_input_grad[10:]))
-        (*t_and_x, o, lse, to, tlse), options = saved(ctx)
-        t, x = t_and_x[:4], t_and_x[4:]
-        cto = filled(cto, to)
         needs = ctx.needs_input_grad
+        refuse_option_gradients(any(needs[10:]))
+        (*t_and_point, to, tlse), options = saved(ctx)
+        t, point = t_and_point[:4], t_and_point[4:]
+        cto = filled(cto, to)
         dt: tuple = (None,) * 4
         if any(needs[:4]):
-            dt = call("attention_backward", cto, ctlse, *x, o, lse, needs[3], *options)
+            dt = call("attention_backward", cto, ctlse, *point, *options, needs[3])
         dx: tuple = (None,) * 4
         if any(needs[4:8]):
-            dx = call(
-                "attention_second_backward",
-                cto,
-                ctlse,
-                *t,
-                *x,
-                o,
-                lse,
-                to,
-                tlse,
-                needs[7],
-                *options,
-            )
+            args = (cto, ctlse, *t, *point, to, tlse, *options, needs[7])
+            dx = call("attention_second_backward", *args)
         dtbias, dbias = dt[3] if needs[3] else None, dx[3] if needs[7] else None
         return *dt[:3], dtbias, *dx[:3], dbias, None, None, *NO_GRADS
 
     @staticmethod
     def jvp(ctx, *tangents):
         refuse_option_gradients(any_given(tangents[10:]))
-        (*t_and_x, o, lse, _, tlse), options = saved(ctx)
-        t, x = tuple(t_and_x[:4]), tuple(t_and_x[4:])
+        (*t_and_point, _, tlse), options = saved(ctx)
+        t, point = t_and_point[:4], t_and_point[4:]
         parts = []
         if any_given(tangents[:4]):
-            ut = filled_tangents(tangents[:4], x)
-            parts.append(call("attention_tangent", *ut, *x, o, lse, *options))
+            ut = filled_tangents(tangents[:4], point)
+            parts.append(call("attention_tangent", *ut, *point, *options))
         if any_given(tangents[4:8]):
-            u = filled_tangents(tangents[4:8], x)
-            uo, ulse = call("attention_tangent", *u, *x, o, lse, *options)
-            parts.append(
-                call("attention_second_tangent", *t, *u, *x, o, lse, tlse, uo, ulse, *options)
-            )
+            u = filled_tangents(tangents[4:8], point)
+            uo, ulse = call("attention_tangent", *u, *point, *options)
+            args = (*t, *u, *point, tlse, uo, ulse, *options)
+            parts.append(call("attention_second_tangent", *args))
         return total(parts)
 
 
@@ -226,7 +188,7 @@ class AttentionSecondBackward(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         pass
 
-    backward = jvp = staticmethod(refuse_third_derivative)
+    backward = jvp = staticmethod(refuse_third_derivative)  # pyright: ignore
 
 
 class AttentionSecondTangent(AttentionSecondBackward):

@@ -1,9 +1,11 @@
 """Second derivatives of attention in memory linear in T and S, a tile at a time, on any device.
 
-Let J(x) be the derivative of x = (q, k, v, bias) -> (o, lse). Backward is J^T d, tangent is J t. Only two more
-maps are needed for every second-order composition, because mixed second derivatives commute:
+Let J(x) be the derivative of x = (q, k, v, bias) -> (o, lse). Backward is J^T d, tangent is J t.
+Only two more maps are needed for every second-order composition, because mixed second derivatives
+commute:
 
-    second_backward  (d, t) -> grad_x <d, J t>     the new part of: backward of backward, tangent of backward,
+    second_backward  (d, t) -> grad_x <d, J t>     the new part of: backward of backward, tangent of
+    backward,
                                                    backward of tangent
     second_tangent   (t, u) -> D_u (J t)           the new part of: tangent of tangent
 
@@ -12,7 +14,8 @@ In the notation of tiled.py, the tangent along t of the backward with do and dls
     tdP = Z (do tv^T)       tD = rowsum(do to)
     tds = P ((ts - tlse) (dP - D + dlse) + tdP - tD)
     tda = slope tds + curve ta ds                       curve: second derivative of the soft cap
-    dq = scale (tda k + da tk)     dk = scale (tda^T q + da^T tq)     dv = (P (ts - tlse) Z)^T do     dbias = tds
+    dq = scale (tda k + da tk)     dk = scale (tda^T q + da^T tq)     dv = (P (ts - tlse) Z)^T do
+    dbias = tds
 
 and the tangent along u of the tangent along t:
 
@@ -53,7 +56,9 @@ def second_backward(
     options: Options,
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradient over q, k, v, bias of <do, to> + <dlse, tlse>, where (to, tlse) is the tangent along t."""
+    """Gradient over q, k, v, bias of <do, to> + <dlse, tlse>, where (to, tlse) is the tangent along
+    t.
+    """
     grads = Gradients(q, k, v, options, need_dbias)
     for tile in tiles(q, k, options):
         if tile.empty:
@@ -104,7 +109,7 @@ def second_tangent(
     ulse: Tensor,
     options: Options,
 ) -> tuple[Tensor, Tensor]:
-    """Derivative along u of the tangent along t, t held fixed; (uo, ulse) is the tangent along u."""
+    """Derivative along u of the tangent along t, t held fixed; (uo, ulse): the tangent along u."""
     uto, utlse = empty_tokens_first(q, *o.shape), torch.empty_like(lse)
     for tile in tiles(q, k, options):
         if tile.empty:

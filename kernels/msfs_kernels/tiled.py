@@ -2,12 +2,14 @@
 
 With logits s, weights P = exp(s - lse), dropout factors Z and o = (P Z) v (products elementwise):
 
-    backward   dv = (P Z)^T do      dP = Z (do v^T)     ds = P (dP - rowsum(do o) + dlse)     dbias = ds
+    backward   dv = (P Z)^T do      dP = Z (do v^T)     ds = P (dP - rowsum(do o) + dlse)     dbias
+    = ds
                da = ds * slope      dq = scale da k     dk = scale da^T q
     tangent    ts = slope * scale (tq k^T + q tk^T) + tbias     tlse = rowsum(P ts)
                to = (P Z ts) v - tlse o + (P Z) tv
 
-`slope` is the derivative of the soft cap. The backward recomputes P from q, k and lse instead of keeping it.
+`slope` is the derivative of the soft cap. The backward recomputes P from q, k and lse instead of
+keeping it.
 """
 
 import torch
@@ -110,7 +112,9 @@ def logit_tangent(tile: Tile, logits: Logits, ta: Tensor, tbias: Tensor | None) 
 
 
 class Gradients:
-    """Sums of dq, dk, dv and dbias over tiles, handed out in the inputs' dtypes and the common layout."""
+    """Sums of dq, dk, dv and dbias over tiles, handed out in the inputs' dtypes and the common
+    layout.
+    """
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, options: Options, need_dbias: bool):
         dtype = accumulate_dtype(q.dtype)

@@ -1,11 +1,15 @@
-"""Attention a tile of query rows at a time, in plain torch, on any device: what is never held is the T x S matrix.
+"""Attention a tile of query rows at a time, in plain torch, on any device: what is never held is
+the T x S matrix.
 
-A tile is some batch rows, some kv heads and some query tokens against every key that one of these can see. Its
-logits fit a fixed budget, so memory stays linear in T and S, and keys that are hidden from the whole tile are never
-multiplied. A row sees all its keys in one tile, so softmax is one pass and needs no running maximum.
+A tile is some batch rows, some kv heads and some query tokens against every key that one of these
+can see. Its logits fit a fixed budget, so memory stays linear in T and S, and keys that are hidden
+from the whole tile are never multiplied. A row sees all its keys in one tile, so softmax is one
+pass and needs no running maximum.
 
-Within a tile the R = H / G query heads that share a kv head are laid under one another, and products are plain
-batched matrix products: (b, g, R t, K) x (b, g, s, K). b, g, t, s are the tile's share of B, G, T, S.
+Within a tile the R = H / G query heads that share a kv head are laid under one another, and
+products are plain
+batched matrix products: (b, g, R t, K) x (b, g, s, K). b, g, t, s are the tile's share of B, G, T,
+    S.
 """
 
 from collections.abc import Iterator
@@ -178,7 +182,9 @@ class Tile:
         return (logits.s - lse.masked_fill(lse == float("-inf"), 0.0)).exp_()
 
     def drop(self) -> Tensor | None:
-        """Z: 0 where dropped, 1 / (1 - dropout) where kept; a function of the row's key and of (h, i, j) only."""
+        """Z: 0 where dropped, 1 / (1 - dropout) where kept; a function of the row's key and of (h,
+        i, j) only.
+        """
         o = self.options
         if o.dropout == 0 or o.rng is None:
             return None

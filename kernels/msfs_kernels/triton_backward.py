@@ -1,22 +1,30 @@
-"""The backward of exact attention: FlashAttention-2's Algorithm 2, with two ways to gather the gradient of the queries.
+"""The backward of exact attention: FlashAttention-2's Algorithm 2, with two ways to gather dQ.
 
-With P_ij = e^{s_ij - lse_i} and o = P v, the chain rule through the softmax needs, for each query, one scalar:
+With P_ij = e^{s_ij - lse_i} and o = P v, the chain rule through the softmax needs one scalar a
+query, delta:
 
-    dV = P^T dO        dP = dO V^T        dS = P * (dP - delta)        dQ = scale dS K        dK = scale dS^T Q
-    delta_i = sum_j P_ij dP_ij = do_i . o_i                            (minus the gradient of lse, if it has one)
+    dV = P^T dO     dP = dO V^T     dS = P * (dP - delta)     dQ = scale dS K     dK = scale dS^T Q
+    delta_i = sum_j P_ij dP_ij = do_i . o_i              (minus the gradient of lse, if it has one)
 
-**Why it recomputes.** P is T x S; keeping it would cost the memory that the forward saved. One product Q K^T and the
-stored lse give it back exactly, and on a GPU that product is cheaper than reading P from memory would be.
+**Why it recomputes.** P is T x S; keeping it would cost the memory that the forward saved. One
+product Q K^T and the stored lse give it back exactly, and on a GPU that product is cheaper than
+reading P from memory would be.
 
-**Two orders of the loops.** dK and dV are sums over queries, so a program owns a block of keys and walks over query
-blocks (Algorithm 2, lines 6 to 18); the heads of a group share their keys, so it walks over all of them. dQ is a sum over
-keys: `query_kernel` owns a query block and walks over keys, recomputing S and dP, 7 products of tiles in all, and every sum
-has one owner and one order: the result is deterministic. `fused_kernel` computes each dS once, 5 products, and adds its
+**Two orders of the loops.** dK and dV are sums over queries, so a program owns a block of keys and
+walks over query blocks (Algorithm 2, lines 6 to 18); the heads of a group share their keys, so it
+walks over all of them. dQ is a sum over keys: `query_kernel` owns a query block and walks over
+keys, recomputing S and dP, 7 products of tiles in all, and every sum has one owner and one order:
+the result is deterministic. `key_kernel` with FUSED computes each dS once, 5 products, and adds its
 share of dQ to float32 memory atomically, in whatever order programs arrive.
 
-Scores are transposed in the key-owning kernels (keys along rows), so that P^T and dS^T feed the next product from
-registers.
+Scores are transposed in the key-owning kernels (keys along rows), so that P^T and dS^T feed the
+next product from registers.
 """
+
+# Device functions are Python to pyright: tiles, constants and pointers have no types of theirs.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalOperand=false
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+# pyright: reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
 
 import torch
 import triton
@@ -77,7 +85,9 @@ def load_rows(x, flat_head, row, T, other, BM: tl.constexpr):
 
 @triton.jit
 def load_log_sums(lse, flat_head, row, T, BM: tl.constexpr):
-    """lse in log2 units; +inf for rows without keys and rows beyond T, whose probabilities then come out as zero."""
+    """lse in log2 units; +inf for rows without keys and rows beyond T, whose probabilities then
+    come out as zero.
+    """
     log_sums = load_rows(lse, flat_head, row, T, float("inf"), BM) * LOG2E
     return tl.where(log_sums == float("-inf"), float("inf"), log_sums)
 
@@ -107,12 +117,15 @@ def tile_gradient(products, dp, log_sums, delta, i, j, batch, head, T, S, facts,
 
 @triton.jit
 def key_blocks(
-    dk, dv, keys, values, q, do, lse, delta, dq, q_strides, do_strides, column, low, high, batch, head, flat_head, H, T, S,
-    facts, masks, scale, scale_log2, K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    KP: tl.constexpr, VP: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, FUSED: tl.constexpr,
-    TMA: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr,
+    dk, dv, keys, values, q, do, lse, delta, dq, q_strides, do_strides, column, low, high, batch,
+    head, flat_head, H, T, S, facts, masks, scale, scale_log2, K: tl.constexpr, V: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, CAUSAL: tl.constexpr,
+    MASKED: tl.constexpr, FUSED: tl.constexpr, TMA: tl.constexpr, BULK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Algorithm 2, lines 8 to 16, over the query blocks of [low, high) of one head; tiles of scores are (BN, BM)."""
+    """Algorithm 2, lines 8 to 16, over the query blocks of [low, high) of one head; tiles of scores
+    are (BN, BM).
+    """
     j = (column + tl.arange(0, BN))[:, None]
     for start in range(low, high, BM):
         start = tl.multiple_of(start, BM)
@@ -124,8 +137,8 @@ def key_blocks(
         row_delta = load_rows(delta, flat_head, start, T, 0.0, BM)
         dp = tl.dot(values, grads.T, input_precision=PRECISION)
         p, _, ds = tile_gradient(
-            products, dp, log_sums[None, :], row_delta[None, :], i, j, batch, head, T, S, facts, masks, scale_log2,
-            CAUSAL, MASKED,
+            products, dp, log_sums[None, :], row_delta[None, :], i, j, batch, head, T, S, facts,
+            masks, scale_log2, CAUSAL, MASKED,
         )  # fmt: skip
         dv = tl.dot(p.to(grads.dtype), grads, dv, input_precision=PRECISION)
         ds = ds.to(queries.dtype)
@@ -147,13 +160,13 @@ def key_blocks(
 
 @triton.jit
 def key_kernel(
-    q, k, v, do, lse, delta, dk, dv, dq, q_strides, k_strides, v_strides, do_strides, dk_strides, dv_strides, masks,
-    heads, H, T, S, scale, scale_log2, wave,
-    GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    KP: tl.constexpr, VP: tl.constexpr, CAUSAL: tl.constexpr, EVEN: tl.constexpr, FUSED: tl.constexpr,
+    q, k, v, do, lse, delta, dk, dv, dq, q_strides, k_strides, v_strides, do_strides, dk_strides,
+    dv_strides, masks, heads, H, T, S, scale, scale_log2, wave, GROUP: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, KP: tl.constexpr,
+    VP: tl.constexpr, CAUSAL: tl.constexpr, EVEN: tl.constexpr, FUSED: tl.constexpr,
     TMA: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of BN keys of one kv head (heads = B * G); FUSED also adds each tile's share to dq."""
+    """dK and dV of BN keys of one kv head (heads = B * G); FUSED adds the shares of dq."""
     blocks = tl.cdiv(S, BN)
     block, flat_kv_head = longest_first(tl.program_id(0), blocks, heads, wave)
     if CAUSAL:  # the first keys are seen by the most queries
@@ -175,27 +188,29 @@ def key_kernel(
         low, full_low, full_high, high = query_range(
             column, facts, masks, batch, T, S, CAUSAL, BM, BN
         )
-        if (
-            FUSED and not EVEN
-        ):  # a key beyond the length has some probability; its share must not reach dq
+        if masks.q_segments is not None or masks.mask is not None:
+            full_high = low  # one masked loop over all
+        elif FUSED and not EVEN:
+            # A key beyond the length has some probability; its share must not reach dq.
             full_low = tl.where(column + BN > length, high, full_low)
             full_high = tl.maximum(full_high, full_low)
         if not EVEN and masks.q_segments is None and masks.mask is None:
             dk_sum, dv_sum = key_blocks(
                 dk_sum, dv_sum, keys, values, q, do, lse, delta, dq, q_strides, do_strides, column,
-                low, tl.minimum(full_low, high), batch, head, flat_head, H, T, S, facts, masks, scale, scale_log2,
-                K, V, BM, BN, KP, VP, CAUSAL, True, FUSED, TMA, BULK, PRECISION,
+                low, tl.minimum(full_low, high), batch, head, flat_head, H, T, S, facts, masks,
+                scale, scale_log2, K, V, BM, BN, KP, VP, CAUSAL, True, FUSED, TMA, BULK, PRECISION,
             )  # fmt: skip
         if masks.q_segments is None and masks.mask is None:
             dk_sum, dv_sum = key_blocks(
                 dk_sum, dv_sum, keys, values, q, do, lse, delta, dq, q_strides, do_strides, column,
-                full_low, tl.minimum(full_high, high), batch, head, flat_head, H, T, S, facts, masks, scale, scale_log2,
-                K, V, BM, BN, KP, VP, CAUSAL, False, FUSED, TMA, BULK, PRECISION,
+                full_low, tl.minimum(full_high, high), batch, head, flat_head, H, T, S, facts,
+                masks, scale, scale_log2, K, V, BM, BN, KP, VP, CAUSAL, False, FUSED, TMA, BULK,
+                PRECISION,
             )  # fmt: skip
         if masks.window is not None or masks.q_segments is not None or masks.mask is not None:
             dk_sum, dv_sum = key_blocks(
                 dk_sum, dv_sum, keys, values, q, do, lse, delta, dq, q_strides, do_strides, column,
-                tl.maximum(full_high, full_low), high, batch, head, flat_head, H, T, S, facts, masks, scale, scale_log2,
+                full_high, high, batch, head, flat_head, H, T, S, facts, masks, scale, scale_log2,
                 K, V, BM, BN, KP, VP, CAUSAL, True, FUSED, TMA, BULK, PRECISION,
             )  # fmt: skip
     if masks.key_lengths is not None:
@@ -208,10 +223,10 @@ def key_kernel(
 
 @triton.jit
 def query_blocks(
-    dq, queries, grads, log_sums, delta, k, v, k_strides, v_strides, row, low, high, batch, head, kv_head, H, T, S,
-    facts, masks, scale_log2, K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    KP: tl.constexpr, VP: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
+    dq, queries, grads, log_sums, delta, k, v, k_strides, v_strides, row, low, high, batch, head,
+    kv_head, H, T, S, facts, masks, scale_log2, K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, CAUSAL: tl.constexpr,
+    MASKED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i = (row + tl.arange(0, BM))[:, None]
     for start in range(low, high, BN):
@@ -222,8 +237,8 @@ def query_blocks(
         products = tl.dot(queries, keys.T, input_precision=PRECISION)
         dp = tl.dot(grads, values.T, input_precision=PRECISION)
         _, _, ds = tile_gradient(
-            products, dp, log_sums[:, None], delta[:, None], i, j, batch, head, T, S, facts, masks, scale_log2,
-            CAUSAL, MASKED,
+            products, dp, log_sums[:, None], delta[:, None], i, j, batch, head, T, S, facts, masks,
+            scale_log2, CAUSAL, MASKED,
         )  # fmt: skip
         dq = tl.dot(ds.to(keys.dtype), keys, dq, input_precision=PRECISION)
     return dq
@@ -252,34 +267,37 @@ def query_kernel(
     dq_sum = tl.zeros([BM, KP], tl.float32)
     if masks.window is not None and masks.q_segments is None and masks.mask is None:
         dq_sum = query_blocks(
-            dq_sum, queries, grads, log_sums, row_delta, k, v, k_strides, v_strides, row, low, tl.minimum(full_low, high),
-            batch, head, kv_head, H, T, S, facts, masks, scale_log2, K, V, BM, BN, KP, VP, CAUSAL, True, TMA, PRECISION,
+            dq_sum, queries, grads, log_sums, row_delta, k, v, k_strides, v_strides, row, low,
+            tl.minimum(full_low, high), batch, head, kv_head, H, T, S, facts, masks, scale_log2, K,
+            V, BM, BN, KP, VP, CAUSAL, True, TMA, PRECISION,
         )  # fmt: skip
     if masks.q_segments is None and masks.mask is None:
         dq_sum = query_blocks(
-            dq_sum, queries, grads, log_sums, row_delta, k, v, k_strides, v_strides, row, full_low, full_high,
-            batch, head, kv_head, H, T, S, facts, masks, scale_log2, K, V, BM, BN, KP, VP, CAUSAL, False, TMA, PRECISION,
+            dq_sum, queries, grads, log_sums, row_delta, k, v, k_strides, v_strides, row, full_low,
+            full_high, batch, head, kv_head, H, T, S, facts, masks, scale_log2, K, V, BM, BN, KP,
+            VP, CAUSAL, False, TMA, PRECISION,
         )  # fmt: skip
     if not EVEN:
         dq_sum = query_blocks(
-            dq_sum, queries, grads, log_sums, row_delta, k, v, k_strides, v_strides, row, full_high, high,
-            batch, head, kv_head, H, T, S, facts, masks, scale_log2, K, V, BM, BN, KP, VP, CAUSAL, True, TMA, PRECISION,
+            dq_sum, queries, grads, log_sums, row_delta, k, v, k_strides, v_strides, row, full_high,
+            high, batch, head, kv_head, H, T, S, facts, masks, scale_log2, K, V, BM, BN, KP, VP,
+            CAUSAL, True, TMA, PRECISION,
         )  # fmt: skip
     store_tile(dq, dq_strides, dq_sum * scale, batch, head, row, T, BM, KP, K)
 
 
 @triton.jit
 def bias_kernel(
-    q, k, v, do, lse, delta, dbias, q_strides, k_strides, v_strides, do_strides, dbias_strides, masks,
-    B, H, T, S, scale_log2, b_step, h_step,
-    GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    KP: tl.constexpr, VP: tl.constexpr, SUM_T: tl.constexpr, SUM_S: tl.constexpr, CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, k, v, do, lse, delta, dbias, q_strides, k_strides, v_strides, do_strides, dbias_strides,
+    masks, B, H, T, S, scale_log2, b_step, h_step, GROUP: tl.constexpr, K: tl.constexpr,
+    V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
+    SUM_T: tl.constexpr, SUM_S: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dBias = dS, summed over the dims that the bias broadcasts: one program a tile, which walks over rows and heads.
+    """dBias = dS, summed over the dims that the bias broadcasts; one program walks a tile's sums.
 
-    b_step and h_step are 1 where the bias has its own row or head, B and H where all share one. A bias that broadcasts
-    T or S gets one partial sum for each block of queries or keys, in dims 2 and 3 of dbias.
+    b_step and h_step are 1 where the bias has its own row or head, B and H where all share one. A
+    bias that broadcasts T or S gets one partial sum for each block of queries or keys, in dims 2
+    and 3 of dbias.
     """
     row = tl.program_id(0) * BM
     column = tl.program_id(1) * BN
@@ -312,8 +330,8 @@ def bias_kernel(
                     products = tl.dot(queries, keys.T, input_precision=PRECISION)
                     dp = tl.dot(grads, values.T, input_precision=PRECISION)
                     _, ds, _ = tile_gradient(
-                        products, dp, log_sums[:, None], row_delta[:, None], i, j, batch, head, T, S, facts, masks,
-                        scale_log2, CAUSAL, True,
+                        products, dp, log_sums[:, None], row_delta[:, None], i, j, batch, head, T,
+                        S, facts, masks, scale_log2, CAUSAL, True,
                     )  # fmt: skip
                     total += ds
     start = (
@@ -383,7 +401,9 @@ def plan_keys(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor,
     dq: Tensor | None, options: Options, config: Config | None = None,
 ) -> Launch:  # fmt: skip
-    """dk and dv; with dq, a zeroed contiguous float32 (B, H, T, K), the fused kernel that adds the queries' gradient too."""
+    """dk and dv; with dq, a zeroed contiguous float32 (B, H, T, K), the fused kernel that adds the
+    queries' gradient too.
+    """
     (B, H, T, K), (_, G, S, V) = q.shape, v.shape
     masks = masks_of(options, (B, H, T, S))
     KP, VP = padded(K), padded(V)
@@ -438,8 +458,8 @@ def plan_keys(
 
 
 def plan_queries(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, options: Options,
-    config: Config | None = None,
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, dq: Tensor,
+    options: Options, config: Config | None = None,
 ) -> Launch:  # fmt: skip
     (B, H, T, K), (_, G, S, V) = q.shape, v.shape
     masks = masks_of(options, (B, H, T, S))
@@ -488,7 +508,9 @@ def plan_bias(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, options: Options,
     config: Config | None = None,
 ) -> tuple[Launch, Tensor]:  # fmt: skip
-    """The launch and the (b, h, T or blocks, S or blocks) float32 tensor of partial sums that it fills."""
+    """The launch and the (b, h, T or blocks, S or blocks) float32 tensor of partial sums that it
+    fills.
+    """
     (B, H, T, K), (_, _, S, V) = q.shape, v.shape
     assert options.bias is not None
     b, h, t, s = options.bias.shape
@@ -542,7 +564,9 @@ def backward(
     options: Options,
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dq, dk, dv in the inputs' dtypes and dbias in the bias's own shape, from do (B, H, T, V) and dlse (B, H, T)."""
+    """dq, dk, dv in the inputs' dtypes and dbias in the bias's own shape, from do (B, H, T, V) and
+    dlse (B, H, T).
+    """
     (B, H, T, K), (_, G, S, V) = q.shape, v.shape
     dq = empty_tokens_first(q, B, H, T, K)
     dk = empty_tokens_first(k, B, G, S, K)

@@ -1,8 +1,10 @@
-"""Randomised comparison of the Triton kernels with the textbook formula in float64, on a GPU or in Triton's interpreter.
+"""Randomised comparison of the Triton kernels with the textbook formula in float64, on a GPU or in
+Triton's interpreter.
 
-`random_case(seed)` draws shapes, strides, dtype and any combination of masks; `failures(case)` runs forward, backward and
-tangent and says what disagrees. The yardstick is the same formula in the inputs' dtype by plain PyTorch operations: ours
-may reach twice its error, plus two roundings of the largest value.
+`random_case(seed)` draws shapes, strides, dtype and any combination of masks; `failures(case)` runs
+forward, backward and tangent and says what disagrees. The yardstick is the same formula in the
+inputs' dtype by plain PyTorch operations: ours may reach twice its error, plus two roundings of the
+largest value.
 """
 
 import random
@@ -13,9 +15,7 @@ from torch import Tensor
 
 from msfs_kernels.options import Options
 from msfs_kernels.philox import philox_4x32
-from msfs_kernels.triton_backward import backward
-from msfs_kernels.triton_forward import forward
-from msfs_kernels.triton_tangent import tangent
+from msfs_kernels.triton_backend import backward, forward, tangent
 
 
 class Case(NamedTuple):
@@ -65,7 +65,7 @@ def kept(q: Tensor, k: Tensor, options: Options) -> Tensor:
 def textbook(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor]:
-    """softmax(cap(scale q k^T) - alibi + bias) v with the mask drawn out, in q's dtype; (o, lse)."""
+    """softmax(cap(scale q k^T) - alibi + bias) v, the mask drawn out, in q's dtype; (o, lse)."""
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     T, S = q.shape[2], k.shape[2]
@@ -100,6 +100,8 @@ def random_case(
     H = G * group
     T = draw.choice((1, 3, 17, 64, 127, 128, draw.randint(1, largest)))
     S = T if draw.random() < 0.4 else draw.choice((1, 5, 64, 128, draw.randint(1, largest)))
+    if T <= 16 and largest >= 300 and draw.random() < 0.5:
+        S = draw.choice((512, 700, 1111))  # long enough for split-KV decoding
     K = draw.choice((8, 16, 24, 40, 64, 64, 72, 80, 96, 128, 128, 160, 256))
     V = K if draw.random() < 0.7 else draw.choice((8, 16, 40, 64, 96))
 
@@ -192,7 +194,7 @@ def by_formula(
     out |= {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
     moves = tuple(tangents[name].to(dtype) for name in leaves)
     fixed = tuple(x.detach() for x in leaves.values())
-    _, (to, tlse) = torch.func.jvp(formula, fixed, moves)
+    to, tlse = torch.func.jvp(formula, fixed, moves)[1]
     return out | {"to": to, "tlse": tlse}
 
 
@@ -214,7 +216,9 @@ def by_kernels(
 
 
 def failures(case: Case, seed: int = 0) -> list[str]:
-    """One line for each output that is further from float64 than twice the plain formula's own error."""
+    """One line for each output that is further from float64 than twice the plain formula's own
+    error.
+    """
     q, k, v, options = case.q, case.k, case.v, case.options
     generator = torch.Generator().manual_seed(seed)
 
@@ -248,6 +252,11 @@ def failures(case: Case, seed: int = 0) -> list[str]:
         rounding = torch.finfo(torch.float32 if name in ("lse", "tlse") else q.dtype).eps
         growth = 4 + 2 * float(lse_size) if q.dtype == torch.float32 else 4.0
         bound = 2 * allowed.max() + growth * rounding * scale if truth.numel() else scale
+        if name == "to" and truth.numel():
+            # (P * tS) V and tlse o cancel; each carries the rounding of its own size.
+            bound += (
+                2 * torch.finfo(q.dtype).eps * exact["tlse"].abs().max() * v.abs().max().double()
+            )
         worst = error.max() if truth.numel() else torch.zeros(())
         if not same or not bool(worst <= bound):
             wrong.append(

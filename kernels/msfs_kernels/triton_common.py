@@ -1,13 +1,21 @@
-"""What the Triton attention kernels share: tile loads, scores and their masks, dropout, and how a launch is described.
+"""What the Triton attention kernels share: tile loads, scores and their masks, dropout, and how a
+launch is described.
 
-Letters: B batch, H query heads, G key heads, T queries, S keys, K head dim, V value head dim. `i` numbers queries and
-`j` keys; query i stands at position p = i + S - T of the key axis, so that the last query sees the last key. Scores are
-kept in units of log2 (scale * log2(e) * q.k), because the hardware's exponential is 2^x.
+Letters: B batch, H query heads, G key heads, T queries, S keys, K head dim, V value head dim. `i`
+numbers queries and `j` keys; query i stands at position p = i + S - T of the key axis, so that the
+last query sees the last key. Scores are kept in units of log2 (scale * log2(e) * q.k), because the
+hardware's exponential is 2^x.
 
-Every mask is a field of `Masks`. A field that is None is a compile-time constant to Triton and costs nothing: the plain
-and the causal kernel carry no trace of the options. All mask functions take `i` and `j` as broadcastable index tensors,
-(M, 1) and (1, N) or transposed, so that one definition serves tiles of scores and tiles of transposed scores.
+Every mask is a field of `Masks`. A field that is None is a compile-time constant to Triton and
+costs nothing: the plain and the causal kernel carry no trace of the options. All mask functions
+take `i` and `j` as broadcastable index tensors, (M, 1) and (1, N) or transposed, so that one
+definition serves tiles of scores and tiles of transposed scores.
 """
+
+# Device functions are Python to pyright: tiles, constants and pointers have no types of theirs.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalOperand=false
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+# pyright: reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
 
 import math
 from collections.abc import Callable
@@ -50,11 +58,14 @@ class Masks(NamedTuple):
 
 
 @triton.jit
-def load_tile(x, strides, batch, head, row, rows, ROWS: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr,
-              BOUNDED: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
+def load_tile(
+    x, strides, batch, head, row, rows, ROWS: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr,
+    BOUNDED: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
     """x[batch, head, row : row + ROWS, :D] as a (ROWS, COLS) tile, zeros outside (rows, D).
 
-    BOUNDED False promises that all rows exist. With TMA, x is a descriptor and the copy engine fills the zeros.
+    BOUNDED False promises that all rows exist. With TMA, x is a descriptor and the copy engine
+    fills the zeros.
     """
     if TMA:
         return x.load([batch, head, row, 0]).reshape([ROWS, COLS])
@@ -110,7 +121,9 @@ def store_tile(
 
 @triton.jit
 def row_facts(masks, batch, head, H, S):
-    """What the masks say about one (batch, head): key length, prefix length, ALiBi slope (log2), Philox key."""
+    """What the masks say about one (batch, head): key length, prefix length, ALiBi slope (log2),
+    Philox key.
+    """
     length = S
     prefix = 0
     slope = 0.0
@@ -144,7 +157,9 @@ def tile_offsets(i, j, batch, head, stride_b, stride_h, stride_t, stride_s):
 
 @triton.jit
 def tile_scores(products, i, j, batch, head, T, S, facts, masks, scale_log2):
-    """(scores in log2 units, their derivative by scale * q.k): soft-cap first, then ALiBi and bias (Gemma 2's order)."""
+    """(scores in log2 units, their derivative by scale * q.k): soft-cap first, then ALiBi and bias
+    (Gemma 2's order).
+    """
     scores = products * scale_log2
     derivative = 1.0
     if masks.softcap is not None:
@@ -198,7 +213,9 @@ def tile_visible(i, j, batch, head, T, S, facts, masks, CAUSAL: tl.constexpr):
 
 @triton.jit
 def tile_kept(i, j, head, facts, masks):
-    """Dropout's verdict on each entry: word 0 of Philox4x32-10 at counter (j, i, head, 0) under the row's key."""
+    """Dropout's verdict on each entry: word 0 of Philox4x32-10 at counter (j, i, head, 0) under the
+    row's key.
+    """
     zero = tl.zeros_like(i + j)
     word, _, _, _ = tl.philox(facts[3], zero + j, zero + i, zero + head, zero)
     return word >= tl.full((1, 1), masks.threshold, tl.uint32)
@@ -216,9 +233,11 @@ def segment_reach(
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """The range [low, high) of the other axis whose segment ids fall within this block's smallest and largest id.
+    """The range [low, high) of the other axis whose segment ids fall within this block's smallest
+    and largest id.
 
-    Exact for packed sequences (ids in runs), never too small for any ids: the kernels skip what lies outside.
+    Exact for packed sequences (ids in runs), never too small for any ids: the kernels skip what
+    lies outside.
     """
     at = first + tl.arange(0, BLOCK)
     inside = at < first + count
@@ -242,7 +261,8 @@ def segment_reach(
 def key_range(
     row, facts, masks, batch, T, S, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
 ):
-    """Key blocks that queries row .. row + BM - 1 can see: [low, high), of which [full_low, full_high) need no mask.
+    """Key blocks that queries row .. row + BM - 1 can see: [low, high), of which [full_low,
+    full_high) need no mask.
 
     All four are multiples of BN except high. Blocks outside are never touched.
     """
@@ -289,7 +309,7 @@ def query_range(
 ):
     """Query blocks that keys column .. column + BN - 1 are seen by: the transpose of `key_range`.
 
-    [low, high), of which [full_low, full_high) need no mask on queries; multiples of BM except high.
+    [low, high), of which [full_low, full_high) need no mask; multiples of BM except high.
     """
     length = facts[0]
     shift = S - T
@@ -336,9 +356,11 @@ def query_range(
 
 @triton.jit
 def longest_first(pid, blocks, heads, wave):
-    """(block, head) of a program: heads in groups of `wave` that share the L2 cache, in each the last block first.
+    """(block, head) of a program: heads in groups of `wave` that share the L2 cache, in each the
+    last block first.
 
-    Under a causal mask the last query block has the most keys; starting with it keeps the tail of the launch short.
+    Under a causal mask the last query block has the most keys; starting with it keeps the tail of
+    the launch short.
     """
     group = pid // (wave * blocks)
     rest = pid - group * (wave * blocks)
@@ -347,7 +369,9 @@ def longest_first(pid, blocks, heads, wave):
 
 
 class Launch(NamedTuple):
-    """One kernel call, described before it happens, so that tests and the tuner can compile it without running it."""
+    """One kernel call, described before it happens, so that tests and the tuner can compile it
+    without running it.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
@@ -360,7 +384,9 @@ class Launch(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A compiled launch whose tensors can be exchanged for others of the same shapes, strides and alignment."""
+    """A compiled launch whose tensors can be exchanged for others of the same shapes, strides and
+    alignment.
+    """
 
     start: Any
     args: list[Any]
@@ -377,9 +403,9 @@ def launch(
 ) -> None:
     """Runs plan(*tensors, options), and from the second time on without planning.
 
-    Triton works out afresh at each call which kernel the arguments' types and values select, and describing the launch
-    takes as long: some 200 microseconds in all. Calls that agree in shapes, strides, dtypes, alignment and scalars
-    select the same kernel, so that only addresses change.
+    Triton works out afresh at each call which kernel the arguments' types and values select, and
+    describing the launch takes as long: some 200 microseconds in all. Calls that agree in shapes,
+    strides, dtypes, alignment and scalars select the same kernel, so that only addresses change.
     """
     x = tensors[0]
     assert x is not None
@@ -414,7 +440,9 @@ def fingerprint(x: Tensor | None) -> Any:
 def prepare(
     described: Launch, compiled: Any, tensors: tuple[Tensor | None, ...]
 ) -> Prepared | None:
-    """None if the launch reads a tensor that the plan made itself: such launches are planned every time."""
+    """None if the launch reads a tensor that the plan made itself: such launches are planned every
+    time.
+    """
     names = described.kernel.arg_names[len(described.args) :]
     args = [*described.args, *(described.constants[name] for name in names)]
     numbers = {id(x): number for number, x in enumerate(tensors) if x is not None}
@@ -482,7 +510,9 @@ def padded(dim: int) -> int:
 
 
 def tma_ready(*tensors: Tensor) -> bool:
-    """Whether the copy engine can read these (B, H, T, K) tensors: 16-byte aligned rows, last dim dense, no broadcast."""
+    """Whether the copy engine can read these (B, H, T, K) tensors: 16-byte aligned rows, last dim
+    dense, no broadcast.
+    """
 
     def ready(x: Tensor) -> bool:
         step = 16 // x.element_size()

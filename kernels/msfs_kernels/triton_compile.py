@@ -1,7 +1,9 @@
-"""Compiles kernel launches for a chip without running them, also where there is no GPU: for tests and for the tuner.
+"""Compiles kernel launches for a chip without running them, also where there is no GPU: for tests
+and for the tuner.
 
-Triton asks its driver only for the target and a device number before it compiles; `CompileOnly` answers both. What
-comes out lands in Triton's cache on disk, so that a later launch of the same thing finds it there.
+Triton asks its driver only for the target and a device number before it compiles; `CompileOnly`
+answers both. What comes out lands in Triton's cache on disk, so that a later launch of the same
+thing finds it there.
 """
 
 import re
@@ -39,7 +41,7 @@ class CompileOnly:
 
 
 class Resources(NamedTuple):
-    """What one program takes: registers a thread, spilled bytes a thread, shared memory in bytes."""
+    """What one program takes: registers and spilled bytes a thread, shared memory in bytes."""
 
     registers: int
     spills: int
@@ -48,9 +50,11 @@ class Resources(NamedTuple):
 
 
 def compile_launch(launch: Launch, capability: int) -> Any:
-    """Triton's compiled kernel of a launch for sm_`capability`, arguments specialised exactly as a real call would."""
+    """Triton's compiled kernel of a launch for sm_`capability`, arguments specialised exactly as a
+    real call would.
+    """
     before = driver._active
-    driver.set_active(CompileOnly(capability))
+    driver.set_active(CompileOnly(capability))  # pyright: ignore[reportArgumentType]
     try:
         launch.kernel.device_caches.clear()
         return launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.constants)

@@ -1,23 +1,31 @@
-"""Exact attention without the T x S matrix, forward: FlashAttention-2's Algorithm 1 in Triton, one program a query block.
+"""Exact attention without the T x S matrix: FlashAttention-2's Algorithm 1 in Triton.
 
-**Online softmax.** For one query with scores s_1 .. s_S the output is sum_j e^{s_j} v_j / sum_j e^{s_j}. Keys come in
-blocks, so a program keeps three running values and corrects them when a block raises the maximum:
+**Online softmax.** For one query with scores s_1 .. s_S the output is sum_j e^{s_j} v_j / sum_j
+e^{s_j}. Keys come in blocks, so a program keeps three running values and corrects them when a block
+raises the maximum:
 
     m' = max(m, max_j s_j)               the running maximum: no exponential can overflow
     a  = e^{m - m'}                      what everything summed so far must shrink by
     l' = a l + sum_j e^{s_j - m'}        the running denominator
     O' = a O + sum_j e^{s_j - m'} v_j    the running numerator
 
-After the last block o = O / l, and the row's log-sum-exp m + log(l) is all that the backward needs to rebuild any
-probability: p_j = e^{s_j - lse}. A query without keys ends with l = 0: its output is zero, its lse -inf.
+After the last block o = O / l, and the row's log-sum-exp m + log(l) is all that the backward needs
+to rebuild any probability: p_j = e^{s_j - lse}. A query without keys ends with l = 0: its output is
+zero, its lse -inf.
 
-**Tiling.** A program owns BM queries (one tile of Q, loaded once) and walks over key blocks of BN. S = Q K^T and P V are
-matrix-unit products of tiles; m, l and O live in registers and T x S never exists anywhere. Blocks that the masks hide
-whole are not visited, blocks that they show whole run a loop without any mask (`key_range`), and only blocks on an edge
-pay for comparisons. The matrix units take the probabilities in the dtype of V, sums stay in float32.
+**Tiling.** A program owns BM queries (one tile of Q, loaded once) and walks over key blocks of BN.
+S = Q K^T and P V are matrix-unit products of tiles; m, l and O live in registers and T x S never
+exists anywhere. Blocks that the masks hide whole are not visited, blocks that they show whole run a
+loop without any mask (`key_range`), and only blocks on an edge pay for comparisons. The matrix
+units take the probabilities in the dtype of V, sums stay in float32.
 
-Source: Dao 2023 (FlashAttention-2), Algorithm 1; Milakov and Gimelshein 2018 for the online softmax.
+Source: Dao 2023 (FlashAttention-2), Algorithm 1; Milakov and Gimelshein 2018, online softmax.
 """
+
+# Device functions are Python to pyright: tiles, constants and pointers have no types of theirs.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalOperand=false
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+# pyright: reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
 
 import torch
 import triton
@@ -49,12 +57,16 @@ from msfs_kernels.triton_common import (
 
 @triton.jit
 def forward_blocks(
-    out, top, total, q, k, v, k_strides, v_strides, row, low, high, batch, head, kv_head, H, T, S, facts, masks, scale_log2,
-    K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, SIMPLE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    out, top, total, q, k, v, k_strides, v_strides, i, low, high, batch, head, kv_head, T, S, facts,
+    masks, scale_log2, K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    KP: tl.constexpr, VP: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    SIMPLE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Algorithm 1, lines 6 to 10, over the key blocks of [low, high)."""
-    i = (row + tl.arange(0, BM))[:, None]
+    """Algorithm 1, lines 6 to 10, over the key blocks of [low, high); i (BM, 1) numbers the
+    queries.
+
+    head is a number, or (BM, 1) where the rows of the tile are queries of several heads (decoding).
+    """
     for start in range(low, high, BN):
         start = tl.multiple_of(start, BN)
         j = (start + tl.arange(0, BN))[None, :]
@@ -77,7 +89,8 @@ def forward_blocks(
                     float("-inf"),
                 )
             new_top = tl.maximum(top, tl.max(scores, 1))
-        # A row that has seen no key yet keeps top = -inf; subtracting zero in its place avoids inf - inf.
+        # A row that has seen no key yet keeps top = -inf; subtracting zero in its place avoids inf
+        # - inf.
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
         if SIMPLE:
             p = tl.exp2(scores * scale_log2 - base[:, None])
@@ -96,10 +109,10 @@ def forward_blocks(
 
 @triton.jit
 def forward_kernel(
-    q, k, v, o, lse, q_strides, k_strides, v_strides, o_strides, masks, heads, H, T, S, scale_log2, wave,
-    GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    KP: tl.constexpr, VP: tl.constexpr, CAUSAL: tl.constexpr, SIMPLE: tl.constexpr, EVEN: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, v, o, lse, q_strides, k_strides, v_strides, o_strides, masks, heads, H, T, S, scale_log2,
+    wave, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    KP: tl.constexpr, VP: tl.constexpr, CAUSAL: tl.constexpr, SIMPLE: tl.constexpr,
+    EVEN: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BM queries of one head against all keys that they can see. heads = B * H."""
     block, flat_head = longest_first(tl.program_id(0), tl.cdiv(T, BM), heads, wave)
@@ -111,25 +124,26 @@ def forward_kernel(
     low, full_low, full_high, high = key_range(row, facts, masks, batch, T, S, CAUSAL, BM, BN)
 
     queries = load_tile(q, q_strides, batch, head, row, T, BM, KP, K, True, TMA)
+    i = (row + tl.arange(0, BM))[:, None]
     out = tl.zeros([BM, VP], tl.float32)
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     if masks.window is not None and masks.q_segments is None and masks.mask is None:
         out, top, total = forward_blocks(
-            out, top, total, queries, k, v, k_strides, v_strides, row, low, tl.minimum(full_low, high),
-            batch, head, kv_head, H, T, S, facts, masks, scale_log2, K, V, BM, BN, KP, VP,
-            CAUSAL, True, SIMPLE, TMA, PRECISION,
+            out, top, total, queries, k, v, k_strides, v_strides, i, low,
+            tl.minimum(full_low, high), batch, head, kv_head, T, S, facts, masks, scale_log2, K, V,
+            BM, BN, KP, VP, CAUSAL, True, SIMPLE, TMA, PRECISION,
         )  # fmt: skip
     if masks.q_segments is None and masks.mask is None:
         out, top, total = forward_blocks(
-            out, top, total, queries, k, v, k_strides, v_strides, row, full_low, full_high,
-            batch, head, kv_head, H, T, S, facts, masks, scale_log2, K, V, BM, BN, KP, VP,
+            out, top, total, queries, k, v, k_strides, v_strides, i, full_low, full_high,
+            batch, head, kv_head, T, S, facts, masks, scale_log2, K, V, BM, BN, KP, VP,
             CAUSAL, False, SIMPLE, TMA, PRECISION,
         )  # fmt: skip
     if not EVEN:
         out, top, total = forward_blocks(
-            out, top, total, queries, k, v, k_strides, v_strides, row, full_high, high,
-            batch, head, kv_head, H, T, S, facts, masks, scale_log2, K, V, BM, BN, KP, VP,
+            out, top, total, queries, k, v, k_strides, v_strides, i, full_high, high,
+            batch, head, kv_head, T, S, facts, masks, scale_log2, K, V, BM, BN, KP, VP,
             CAUSAL, True, SIMPLE, TMA, PRECISION,
         )  # fmt: skip
 
@@ -140,9 +154,9 @@ def forward_kernel(
     else:
         out = out * (1.0 / total)[:, None]
     store_tile(o, o_strides, out, batch, head, row, T, BM, VP, V)
-    i = row + tl.arange(0, BM)
+    rows = row + tl.arange(0, BM)
     log_sum = tl.where(seen, (top + tl.log2(total)) * LN2, float("-inf"))
-    tl.store(lse + tl.cast(flat_head, tl.int64) * T + i, log_sum, mask=i < T)
+    tl.store(lse + tl.cast(flat_head, tl.int64) * T + rows, log_sum, mask=rows < T)
 
 
 def is_even(masks: Masks, causal: bool, keys: int, block: int) -> bool:
@@ -158,13 +172,15 @@ def is_even(masks: Masks, causal: bool, keys: int, block: int) -> bool:
 
 
 def heads_in_cache(k: Tensor, v: Tensor, group: int) -> int:
-    """How many query heads run side by side so that their keys and values stay in half of a 50 MB cache."""
+    """How many query heads run side by side so that keys and values fill half of a 50 MB cache."""
     one_head = k.shape[2] * (k.shape[3] + v.shape[3]) * k.element_size()
     return max(1, 24_000_000 // max(one_head, 1)) * group
 
 
-def plan_forward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, options: Options,
-                 config: Config | None = None) -> Launch:  # fmt: skip
+def plan_forward(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, options: Options,
+    config: Config | None = None,
+) -> Launch:  # fmt: skip
     """The forward launch for these tensors: configuration from the table, masks, descriptors."""
     (B, H, T, K), (_, G, S, V) = q.shape, v.shape
     masks = masks_of(options, (B, H, T, S))
@@ -216,7 +232,9 @@ def plan_forward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, option
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """o (B, H, T, V) in q's dtype and lse (B, H, T) float32 in nats; zeros and -inf where a query sees no key."""
+    """o (B, H, T, V) in q's dtype and lse (B, H, T) float32 in nats; zeros and -inf where a query
+    sees no key.
+    """
     (B, H, T, _), V = q.shape, v.shape[-1]
     o = empty_tokens_first(q, B, H, T, V)
     lse = q.new_empty((B, H, T), dtype=torch.float32)

@@ -1,15 +1,23 @@
-"""The tangent of exact attention: what o and its log-sum-exp do when q, k, v (and the bias) move, in one more pass.
+"""The tangent of exact attention: what o and its log-sum-exp do when q, k, v (and the bias) move,
+in one more pass.
 
-With the forward done, every probability is at hand as P = e^{s - lse}, so no running maximum is needed:
+With the forward done, P = e^{s - lse} is at hand, so no running maximum is needed:
 
     tS   = scale (tQ K^T + Q tK^T) + tBias            how the scores move
     tLse = rowsum(P * tS)                             the mean of that under each query's weights
-    tO   = (P * tS) V + P tV - tLse O                 weights that rise above the mean gain, the others lose
+    tO   = (P * tS) V + P tV - tLse O                 weights that rise above the mean gain, the
+    others lose
 
-Five products of tiles against the forward's two. Both products into tO share one accumulator, and tLse is summed
-alongside. Dropout's factors Z multiply P in tO (o is (P * Z) V), but not in tLse; a soft-cap multiplies tS by its slope
-before the bias. The rule is the derivative of Dao 2023, Algorithm 1, written out; memory is linear in T.
+Five products of tiles against the forward's two. Both products into tO share one accumulator, and
+tLse is summed alongside. Dropout's factors Z multiply P in tO (o is (P * Z) V), but not in tLse; a
+soft-cap multiplies tS by its slope before the bias. The rule is the derivative of Dao 2023,
+Algorithm 1, written out; memory is linear in T.
 """
+
+# Device functions are Python to pyright: tiles, constants and pointers have no types of theirs.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalOperand=false
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+# pyright: reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
 
 import torch
 import triton
@@ -43,10 +51,11 @@ from msfs_kernels.triton_forward import heads_in_cache, is_even
 
 @triton.jit
 def tangent_blocks(
-    out, mean, queries, t_queries, log_sums, k, v, tk, tv, tbias, k_strides, v_strides, tk_strides, tv_strides, tbias_strides,
-    row, low, high, batch, head, kv_head, H, T, S, facts, masks, scale, scale_log2,
-    K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    out, mean, queries, t_queries, log_sums, k, v, tk, tv, tbias, k_strides, v_strides, tk_strides,
+    tv_strides, tbias_strides, row, low, high, batch, head, kv_head, H, T, S, facts, masks, scale,
+    scale_log2, K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    KP: tl.constexpr, VP: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i = (row + tl.arange(0, BM))[:, None]
     for start in range(low, high, BN):
@@ -90,11 +99,10 @@ def tangent_blocks(
 
 @triton.jit
 def tangent_kernel(
-    q, k, v, tq, tk, tv, tbias, o, lse, to, tlse,
-    q_strides, k_strides, v_strides, tq_strides, tk_strides, tv_strides, tbias_strides, o_strides, to_strides, masks,
-    heads, H, T, S, scale, scale_log2, wave,
-    GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    KP: tl.constexpr, VP: tl.constexpr, CAUSAL: tl.constexpr, EVEN: tl.constexpr,
+    q, k, v, tq, tk, tv, tbias, o, lse, to, tlse, q_strides, k_strides, v_strides, tq_strides,
+    tk_strides, tv_strides, tbias_strides, o_strides, to_strides, masks, heads, H, T, S, scale,
+    scale_log2, wave, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, CAUSAL: tl.constexpr, EVEN: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BM queries of one head against all keys that they can see. heads = B * H."""
@@ -112,10 +120,10 @@ def tangent_kernel(
     mean = tl.zeros([BM], tl.float32)
     if masks.window is not None and masks.q_segments is None and masks.mask is None:
         out, mean = tangent_blocks(
-            out, mean, queries, t_queries, log_sums, k, v, tk, tv, tbias,
-            k_strides, v_strides, tk_strides, tv_strides, tbias_strides, row, low, tl.minimum(full_low, high),
-            batch, head, kv_head, H, T, S, facts, masks, scale, scale_log2, K, V, BM, BN, KP, VP,
-            CAUSAL, True, TMA, PRECISION,
+            out, mean, queries, t_queries, log_sums, k, v, tk, tv, tbias, k_strides, v_strides,
+            tk_strides, tv_strides, tbias_strides, row, low, tl.minimum(full_low, high), batch,
+            head, kv_head, H, T, S, facts, masks, scale, scale_log2, K, V, BM, BN, KP, VP, CAUSAL,
+            True, TMA, PRECISION,
         )  # fmt: skip
     if masks.q_segments is None and masks.mask is None:
         out, mean = tangent_blocks(
@@ -139,8 +147,9 @@ def tangent_kernel(
 
 
 def plan_tangent(
-    tq: Tensor, tk: Tensor, tv: Tensor, tbias: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
-    to: Tensor, tlse: Tensor, options: Options, config: Config | None = None,
+    tq: Tensor, tk: Tensor, tv: Tensor, tbias: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
+    o: Tensor, lse: Tensor, to: Tensor, tlse: Tensor, options: Options,
+    config: Config | None = None,
 ) -> Launch:  # fmt: skip
     (B, H, T, K), (_, G, S, V) = q.shape, v.shape
     masks = masks_of(options, (B, H, T, S))
@@ -205,7 +214,7 @@ def tangent(
     lse: Tensor,
     options: Options,
 ) -> tuple[Tensor, Tensor]:
-    """to (B, H, T, V) in o's dtype and tlse (B, H, T) float32; both zero where a query sees no key."""
+    """to (B, H, T, V) in o's dtype and tlse (B, H, T) float32; zeros where a query sees no key."""
     (B, H, T, _), V = q.shape, v.shape[-1]
     to = empty_tokens_first(q, B, H, T, V)
     tlse = q.new_empty((B, H, T), dtype=torch.float32)

@@ -11,10 +11,9 @@ vocabulary, R beams (hypotheses of one sentence that decode side by side), L cac
 """
 
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int, Int64
@@ -210,9 +209,11 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         width, vocab = config.width, config.target_vocab or config.vocab
-        if config.tie == "all":
+        # A tied embedding is one module under one name: functional_call would not put a module that
+        # has several names back as it was.
+        self.tied = config.tie == "all"
+        if self.tied:
             self.embedding = nn.Embedding(vocab, width)
-            self.source_embedding = self.target_embedding = self.embedding
         else:
             self.source_embedding = nn.Embedding(config.vocab, width)
             self.target_embedding = nn.Embedding(vocab, width)
@@ -226,7 +227,8 @@ class Transformer(nn.Module):
         )
         self.output = nn.Linear(width, vocab, bias=config.output_bias)
         if config.tie != "none":
-            self.output.weight = self.target_embedding.weight
+            embedding = self.embedding if self.tied else self.target_embedding
+            self.output.weight = embedding.weight
 
     def forward(
         self,
@@ -250,8 +252,14 @@ class Transformer(nn.Module):
         Raises:
             ValueError: more tokens than max_length.
         """
-        lengths = {"source_lengths": source_lengths, "target_lengths": target_lengths}
-        states = self.hidden(source, target_in, **lengths, key=key, implementation=implementation)
+        states = self.hidden(
+            source,
+            target_in,
+            source_lengths=source_lengths,
+            target_lengths=target_lengths,
+            key=key,
+            implementation=implementation,
+        )
         return self.output(states)
 
     def hidden(
@@ -270,9 +278,9 @@ class Transformer(nn.Module):
         options = {"implementation": implementation, "maps": maps}
         memory = self.encode(source, source_lengths, encoder_key, **options)
         keys = site_keys(decoder_key, 1 + Layer.SITES * len(self.decoder))
-        y = self.embed(self.target_embedding, target_in, keys.pop())
+        y = self.embed("target", target_in, keys.pop())
         mask = {"is_causal": True, "key_lengths": target_lengths}
-        for layer in self.decoder:
+        for layer in cast(Sequence[Layer], self.decoder):
             layer_keys, keys = keys[: Layer.SITES], keys[Layer.SITES :]
             keys_values = layer.cross_attention.keys_values(memory)
             y = layer(
@@ -291,16 +299,16 @@ class Transformer(nn.Module):
     ) -> Float[Tensor, "B S D"]:
         """The memory: what the encoder makes of the source."""
         keys = site_keys(key, 1 + Layer.SITES * len(self.encoder))
-        x = self.embed(self.source_embedding, source, keys.pop())
+        x = self.embed("source", source, keys.pop())
         mask = {"key_lengths": source_lengths}
-        for layer in self.encoder:
+        for layer in cast(Sequence[Layer], self.encoder):
             layer_keys, keys = keys[: Layer.SITES], keys[Layer.SITES :]
             x = layer(x, layer_keys, mask, implementation=implementation, maps=maps)
         return self.encoder_norm(x)
 
     def embed(
         self,
-        embedding: nn.Embedding,
+        side: Literal["source", "target"],
         tokens: Int[Tensor, "B T"],
         key: Int64[Tensor, "2"] | None = None,
         position: Int[Tensor, ""] | int = 0,
@@ -312,7 +320,7 @@ class Transformer(nn.Module):
                 f"{T} tokens exceed max_length ({config.max_length}); split the sequence or raise "
                 "max_length"
             )
-        x = embedding(tokens)
+        x = (self.embedding if self.tied else getattr(self, f"{side}_embedding"))(tokens)
         if config.scale_embedding:
             x = x * math.sqrt(config.width)
         positions = torch.arange(T, device=tokens.device) + position
@@ -337,7 +345,10 @@ class Transformer(nn.Module):
             raise ValueError(f"beams ({beams}) must be at least 1")
         if source_lengths is None:
             source_lengths = torch.full((B,), S, device=memory.device)
-        pairs = [layer.cross_attention.keys_values(memory) for layer in self.decoder]
+        pairs = [
+            layer.cross_attention.keys_values(memory)
+            for layer in cast(Sequence[Layer], self.decoder)
+        ]
         heads = self.config.heads
         shape = (B, heads, beams, max_length, self.config.width // heads)
         empty = tuple(memory.new_zeros(shape) for _ in self.decoder)
@@ -350,6 +361,19 @@ class Transformer(nn.Module):
             source_lengths=source_lengths,
             slots=slots.contiguous(),
         )
+
+    def start(
+        self,
+        source: Int[Tensor, "B S"],
+        source_lengths: Int[Tensor, "B"] | None,
+        max_length: int,
+        beams: int = 1,
+        *,
+        implementation: Implementation = "flash",
+    ) -> Cache:
+        """`encode` and `init_cache` in one: what decoding of these sources begins with."""
+        memory = self.encode(source, source_lengths, implementation=implementation)
+        return self.init_cache(memory, source_lengths, max_length, beams)
 
     def decode(
         self,
@@ -386,9 +410,9 @@ class Transformer(nn.Module):
             kept.append((k, v))
             return k.flatten(2, 3), v.flatten(2, 3)
 
-        y = self.embed(self.target_embedding, tokens, position=position).reshape(B, R * T, -1)
+        y = self.embed("target", tokens, position=position).reshape(B, R * T, -1)
         pairs = zip(cache.memory_keys, cache.memory_values, strict=True)
-        for layer, memory in zip(self.decoder, pairs, strict=True):
+        for layer, memory in zip(cast(Sequence[Layer], self.decoder), pairs, strict=True):
             lengths = {"memory": memory, "memory_lengths": cache.source_lengths}
             no_keys = site_keys(None, Layer.SITES)
             y = layer(y, no_keys, mask, **lengths, store=store, implementation=implementation)
@@ -445,69 +469,3 @@ def output_weight(params: Params) -> Float[Tensor, "V D"]:
     """The matrix of the output projection, wherever it is tied to."""
     names = ("output.weight", "target_embedding.weight", "embedding.weight")
     return next(params[name] for name in names if name in params)
-
-
-MARIAN_NAMES = [
-    (r"^model\.shared\.", "embedding."),
-    (r"^model\.encoder\.embed_tokens\.", "source_embedding."),
-    (r"^model\.decoder\.embed_tokens\.", "target_embedding."),
-    (r"^model\.(encoder|decoder)\.layers\.", r"\1."),
-    (r"\.self_attn_layer_norm\.", ".self_attention_norm."),
-    (r"\.encoder_attn_layer_norm\.", ".cross_attention_norm."),
-    (r"\.final_layer_norm\.", ".feed_forward_norm."),
-    (r"\.self_attn\.", ".self_attention."),
-    (r"\.encoder_attn\.", ".cross_attention."),
-    (r"\.([qkv])_proj\.", r".\1."),
-    (r"\.out_proj\.", ".o."),
-    (r"\.fc1\.", ".feed_forward.up."),
-    (r"\.fc2\.", ".feed_forward.down."),
-    (r"^lm_head\.", "output."),
-    (r"^final_logits_bias$", "output.bias"),
-]
-
-
-def from_marian(
-    config: Mapping[str, Any], weights: Mapping[str, Tensor]
-) -> tuple[TransformerConfig, Params]:
-    """Configuration and parameters of a MarianMT checkpoint (`config.json`, its weights by name).
-
-    Decoding starts from `config["decoder_start_token_id"]`, and ends with `config["eos_token_id"]`.
-
-    Raises:
-        ValueError: a layout this model does not have.
-    """
-    if config["encoder_attention_heads"] != config["decoder_attention_heads"]:
-        raise ValueError("encoder and decoder must have the same number of heads")
-    if config["encoder_ffn_dim"] != config["decoder_ffn_dim"]:
-        raise ValueError("encoder and decoder must have feed-forward layers of the same width")
-    shared = config.get("share_encoder_decoder_embeddings", True)
-    tied = config.get("tie_word_embeddings", True)
-    activation = config["activation_function"]
-    ours = TransformerConfig(
-        vocab=config["vocab_size"],
-        target_vocab=config.get("decoder_vocab_size"),
-        width=config["d_model"],
-        depth=config["encoder_layers"],
-        decoder_depth=config["decoder_layers"],
-        heads=config["encoder_attention_heads"],
-        hidden=config["encoder_ffn_dim"],
-        dropout=config["dropout"],
-        attention_dropout=config["attention_dropout"],
-        hidden_dropout=config["activation_dropout"],
-        activation={"silu": "swish", "gelu_new": "gelu_tanh"}.get(activation, activation),
-        tie="all" if shared and tied else "decoder" if tied else "none",
-        scale_embedding=config["scale_embedding"],
-        positions="halves",
-        output_bias=True,
-        max_length=config["max_position_embeddings"],
-    )
-    params: Params = {}
-    for name, value in weights.items():
-        tied_copy = ours.tie == "all" and "embed_tokens" in name
-        tied_copy = tied_copy or (ours.tie != "none" and name.startswith("lm_head."))
-        if tied_copy or "embed_positions" in name:
-            continue
-        for pattern, replacement in MARIAN_NAMES:
-            name = re.sub(pattern, replacement, name)
-        params[name] = value.reshape(-1) if name == "output.bias" else value
-    return ours, params

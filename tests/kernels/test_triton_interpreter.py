@@ -1,6 +1,8 @@
-"""The Triton kernels compute attention: run by Triton's interpreter on the CPU and compared with float64.
+"""The Triton kernels compute attention: run by Triton's interpreter on the CPU and compared with
+float64.
 
-Triton decides when it is imported whether it interprets, so everything here runs in a child process of its own.
+Triton decides when it is imported whether it interprets, so everything here runs in a child process
+of its own.
 """
 
 import multiprocessing
@@ -33,12 +35,12 @@ def interpreter():
 
 
 def small_tiles(tma: bool = False) -> None:
-    """Tiles of 32 x 16 in every kernel, so that few tokens make many blocks."""
+    """Tiles of 16 x 16 in every kernel, so that few tokens make many blocks."""
     from msfs_kernels import triton_backward, triton_forward, triton_tangent
     from msfs_kernels.configs import Config
 
     for module in (triton_forward, triton_backward, triton_tangent):
-        module.choose = lambda *_: Config(32, 16, 4, 1, tma)
+        module.choose = lambda *_: Config(16, 16, 4, 1, tma)
 
 
 def failures_of_seed(seed: int) -> list[str]:
@@ -47,16 +49,16 @@ def failures_of_seed(seed: int) -> list[str]:
     torch.set_num_threads(1)
     small_tiles()
     # The interpreter multiplies bfloat16 tiles as integers; the GPU check covers it.
-    case = random_case(seed, "cpu", largest=70, dtypes=(torch.float16, torch.float32))
+    case = random_case(seed, "cpu", largest=40, dtypes=(torch.float16, torch.float32))
     return [f"{case.name}: {line}" for line in failures(case)]
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(2, 7))
 def test_random_shapes_strides_and_options_agree_with_the_formula(interpreter, seed):
     assert interpreter(failures_of_seed, seed) == []
 
 
-def made(T, S, K=16, V=16, B=2, H=4, G=2, dtype=torch.float16, **options):
+def made(T, S, K=16, V=16, B=2, H=2, G=1, dtype=torch.float16, **options):
     """q, k, v and options; a field given as a function is called with a generator."""
     from msfs_kernels.options import Options
 
@@ -72,7 +74,7 @@ def failures_with(name: str, tma: bool, deterministic: bool) -> list[str]:
 
     torch.set_num_threads(1)
     small_tiles(tma)
-    T, S = 45, 70
+    T, S = 21, 39
     generator = torch.Generator().manual_seed(3)
 
     def noise(*shape: int) -> torch.Tensor:
@@ -82,12 +84,12 @@ def failures_with(name: str, tma: bool, deterministic: bool) -> list[str]:
         "plain": {},
         "causal": {"causal": True},
         "window": {"window": 9},
-        "causal window": {"causal": True, "window": 20},
-        "key lengths": {"key_lengths": torch.tensor([33, 0], dtype=torch.int32)},
-        "prefix": {"causal": True, "prefix_lengths": torch.tensor([40, 5], dtype=torch.int32)},
+        "causal window": {"causal": True, "window": 18},
+        "key lengths": {"key_lengths": torch.tensor([20, 0], dtype=torch.int32)},
+        "prefix": {"causal": True, "prefix_lengths": torch.tensor([33, 5], dtype=torch.int32)},
         "prefix and window": {
             "window": 8,
-            "prefix_lengths": torch.tensor([0, 35], dtype=torch.int32),
+            "prefix_lengths": torch.tensor([0, 18], dtype=torch.int32),
         },
         "segments": {
             "q_segments": torch.arange(T, dtype=torch.int32)
@@ -98,10 +100,10 @@ def failures_with(name: str, tma: bool, deterministic: bool) -> list[str]:
             .repeat(2, 1),
         },
         "softcap": {"softcap": 1.5, "scale": 1.0},
-        "alibi": {"alibi": noise(2, 4).abs(), "causal": True},
-        "bias over rows": {"bias": noise(1, 4, T, S).half()},
+        "alibi": {"alibi": noise(2, 2).abs(), "causal": True},
+        "bias over rows": {"bias": noise(1, 2, T, S).half()},
         "bias over queries": {"bias": noise(2, 1, 1, S).half(), "causal": True},
-        "bias over keys": {"bias": noise(2, 4, T, 1).half()},
+        "bias over keys": {"bias": noise(2, 2, T, 1).half()},
         "boolean bias": {"bias": noise(2, 1, T, S) > 0},
         "dropout": {"dropout": 0.3, "rng": torch.tensor([[1, 2], [3, 2**32 - 1]])},
         "negative scale": {"scale": -0.2},
@@ -110,7 +112,6 @@ def failures_with(name: str, tma: bool, deterministic: bool) -> list[str]:
     return failures(Case(name, q, k, v, made_options))
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize(
     "name",
     [
@@ -132,11 +133,16 @@ def failures_with(name: str, tma: bool, deterministic: bool) -> list[str]:
         "negative scale",
     ],
 )
-def test_each_option_alone_agrees_with_the_formula(interpreter, name, deterministic):
-    assert interpreter(failures_with, name, False, deterministic) == []
+def test_each_option_alone_agrees_with_the_formula(interpreter, name):
+    assert interpreter(failures_with, name, False, False) == []
 
 
-@pytest.mark.parametrize("name", ["plain", "causal window", "key lengths"])
+@pytest.mark.parametrize("name", ["plain", "causal window", "boolean bias"])
+def test_deterministic_gradients_agree_with_the_formula(interpreter, name):
+    assert interpreter(failures_with, name, False, True) == []
+
+
+@pytest.mark.parametrize("name", ["plain", "causal window"])
 def test_tiles_through_the_copy_engine_agree_with_the_formula(interpreter, name):
     assert interpreter(failures_with, name, True, False) == []
 
@@ -199,20 +205,20 @@ def one_token():
 
 def test_one_token_attends_to_itself(interpreter):
     got = interpreter(one_token)
-    assert got["o"].shape == (2, 4, 1, 16) and got["dq"].abs().max() < 1e-2
+    assert got["o"].shape == (2, 2, 1, 16) and got["dq"].abs().max() < 1e-2
 
 
 def large_logits():
     from msfs_kernels.triton_check import Case, failures
 
     small_tiles()
-    q, k, v, options = made(33, 40, dtype=torch.float32, scale=-40.0, causal=True)
+    q, k, v, options = made(17, 17, dtype=torch.float32, scale=-40.0, causal=True)
     return failures(Case("large", q, k, v, options)), everything(q, k, v, options)["lse"]
 
 
-def test_log_sum_exps_far_below_minus_88_are_safe(interpreter):
+def test_log_sum_exps_far_beyond_88_on_either_side_are_safe(interpreter):
     wrong, lse = interpreter(large_logits)
-    assert lse[lse > float("-inf")].min() < -88
+    assert lse.min() < -88 and lse.max() > 88
     assert wrong == []
 
 
@@ -224,8 +230,8 @@ def memory_layouts():
 
 def test_results_are_laid_out_tokens_first(interpreter):
     strides = interpreter(memory_layouts)
-    assert strides["o"] == (20 * 4 * 16, 16, 4 * 16, 1)
-    assert strides["dk"] == (30 * 2 * 16, 16, 2 * 16, 1)
+    assert strides["o"] == (20 * 2 * 16, 16, 2 * 16, 1)
+    assert strides["dk"] == (30 * 16, 16, 16, 1)
 
 
 def empty():
@@ -234,5 +240,47 @@ def empty():
 
 def test_no_queries_or_no_keys_give_empty_or_zero_results(interpreter):
     without_queries, without_keys = interpreter(empty)
-    assert without_queries["o"].shape == (2, 4, 0, 16) and not without_queries["dk"].any()
+    assert without_queries["o"].shape == (2, 2, 0, 16) and not without_queries["dk"].any()
     assert not without_keys["o"].any() and not without_keys["dq"].any()
+
+
+def decoding_errors(T, S, heads, options):
+    from msfs_kernels import triton_decode
+    from msfs_kernels.configs import Config
+    from msfs_kernels.triton_check import textbook
+
+    triton_decode.choose = lambda *_: Config(16, 32, 4, 1)
+    triton_decode.SHORTEST_SLICE = 40
+    q, k, v, made_options = made(T, S, H=heads[0], G=heads[1], **options)
+    assert triton_decode.slices(q, k) > 1
+    o, lse = triton_decode.decode(q, k, v, made_options)
+    bias = made_options.bias
+    exact = textbook(q.double(), k.double(), v.double(), bias, made_options)
+    finite = exact[1] > float("-inf")
+    assert torch.equal(lse > float("-inf"), finite)
+    return float((o - exact[0]).abs().max()), float((lse - exact[1])[finite].abs().max())
+
+
+@pytest.mark.parametrize(
+    "T, S, heads, options",
+    [
+        (1, 200, (2, 2), {}),
+        (1, 130, (6, 2), {"key_lengths": torch.tensor([50, 0], dtype=torch.int32)}),
+        (5, 133, (4, 2), {"causal": True, "window": 90}),
+        (
+            2,
+            100,
+            (4, 2),
+            {
+                "alibi": torch.linspace(0, 1, 8).view(2, 4),
+                "softcap": 2.0,
+                "dropout": 0.3,
+                "rng": torch.tensor([[1, 2], [3, 4]]),
+            },
+        ),
+        (16, 90, (2, 1), {"bias": torch.linspace(-1, 1, 180).view(1, 2, 1, 90).half()}),
+    ],
+)
+def test_decoding_over_slices_of_the_keys_equals_the_formula(interpreter, T, S, heads, options):
+    error, lse_error = interpreter(decoding_errors, T, S, heads, options)
+    assert error < 1e-3 and lse_error < 1e-5

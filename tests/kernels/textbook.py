@@ -1,6 +1,7 @@
 """The textbook formula with every option, the mask drawn out: what all attention tests trust.
 
-Plain torch operations on T x S matrices, differentiable by torch itself, written without a look at the kernels.
+Plain torch operations on T x S matrices, differentiable by torch itself, written without a look at
+the kernels.
 """
 
 import math

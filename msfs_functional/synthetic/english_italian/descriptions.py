@@ -41,6 +41,11 @@ _BE = {
     "was": (english.WAS, "", _ESSERE.imperfect, _AVERE.imperfect),
     "future": (("will",) * 6, "be", _ESSERE.future, _AVERE.future),
 }
+# Nothing is two things of a group at once.
+_EXCLUSIVE = (
+    {"small", "big"}, {"old", "new", "young"}, {"happy", "sad"}, {"rich", "poor"},
+    {"clean", "dirty"}, {"red", "green", "yellow", "black", "white", "blue"},
+)  # fmt: skip
 _DEGREES = {"": "", "very": "molto", "too": "troppo"}
 
 
@@ -101,7 +106,8 @@ def copula(rng: random.Random) -> Sentence:
         return end(said, italian.join(who.direct, no, essere, ADVERBS[adverb], qualità), pairs)
     if chance < 0.55:
         second, more = _quality(rng, who)
-        if second != entry:
+        two = {entry.english, second.english}
+        if second != entry and not any(two <= group for group in _EXCLUSIVE):
             conjunction, congiunzione = pick(rng, (("and", "e"), ("but", "ma")))
             altra = second.italian[who.form]
             quality = words(entry.english, conjunction, second.english)

@@ -5,8 +5,8 @@ from typing import NamedTuple
 VOWELS = "aeiou"
 BE = ("am", "are", "is", "are", "are", "are")
 WAS = ("was", "were", "was", "were", "were", "were")
-# Verbs of one stressed last syllable that double their consonant.
-_DOUBLING = {"forget", "get", "prefer", "run", "stop", "swim", "travel"}
+# Verbs that double their last consonant: getting, beginning.
+_DOUBLING = {"begin", "forget", "get", "run", "swim"}
 
 
 class Verb(NamedTuple):

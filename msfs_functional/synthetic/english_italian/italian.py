@@ -240,7 +240,7 @@ def group(
         tense: as in `english.group`.
         person, form: of the subject; the participle agrees with it after essere.
         clitic: mi ti lo la ci li le, or gli and le with `dative`; the participle after avere
-            agrees with a direct lo la li le, and lo and la lose their vowel before ha.
+            agrees with a direct lo la li le, and lo and la lose their vowel before avere.
         adverb: sempre, spesso, mai, già, ancora: stands after the finite verb.
     """
     if verb.reflexive:
@@ -264,8 +264,7 @@ def group(
             else:
                 agrees = {"la": "f", "li": "mp", "le": "fp"}.get(clitic, "m")
                 after = adjective(verb.participle)["m" if dative else agrees]
-                if clitic in ("lo", "la") and finite[0] == "h":
-                    before = "l'"
+                before = "l'" if clitic in ("lo", "la") else clitic
         case _:
             finite, before = _MODALS[tense][person], ""
             after = verb.infinitive

@@ -1,0 +1,125 @@
+"""flash_attention on DTensors over two ranks equals one process: sharded by batch, by heads,
+replicated.
+"""
+
+import os
+import socket
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+RANKS = 2
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(4, 4, 6, 8), (4, 2, 7, 8), (4, 2, 7, 8), (1, 4, 6, 7)]  # q, k, v, bias
+    return [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+
+
+OPTIONS = {
+    "none": {},
+    "padded": {
+        "is_causal": True,
+        "window": 4,
+        "key_lengths": torch.tensor([7, 3, 5, 0]),
+        "alibi_slopes": torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64),
+        "softcap": 3.0,
+    },
+    "dropout": {"dropout": 0.3, "dropout_key": torch.tensor([1, 2])},
+}
+
+
+def loss_of(options):
+    from msfs_kernels import flash_attention
+
+    def loss(q, k, v, bias):
+        return flash_attention(q, k, v, bias=bias, **options).sin().sum()
+
+    return loss
+
+
+def autograd(f, x):
+    x = [y.detach().requires_grad_() for y in x]
+    return torch.autograd.grad(f(*x), x)
+
+
+def double_backward(f, x):
+    x = [y.detach().requires_grad_() for y in x]
+    grads = torch.autograd.grad(f(*x), x, create_graph=True)
+    return torch.autograd.grad(sum((g * g).sum() for g in grads), x)
+
+
+def derivatives(f, x, t, compiled: bool):
+    from torch.func import grad, jvp
+
+    yield "autograd", autograd(f, x)
+    yield "func.grad", grad(f, (0, 1, 2, 3))(*x)
+    yield "jvp", jvp(f, tuple(x), tuple(t))
+    yield "double backward", double_backward(f, x)
+    if compiled:
+        yield "compiled", autograd(torch.compile(f, fullgraph=True, backend="aot_eager"), x)
+
+
+def compare_on_rank(rank: int, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=RANKS, timeout=timedelta(seconds=120))
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (RANKS,))
+    x = inputs()
+    t = [y.flip(-1) for y in x]
+    for options in OPTIONS.values():
+        f = loss_of(options)
+        want = dict(derivatives(f, x, t, compiled=False))
+        want["compiled"] = want["autograd"]
+        for placement in (Shard(0), Shard(1), Replicate()):
+
+            def spread(tensors, placement=placement):
+                # The bias has batch size 1.
+                own = [placement] * 3 + [Replicate() if placement == Shard(0) else placement]
+                pairs = zip(tensors, own, strict=True)
+                return [distribute_tensor(y, mesh, [p]) for y, p in pairs]
+
+            torch._dynamo.reset()
+            for name, got in derivatives(f, spread(x), spread(t), compiled="window" in options):
+                for a, b in zip(got, want[name], strict=True):
+                    torch.testing.assert_close(a.full_tensor(), b)
+                kept = placement if not (options.get("dropout") and placement == Shard(1)) else None
+                if name == "autograd" and kept is not None:
+                    assert got[0].placements == (kept,), f"{placement}: {got[0].placements}"
+    dist.destroy_process_group()
+
+
+def refuse_on_rank(rank: int, port: int) -> None:
+    from msfs_kernels import flash_attention
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=1)
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    q = torch.randn(2, 2, 3, 4)
+    spread = distribute_tensor(q, init_device_mesh("cpu", (1,)), [Shard(0)])
+    with pytest.raises(ValueError, match="q is a DTensor and k is not"):
+        flash_attention(spread, q, q)
+    dist.destroy_process_group()
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.ranks
+def test_two_ranks_equal_one_process():
+    mp.spawn(compare_on_rank, (free_port(),), RANKS)
+
+
+@pytest.mark.ranks
+def test_tensors_that_mix_with_dtensors_are_refused():
+    mp.spawn(refuse_on_rank, (free_port(),), 1)

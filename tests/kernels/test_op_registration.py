@@ -1,0 +1,138 @@
+"""The raw ops as torch sees them: opcheck, fakes, export, compiled without break or recompile."""
+
+import pytest
+import torch
+from msfs_kernels import flash_attention
+from msfs_kernels.options import Options
+from torch import Tensor, nn
+
+OPS = torch.ops.msfs_kernels
+
+
+def randn(*shape, seed=0, requires_grad=True) -> Tensor:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return x.requires_grad_(requires_grad)
+
+
+def samples(bias: Tensor | None) -> dict[str, tuple]:
+    """Arguments of each op: odd sizes, grouped heads, strided queries, every option."""
+    B, H, G, T, S, K, Kv = 2, 4, 2, 3, 5, 8, 6
+    options = Options(
+        bias=bias,
+        key_lengths=torch.tensor([5, 2], dtype=torch.int32),
+        prefix_lengths=torch.tensor([0, 3], dtype=torch.int32),
+        q_segments=torch.zeros(B, T, dtype=torch.int32),
+        k_segments=torch.zeros(B, S, dtype=torch.int32),
+        alibi=torch.rand(B, H, dtype=torch.float64),
+        rng=torch.tensor([[1, 2], [3, 4]]),
+        causal=True,
+        window=4,
+        scale=0.3,
+        softcap=3.0,
+        dropout=0.25,
+    )
+    rest = options[1:]
+
+    def inputs(seed):
+        q = randn(B, T, H, K, seed=seed, requires_grad=False).transpose(1, 2).requires_grad_()
+        floating = bias is not None and bias.is_floating_point()
+        tbias = randn(*bias.shape, seed=seed + 3) if floating and bias is not None else None
+        return q, randn(B, G, S, K, seed=seed + 1), randn(B, G, S, Kv, seed=seed + 2), tbias
+
+    q, k, v, _ = inputs(0)
+    x, t, u = (q, k, v, bias), inputs(10), inputs(20)
+    o, lse = (y.detach() for y in OPS.attention(*x, *rest))
+    do, dlse = randn(*o.shape, seed=5), randn(*lse.shape, seed=6)
+    to, tlse = (y.detach() for y in OPS.attention_tangent(*t, *x, o, lse, *rest))
+    need = bias is not None and bias.is_floating_point()
+    second = (do, dlse, *t, *x, o, lse, to, tlse, *rest, need)
+    return {
+        "attention": (*x, *rest),
+        "attention_backward": (do, dlse, *x, o, lse, *rest, need),
+        "attention_tangent": (*t, *x, o, lse, *rest),
+        "attention_second_backward": detached(second),
+        "attention_second_tangent": detached((*t, *u, *x, o, lse, tlse, to, tlse, *rest)),
+    }
+
+
+def detached(args: tuple) -> tuple:
+    return tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
+
+
+@pytest.mark.parametrize("name", list(samples(None)))
+@pytest.mark.parametrize("bias", ["none", "broadcast"])
+def test_opcheck(name, bias):
+    value = None if bias == "none" else randn(1, 4, 1, 5, seed=4)
+    torch.library.opcheck(getattr(OPS, name).default, samples(value)[name])
+
+
+@pytest.mark.parametrize("T", [1, 6])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("repeat", [1, 2])
+def test_fakes_tell_the_strides_of_the_kernels(T, causal, repeat):
+    from torch._subclasses import FakeTensorMode
+
+    q, k = randn(2, 2 * repeat, T, 8), randn(2, 2, 6, 8, seed=1)
+    rest = Options(causal=causal, scale=0.3)[1:]
+    real = OPS.attention(q, k, k, None, *rest)
+    real = (*real, *OPS.attention_backward(real[0], None, q, k, k, None, *real, *rest, False))
+    with FakeTensorMode() as mode:
+        q, k = mode.from_tensor(q), mode.from_tensor(k)
+        fake = OPS.attention(q, k, k, None, *rest)
+        fake = (*fake, *OPS.attention_backward(fake[0], None, q, k, k, None, *fake, *rest, False))
+    for a, b in zip(real, fake, strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        strides = zip(a.shape, a.stride(), b.stride(), strict=True)
+        assert all(mine == theirs for n, mine, theirs in strides if n > 1)
+
+
+class Block(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, lengths: Tensor) -> Tensor:
+        return flash_attention(q, k, k, is_causal=True, key_lengths=lengths).transpose(1, 2) + 1
+
+
+def block_inputs(batch=2, T=3, S=5):
+    q, k = randn(batch, 4, T, 8, requires_grad=False), randn(batch, 2, S, 8, requires_grad=False)
+    return q, k, torch.tensor([S, 2])[:batch]
+
+
+def test_export_keeps_the_op_whole():
+    dims = {0: torch.export.Dim("batch", max=64)}
+    inputs = block_inputs()
+    program = torch.export.export(Block(), inputs, dynamic_shapes=(dims, dims, dims))
+    called = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert called.count(OPS.attention.default) == 1
+    torch.testing.assert_close(program.module()(*inputs), Block()(*inputs))
+    decomposed = program.run_decompositions()
+    called = [node.target for node in decomposed.graph.nodes if node.op == "call_function"]
+    assert called.count(OPS.attention.default) == 1
+
+
+def test_aot_inductor_runs_the_op(tmp_path):
+    inputs = block_inputs()
+    program = torch.export.export(Block(), inputs)
+    path = torch._inductor.aoti_compile_and_package(
+        program, package_path=str(tmp_path / "block.pt2")
+    )
+    loaded = torch._inductor.aoti_load_package(path)
+    torch.testing.assert_close(loaded(*inputs), Block()(*inputs))
+
+
+def test_new_shapes_recompile_at_most_once():
+    frames = 0
+
+    def backend(graph, _):
+        nonlocal frames
+        frames += 1
+        return graph
+
+    compiled = torch.compile(Block(), fullgraph=True, backend=backend)
+    for T in (3, 4, 5, 7, 9):
+        inputs = block_inputs(T=T, S=T + 2)
+        torch.testing.assert_close(compiled(*inputs), Block()(*inputs))
+    assert frames == 2  # the first shape, then one graph for all
+
+
+def test_there_is_no_graph_break():
+    explained = torch._dynamo.explain(Block())(*block_inputs())
+    assert explained.graph_break_count == 0 and explained.graph_count == 1
