@@ -170,7 +170,8 @@ def attention_figure(
     Row i shows the step that writes token i; the last one writes <eos>. What exceeds the model's
     max_length is left out.
     """
-    limit = model.skeleton.config.max_length
+    config: Any = model.skeleton.config
+    limit = config.max_length
     source_ids = source_tokenizer.encode([source], eos=True)[0][:limit]
     target_ids = target_tokenizer.encode([target], bos=True, eos=True)[0][: limit + 1]
     device = next(iter(params.values())).device
