@@ -12,7 +12,6 @@ It is visible only when it is complete and on the disk, an old one is deleted on
 (`durable` says how), every byte is checked before it is used, and nothing is ever unpickled.
 """
 
-import errno
 import json
 import math
 import os
@@ -260,11 +259,11 @@ def _find(place: Path, which: Which) -> Path:
     if which == "latest":
         return found[-1].path
     if which == "best":
-        ranked = _by_metric(found)
+        damaged = [checkpoint for checkpoint in found if not checkpoint.intact]
+        ranked = damaged or _by_metric(found)  # a damaged one may be the best: say so, not guess
         if not ranked:
             raise ValueError(f"no checkpoint in {place} carries a metric: load the latest instead")
-        damaged = [checkpoint for checkpoint in found if not checkpoint.intact]
-        return (damaged or ranked)[0].path  # a damaged one may be the best: say so, not guess
+        return ranked[0].path
     for checkpoint in found:
         if checkpoint.step == which:
             return checkpoint.path
