@@ -12,7 +12,6 @@ It is visible only when it is complete and on the disk, an old one is deleted on
 (`durable` says how), every byte is checked before it is used, and nothing is ever unpickled.
 """
 
-import errno
 import json
 import math
 import os
@@ -164,14 +163,16 @@ def _by_metric(found: list[Checkpoint]) -> list[Checkpoint]:
     return sorted((c for c in found if c.metric is not None), key=score, reverse=True)
 
 
-def _disk_error(error: Exception, target: Path) -> OSError:
+def _disk_error(error: Exception, target: Path) -> Exception:
     number = getattr(error, "errno", None)
     if number is None:  # safetensors keeps the number in its text only
         match = re.search(r"os error (\d+)", str(error))
-        number = int(match[1]) if match else errno.EIO
+        if match is None:
+            return error
+        number = int(match[1])
     before = [checkpoint.path for checkpoint in checkpoints(target.parent)]
     before = [path for path in before if path != target]
-    kept = f"the previous checkpoint {before[-1]} is untouched" if before else "it was the first"
+    kept = f"the previous checkpoint {before[-1]} is untouched" if before else "there is none yet"
     return OSError(
         number,
         f"cannot save {target}: {os.strerror(number)}; {kept}; free some space or choose another "
@@ -258,7 +259,8 @@ def _find(place: Path, which: Which) -> Path:
     if which == "latest":
         return found[-1].path
     if which == "best":
-        ranked = _by_metric(found)
+        damaged = [checkpoint for checkpoint in found if not checkpoint.intact]
+        ranked = damaged or _by_metric(found)  # a damaged one may be the best: say so, not guess
         if not ranked:
             raise ValueError(f"no checkpoint in {place} carries a metric: load the latest instead")
         return ranked[0].path
@@ -348,7 +350,7 @@ def load(
     except ValueError as error:
         good = [checkpoint for checkpoint in verified(path.parent) if checkpoint.path != path]
         remedy = (
-            f"the previous good checkpoint is {good[-1].path} (which={good[-1].step})"
+            f"the last good checkpoint is {good[-1].path} (which={good[-1].step})"
             if good
             else f"no other checkpoint in {path.parent} is good: start again"
         )

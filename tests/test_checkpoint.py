@@ -316,6 +316,15 @@ def test_any_changed_byte_is_found(
         assert_same(restored.state, state_of(1))
 
 
+def test_the_best_is_not_guessed_when_a_manifest_is_damaged(root: Path) -> None:
+    for step, score in ((1, 9.0), (2, 3.0)):
+        checkpoint.save(root, step, {}, metric=score)
+    (root / "step_00000001" / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match=r"step_00000001/manifest.json is truncated .*which=2"):
+        checkpoint.load(root, which="best")
+    assert checkpoint.load(root).step == 2
+
+
 def test_the_only_checkpoint_damaged_says_so(root: Path) -> None:
     path = checkpoint.save(root, 1, state_of(1))
     (path / "meta.json").write_text("")
