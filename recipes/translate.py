@@ -18,7 +18,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -501,7 +501,9 @@ def train(config: Config) -> None:
                 tracker.note(f"saved after step {count}; go on with: {resume}")
                 raise SystemExit(128 + (stop.received or 0))
         batches.close()
-        report(config, splits, tracker.note)
+        results, found = report(config, splits, tracker.note)
+        (run / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        (run / "test.txt").write_text("".join(f"{text}\n" for text in found), encoding="utf-8")
         draw(config, splits, tracker)
         tracker.note(f"{time.perf_counter() - begin:.0f} seconds; everything is in {run}")
 
@@ -554,9 +556,10 @@ def make_translate(
     )
 
 
-def report(config: Config, splits: Splits, note: Callable[[str], None] = print) -> dict[str, Any]:
-    """Translates the test split: samples, BLEU and chrF, into results.json and test.txt too."""
-    run = config.out / str(config.name)
+def report(
+    config: Config, splits: Splits, note: Callable[[str], None] = print
+) -> tuple[dict[str, Any], list[str]]:
+    """BLEU and chrF of the test split and its translations; ten samples, right and wrong ones."""
     translate = make_translate(config, *load_trained(config))
     sources, references = list(splits.test["source"]), list(splits.test["target"])
     begin = time.perf_counter()
@@ -571,10 +574,7 @@ def report(config: Config, splits: Splits, note: Callable[[str], None] = print) 
         note(f"  {source}\n    {text}" + (f"\n    WRONG {reference}" if text != reference else ""))
     bleu, chrf = metrics.bleu(found, references), metrics.chrf(found, references)
     note(f"test BLEU {bleu}\ntest chrF {chrf}\n{len(rows)} sentences in {seconds:.1f} seconds")
-    results = {"bleu": bleu._asdict(), "chrf": chrf._asdict(), "seconds": seconds}
-    (run / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (run / "test.txt").write_text("".join(f"{text}\n" for text in found), encoding="utf-8")
-    return results
+    return {"bleu": bleu._asdict(), "chrf": chrf._asdict(), "seconds": seconds}, found
 
 
 def draw(config: Config, splits: Splits, tracker: Tracker) -> None:
@@ -593,7 +593,11 @@ def draw(config: Config, splits: Splits, tracker: Tracker) -> None:
 
 
 def evaluate(config: Config) -> None:
-    report(config, read_data(config.data))
+    """Adds a line to the run's evaluations.jsonl; what training left stays as it was."""
+    results, _ = report(config, read_data(config.data))
+    line = json.dumps({"decode": asdict(config.decode), **results})
+    with (config.out / str(config.name) / "evaluations.jsonl").open("a", encoding="utf-8") as log:
+        log.write(f"{line}\n")
 
 
 def read_lines(config: Config) -> Iterator[str]:

@@ -176,12 +176,23 @@ def test_each_member_of_an_ensemble_equals_the_run_with_its_seed_alone(corpus, t
             torch.testing.assert_close(both[name][member], alone[name], atol=1e-5, rtol=1e-5)
 
 
-def test_evaluate_repeats_the_test_score_and_options_override_the_run(trained, capsys):
-    before = (trained / "results.json").read_text()
-    recipe("evaluate", "--out", trained.parent, "--name", "whole")
-    assert f"test BLEU {json.loads(before)['bleu']['value']:.2f}" in capsys.readouterr().out
-    recipe("evaluate", "--out", trained.parent, "--name", "whole", "--decode.average", 2)
-    recipe("evaluate", "--out", trained.parent, "--name", "whole", "--decode.beam", 1)
+def test_evaluate_repeats_the_test_score_and_leaves_what_training_left(trained, capsys):
+    files = [trained / name for name in ("results.json", "test.txt", "metrics.jsonl", config.FILE)]
+    before = [file.read_bytes() for file in files]
+    log = trained / "evaluations.jsonl"
+    log.unlink(missing_ok=True)
+    args = ("evaluate", "--out", trained.parent, "--name", "whole")
+    recipe(*args)
+    score = json.loads((trained / "results.json").read_text())["bleu"]["value"]
+    assert f"test BLEU {score:.2f}" in capsys.readouterr().out
+    recipe(*args, "--decode.average", 2)
+    recipe(*args, "--decode.beam", 1)
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [(r["decode"]["beam"], r["decode"]["average"]) for r in records] == [
+        (2, 1), (2, 2), (1, 1),
+    ]  # fmt: skip
+    assert records[0]["bleu"]["value"] == score
+    assert [file.read_bytes() for file in files] == before
 
 
 def translated(monkeypatch, capsys, run: Path, text: str | bytes, *args: object) -> list[str]:
