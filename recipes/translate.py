@@ -73,6 +73,9 @@ class Data:
     # used when `train` names files
     name: str = "english_italian"
     config: str | None = None  # configuration of the Hugging Face dataset, such as en-it
+    # splits of the Hugging Face dataset to train, to validate and to test on; what is not named is
+    # cut off the training data
+    splits: tuple[str, ...] = ("train",)
     # local training data: one .tsv, .jsonl or .parquet file, or two aligned text files, source then
     # target; .gz and .zip are read as they are
     train: tuple[Path, ...] = ()
@@ -138,7 +141,7 @@ class Optimizer:
 class Train:
     """Length and mechanics of training."""
 
-    steps: int = 700  # optimizer steps
+    steps: int = 600  # optimizer steps
     accumulation: int = 1  # microbatches of one step
     label_smoothing: float = 0.1  # probability mass spread over the vocabulary
     # weight of R-Drop, which predicts each batch under two dropout masks that must agree
@@ -146,7 +149,7 @@ class Train:
     # decay of the average of the parameters that evaluation uses [1/step]; 0: no average
     ema: float = 0.0
     log_every: int = 50  # [steps]
-    eval_every: int = 350  # validation loss and a checkpoint [steps]
+    eval_every: int = 300  # validation loss and a checkpoint [steps]
     keep: int = 3  # checkpoints to keep besides the best
     # validation sentences to translate greedily at each evaluation, for the BLEU that chooses the
     # best checkpoint; 0: the loss chooses
@@ -202,9 +205,10 @@ class Config:
     decode: Decode = field(default_factory=Decode)
 
 
+HUB_SPLITS = ("train", "validation", "test")
 MULTI30K = Config(
     preset="multi30k",
-    data=Data(name="bentrevett/multi30k", source="en", target="de", batch=8192, buckets=8),
+    data=Data("bentrevett/multi30k", None, HUB_SPLITS, batch=8192, buckets=8),
     vocabulary=Vocabulary(size=8000),
     model=Model("tiny", dropout=0.3),
     optimizer=Optimizer(schedule="inverse_square_root", learning_rate=5e-3, warmup=2000),
@@ -213,24 +217,24 @@ MULTI30K = Config(
 )
 CLASSIC = Config(
     preset="classic",
-    data=Data(name="opus_books", config="en-it", batch=512, max_length=350),
+    data=Data(name="opus_books", config="en-it", batch=768, max_length=350),
     vocabulary=Vocabulary("word", size=30_000, joint=False),
     model=Model("base", dropout=0.1, norm="pre"),
-    optimizer=Optimizer(
-        schedule="constant", learning_rate=1e-4, warmup=0, b2=0.999, eps=1e-9, clip=0.0
-    ),
-    train=Train(steps=72_000, eval_every=3_600),
+    optimizer=Optimizer("constant", learning_rate=1e-4, warmup=0, b2=0.999, clip=0.0),
+    train=Train(steps=45_000, eval_every=2_250),
     decode=Decode(beam=1),
 )
 PRESETS = {"default": Config(), "classic": CLASSIC, "multi30k": MULTI30K}
 
 
 def read_data(data: Data) -> Splits:
+    split, valid, test = (*(() if data.train else data.splits), None, None, None)[:3]
     return load_pairs(
         list(data.train) if data.train else data.name,
         config=data.config,
-        valid=list(data.valid) or None,
-        test=list(data.test) or None,
+        split=split or "train",
+        valid=list(data.valid) or valid,
+        test=list(data.test) or test,
         source=data.source,
         target=data.target,
         valid_size=data.valid_size,

@@ -257,6 +257,36 @@ def test_classic_preset_trains_word_level_with_constant_rate_and_greedy(corpus, 
     assert saved.optimizer.schedule == "constant" and saved.decode.beam == 1
 
 
+def test_classic_preset_and_default_are_compared_on_the_same_split(corpus):
+    kinds = [dataclasses.replace(p.data, train=(corpus,)) for p in translate.PRESETS.values()]
+    default, *others = map(translate.read_data, kinds)
+    for other in others:
+        for part in ("train", "valid", "test"):
+            assert getattr(default, part)[:] == getattr(other, part)[:]
+
+
+def test_presets_of_the_hub_ask_for_its_splits_and_columns(monkeypatch):
+    asked = []
+
+    def load(name, config, split):
+        asked.append((name, config, split))
+        texts = [f"{split} {i}" for i in range(30)]
+        if name == "opus_books":
+            return datasets.Dataset.from_dict(
+                {"id": texts, "translation": [{"en": t, "it": t.upper()} for t in texts]}
+            )
+        return datasets.Dataset.from_dict({"en": texts, "de": [t.upper() for t in texts]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    found = translate.read_data(translate.MULTI30K.data)
+    assert [found.test["target"][0], found.valid["source"][0]] == ["TEST 0", "validation 0"]
+    cut = translate.read_data(translate.CLASSIC.data)
+    assert set(cut.test["target"]) <= {f"TRAIN {i}" for i in range(30)}
+    name = "bentrevett/multi30k"
+    splits = [(name, None, split) for split in ("train", "validation", "test")]
+    assert asked == [*splits, ("opus_books", "en-it", "train")]
+
+
 def test_moving_average_is_kept_and_used(corpus, tmp_path):
     recipe(*TINY, "--data.train", corpus, "--train.ema", 0.5, "--out", tmp_path, "--name", "ema")
     state = final_state(tmp_path / "ema")
