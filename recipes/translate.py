@@ -149,11 +149,11 @@ class Train:
     # decay of the average of the parameters that evaluation uses [1/step]; 0: no average
     ema: float = 0.0
     log_every: int = 50  # [steps]
-    eval_every: int = 300  # validation loss and a checkpoint [steps]
+    eval_every: int = 150  # validation loss and a checkpoint [steps]
     keep: int = 3  # checkpoints to keep besides the best
     # validation sentences to translate greedily at each evaluation, for the BLEU that chooses the
     # best checkpoint; 0: the loss chooses
-    valid_sentences: int = 200
+    valid_sentences: int = 100
     compile: bool | None = None  # compile the step; None: on a GPU
 
 
@@ -212,7 +212,7 @@ MULTI30K = Config(
     vocabulary=Vocabulary(size=8000),
     model=Model("tiny", dropout=0.3),
     optimizer=Optimizer(schedule="inverse_square_root", learning_rate=5e-3, warmup=2000),
-    train=Train(steps=8000, ema=0.999, eval_every=500),
+    train=Train(steps=8000, ema=0.999, eval_every=500, valid_sentences=200),
     decode=Decode(beam=5),
 )
 CLASSIC = Config(
@@ -221,7 +221,7 @@ CLASSIC = Config(
     vocabulary=Vocabulary("word", size=30_000, joint=False),
     model=Model("base", dropout=0.1, norm="pre"),
     optimizer=Optimizer("constant", learning_rate=1e-4, warmup=0, b2=0.999, clip=0.0),
-    train=Train(steps=45_000, eval_every=2_250),
+    train=Train(steps=45_000, eval_every=2_250, valid_sentences=200),
     decode=Decode(beam=1),
 )
 PRESETS = {"default": Config(), "classic": CLASSIC, "multi30k": MULTI30K}

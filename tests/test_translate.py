@@ -5,6 +5,7 @@ import errno
 import gzip
 import io
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -63,6 +64,7 @@ def refused(capsys, *args: object) -> str:
     assert ended.value.code not in (0, None)
     lines = capsys.readouterr().err.splitlines()
     said = [line for line in lines if line.startswith("error: ")]
+    assert "retrying" not in lines
     assert len(said) == 1 and not any("Traceback" in line for line in lines)
     return said[0]
 
@@ -378,6 +380,7 @@ def test_bad_options_are_refused_before_a_run_begins(options, words, corpus, tmp
 def test_unknown_dataset_split_and_no_network_are_told_apart(tmp_path, capsys, monkeypatch):
     def fails(error):
         def load(*args, **options):
+            logging.getLogger("huggingface_hub.utils._http").warning("retrying")
             raise error
 
         monkeypatch.setattr(datasets, "load_dataset", load)
