@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from msfs_functional import checkpoint, config, errors, tracking
+from msfs_functional.params import stack
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path.insert(0, str(RECIPES))
@@ -176,6 +177,23 @@ def test_each_member_of_an_ensemble_equals_the_run_with_its_seed_alone(corpus, t
         # Attention does not depend on the bias of its keys: rounding noise is all it learns.
         for name in (n for n in alone if n.startswith("params/") and "k.bias" not in n):
             torch.testing.assert_close(both[name][member], alone[name], atol=1e-5, rtol=1e-5)
+
+
+def test_an_ensemble_translates_with_the_mean_of_its_members_probabilities(trained):
+    saved = translate.checked(config.load(translate.Config, trained / config.FILE))
+    saved = dataclasses.replace(saved, out=trained.parent, name="whole")
+    model, tokenizers, one = translate.load_trained(saved)
+    other = model.init(7)
+
+    def score(*members: dict[str, torch.Tensor]) -> float:
+        many = dataclasses.replace(saved, members=len(members))
+        chosen = stack(list(members)) if len(members) > 1 else members[0]
+        translated = translate.make_translate(many, model, tokenizers, chosen)
+        return translated(["the red cat sleeps"])[0][0].score
+
+    assert score(one, one) == pytest.approx(score(one), abs=1e-4)
+    assert score(one, other) == pytest.approx(score(other, one), abs=1e-4)
+    assert abs(score(one, other) - score(one)) > 1e-2
 
 
 def test_evaluate_repeats_the_test_score_and_leaves_what_training_left(trained, capsys):
