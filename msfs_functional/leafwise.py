@@ -24,8 +24,6 @@ Trained = tuple[Params, Any, Params | None]  # params, opt_state, moving average
 UpdateFn = Callable[[Trained, Params, Tensor | None, Tensor], Trained]
 
 
-
-
 class Place(NamedTuple):
     """Some parameters among the leaves of (params, opt_state, ema)."""
 
@@ -55,7 +53,7 @@ def place(indices: Any, kept: Sequence[str], names: Params) -> Place:
 
 
 def only(tree: Any, kept: Sequence[str], names: Params, own: bool = False) -> Any:
-    """`tree` of Leafs, in which every dict keyed by names of parameters has those of `kept` only."""
+    """`tree` of Leafs, in which every dict keyed by parameters' names has those of `kept` only."""
     if isinstance(tree, dict):
         if tree.keys() <= names.keys():
             own, tree = True, {name: tree[name] for name in kept if name in tree}

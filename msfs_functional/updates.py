@@ -12,7 +12,7 @@ counts, so that no step recompiles. Under `vmap` over stacked params each member
 and updated as if alone.
 
 Nearly all of them treat each parameter alone. One that does says so by `kinds`, and a compiled
-training step then compiles the update of one parameter for all instead of a graph of all (leafwise).
+training step then compiles the update of one parameter for all, not a graph of all (`leafwise`).
 """
 
 import math
@@ -128,9 +128,7 @@ def by_group(groups: Rules[Transformation]) -> Transformation:
     A group sees its own parameters only: a clip inside of it clips by the norm of the group.
     """
     rules = [(pattern, i) for i, (pattern, _) in enumerate(groups)]
-    return partition(
-        lambda params, strict: by_rules(rules, params, strict), [t for _, t in groups]
-    )
+    return partition(lambda params, strict: by_rules(rules, params, strict), [t for _, t in groups])
 
 
 def partition(
