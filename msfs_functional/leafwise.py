@@ -95,7 +95,8 @@ class Leafwise:
         self.kind_of = self.kinds(params)
         self.one_of_each = list({kind: name for name, kind in self.kind_of.items()}.values())
         self.shared = place(indices, self.one_of_each, params)
-        self.update_shared = self._compile(self.shared, self.one_of_each, shared=True)
+        if self.shared.common:
+            self.update_shared = self._compile(self.shared, self.one_of_each, shared=True)
 
     def __call__(
         self, trained: Trained, grads: Params, scale: Tensor | None, finite: Tensor
@@ -116,7 +117,8 @@ class Leafwise:
                     results[i] = value.view(leaves[i].shape)
         for i, value in zip(self.shared.common, common, strict=True):
             results[i] = leaves[i].copy_(value) if self.donate else value
-        return optree.tree_unflatten(spec, results)
+        after_all: Any = optree.tree_unflatten(spec, results)
+        return after_all
 
     def _update(
         self, name: str, leaves: list[Tensor], grad: Tensor, scale: Tensor | None, finite: Tensor
@@ -160,14 +162,14 @@ class Leafwise:
             finite: Tensor,
         ) -> list[Tensor] | None:
             given = own + common
-            trained = optree.tree_map(lambda i: given[i], at.tree, namespace=NAMESPACE)  # pyright: ignore
-            after = update_fn(trained, dict(zip(names, grads, strict=True)), scale, finite)
+            trained: Any = optree.tree_map(lambda i: given[i], at.tree, namespace=NAMESPACE)
+            after: Any = update_fn(trained, dict(zip(names, grads, strict=True)), scale, finite)
             new: list[Any] = [None] * len(given)
             optree.tree_map(
                 lambda i, x: new.__setitem__(i, x),
                 at.tree,
                 after,
-                namespace=NAMESPACE,  # pyright: ignore
+                namespace=NAMESPACE,
             )
             if shared:
                 return new[len(own) :]

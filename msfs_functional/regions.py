@@ -62,7 +62,7 @@ class Regions:
 
 def active() -> Regions | None:
     """The regions to use for a call made now, if any."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return None
     return _active.get()
 

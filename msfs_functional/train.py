@@ -28,13 +28,14 @@ import optree
 import torch
 from jaxtyping import Int64
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.func import vmap
 from torch.utils import _pytree
 
 from msfs_functional import random
 from msfs_functional.compiling import compile_per_shape, fresh, why_not_compile
 from msfs_functional.leafwise import Leafwise, Trained, UpdateFn
-from msfs_functional.optim import Transformation, apply_updates, ema, overwrite
+from msfs_functional.optim import Transformation, apply_updates, ema, global_norm, overwrite
 from msfs_functional.params import Params
 from msfs_functional.regions import Regions, region
 from msfs_functional.transforms import NAMESPACE, accumulate
@@ -200,6 +201,8 @@ def _settle(
 def _norm(grads: list[Tensor], lead: int) -> Tensor:
     """Euclidean norm of all gradients as one vector; for an ensemble of each member."""
     wide = [torch.promote_types(g.dtype, torch.float32) for g in grads]
+    if any(isinstance(g, DTensor) for g in grads):
+        return global_norm(grads)
     if lead:
         norms = [
             torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=dtype)
@@ -245,29 +248,26 @@ def _advance(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """(state, grads, sums, weight) -> (state, metrics): the whole step after the gradient."""
     lead = 0 if members is None else 1
-    update = _update(optimizer, ema_decay)
-    if members is not None:
-        one = update
+    one = _update(optimizer, ema_decay)
 
-        def update(trained: Trained, grads: Params, scale: Tensor | None, finite: Tensor):
-            if scale is None:
-                return _vmap(lambda *args: one(*args[:2], None, args[2]), mapped=(0, 1, 2))(
-                    trained, grads, finite
-                )
-            return _vmap(one, mapped=(0, 1, 2, 3))(trained, grads, scale, finite)
+    def every(trained: Trained, grads: Params, scale: Tensor | None, finite: Tensor) -> Trained:
+        if scale is None:
+            unscaled = lambda trained, grads, finite: one(trained, grads, None, finite)  # noqa: E731
+            return _vmap(unscaled, mapped=(0, 1, 2))(trained, grads, finite)
+        return _vmap(one, mapped=(0, 1, 2, 3))(trained, grads, scale, finite)
 
-    by_leaf = compile and optimizer.kinds is not None
-    if by_leaf:
-        kinds, elementwise = optimizer.kinds, optimizer.elementwise
-        update = Leafwise(update, kinds, elementwise=elementwise, lead=lead, donate=donate)
-    elif donate:
-        pure = update
+    pure = one if members is None else every
 
-        def update(trained: Trained, *rest: Any) -> Trained:
-            overwrite(trained, pure(trained, *rest))
-            return trained
+    def overwriting(trained: Trained, *rest: Any) -> Trained:
+        overwrite(trained, pure(trained, *rest))
+        return trained
 
-    if compile and not by_leaf:
+    update: UpdateFn = overwriting if donate else pure
+    if compile and optimizer.kinds is not None:
+        update = Leafwise(
+            pure, optimizer.kinds, elementwise=optimizer.elementwise, lead=lead, donate=donate
+        )
+    elif compile:
         update = torch.compile(fresh(update), fullgraph=True, dynamic=False)
 
     def advance(state: TrainState, grads: Params, sums: Metrics, weight: Tensor) -> Any:

@@ -53,7 +53,7 @@ class Transformation(NamedTuple):
 
 def alike(params: dict[str, Tensor]) -> dict[str, Hashable]:
     """The kinds of a transformation that asks no rule: one for all."""
-    return dict.fromkeys(params)
+    return {name: None for name in params}
 
 
 def tree_map(fn: Callable[..., Any], tree: T, *rest: Any) -> T:
