@@ -130,6 +130,8 @@ class Leafwise:
         if in_rows:
             view = (*grad.shape[: self.lead], -1, ROW)
             own, grad = [x.view(view) for x in own], grad.reshape(view)
+        # A compiled function guards on the base of a view; detached, none of them is one.
+        own, grad = [x.detach() for x in own], grad.detach()
         shapes = "rows" if in_rows else tuple(x.shape for x in own)
         key = (self.kind_of[name], shapes, tuple(x.dtype for x in own), grad.dtype)
         graph = self.graphs.get(key)

@@ -205,7 +205,7 @@ def _norm(grads: list[Tensor], lead: int) -> Tensor:
         return global_norm(grads)
     if lead:
         norms = [
-            torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=dtype)
+            torch.linalg.vector_norm(g.reshape(len(g), -1), dim=1, dtype=dtype)
             for g, dtype in zip(grads, wide, strict=True)
         ]
     elif all(g.dtype == dtype for g, dtype in zip(grads, wide, strict=True)):
