@@ -207,7 +207,8 @@ def assess(
     few = max(min(5, len(wrong)), 10 - len(right))
     note(f"{len(right)} of {len(rows)} translations equal the reference; some of both kinds:")
     for source, reference, text in (right[: 10 - few] + wrong)[:10]:
-        note(f"  {source}\n    {text}" + (f"\n    WRONG {reference}" if text != reference else ""))
+        verdict = "" if text == reference else f"\n    WRONG, the reference is: {reference}"
+        note(f"  {source}\n    {text}{verdict}")
     bleu, chrf = metrics.bleu(texts, references), metrics.chrf(texts, references)
     note(f"test BLEU {bleu}\ntest chrF {chrf}\n{len(rows)} sentences in {seconds:.1f} seconds")
     return Assessment(texts, {"bleu": bleu._asdict(), "chrf": chrf._asdict(), "seconds": seconds})

@@ -1,4 +1,4 @@
-"""Translate with an encoder-decoder Transformer (Vaswani et al. 2017), from raw text to BLEU.
+r"""Translate with an encoder-decoder Transformer (Vaswani et al. 2017), from raw text to BLEU.
 
     python recipes/translate.py                                    # train, evaluate, show, draw
 
@@ -6,9 +6,18 @@
 
     python recipes/translate.py evaluate --decode.beam 8
 
-Without arguments it learns English to Italian on a corpus that the project makes itself. Every run
-leaves runs/<name>/ with config.json, metrics.jsonl, TensorBoard events, checkpoints and pictures.
-Put the mode first; `evaluate`, `translate` and `--resume` start from the run's own settings.
+    python recipes/translate.py --data.train pairs.tsv.gz          # or two aligned text files
+
+    python recipes/translate.py --preset multi30k --data.train train.en.gz train.de.gz \
+        --data.valid val.en.gz val.de.gz --data.test test_2016_flickr.en.gz test_2016_flickr.de.gz
+
+Without arguments it learns English to Italian on a corpus that the project makes itself: test BLEU
+90.5, 90.4 and 91.0 with --seed 0, 1 and 2, each after 600 steps of 2048 tokens, which take 182 to
+199 seconds of CPU time. On 2 cores of an AMD EPYC, torch 2.13, shared with other programs (load
+2.5, 4.2, 4.8 and 5.7), the whole command ran 2:53, 4:08, 3:55 and 4:24 minutes.
+
+Every run leaves runs/<name>/ with config.json, metrics.jsonl, TensorBoard events, checkpoints and
+pictures. Put the mode first; `evaluate`, `translate` and `--resume` start from the run's settings.
 """
 
 import itertools
@@ -243,6 +252,10 @@ def read_data(data: Data) -> Splits:
     )
 
 
+def learn_tokenizers(vocabulary: Vocabulary, splits: Splits) -> Tokenizers:
+    return Tokenizers.learn(splits.train, **asdict(vocabulary))
+
+
 def make_batches(data: Data, pairs: Dataset, tokenizers: Tokenizers, **options) -> TokenBatches:
     source, target = encode_pairs(pairs, *tokenizers)
     return TokenBatches(
@@ -382,10 +395,8 @@ def train(config: Config) -> None:
         configs.check_free(run, overwrite=config.overwrite)
     saved = checkpoint.load(run / CHECKPOINTS) if config.resume else None
     splits = read_data(config.data)
-    if saved:
-        tokenizers = Tokenizers.from_files(saved.files)
-    else:
-        tokenizers = Tokenizers.learn(splits.train, **asdict(config.vocabulary))
+    known = Tokenizers.from_files(saved.files) if saved else None
+    tokenizers = known or learn_tokenizers(config.vocabulary, splits)
     stream = make_batches(
         config.data,
         splits.train,
