@@ -521,9 +521,12 @@ class Decoder(nn.Module):
         return x, Cache(keys, values)
 
     def _inputs(self, tokens: Tensor | None, embeddings: Tensor | None) -> Tensor:
-        if (tokens is None) == (embeddings is None):
+        if tokens is not None and embeddings is None:
+            x = self.embed(tokens)
+        elif tokens is None and embeddings is not None:
+            x = embeddings
+        else:
             raise ValueError("give tokens, or None and embeddings in their place")
-        x = self.embed(tokens) if embeddings is None else embeddings
         if x.shape[-2] > self.config.max_length:
             raise ValueError(
                 f"{x.shape[-2]} tokens exceed max_length ({self.config.max_length}); split the "
@@ -550,10 +553,11 @@ class Decoder(nn.Module):
     ) -> dict[int | None, Context]:
         """The context of each window that layers have."""
         config, rotary = self.config, None
-        if isinstance(implementation, str):
-            attention_fn = functools.partial(attention, implementation=implementation)
-        else:
-            attention_fn = implementation
+        attention_fn: AttentionFn = (
+            implementation
+            if callable(implementation)
+            else functools.partial(attention, implementation=implementation)
+        )
         if config.positions == "rotary":
             dtype = torch.promote_types(x.dtype, torch.float32)
             base, scaling = config.rotary_base, config.rotary_scaling
