@@ -497,8 +497,8 @@ class Decoder(nn.Module):
         if pads is not None:  # go to the right, where nobody sees them
             turn = torch.arange(T, device=x.device) + pads[:, None]
             x = x.take_along_dim((turn % T)[..., None], 1)
-        start = torch.as_tensor(position, device=x.device)
-        positions = start[..., None] + torch.arange(T, device=x.device)
+        start = position[..., None] if isinstance(position, Tensor) else position
+        positions = start + torch.arange(T, device=x.device)
         slots = positions.expand(B, T)
 
         def mask(window: int | None) -> dict[str, Any]:
