@@ -118,6 +118,18 @@ def region(fn: F) -> F:
     return run  # pyright: ignore[reportReturnType]
 
 
+def region_of(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A pure function of (params, ...) as a region, compiled once for all params of a shape."""
+
+    def run(params: Any, *args: Any, **kwargs: Any) -> Any:
+        regions = active()
+        if regions is None:
+            return fn(params, *args, **kwargs)
+        return regions.call(fn, params, args, kwargs)
+
+    return run
+
+
 class Block:
     """A layer that a model holds many times over, as one region: block(layer, x) is layer(x).
 
@@ -132,10 +144,9 @@ class Block:
         def run(params: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             return functional_call(template, params, args, kwargs, strict=True)
 
-        self.run = run
+        self.run = region_of(run)
 
     def __call__(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        regions = active()
-        if regions is None:
+        if active() is None:
             return layer(*args, **kwargs)
-        return regions.call(self.run, dict(layer.named_parameters()), args, kwargs)
+        return self.run(dict(layer.named_parameters()), *args, **kwargs)

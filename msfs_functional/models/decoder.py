@@ -37,6 +37,7 @@ from msfs_functional.params import (
     ones,
     zeros,
 )
+from msfs_functional.regions import region_of
 from msfs_functional.rotary import Scaling, rotary_table, rotate
 
 AttentionFn = Callable[..., Tensor]  # (q, k, v, **options of `attention`) -> heads
@@ -170,6 +171,12 @@ PRESETS: dict[str, Callable[..., DecoderConfig]] = {
 }
 
 
+@functools.lru_cache
+def attention_by(implementation: Implementation) -> AttentionFn:
+    """`attention` with the implementation bound: one object for all calls."""
+    return functools.partial(attention, implementation=implementation)
+
+
 class Context(NamedTuple):
     """What a block is told beside its input; the same for all blocks of one window."""
 
@@ -297,6 +304,12 @@ def block(
     return add(x, feed_forward(params, y, config), "feed_forward", keys[2]), cache
 
 
+@functools.lru_cache
+def block_fn(config: DecoderConfig) -> BlockFn:
+    """`block` with the config bound: one object for all blocks, so what is made of it is kept."""
+    return functools.partial(block, config=config)
+
+
 class Norm(nn.Module):
     """Holds the gain of a norm, and its bias."""
 
@@ -313,7 +326,7 @@ class Block(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         width, hidden = config.width, config.hidden
-        self.fn: BlockFn = functools.partial(block, config=config)
+        self.fn = block_fn(config)
         q, k, v = config.projections
         inner = {"qkv": q + k + v} if config.fused else {"q": q, "k": k, "v": v}
         self.attention = nn.ModuleDict(
@@ -343,7 +356,7 @@ class Block(nn.Module):
         cache: tuple[Tensor, Tensor] | None = None,
         around_block: Callable[[BlockFn], BlockFn] | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        fn = self.fn if around_block is None else around_block(self.fn)
+        fn = (around_block or region_of)(self.fn)
         return fn(dict(self.named_parameters()), x, key, context, cache)
 
 
@@ -364,8 +377,8 @@ class Decoder(nn.Module):
         implementation: of attention, or a function in place of `attention.attention` with its
             signature (ring attention over a mesh).
         around_block: a function of `block` (config bound) to a function with its signature, called
-            in its place: recompute it, gather its parameters, compile it. The function it is given
-            is one and the same in all calls for a block, so what is made of it can be kept.
+            in its place: recompute it, gather its parameters. The function that it is given is one
+            and the same for all blocks. None: a region (`regions.region_of`).
     """
 
     def __init__(self, config: DecoderConfig):
@@ -558,9 +571,7 @@ class Decoder(nn.Module):
         """The context of each window that layers have."""
         config, rotary = self.config, None
         attention_fn: AttentionFn = (
-            implementation
-            if callable(implementation)
-            else functools.partial(attention, implementation=implementation)
+            implementation if callable(implementation) else attention_by(implementation)
         )
         if config.positions == "rotary":
             dtype = torch.promote_types(x.dtype, torch.float32)
