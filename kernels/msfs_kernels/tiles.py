@@ -177,9 +177,16 @@ class Tile:
         return Logits(s, slope, tau)
 
     def weights(self, logits: Logits, lse: Tensor) -> Tensor:
-        """P = exp(s - lse): rows without a key are zeros."""
-        lse = self.of_rows(lse)
-        return (logits.s - lse.masked_fill(lse == float("-inf"), 0.0)).exp_()
+        """P = softmax(s), zeros in a row without a key.
+
+        The tile holds a row's keys whole, so P need not be rebuilt as exp(s - lse), whose error
+        grows with lse. logits.s is written to in rows without a key.
+        """
+        empty = self.of_rows(lse)[..., 0] == float("-inf")
+        logits.s[..., 0].masked_fill_(empty, 0.0)  # a key for the softmax, taken back after it
+        weights = logits.s.softmax(-1)
+        weights[..., 0].masked_fill_(empty, 0.0)
+        return weights
 
     def drop(self) -> Tensor | None:
         """Z: 0 where dropped, 1 / (1 - dropout) where kept; a function of the row's key and of (h,
