@@ -199,6 +199,21 @@ def test_a_query_without_keys_gives_zeros_and_zero_gradients(interpreter):
         assert not got[name][:, :, :16].any(), name
 
 
+def with_lengths(field, lengths, T):
+    return results(T, 24, **{field: torch.tensor(lengths, dtype=torch.int32)})
+
+
+@pytest.mark.parametrize("field", ["key_lengths", "prefix_lengths"])
+@pytest.mark.parametrize("T", [20, 2], ids=["forward", "decoding"])
+@pytest.mark.parametrize("wrong", [-1, 25])
+def test_a_row_of_wrong_length_is_nan_and_the_others_are_right(interpreter, field, T, wrong):
+    got = interpreter(with_lengths, field, [wrong, 20], T)
+    want = interpreter(with_lengths, field, [24, 20], T)
+    for name, x in got.items():
+        assert x[0].isnan().all(), name
+        assert torch.equal(x[1], want[name][1]), name
+
+
 def one_token():
     return results(1, 1)
 
