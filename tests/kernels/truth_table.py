@@ -1,7 +1,8 @@
-"""The truth table: compositions of transforms, eager and compiled, against the fp64 formula.
+r"""The truth table: compositions of transforms, eager and compiled, against the fp64 formula.
 
     python tests/kernels/truth_table.py --device cpu                   # float64 and float32, hours
-    python tests/kernels/truth_table.py --device cuda --dtype float32 bfloat16 --mode eager
+    python tests/kernels/truth_table.py --device cuda --dtype float32 bfloat16 --mode eager \
+        --options causal padding "grouped heads" window bias dropout all --workers 14
     python tests/kernels/truth_table.py --composition "jvp(grad)" --options causal --mode compiled
     python tests/kernels/truth_table.py --results runs/truth_table.json       # goes on where it was
 
@@ -19,11 +20,13 @@ alone is `ERROR`.
 """
 
 import argparse
+import concurrent.futures
 import json
+import multiprocessing
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -393,6 +396,27 @@ def table(results: Results, modes: Iterable[str], dtypes: Iterable[str], options
     return "\n".join([*lines, "", *(f"[{i}] {note}  " for i, note in enumerate(notes, 1))])
 
 
+def cells(
+    job: tuple[str, str, str], args: argparse.Namespace, known: Results, deadline: float
+) -> Iterator[Results]:
+    """The cells of one mode, dtype and set of options, as they come, until the deadline."""
+    mode, dtype, name = job
+    for composition in args.composition:
+        at = place(mode, dtype, composition, name)
+        if at in known or time.monotonic() > deadline:
+            continue
+        kind = getattr(torch, dtype)
+        verdict, ratio = cell(composition, name, mode, args.device, kind, args.backend)
+        if verdict != "ok":
+            print(f"{at}: {verdict} {ratio:.1f}", file=sys.stderr, flush=True)
+        yield {at: (verdict, ratio)}
+
+
+def all_cells(*args: Any) -> Results:
+    torch.set_num_threads(1)
+    return {at: found for part in cells(*args) for at, found in part.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
@@ -402,28 +426,34 @@ def main() -> None:
     parser.add_argument("--options", nargs="*", default=list(options_by_name()))
     parser.add_argument("--mode", nargs="*", default=list(MODES))
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this many")
+    parser.add_argument("--workers", type=int, default=1, help="processes; a GPU compiles on all")
     parser.add_argument("--results", type=Path, help="JSON of the cells; those in it are not rerun")
     parser.add_argument("--output", type=Path, help="Markdown file to write the table to")
     args = parser.parse_args()
     results: Results = {}
     if args.results is not None and args.results.exists():
         results = {at: tuple(cell) for at, cell in json.loads(args.results.read_text()).items()}
-    start = time.monotonic()
-    for mode in args.mode:
-        for dtype in args.dtype:
-            for composition in args.composition:
-                for name in args.options:
-                    at = place(mode, dtype, composition, name)
-                    if at in results or time.monotonic() - start > args.seconds:
-                        continue
-                    kind = getattr(torch, dtype)
-                    results[at] = cell(composition, name, mode, args.device, kind, args.backend)
-                    verdict, ratio = results[at]
-                    if verdict != "ok":
-                        print(f"{at}: {verdict} {ratio:.1f}", file=sys.stderr, flush=True)
-                    if args.results is not None:
-                        args.results.parent.mkdir(parents=True, exist_ok=True)
-                        args.results.write_text(json.dumps(results, indent=0))
+
+    def keep(found: Results) -> None:
+        results.update(found)
+        if args.results is not None:
+            args.results.parent.mkdir(parents=True, exist_ok=True)
+            args.results.write_text(json.dumps(results, indent=0))
+
+    deadline = time.monotonic() + args.seconds
+    jobs = [
+        (mode, dtype, name) for mode in args.mode for dtype in args.dtype for name in args.options
+    ]
+    if args.workers == 1:
+        for job in jobs:
+            for found in cells(job, args, results, deadline):
+                keep(found)
+    else:  # forked before CUDA starts, each with the imports and a context of its own
+        context = multiprocessing.get_context("fork")
+        with concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=context) as pool:
+            running = [pool.submit(all_cells, job, args, results, deadline) for job in jobs]
+            for future in concurrent.futures.as_completed(running):
+                keep(future.result())
     asked = len(args.mode) * len(args.dtype) * len(args.composition) * len(args.options)
     places = [
         place(mode, dtype, composition, name)
