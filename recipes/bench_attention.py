@@ -431,7 +431,7 @@ def check_case(seed: int, sibling: int, args: argparse.Namespace, results: list)
     wrong = {name: round(ratio, 2) for name, ratio in found.items() if not ratio <= 2}
     if wrong:
         print(f"{case.name}\n    {wrong}", flush=True)
-    worst = dict.fromkeys(("forward", "backward", "tangent"), 0.0)
+    worst: dict[str, float] = dict.fromkeys(("forward", "backward", "tangent"), 0.0)
     for name, ratio in found.items():
         which = PASSES.get(name, "backward")
         worst[which] = max(worst[which], ratio)
@@ -480,13 +480,13 @@ def compiled_cases(seeds: list[int], args: argparse.Namespace, start: float):
 
 def check(args: argparse.Namespace) -> None:
     """The fuzz set against float64 on the GPU, or in Triton's interpreter; exits 1 if it fails."""
-    import triton
     from msfs_kernels.triton_check import fuzz_set
+    from triton import knobs
 
-    if args.device == "cpu" and not triton.knobs.runtime.interpret:
+    if args.device == "cpu" and not knobs.runtime.interpret:
         raise SystemExit("--check --device cpu needs TRITON_INTERPRET=1: the kernels are Triton's")
     start, late, results, first = time.time(), [], [], set()
-    triton.knobs.compilation.listener = lambda **facts: late.append(1 - facts["cache_hit"])
+    knobs.compilation.listener = lambda **facts: late.append(1 - facts["cache_hit"])
     seeds = fuzz_set(args.cases, args.seed, args.largest)
     for seed, sibling in compiled_cases(seeds, args, start):
         check_case(seed, sibling, args, results)

@@ -180,7 +180,7 @@ def plain(x: Any) -> bool:
 def untransformed() -> bool:
     """Whether neither a compiler is about nor torch.func, whose wrappers look like tensors."""
     compiling = torch.compiler.is_compiling()
-    return not compiling and torch._C._functorch.peek_interpreter_stack() is None
+    return not compiling and torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def find_problem(

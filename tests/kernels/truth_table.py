@@ -365,13 +365,16 @@ def place(mode: str, dtype: str, composition: str, name: str) -> str:
     return " | ".join((mode, dtype, composition, name))
 
 
-def text_of(cells: list[tuple[str, float]], notes: list[str]) -> str:
-    """One cell of the table: the largest ratio, or what is wrong; reasons go to the notes."""
+def text_of(cells: list[tuple[str, float]], asked: int, notes: list[str]) -> str:
+    """One cell of the table: the largest ratio, or what is wrong, and over how many of the options
+    if not over all; reasons go to the notes.
+    """
     if not cells:
         return ""
     bad = sorted({verdict for verdict, _ in cells if verdict != "ok"})
     if not bad:
-        return f"{max(ratio for _, ratio in cells):.1f}"
+        part = "" if len(cells) == asked else f" ({len(cells)} of {asked})"
+        return f"{max(ratio for _, ratio in cells):.1f}{part}"
     notes += [verdict for verdict in bad if verdict not in notes]
     numbers = ", ".join(str(notes.index(verdict) + 1) for verdict in bad)
     kinds = sorted({verdict.split(" (")[0].split(":")[0] for verdict in bad})
@@ -390,7 +393,9 @@ def table(results: Results, modes: Iterable[str], dtypes: Iterable[str], options
         row = []
         for mode, dtype in columns:
             places = (place(mode, dtype, composition, name) for name in options)
-            row.append(text_of([results[at] for at in places if at in results], notes))
+            row.append(
+                text_of([results[at] for at in places if at in results], len(options), notes)
+            )
         if any(row):
             lines.append(f"| {composition} | " + " | ".join(row) + " |")
     return "\n".join([*lines, "", *(f"[{i}] {note}  " for i, note in enumerate(notes, 1))])
