@@ -22,19 +22,22 @@ waits for the device.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import optree
 import torch
 from jaxtyping import Int64
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.func import vmap
 from torch.utils import _pytree
 
 from msfs_functional import random
 from msfs_functional.compiling import compile_per_shape, fresh, why_not_compile
+from msfs_functional.leafwise import Leafwise, Trained, UpdateFn
 from msfs_functional.optim import Transformation, apply_updates, ema, global_norm, overwrite
 from msfs_functional.params import Params
+from msfs_functional.regions import Regions, region
 from msfs_functional.transforms import NAMESPACE, accumulate
 
 Metrics = dict[str, Tensor]
@@ -147,12 +150,19 @@ def init_state(
     )
 
 
+@region
+def step_key(key: Tensor, step: Tensor, part: Tensor | None) -> Tensor:
+    """The key of a step, or of one microbatch of it."""
+    key = random.fold_in(key, step)
+    return key if part is None else random.fold_in(key, part)
+
+
 def _objective(loss_fn: LossFn, weighted: bool, members: int | None) -> Callable[..., Any]:
     """(params, batch, key, step, part) -> (0-d tensor to differentiate, (metrics, weight))."""
 
     def one(params: Params, batch: Any, key: Tensor, step: Tensor, part: Tensor | None) -> Any:
-        key = random.fold_in(key, step)
-        loss, metrics = loss_fn(params, batch, key if part is None else random.fold_in(key, part))
+        key = step_key(key, step, part)
+        loss, metrics = loss_fn(params, batch, key)
         if loss.ndim:
             raise ValueError(f"loss_fn must return a 0-d loss, got shape {tuple(loss.shape)}")
         if taken := metrics.keys() & set(OURS):
@@ -172,42 +182,102 @@ def _objective(loss_fn: LossFn, weighted: bool, members: int | None) -> Callable
     return one if members is None else every
 
 
-def _advance(
-    optimizer: Transformation,
-    weighted: bool,
-    ema_decay: float | None,
-    members: int | None,
-    donate: bool,
-) -> Callable[..., tuple[TrainState, Metrics]]:
-    """(state, grads, sums, weight) -> (state, metrics): the whole step after the gradient."""
+def _settle(
+    grads: Params, sums: Metrics, weight: Tensor, weighted: bool, clip: float | None, lead: int
+) -> tuple[Metrics, Tensor | None, Tensor]:
+    """(metrics, what to scale each gradient by, whether loss and gradient are finite)."""
+    norm = _norm(list(grads.values()), lead)
+    scale = None
+    if weighted:
+        sums = {name: v if name == "weight" else v / weight for name, v in sums.items()}
+        norm, scale = norm / weight, 1 / weight
+    if clip is not None:
+        limit = torch.clamp(clip / norm, max=1.0)
+        scale = limit if scale is None else scale * limit
+    finite = sums["loss"].isfinite() & norm.isfinite()
+    return {**sums, "grad_norm": norm}, scale, finite
+
+
+def _norm(grads: list[Tensor], lead: int) -> Tensor:
+    """Euclidean norm of all gradients as one vector; for an ensemble of each member."""
+    wide = [torch.promote_types(g.dtype, torch.float32) for g in grads]
+    if any(isinstance(g, DTensor) for g in grads):
+        return global_norm(grads)
+    if lead:
+        norms = [
+            torch.linalg.vector_norm(g.reshape(len(g), -1), dim=1, dtype=dtype)
+            for g, dtype in zip(grads, wide, strict=True)
+        ]
+    elif all(g.dtype == dtype for g, dtype in zip(grads, wide, strict=True)):
+        norms = torch._foreach_norm(grads)
+    else:
+        norms = [
+            torch.linalg.vector_norm(g, dtype=dtype) for g, dtype in zip(grads, wide, strict=True)
+        ]
+    dtype = max(wide, key=lambda dtype: dtype.itemsize)
+    return torch.linalg.vector_norm(torch.stack([norm.to(dtype) for norm in norms]), dim=0)
+
+
+def _update(optimizer: Transformation, ema_decay: float | None) -> UpdateFn:
+    """(trained, grads, scale, finite) -> trained: optimizer, moving average and guard."""
     average = None if ema_decay is None else ema(ema_decay)
 
-    def one(trained: Any, grads: Params, sums: Metrics, weight: Tensor) -> Any:
+    def update(trained: Trained, grads: Params, scale: Tensor | None, finite: Tensor) -> Trained:
         params, opt_state, mean = trained
-        if weighted:
-            grads = {name: g / weight.to(g.dtype) for name, g in grads.items()}
-            sums = {name: v if name == "weight" else v / weight for name, v in sums.items()}
-        norm = global_norm(grads)
-        finite = sums["loss"].isfinite() & norm.isfinite()
+        if scale is not None:
+            grads = {name: g * scale.to(g.dtype) for name, g in grads.items()}
         updates, opt_state = optimizer.update(grads, opt_state, params)
         params = apply_updates(params, updates)
         if average is not None:
             mean = average.update(params, mean)
         guard = lambda new, old: torch.where(finite, new.to(old.dtype), old)  # noqa: E731
-        trained = _map(guard, (params, opt_state, mean), trained)
-        return trained, {**sums, "grad_norm": norm}, ~finite
+        return _map(guard, (params, opt_state, mean), trained)
+
+    return update
+
+
+def _advance(
+    optimizer: Transformation,
+    *,
+    weighted: bool,
+    clip: float | None,
+    ema_decay: float | None,
+    members: int | None,
+    compile: bool,
+    donate: bool,
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """(state, grads, sums, weight) -> (state, metrics): the whole step after the gradient."""
+    lead = 0 if members is None else 1
+    one = _update(optimizer, ema_decay)
+
+    def every(trained: Trained, grads: Params, scale: Tensor | None, finite: Tensor) -> Trained:
+        if scale is None:
+            unscaled = lambda trained, grads, finite: one(trained, grads, None, finite)  # noqa: E731
+            return _vmap(unscaled, mapped=(0, 1, 2))(trained, grads, finite)
+        return _vmap(one, mapped=(0, 1, 2, 3))(trained, grads, scale, finite)
+
+    pure = one if members is None else every
+
+    def overwriting(trained: Trained, *rest: Any) -> Trained:
+        overwrite(trained, pure(trained, *rest))
+        return trained
+
+    update: UpdateFn = overwriting if donate else pure
+    if compile and optimizer.kinds is not None:
+        update = Leafwise(
+            pure, optimizer.kinds, elementwise=optimizer.elementwise, lead=lead, donate=donate
+        )
+    elif compile:
+        update = torch.compile(fresh(update), fullgraph=True, dynamic=False)
 
     def advance(state: TrainState, grads: Params, sums: Metrics, weight: Tensor) -> Any:
+        metrics, scale, finite = _settle(grads, sums, weight, weighted, clip, lead)
         trained = (state.params, state.opt_state, state.ema)
-        run = one if members is None else _vmap(one, mapped=(0, 1, 2, 3))
-        after, metrics, skip = run(trained, grads, sums, weight)
-        after = (after, state.step + 1, state.skipped + skip)
-        metrics["skipped"] = after[2]
+        params, opt_state, mean = update(trained, grads, scale, finite)
+        step, skipped = state.step + 1, state.skipped + ~finite
         if donate:
-            before = (trained, state.step, state.skipped)
-            overwrite(before, after)
-            after = before
-        (params, opt_state, mean), step, skipped = after
+            step, skipped = state.step.copy_(step), state.skipped.copy_(skipped)
+        metrics["skipped"] = skipped.clone()
         return TrainState(params, opt_state, mean, step, skipped, state.key), metrics
 
     return advance
@@ -254,9 +324,10 @@ def make_step(
     optimizer: Transformation,
     *,
     accumulation: int = 1,
+    clip_norm: float | None = None,
     ema_decay: float | None = None,
     members: int | None = None,
-    compile: bool = True,
+    compile: bool | Literal["regions"] = True,
     dynamic: bool | None = None,
     donate: bool = True,
 ) -> Step:
@@ -272,10 +343,14 @@ def make_step(
         accumulation: microbatches a step; every tensor of the batch is cut into so many along
             dim 0. Gradient, loss and metrics are means over them weighted by metrics["weight"],
             which is itself summed. Microbatch i draws from fold_in(step key, i).
+        clip_norm: scale the gradient down to this global norm where it is longer (Pascanu et al.
+            2013). Unlike `clip_by_global_norm` in the optimizer it lets the update compile by leaf.
         ema_decay: the same as init_state got.
         members: N trains an ensemble in one vmapped step: params, opt_state, ema, skipped, keys and
             metrics carry a leading dim N, the batch is common, clipping and guard are per member.
-        compile: False runs eager, for debugging or where `can_compile` says no.
+        compile: True: the loss is one graph, the fastest step. "regions": the blocks of the model
+            are compiled once for all (`regions`), which starts many times sooner and costs some
+            launches. False runs eager, for debugging or where `can_compile` says no.
         dynamic: batch shapes in compiled graphs. False: one graph for each shape, the fastest
             kernels, for few shapes. True: one graph for all shapes. None: a graph for the first
             shape, then one for all others. A bounded set of shapes stops compiling once each was
@@ -289,18 +364,37 @@ def make_step(
     """
     if accumulation < 1:
         raise ValueError(f"accumulation ({accumulation}) must be at least 1")
+    if clip_norm is not None and not clip_norm > 0:
+        raise ValueError(f"clip_norm ({clip_norm}) must be positive; None does not clip")
+    if members is not None and compile == "regions":
+        raise ValueError("an ensemble's loss is one vmapped graph: compile=True or False")
     weighted = accumulation > 1
     objective = _objective(loss_fn, weighted, members)
-    advance = _advance(optimizer, weighted, ema_decay, members, donate)
-    if compile:
+    advance = _advance(
+        optimizer,
+        weighted=weighted,
+        clip=clip_norm,
+        ema_decay=ema_decay,
+        members=members,
+        compile=bool(compile),
+        donate=donate,
+    )
+    if compile == "regions":
+        regions = Regions(dynamic)
+        plain = objective
+
+        def objective(*args: Any) -> Any:
+            with regions.compiled():
+                return plain(*args)
+
+    elif compile:
         objective = compile_per_shape(objective, dynamic)
-        advance = torch.compile(fresh(advance), fullgraph=True, dynamic=False)
     checked = False
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         nonlocal checked
         if not checked:
-            _check(state, ema_decay, members, compile)
+            _check(state, ema_decay, members, bool(compile))
             checked = True
         if weighted:
             parts = torch.arange(accumulation, device=state.step.device).unbind()
