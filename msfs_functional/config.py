@@ -13,10 +13,12 @@ import shutil
 import types
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 import tyro
+
+from msfs_functional.compiling import why_not_compile
 
 C = TypeVar("C")
 FILE = "config.json"  # in the directory of every run
@@ -129,6 +131,33 @@ def device(name: str | None) -> torch.device:
     if found.type == "cuda" and (found.index or 0) >= count:
         raise ValueError(f"--device ({name}) is not here, torch sees {count} GPUs: use cpu")
     return found
+
+
+class Machine(NamedTuple):
+    """Where and how a run computes; `note` says what the user should know of it, if anything."""
+
+    device: str
+    dtype: str
+    compile: bool
+    note: str = ""
+
+
+def machine(name: str | None, dtype: str | None, compile: bool | None) -> Machine:
+    """Fills in what the user left to the machine: a GPU computes compiled and in bfloat16, a CPU
+    eager and in float32.
+
+    Raises:
+        ValueError: as `device`.
+    """
+    where = device(name)
+    on_gpu = where.type == "cuda"
+    reason = why_not_compile(where) if on_gpu and compile is None else None
+    return Machine(
+        str(where),
+        dtype or ("bfloat16" if on_gpu else "float32"),
+        on_gpu and not reason if compile is None else compile,
+        f"training without torch.compile, because {reason}" if reason else "",
+    )
 
 
 def check_numbers(config: Any, may_be_zero: Collection[str], *, where: str = "--") -> None:

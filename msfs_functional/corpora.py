@@ -12,6 +12,7 @@ distinct source sentence: two translations of one sentence never stand on two si
 import gzip
 import hashlib
 import json
+import logging
 import unicodedata
 import zipfile
 import zlib
@@ -211,6 +212,9 @@ def _from_text_files(paths: Sequence[Path]) -> _Pairs:
 
 
 def _from_hub(name: str, config: str | None, split: str, source, target) -> _Pairs:
+    retries = logging.getLogger("huggingface_hub")  # one line a try; what they end in is raised
+    level = retries.level
+    retries.setLevel(logging.ERROR)
     try:
         data = datasets.load_dataset(name, config, split=split)
     except datasets.exceptions.DatasetNotFoundError as error:
@@ -228,6 +232,8 @@ def _from_hub(name: str, config: str | None, split: str, source, target) -> _Pai
         raise ValueError(
             f"dataset {name!r} does not load with config {config!r} and split {split!r}: {reason}"
         ) from None
+    finally:
+        retries.setLevel(level)
     assert isinstance(data, datasets.Dataset)
     columns = {column: list(data[column]) for column in data.column_names}
     return _from_table(columns, source, target, f"dataset {name!r}")

@@ -7,15 +7,19 @@ Dimension key: M members of an ensemble, B sentences, S source tokens, L target 
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import datasets
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from msfs_functional import pictures
+from msfs_functional import metrics, pictures
 from msfs_functional.attention import Implementation
 from msfs_functional.decoding import (
     beam_search,
@@ -25,9 +29,36 @@ from msfs_functional.decoding import (
 )
 from msfs_functional.models.transformer import Cache, reorder_cache
 from msfs_functional.params import Functional, Params
-from msfs_functional.tokenizer import BOS, EOS, PAD, Tokenizer
+from msfs_functional.tokenizer import BOS, EOS, PAD, Tokenizer, train_bpe, train_word_level
 
 ROUNDING = 16  # source tokens
+LEARN = {"bpe": train_bpe, "word": train_word_level}
+
+
+class Tokenizers(NamedTuple):
+    """Of both languages; one and the same when joint."""
+
+    source: Tokenizer
+    target: Tokenizer
+
+    @classmethod
+    def learn(cls, pairs: datasets.Dataset, kind: str, size: int, joint: bool) -> "Tokenizers":
+        """From the training split only: what validation and test hold must be news."""
+        sides = list(pairs["source"]), list(pairs["target"])
+        if joint:
+            both = LEARN[kind]([*sides[0], *sides[1]], size)
+            return cls(both, both)
+        return cls(*(LEARN[kind](side, size) for side in sides))
+
+    def to_files(self) -> dict[str, str]:
+        """{file name: text}, to be kept in every checkpoint."""
+        return {f"{side}_tokenizer.json": each.to_json() for side, each in self._asdict().items()}
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, bytes]) -> "Tokenizers":
+        """What `to_files` has made."""
+        names = (f"{side}_tokenizer.json" for side in cls._fields)
+        return cls(*(Tokenizer.from_json(files[name].decode()) for name in names))
 
 
 class Translation(NamedTuple):
@@ -155,6 +186,52 @@ def translator(
     return translate
 
 
+class Assessment(NamedTuple):
+    """Translations of a test split and what they are worth: BLEU, chrF, seconds to make them."""
+
+    texts: list[str]
+    scores: dict[str, Any]
+
+
+def assess(
+    translate: Translate, pairs: datasets.Dataset, note: Callable[[str], None] = print
+) -> Assessment:
+    """Translates all sources; notes ten samples, at most five of them wrong, and the scores."""
+    sources, references = list(pairs["source"]), list(pairs["target"])
+    begin = time.perf_counter()
+    texts = [best.text for best, *_ in translate(sources)]
+    seconds = time.perf_counter() - begin
+    rows = list(zip(sources, references, texts, strict=True))
+    right = [row for row in rows if row[1] == row[2]]
+    wrong = [row for row in rows if row[1] != row[2]]
+    few = max(min(5, len(wrong)), 10 - len(right))
+    note(f"{len(right)} of {len(rows)} translations equal the reference; some of both kinds:")
+    for source, reference, text in (right[: 10 - few] + wrong)[:10]:
+        note(f"  {source}\n    {text}" + (f"\n    WRONG {reference}" if text != reference else ""))
+    bleu, chrf = metrics.bleu(texts, references), metrics.chrf(texts, references)
+    note(f"test BLEU {bleu}\ntest chrF {chrf}\n{len(rows)} sentences in {seconds:.1f} seconds")
+    return Assessment(texts, {"bleu": bleu._asdict(), "chrf": chrf._asdict(), "seconds": seconds})
+
+
+def read_lines(path: Path | None = None) -> Iterator[str]:
+    """Lines of a file, or of stdin as they arrive.
+
+    Raises:
+        ValueError: bytes that are not UTF-8, named by line.
+    """
+    if path is None and sys.stdin.isatty():
+        print("one sentence a line; Ctrl-D ends", file=sys.stderr)
+    with sys.stdin.buffer if path is None else path.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            try:
+                yield line.decode("utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{path or 'stdin'}, line {number}: byte 0x{line[error.start]:02x} is not "
+                    "UTF-8: convert the text, for example with iconv -f latin1 -t utf-8"
+                ) from None
+
+
 def attention_figure(
     model: Functional,
     params: Params,
@@ -167,10 +244,13 @@ def attention_figure(
 ) -> Figure:
     """How each token of a translation looks at the source, in every head of one decoder layer.
 
-    Row i shows the step that writes token i; the last one writes <eos>.
+    Row i shows the step that writes token i; the last one writes <eos>. What exceeds the model's
+    max_length is left out.
     """
-    source_ids = source_tokenizer.encode([source], eos=True)[0]
-    target_ids = target_tokenizer.encode([target], bos=True, eos=True)[0]
+    config: Any = model.skeleton.config
+    limit = config.max_length
+    source_ids = source_tokenizer.encode([source], eos=True)[0][:limit]
+    target_ids = target_tokenizer.encode([target], bos=True, eos=True)[0][: limit + 1]
     device = next(iter(params.values())).device
     inputs = [torch.tensor([ids], device=device) for ids in (source_ids, target_ids[:-1])]
     with torch.no_grad():

@@ -17,10 +17,10 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 # CPU threads that wait must soon sleep, or on a busy machine they take the cores from those that
 # work: ten times slower with three other processes on two cores. Must stand before torch.
@@ -48,190 +48,155 @@ from msfs_functional.losses import linear_cross_entropy
 from msfs_functional.models.transformer import DECAY, output_weight, transformer
 from msfs_functional.models.transformer import PRESETS as SIZES
 from msfs_functional.params import Functional, Params, cast, stack, unstack
-from msfs_functional.tokenizer import PAD, Tokenizer, train_bpe, train_word_level
+from msfs_functional.tokenizer import PAD
 from msfs_functional.tracking import Tracker
-from msfs_functional.train import TrainState, init_state, make_step, why_not_compile
-from msfs_functional.translation import Translate, attention_figure, translator
+from msfs_functional.train import TrainState, init_state, make_step
+from msfs_functional.translation import (
+    Assessment,
+    Tokenizers,
+    Translate,
+    assess,
+    attention_figure,
+    read_lines,
+    translator,
+)
 
 MAY_BE_ZERO = ("seed", "warmup", "extra_length", "valid_sentences")
 CHECKPOINTS = "checkpoints"
-TOKENIZERS = ("source_tokenizer.json", "target_tokenizer.json")
 
 
 @dataclass(frozen=True)
 class Data:
     """Where the sentence pairs come from."""
 
+    # "english_italian" (made here, no network) or a Hugging Face dataset such as opus_books; not
+    # used when `train` names files
     name: str = "english_italian"
-    """"english_italian" (made here, no network) or a Hugging Face dataset such as opus_books;
-    not used when `train` names files"""
-    config: str | None = None
-    """configuration of the Hugging Face dataset, such as en-it"""
+    config: str | None = None  # configuration of the Hugging Face dataset, such as en-it
+    # splits of the Hugging Face dataset to train, to validate and to test on; what is not named is
+    # cut off the training data
+    splits: tuple[str, ...] = ("train",)
+    # local training data: one .tsv, .jsonl or .parquet file, or two aligned text files, source then
+    # target; .gz and .zip are read as they are
     train: tuple[Path, ...] = ()
-    """local training data: one .tsv, .jsonl or .parquet file, or two aligned text files, source
-    then target; .gz and .zip are read as they are"""
+    # the same for validation; left out, it is cut off the training data
     valid: tuple[Path, ...] = ()
-    """the same for validation; left out, it is cut off the training data"""
-    test: tuple[Path, ...] = ()
-    """the same for the test"""
-    source: str | None = None
-    """column or language to translate from; None: the first"""
-    target: str | None = None
-    """column or language to translate into; None: the second"""
+    test: tuple[Path, ...] = ()  # the same for the test
+    source: str | None = None  # column or language to translate from; None: the first
+    target: str | None = None  # column or language to translate into; None: the second
+    # source sentences to cut off for validation: a count, or a fraction below 1; None: 5%, at most
+    # 1000
     valid_size: float | None = None
-    """source sentences to cut off for validation: a count, or a fraction below 1; None: 5%,
-    at most 1000"""
+    # source sentences to cut off for the test: a count, or a fraction below 1
     test_size: float | None = None
-    """source sentences to cut off for the test: a count, or a fraction below 1"""
-    max_length: int = 128
-    """longest sentence [tokens]; longer pairs are dropped and counted"""
-    batch: int = 2048
-    """padded source and target tokens of one step [tokens]"""
-    buckets: int = 6
-    """most shapes that a batch can have"""
-    seed: int = 0
-    """of splits and of the order, not of the model"""
+    max_length: int = 128  # longest sentence [tokens]; longer pairs are dropped and counted
+    batch: int = 2048  # padded source and target tokens of one step [tokens]
+    buckets: int = 6  # most shapes that a batch can have
+    seed: int = 0  # of splits and of the order, not of the model
 
 
 @dataclass(frozen=True)
 class Vocabulary:
     """How text becomes ids; learned from the training split only."""
 
+    # byte-level BPE, which spells every text, or whole words with <unk> for the rest
     kind: Literal["bpe", "word"] = "bpe"
-    """byte-level BPE, which spells every text, or whole words with <unk> for the rest"""
-    size: int = 2000
-    """most ids [tokens], specials included"""
-    joint: bool = True
-    """one vocabulary for both languages, which lets all embeddings be shared"""
+    size: int = 4000  # most ids [tokens], specials included
+    joint: bool = True  # one vocabulary for both languages, which lets all embeddings be shared
 
 
 @dataclass(frozen=True)
 class Model:
     """Size of the Transformer; None keeps what the size says."""
 
+    # tiny: 4 + 4 layers of 128; base and big: as in the paper
     size: Literal["tiny", "base", "big"] = "tiny"
-    """tiny: 4 + 4 layers of 128; base and big: as in the paper"""
-    width: int | None = None
-    """of the residual stream"""
-    depth: int | None = None
-    """encoder layers"""
-    decoder_depth: int | None = None
-    """decoder layers; None: as the encoder"""
-    heads: int | None = None
-    """attention heads; must divide the width"""
-    hidden: int | None = None
-    """width inside the feed-forward layers"""
-    dropout: float | None = None
-    """probability, on embeddings and on what each sublayer adds"""
+    width: int | None = None  # of the residual stream
+    depth: int | None = None  # encoder layers
+    decoder_depth: int | None = None  # decoder layers; None: as the encoder
+    heads: int | None = None  # attention heads; must divide the width
+    hidden: int | None = None  # width inside the feed-forward layers
+    dropout: float | None = None  # probability, on embeddings and on what each sublayer adds
+    # normalise after each sum, as in the paper, or before each sublayer
     norm: Literal["post", "pre"] = "post"
-    """normalise after each sum, as in the paper, or before each sublayer"""
-    attention: Literal["flash", "sdpa", "reference"] = "flash"
-    """implementation of attention"""
+    attention: Literal["flash", "sdpa", "reference"] = "flash"  # implementation of attention
 
 
 @dataclass(frozen=True)
 class Optimizer:
     """How gradients become updates: AdamW."""
 
+    # learning rate over the steps
     schedule: Literal["inverse_square_root", "cosine", "linear", "wsd", "constant"] = "cosine"
-    """learning rate over the steps"""
-    learning_rate: float = 3e-3
-    """peak, reached after the warm-up"""
-    warmup: int = 100
-    """steps in which the learning rate rises from 0 [steps]"""
-    weight_decay: float = 0.0
-    """decoupled, on matrices only [1/update, times the learning rate]"""
-    b1: float = 0.9
-    """decay of the first moment"""
-    b2: float = 0.98
-    """decay of the second moment"""
-    eps: float = 1e-9
-    """added to the root of the second moment"""
-    clip: float = 1.0
-    """largest global norm of the gradient; 0 does not clip"""
+    learning_rate: float = 3e-3  # peak, reached after the warm-up
+    warmup: int = 100  # steps in which the learning rate rises from 0 [steps]
+    weight_decay: float = 0.0  # decoupled, on matrices only [1/update, times the learning rate]
+    b1: float = 0.9  # decay of the first moment
+    b2: float = 0.98  # decay of the second moment
+    eps: float = 1e-9  # added to the root of the second moment
+    clip: float = 1.0  # largest global norm of the gradient; 0 does not clip
 
 
 @dataclass(frozen=True)
 class Train:
     """Length and mechanics of training."""
 
-    steps: int = 1000
-    """optimizer steps"""
-    accumulation: int = 1
-    """microbatches of one step"""
-    label_smoothing: float = 0.1
-    """probability mass spread over the vocabulary"""
+    steps: int = 600  # optimizer steps
+    accumulation: int = 1  # microbatches of one step
+    label_smoothing: float = 0.1  # probability mass spread over the vocabulary
+    # weight of R-Drop, which predicts each batch under two dropout masks that must agree
     consistency: float = 0.0
-    """weight of R-Drop, which predicts each batch under two dropout masks that must agree"""
+    # decay of the average of the parameters that evaluation uses [1/step]; 0: no average
     ema: float = 0.0
-    """decay of the average of the parameters that evaluation uses [1/step]; 0: no average"""
-    log_every: int = 50
-    """[steps]"""
-    eval_every: int = 250
-    """validation loss and a checkpoint [steps]"""
-    keep: int = 3
-    """checkpoints to keep besides the best"""
-    valid_sentences: int = 200
-    """validation sentences to translate greedily at each evaluation, for the BLEU that chooses the
-    best checkpoint; 0: the loss chooses"""
-    compile: bool | None = None
-    """compile the step; None: on a GPU"""
+    log_every: int = 50  # [steps]
+    eval_every: int = 150  # validation loss and a checkpoint [steps]
+    keep: int = 3  # checkpoints to keep besides the best
+    # validation sentences to translate greedily at each evaluation, for the BLEU that chooses the
+    # best checkpoint; 0: the loss chooses
+    valid_sentences: int = 100
+    compile: bool | None = None  # compile the step; None: on a GPU
 
 
 @dataclass(frozen=True)
 class Decode:
     """How translations are searched."""
 
-    beam: int = 4
-    """hypotheses kept side by side; 1 is greedy"""
-    length_penalty: float = 1.0
-    """scores are divided by length ** this"""
+    beam: int = 4  # hypotheses kept side by side; 1 is greedy
+    length_penalty: float = 1.0  # scores are divided by length ** this
+    # longest translation: source tokens plus this, at most data.max_length [tokens]
     extra_length: int = 40
-    """longest translation: source tokens plus this, at most data.max_length [tokens]"""
-    nbest: int = 1
-    """translations to print for each line, at most the beam"""
-    batch: int = 64
-    """sentences decoded at once"""
-    average: int = 1
-    """average the parameters of this many last checkpoints"""
-    which: Literal["best", "latest"] = "best"
-    """checkpoint to use when only one is"""
+    nbest: int = 1  # translations to print for each line, at most the beam
+    batch: int = 64  # sentences decoded at once
+    average: int = 1  # average the parameters of this many last checkpoints
+    which: Literal["best", "latest"] = "best"  # checkpoint to use when only one is
 
 
 @dataclass(frozen=True)
 class Config:
     """Everything a run needs; frozen, and written to runs/<name>/config.json."""
 
+    # what to do; must come first
     mode: tyro.conf.Positional[Literal["train", "evaluate", "translate"]] = "train"
-    """what to do; must come first"""
+    # settings that the other options start from (their defaults below are this preset's): default:
+    # minutes on a CPU; classic: the well-known tutorial recipe on opus_books; multi30k: English to
+    # German on a GPU
     preset: Literal["default", "classic", "multi30k"] = "default"
-    """settings that the other options start from (their defaults below are this preset's):
-    default: minutes on a CPU; classic: the well-known tutorial recipe on opus_books; multi30k:
-    English to German on a GPU"""
+    # of the run, its folder is <out>/<name>; None: a new number to train, the newest to use
     name: str | None = None
-    """of the run, its folder is <out>/<name>; None: a new number to train, the newest to use"""
-    out: Path = Path("runs")
-    """folder of the runs"""
-    resume: bool = False
-    """go on with the run from its latest checkpoint"""
-    overwrite: bool = False
-    """delete the run of this name first"""
-    seed: int = 0
-    """of initial parameters and dropout; member i of an ensemble uses seed + i"""
+    out: Path = Path("runs")  # folder of the runs
+    resume: bool = False  # go on with the run from its latest checkpoint
+    overwrite: bool = False  # delete the run of this name first
+    seed: int = 0  # of initial parameters and dropout; member i of an ensemble uses seed + i
+    # seeds to train at once, stacked in one step; they decode with averaged probabilities
     members: int = 1
-    """seeds to train at once, stacked in one step; they decode with averaged probabilities"""
-    device: str | None = None
-    """cpu, cuda, cuda:1, ...; None: cuda where there is one"""
+    device: str | None = None  # cpu, cuda, cuda:1, ...; None: cuda where there is one
+    # of the computation, parameters stay float32; None: bfloat16 on a GPU
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """of the computation, parameters stay float32; None: bfloat16 on a GPU"""
-    threads: int | None = None
-    """CPU threads; None: all cores"""
-    input: Path | None = None
-    """translate: text file with a sentence a line; None: stdin"""
+    threads: int | None = None  # CPU threads; None: all cores
+    input: Path | None = None  # translate: text file with a sentence a line; None: stdin
+    # translate: draw how the first sentence's translation attends to it into this PNG
     attention_map: Path | None = None
-    """translate: draw how the first sentence's translation attends to it into this PNG"""
-    debug: bool = False
-    """show tracebacks"""
+    debug: bool = False  # show tracebacks
     data: Data = field(default_factory=Data)
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
     model: Model = field(default_factory=lambda: Model(depth=2, hidden=512, dropout=0.0))
@@ -240,58 +205,42 @@ class Config:
     decode: Decode = field(default_factory=Decode)
 
 
+HUB_SPLITS = ("train", "validation", "test")
 MULTI30K = Config(
     preset="multi30k",
-    data=Data(name="bentrevett/multi30k", source="en", target="de", batch=8192, buckets=8),
+    data=Data("bentrevett/multi30k", None, HUB_SPLITS, batch=8192, buckets=8),
     vocabulary=Vocabulary(size=8000),
     model=Model("tiny", dropout=0.3),
     optimizer=Optimizer(schedule="inverse_square_root", learning_rate=5e-3, warmup=2000),
-    train=Train(steps=8000, ema=0.999, eval_every=500),
+    train=Train(steps=8000, ema=0.999, eval_every=500, valid_sentences=200),
     decode=Decode(beam=5),
 )
 CLASSIC = Config(
     preset="classic",
-    data=Data(name="opus_books", config="en-it", batch=512, max_length=350),
+    data=Data(name="opus_books", config="en-it", batch=768, max_length=350),
     vocabulary=Vocabulary("word", size=30_000, joint=False),
     model=Model("base", dropout=0.1, norm="pre"),
-    optimizer=Optimizer(
-        schedule="constant", learning_rate=1e-4, warmup=0, b2=0.999, eps=1e-9, clip=0.0
-    ),
-    train=Train(steps=72_000, eval_every=3_600),
+    optimizer=Optimizer("constant", learning_rate=1e-4, warmup=0, b2=0.999, clip=0.0),
+    train=Train(steps=45_000, eval_every=2_250, valid_sentences=200),
     decode=Decode(beam=1),
 )
 PRESETS = {"default": Config(), "classic": CLASSIC, "multi30k": MULTI30K}
 
 
-class Tokenizers(NamedTuple):
-    """Of both languages; one and the same when joint."""
-
-    source: Tokenizer
-    target: Tokenizer
-
-
 def read_data(data: Data) -> Splits:
+    split, valid, test = (*(() if data.train else data.splits), None, None, None)[:3]
     return load_pairs(
         list(data.train) if data.train else data.name,
         config=data.config,
-        valid=list(data.valid) or None,
-        test=list(data.test) or None,
+        split=split or "train",
+        valid=list(data.valid) or valid,
+        test=list(data.test) or test,
         source=data.source,
         target=data.target,
         valid_size=data.valid_size,
         test_size=data.test_size,
         seed=data.seed,
     )
-
-
-def learn_tokenizers(vocabulary: Vocabulary, splits: Splits) -> Tokenizers:
-    """From the training split only: what validation and test hold must be news."""
-    learn = train_bpe if vocabulary.kind == "bpe" else train_word_level
-    sides = list(splits.train["source"]), list(splits.train["target"])
-    if vocabulary.joint:
-        both = learn([*sides[0], *sides[1]], vocabulary.size)
-        return Tokenizers(both, both)
-    return Tokenizers(*(learn(side, vocabulary.size) for side in sides))
 
 
 def make_batches(data: Data, pairs: Dataset, tokenizers: Tokenizers, **options) -> TokenBatches:
@@ -386,25 +335,20 @@ def first_state(config: Config, model: Functional, optimizer: optim.Transformati
     return init_state(params, optimizer, key, ema_decay=config.train.ema or None)
 
 
-# ----------------------------------------------------------------------------------------- training
-
-
 def describe(config: Config, splits: Splits, stream: TokenBatches, model: Functional) -> str:
     """What is about to be trained, on what: the first lines of a run."""
-    sizes = [len(part) for part in (splits.train, splits.valid, splits.test)]
     dropped = {**splits.dropped, f"longer than {config.data.max_length} tokens": stream.dropped}
     left_out = [f"{number} {reason}" for reason, number in dropped.items() if number]
     parameters = sum(math.prod(shape) for shape in model.shapes.values())
     how = "compiled" if config.train.compile else "eager"
     members = f"{config.members} members of " if config.members > 1 else ""
-    lines = [
-        "{} pairs to train, {} to validate, {} to test".format(*sizes),
-        f"left out: {', '.join(left_out) or 'none'}",
+    return (
+        f"{len(splits.train)} pairs to train, {len(splits.valid)} to validate, "
+        f"{len(splits.test)} to test\nleft out: {', '.join(left_out) or 'none'}\n"
         f"{stream.steps_per_epoch} batches an epoch in {len(stream.shapes)} shapes, "
-        f"{stream.padding:.0%} padding",
-        f"{members}{parameters:,} parameters, {config.device}, {config.dtype}, {how}",
-    ]
-    return "\n".join(lines)
+        f"{stream.padding:.0%} padding\n"
+        f"{members}{parameters:,} parameters, {config.device}, {config.dtype}, {how}"
+    )
 
 
 def validate(
@@ -438,7 +382,10 @@ def train(config: Config) -> None:
         configs.check_free(run, overwrite=config.overwrite)
     saved = checkpoint.load(run / CHECKPOINTS) if config.resume else None
     splits = read_data(config.data)
-    tokenizers = saved_tokenizers(saved) if saved else learn_tokenizers(config.vocabulary, splits)
+    if saved:
+        tokenizers = Tokenizers.from_files(saved.files)
+    else:
+        tokenizers = Tokenizers.learn(splits.train, **asdict(config.vocabulary))
     stream = make_batches(
         config.data,
         splits.train,
@@ -473,7 +420,7 @@ def train(config: Config) -> None:
             count,
             state,
             extra={"batches": batches.state()},
-            files=dict(zip(TOKENIZERS, (each.to_json() for each in tokenizers), strict=True)),
+            files=tokenizers.to_files(),
             metric=None if score is None else float(torch.as_tensor(score).mean()),
             keep_last=settings.keep,
         )
@@ -501,16 +448,11 @@ def train(config: Config) -> None:
                 tracker.note(f"saved after step {count}; go on with: {resume}")
                 raise SystemExit(128 + (stop.received or 0))
         batches.close()
-        report(config, splits, tracker.note)
+        found = report(config, splits, tracker.note)
+        (run / "results.json").write_text(f"{json.dumps(found.scores)}\n", encoding="utf-8")
+        (run / "test.txt").write_text("".join(f"{text}\n" for text in found.texts), "utf-8")
         draw(config, splits, tracker)
         tracker.note(f"{time.perf_counter() - begin:.0f} seconds; everything is in {run}")
-
-
-# --------------------------------------------------------------------------- using what is trained
-
-
-def saved_tokenizers(saved: checkpoint.Restored) -> Tokenizers:
-    return Tokenizers(*(Tokenizer.from_json(saved.files[name].decode()) for name in TOKENIZERS))
 
 
 def load_trained(config: Config) -> tuple[Functional, Tokenizers, Params]:
@@ -523,7 +465,7 @@ def load_trained(config: Config) -> tuple[Functional, Tokenizers, Params]:
     else:
         scored = any(each.metric is not None for each in found)
         places = [checkpoint.load(root, which=decode.which if scored else "latest").path]
-    tokenizers = saved_tokenizers(checkpoint.load(places[-1]))
+    tokenizers = Tokenizers.from_files(checkpoint.load(places[-1]).files)
     model = make_model(config, tokenizers)
     members = (config.members,) if config.members > 1 else ()
     like = {name: torch.Size((*members, *shape)) for name, shape in model.shapes.items()}
@@ -554,27 +496,9 @@ def make_translate(
     )
 
 
-def report(config: Config, splits: Splits, note: Callable[[str], None] = print) -> dict[str, Any]:
-    """Translates the test split: samples, BLEU and chrF, into results.json and test.txt too."""
-    run = config.out / str(config.name)
-    translate = make_translate(config, *load_trained(config))
-    sources, references = list(splits.test["source"]), list(splits.test["target"])
-    begin = time.perf_counter()
-    found = [best.text for best, *_ in translate(sources)]
-    seconds = time.perf_counter() - begin
-    rows = list(zip(sources, references, found, strict=True))
-    right = [row for row in rows if row[1] == row[2]]
-    wrong = [row for row in rows if row[1] != row[2]]
-    note(f"{len(right)} of {len(rows)} translations equal the reference; some of both kinds:")
-    few = min(5, len(wrong))
-    for source, reference, text in (right[: 10 - few] + wrong)[:10]:
-        note(f"  {source}\n    {text}" + (f"\n    WRONG {reference}" if text != reference else ""))
-    bleu, chrf = metrics.bleu(found, references), metrics.chrf(found, references)
-    note(f"test BLEU {bleu}\ntest chrF {chrf}\n{len(rows)} sentences in {seconds:.1f} seconds")
-    results = {"bleu": bleu._asdict(), "chrf": chrf._asdict(), "seconds": seconds}
-    (run / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (run / "test.txt").write_text("".join(f"{text}\n" for text in found), encoding="utf-8")
-    return results
+def report(config: Config, splits: Splits, note: Callable[[str], None] = print) -> Assessment:
+    """Translates the test split: ten samples, right and wrong ones, BLEU and chrF."""
+    return assess(make_translate(config, *load_trained(config)), splits.test, note)
 
 
 def draw(config: Config, splits: Splits, tracker: Tracker) -> None:
@@ -593,29 +517,18 @@ def draw(config: Config, splits: Splits, tracker: Tracker) -> None:
 
 
 def evaluate(config: Config) -> None:
-    report(config, read_data(config.data))
-
-
-def read_lines(config: Config) -> Iterator[str]:
-    """Lines of config.input or of stdin, as they arrive."""
-    if config.input is None and sys.stdin.isatty():
-        print("one sentence a line; Ctrl-D ends", file=sys.stderr)
-    with sys.stdin.buffer if config.input is None else config.input.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            try:
-                yield line.decode("utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{config.input or 'stdin'}, line {number}: byte 0x{line[error.start]:02x} is "
-                    "not UTF-8: convert the text, for example with iconv -f latin1 -t utf-8"
-                ) from None
+    """Adds a line to the run's evaluations.jsonl; what training left stays as it was."""
+    scores = report(config, read_data(config.data)).scores
+    line = json.dumps({"decode": asdict(config.decode), **scores})
+    with (config.out / str(config.name) / "evaluations.jsonl").open("a", encoding="utf-8") as log:
+        log.write(f"{line}\n")
 
 
 def translate_lines(config: Config) -> None:
     """Prints the translation of each line, or its n best as score, tab, text."""
     model, tokenizers, params = load_trained(config)
     translate = make_translate(config, model, tokenizers, params)
-    lines, first = read_lines(config), True
+    lines, first = read_lines(config.input), True
     together = 1 if config.input is None and sys.stdin.isatty() else 16 * config.decode.batch
     while block := list(itertools.islice(lines, together)):
         found = translate(block)
@@ -629,9 +542,6 @@ def translate_lines(config: Config) -> None:
         first = False
     if first:
         raise ValueError(f"{config.input or 'stdin'} holds no line: give one sentence a line")
-
-
-# ------------------------------------------------------------------------------------- command line
 
 
 def checked(config: Config) -> Config:
@@ -651,22 +561,17 @@ def checked(config: Config) -> Config:
         raise ValueError(f"--name ({config.name}) must be a plain name: put folders into --out")
     if config.resume and config.overwrite:
         raise ValueError("--resume goes on with a run, --overwrite deletes it: give one of them")
-    device = configs.device(config.device)
-    on_gpu = device.type == "cuda"
-    compiled = config.train.compile
-    if compiled is None:
-        reason = why_not_compile(device) if on_gpu else None
-        if reason:
-            print(f"note: training without torch.compile, because {reason}", file=sys.stderr)
-        compiled = on_gpu and not reason
+    machine = configs.machine(config.device, config.dtype, config.train.compile)
+    if machine.note:
+        print(f"note: {machine.note}", file=sys.stderr)
     if config.threads:
         torch.set_num_threads(config.threads)
     return replace(
         config,
-        device=str(device),
-        dtype=config.dtype or ("bfloat16" if on_gpu else "float32"),
+        device=machine.device,
+        dtype=machine.dtype,
         name=config.name or configs.free_name(config.out, "translate"),
-        train=replace(config.train, compile=compiled),
+        train=replace(config.train, compile=machine.compile),
     )
 
 

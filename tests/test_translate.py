@@ -5,6 +5,7 @@ import errno
 import gzip
 import io
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from msfs_functional import checkpoint, config, errors, tracking
+from msfs_functional.params import stack
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path.insert(0, str(RECIPES))
@@ -63,6 +65,7 @@ def refused(capsys, *args: object) -> str:
     assert ended.value.code not in (0, None)
     lines = capsys.readouterr().err.splitlines()
     said = [line for line in lines if line.startswith("error: ")]
+    assert "retrying" not in lines
     assert len(said) == 1 and not any("Traceback" in line for line in lines)
     return said[0]
 
@@ -176,12 +179,40 @@ def test_each_member_of_an_ensemble_equals_the_run_with_its_seed_alone(corpus, t
             torch.testing.assert_close(both[name][member], alone[name], atol=1e-5, rtol=1e-5)
 
 
-def test_evaluate_repeats_the_test_score_and_options_override_the_run(trained, capsys):
-    before = (trained / "results.json").read_text()
-    recipe("evaluate", "--out", trained.parent, "--name", "whole")
-    assert f"test BLEU {json.loads(before)['bleu']['value']:.2f}" in capsys.readouterr().out
-    recipe("evaluate", "--out", trained.parent, "--name", "whole", "--decode.average", 2)
-    recipe("evaluate", "--out", trained.parent, "--name", "whole", "--decode.beam", 1)
+def test_an_ensemble_translates_with_the_mean_of_its_members_probabilities(trained):
+    saved = translate.checked(config.load(translate.Config, trained / config.FILE))
+    saved = dataclasses.replace(saved, out=trained.parent, name="whole")
+    model, tokenizers, one = translate.load_trained(saved)
+    other = model.init(7)
+
+    def score(*members: dict[str, torch.Tensor]) -> float:
+        many = dataclasses.replace(saved, members=len(members))
+        chosen = stack(list(members)) if len(members) > 1 else members[0]
+        translated = translate.make_translate(many, model, tokenizers, chosen)
+        return translated(["the red cat sleeps"])[0][0].score
+
+    assert score(one, one) == pytest.approx(score(one), abs=1e-4)
+    assert score(one, other) == pytest.approx(score(other, one), abs=1e-4)
+    assert abs(score(one, other) - score(one)) > 1e-2
+
+
+def test_evaluate_repeats_the_test_score_and_leaves_what_training_left(trained, capsys):
+    files = [trained / name for name in ("results.json", "test.txt", "metrics.jsonl", config.FILE)]
+    before = [file.read_bytes() for file in files]
+    log = trained / "evaluations.jsonl"
+    log.unlink(missing_ok=True)
+    args = ("evaluate", "--out", trained.parent, "--name", "whole")
+    recipe(*args)
+    score = json.loads((trained / "results.json").read_text())["bleu"]["value"]
+    assert f"test BLEU {score:.2f}" in capsys.readouterr().out
+    recipe(*args, "--decode.average", 2)
+    recipe(*args, "--decode.beam", 1)
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [(r["decode"]["beam"], r["decode"]["average"]) for r in records] == [
+        (2, 1), (2, 2), (1, 1),
+    ]  # fmt: skip
+    assert records[0]["bleu"]["value"] == score
+    assert [file.read_bytes() for file in files] == before
 
 
 def translated(monkeypatch, capsys, run: Path, text: str | bytes, *args: object) -> list[str]:
@@ -220,7 +251,7 @@ def test_translate_cuts_sentences_beyond_the_maximum_into_pieces(trained, monkey
 def test_average_of_checkpoints_is_the_mean_of_their_parameters(trained):
     saved = config.load(translate.Config, trained / config.FILE)
     saved = dataclasses.replace(
-        translate.checked(dataclasses.replace(saved, resume=True)),
+        translate.checked(saved),
         out=trained.parent,
         name="whole",
         decode=translate.Decode(average=2),
@@ -244,6 +275,36 @@ def test_classic_preset_trains_word_level_with_constant_rate_and_greedy(corpus, 
     saved = config.load(translate.Config, tmp_path / "translate-1" / config.FILE)
     assert saved.vocabulary.kind == "word" and not saved.vocabulary.joint
     assert saved.optimizer.schedule == "constant" and saved.decode.beam == 1
+
+
+def test_classic_preset_and_default_are_compared_on_the_same_split(corpus):
+    kinds = [dataclasses.replace(p.data, train=(corpus,)) for p in translate.PRESETS.values()]
+    default, *others = map(translate.read_data, kinds)
+    for other in others:
+        for part in ("train", "valid", "test"):
+            assert getattr(default, part)[:] == getattr(other, part)[:]
+
+
+def test_presets_of_the_hub_ask_for_its_splits_and_columns(monkeypatch):
+    asked = []
+
+    def load(name, config, split):
+        asked.append((name, config, split))
+        texts = [f"{split} {i}" for i in range(30)]
+        if name == "opus_books":
+            return datasets.Dataset.from_dict(
+                {"id": texts, "translation": [{"en": t, "it": t.upper()} for t in texts]}
+            )
+        return datasets.Dataset.from_dict({"en": texts, "de": [t.upper() for t in texts]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    found = translate.read_data(translate.MULTI30K.data)
+    assert [found.test["target"][0], found.valid["source"][0]] == ["TEST 0", "validation 0"]
+    cut = translate.read_data(translate.CLASSIC.data)
+    assert set(cut.test["target"]) <= {f"TRAIN {i}" for i in range(30)}
+    name = "bentrevett/multi30k"
+    splits = [(name, None, split) for split in ("train", "validation", "test")]
+    assert asked == [*splits, ("opus_books", "en-it", "train")]
 
 
 def test_moving_average_is_kept_and_used(corpus, tmp_path):
@@ -337,6 +398,7 @@ def test_bad_options_are_refused_before_a_run_begins(options, words, corpus, tmp
 def test_unknown_dataset_split_and_no_network_are_told_apart(tmp_path, capsys, monkeypatch):
     def fails(error):
         def load(*args, **options):
+            logging.getLogger("huggingface_hub.utils._http").warning("retrying")
             raise error
 
         monkeypatch.setattr(datasets, "load_dataset", load)
