@@ -334,8 +334,7 @@ def make_optimizer(config: Optimizer, steps: int) -> optim.Transformation:
         ),
         "constant": lambda: schedules.constant(peak, warmup=warmup),
     }[config.schedule]()
-    update = optim.adamw(schedule, config.b1, config.b2, config.eps, config.weight_decay, DECAY)
-    return optim.chain(optim.clip_by_global_norm(config.clip), update) if config.clip else update
+    return optim.adamw(schedule, config.b1, config.b2, config.eps, config.weight_decay, DECAY)
 
 
 def first_state(config: Config, model: Functional, optimizer: optim.Transformation) -> TrainState:
@@ -414,7 +413,8 @@ def train(config: Config) -> None:
         accumulation=settings.accumulation,
         ema_decay=settings.ema or None,
         members=config.members if config.members > 1 else None,
-        compile=bool(settings.compile),
+        clip_norm=config.optimizer.clip or None,
+        compile="regions" if settings.compile else False,
     )
     state = first_state(config, model, optimizer)
     if saved:
