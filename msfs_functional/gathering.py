@@ -17,7 +17,7 @@ are right too; compiled, all collectives stand in one graph and overlap with wha
 import copy
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 
 from msfs_functional import random, sharding
 from msfs_functional.collectives import chunk_bounds, collective, psum
-from msfs_functional.meshes import DATA_AXES, axis_rank, axis_size, data_rank
+from msfs_functional.meshes import DATA_AXES, active, axis_rank, axis_size, data_rank
 from msfs_functional.params import Functional, Methods, Params, Rules
 from msfs_functional.sharding import FULLY_SHARDED, Cuts, placements
 
@@ -195,10 +195,12 @@ class Layout:
     Attributes:
         rules: name -> {axis: placement}.
         blocks: regex of the modules that are gathered one by one; "" for none.
+        methods: those of a block that are called from outside of it.
     """
 
     rules: Rules[Cuts]
     blocks: str = ""
+    methods: tuple[str, ...] = ("forward",)
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,7 +209,7 @@ class Sharded(Functional):
 
     Attributes:
         mesh, layout: as given.
-        placements: {parameter name: a placement for each axis of the mesh}.
+        placements: {parameter name: a placement for each axis of `active(mesh)`}.
         root: the plan of the parameters outside of blocks.
     """
 
@@ -258,7 +260,7 @@ def sharded(
     """
     placed = placements(layout.rules, model.shapes, mesh)
     plan = functools.partial(Plan, dtype=dtype, reduce_dtype=reduce_dtype)
-    steps = {name: gather_steps(model.shapes[name], placed[name], mesh) for name in model.shapes}
+    steps = {name: gather_steps(model.shapes[name], placed[name], active(mesh)) for name in model.shapes}
     skeleton = copy.deepcopy(model.skeleton)
     names = {id(p): name for name, p in skeleton.named_parameters()}
     in_blocks: set[str] = set()
@@ -266,28 +268,36 @@ def sharded(
         if layout.blocks and re.search(layout.blocks, path):
             own = {slot: names[id(p)] for slot, p in module.named_parameters()}
             in_blocks |= set(own.values())
-            gather_in_forward(module, plan({slot: steps[name] for slot, name in own.items()}))
+            gather_in(module, layout.methods, plan({slot: steps[name] for slot, name in own.items()}))
     root = plan({name: s for name, s in steps.items() if name not in in_blocks})
     inherited = {f.name: getattr(model, f.name) for f in fields(Functional)}
     inherited |= {"skeleton": skeleton, "_methods": Methods(skeleton)}
     return Sharded(**inherited, mesh=mesh, layout=layout, placements=placed, root=root)
 
 
-def gather_in_forward(module: nn.Module, plan: Plan) -> None:
-    """The module's forward, when its parameters are shards, runs on them made whole."""
+def gather_in(module: nn.Module, methods: Sequence[str], plan: Plan) -> None:
+    """These methods of the module, when its parameters are shards, run on them made whole."""
     kind = type(module)
 
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        held = dict(self.named_parameters())
-        if not any(is_sharded(p) for p in held.values()):
-            return kind.forward(self, *args, **kwargs)
+    def around(name: str) -> Callable[..., Any]:
+        method = getattr(kind, name)
 
-        def run(whole: Params, *args: Any) -> Any:
-            return functional_call(self, whole, args, kwargs, tie_weights=False)
+        @functools.wraps(method)
+        def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            held = dict(self.named_parameters())
+            if not any(is_sharded(p) for p in held.values()):
+                return method(self, *args, **kwargs)
 
-        return plan.run(run, held, *args)
+            def on_whole(whole: Params) -> Any:
+                own = {f"skeleton.{slot}": p for slot, p in whole.items()}
+                return functional_call(Methods(self), own, (name, args, kwargs), tie_weights=False)
 
-    module.__class__ = type(kind.__name__, (kind,), {"forward": forward})
+            return plan.run(on_whole, held)
+
+        return run
+
+    own = {name: around(name) for name in methods if hasattr(kind, name)}
+    module.__class__ = type(kind.__name__, (kind,), own)
 
 
 def gathered(loss_fn: LossFn, model: Sharded) -> LossFn:

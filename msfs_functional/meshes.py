@@ -110,8 +110,18 @@ def mesh(
     return DeviceMesh(device, ranks, mesh_dim_names=AXES)
 
 
+def active(mesh: DeviceMesh) -> DeviceMesh:
+    """The mesh without the axes of one rank, which cut nothing; dp_shard if none has more.
+
+    Parameters live on it: what DTensor spends on an operation grows exponentially with the axes.
+    """
+    names = mesh.mesh_dim_names or ()
+    kept = tuple(axis for axis in names if axis_size(mesh, axis) > 1) or ("dp_shard",)
+    return mesh if kept == names else mesh[kept]
+
+
 def axis_size(mesh: DeviceMesh, axis: str) -> int:
-    return mesh.size(AXES.index(axis))
+    return mesh.size((mesh.mesh_dim_names or ()).index(axis))
 
 
 def axis_rank(mesh: DeviceMesh, axis: str) -> int:
@@ -126,5 +136,6 @@ def data_rank(mesh: DeviceMesh) -> tuple[int, int]:
     """
     rank, shares = 0, 1
     for axis in DATA_AXES:
-        rank, shares = rank * axis_size(mesh, axis) + axis_rank(mesh, axis), shares * axis_size(mesh, axis)
+        n = axis_size(mesh, axis)
+        rank, shares = rank * n + axis_rank(mesh, axis), shares * n
     return rank, shares

@@ -18,10 +18,11 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from msfs_functional import random
+from msfs_functional.meshes import active
 from msfs_functional.params import Functional, Params, Rules, Window, by_rules, parameter_key
 
 Cuts = Mapping[str, Placement]  # {axis: placement}; axes left out replicate
@@ -33,7 +34,7 @@ FULLY_SHARDED: Rules[Cuts] = [("", {"dp_shard": Shard(0)})]
 def placements(
     rules: Rules[Cuts], shapes: Mapping[str, Sequence[int]], mesh: DeviceMesh
 ) -> dict[str, tuple[Placement, ...]]:
-    """{name: one placement for each axis of the mesh}, by the first rule that matches the name.
+    """{name: one placement for each axis of `active(mesh)`}, by the first rule that matches the name.
 
     Args:
         shapes: {parameter name: shape}, such as `Functional.shapes`.
@@ -42,7 +43,7 @@ def placements(
         ValueError: a rule that matches no parameter, a parameter that no rule matches, an axis that
             the mesh does not have, a dim that the parameter does not have.
     """
-    axes = mesh.mesh_dim_names or ()
+    axes, several = mesh.mesh_dim_names or (), active(mesh).mesh_dim_names or ()
     placed = {}
     for name, cuts in by_rules(rules, shapes).items():
         for axis, placement in cuts.items():
@@ -57,7 +58,7 @@ def placements(
                     f"the rule of {name!r} cuts dim {placement.dim}, but its shape is "
                     f"{tuple(shapes[name])}: cut one of its {rank} dims, or replicate it"
                 )
-        own = (cuts.get(axis, Replicate()) for axis in axes)
+        own = (cuts.get(axis, Replicate()) for axis in several)
         rank = len(shapes[name])
         placed[name] = tuple(
             Shard(p.dim % rank) if isinstance(p, Shard) and rank else Replicate() for p in own
@@ -74,7 +75,7 @@ def shard(params: Params, rules: Rules[Cuts], mesh: DeviceMesh) -> Params:
     placed = placements(rules, {name: p.shape for name, p in params.items()}, mesh)
     return {
         name: distribute_tensor(
-            p.detach().to(mesh.device_type), mesh, placed[name], src_data_rank=None
+            p.detach().to(mesh.device_type), active(mesh), placed[name], src_data_rank=None
         ).clone()
         for name, p in params.items()
     }
@@ -99,7 +100,7 @@ def init(
     """
     key = random.key(seed) if isinstance(seed, int) else seed
     key = key.to(mesh.device_type)
-    placed = placements(rules, model.shapes, mesh)
+    placed, mesh = placements(rules, model.shapes, mesh), active(mesh)
     params = {}
     for name, shape in model.shapes.items():
         size, start = compute_local_shape_and_global_offset(shape, mesh, placed[name])
@@ -117,6 +118,29 @@ def init(
 
 def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+def sum_of_squares(leaves: Sequence[Tensor]) -> Tensor:
+    """Over all elements of all shards, each counted once: 0-d, plain and equal on every rank.
+
+    One all-reduce for each way of being cut, however many tensors there are.
+    """
+    sums: dict[Any, list[Tensor]] = {}
+    for x in leaves:
+        if isinstance(x, DTensor):
+            cut = tuple(isinstance(p, Shard) for p in x.placements)
+            sums.setdefault((x.device_mesh, cut), []).append(x.to_local().square().sum())
+        else:
+            sums.setdefault(None, []).append(x.square().sum())
+    totals = []
+    for where, terms in sums.items():
+        total = torch.stack(terms).sum()
+        if where is not None:
+            mesh, cut = where
+            partial = [Partial() if yes else Replicate() for yes in cut]
+            total = DTensor.from_local(total, mesh, partial, run_check=False).full_tensor()
+        totals.append(total)
+    return torch.stack(totals).sum()
 
 
 def describe(params: Params) -> str:

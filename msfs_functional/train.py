@@ -36,6 +36,7 @@ from msfs_functional.compiling import compile_per_shape, fresh, why_not_compile
 from msfs_functional.optim import Transformation, apply_updates, ema, global_norm, overwrite
 from msfs_functional.params import Params
 from msfs_functional.transforms import NAMESPACE, accumulate
+from msfs_functional.updates import tree_map
 
 Metrics = dict[str, Tensor]
 LossFn = Callable[[Any, Any, Tensor], tuple[Tensor, Metrics]]
@@ -185,7 +186,7 @@ def _advance(
     def one(trained: Any, grads: Params, sums: Metrics, weight: Tensor) -> Any:
         params, opt_state, mean = trained
         if weighted:
-            grads = {name: g / weight.to(g.dtype) for name, g in grads.items()}
+            grads = tree_map(lambda g: g / weight.to(g.dtype), grads)
             sums = {name: v if name == "weight" else v / weight for name, v in sums.items()}
         norm = global_norm(grads)
         finite = sums["loss"].isfinite() & norm.isfinite()
@@ -194,7 +195,7 @@ def _advance(
         if average is not None:
             mean = average.update(params, mean)
         guard = lambda new, old: torch.where(finite, new.to(old.dtype), old)  # noqa: E731
-        trained = _map(guard, (params, opt_state, mean), trained)
+        trained = tree_map(guard, (params, opt_state, mean), trained, namespace=NAMESPACE)
         return trained, {**sums, "grad_norm": norm}, ~finite
 
     def advance(state: TrainState, grads: Params, sums: Metrics, weight: Tensor) -> Any:
