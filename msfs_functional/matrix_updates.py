@@ -13,6 +13,7 @@ from msfs_functional.updates import (
     MomentumState,
     Transformation,
     Tree,
+    alike,
     check_decay,
     stateless,
     tree_map,
@@ -101,7 +102,7 @@ def scale_by_muon(
             updates.update(zip(group, (orthogonal * scale).unbind(), strict=True))
         return {name: updates[name] for name in grads}, MomentumState(mu)
 
-    return Transformation(init, update)
+    return Transformation(init, update, alike)
 
 
 class FactoredState(NamedTuple):
@@ -156,13 +157,14 @@ def scale_by_factored_rms(
         )
         return whole_map(scale, grads, rows, columns, params), FactoredState(count, rows, columns)
 
-    return Transformation(init, update)
+    return Transformation(init, update, alike)
 
 
 def scale_by_parameter_rms(minimum: float = 1e-3) -> Transformation:
     """updates * max(minimum, rms(params)): steps relative to each parameter (ibid., section 8)."""
     return stateless(
-        lambda grads, params: whole_map(lambda u, p: u * rms(p).clamp_min(minimum), grads, params)
+        lambda grads, params: whole_map(lambda u, p: u * rms(p).clamp_min(minimum), grads, params),
+        alike,
     )
 
 

@@ -151,10 +151,10 @@ def muon(
         dtype: of the products that orthogonalise.
     """
 
-    def assign(params: dict[str, Tensor]) -> dict[str, int]:
+    def assign(params: dict[str, Tensor], strict: bool) -> dict[str, int]:
         if matrices is None:
             return {name: 0 if p.ndim == 2 else 1 for name, p in params.items()}
-        return {name: 0 if yes else 1 for name, yes in by_rules(matrices, params).items()}
+        return {name: 0 if yes else 1 for name, yes in by_rules(matrices, params, strict).items()}
 
     orthogonal = chain(
         scale_by_muon(momentum, nesterov, match_adamw=match_adamw, dtype=dtype),

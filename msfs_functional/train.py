@@ -27,12 +27,14 @@ from typing import Any
 import optree
 import torch
 from jaxtyping import Int64
+from msfs_kernels.dispatch import is_sharded
 from torch import Tensor
 from torch.func import vmap
 from torch.utils import _pytree
 
 from msfs_functional import random
 from msfs_functional.compiling import compile_per_shape, fresh, why_not_compile
+from msfs_functional.leafwise import Leafwise, Trained, UpdateFn
 from msfs_functional.optim import Transformation, apply_updates, ema, global_norm, overwrite
 from msfs_functional.params import Params
 from msfs_functional.transforms import NAMESPACE, accumulate
@@ -173,42 +175,121 @@ def _objective(loss_fn: LossFn, weighted: bool, members: int | None) -> Callable
     return one if members is None else every
 
 
-def _advance(
-    optimizer: Transformation,
-    weighted: bool,
-    ema_decay: float | None,
-    members: int | None,
-    donate: bool,
-) -> Callable[..., tuple[TrainState, Metrics]]:
-    """(state, grads, sums, weight) -> (state, metrics): the whole step after the gradient."""
+def _settle(
+    grads: Params, sums: Metrics, weight: Tensor, weighted: bool, clip: float | None, lead: int
+) -> tuple[Metrics, Tensor | None, Tensor]:
+    """(metrics, what to scale each gradient by, whether loss and gradient are finite)."""
+    norm = _norm(list(grads.values()), lead)
+    scale = None
+    if weighted:
+        sums = {name: v if name == "weight" else v / weight for name, v in sums.items()}
+        norm, scale = norm / weight, 1 / weight
+    if clip is not None:
+        limit = torch.clamp(clip / norm, max=1.0)
+        scale = limit if scale is None else scale * limit
+    finite = sums["loss"].isfinite() & norm.isfinite()
+    return {**sums, "grad_norm": norm}, scale, finite
+
+
+def _norm(grads: list[Tensor], lead: int) -> Tensor:
+    """Euclidean norm of all gradients as one vector; for an ensemble of each member."""
+    if any(is_sharded(g) for g in grads):
+        return global_norm(grads)
+    wide = [torch.promote_types(g.dtype, torch.float32) for g in grads]
+    if lead:
+        norms = [
+            torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=dtype)
+            for g, dtype in zip(grads, wide, strict=True)
+        ]
+    elif all(g.dtype == dtype for g, dtype in zip(grads, wide, strict=True)):
+        norms = torch._foreach_norm(grads)
+    else:
+        norms = [
+            torch.linalg.vector_norm(g, dtype=dtype) for g, dtype in zip(grads, wide, strict=True)
+        ]
+    dtype = max(wide, key=lambda dtype: dtype.itemsize)
+    return torch.linalg.vector_norm(torch.stack([norm.to(dtype) for norm in norms]), dim=0)
+
+
+def _update(optimizer: Transformation, ema_decay: float | None) -> UpdateFn:
+    """(trained, grads, scale, finite) -> trained: optimizer, moving average and guard."""
     average = None if ema_decay is None else ema(ema_decay)
 
-    def one(trained: Any, grads: Params, sums: Metrics, weight: Tensor) -> Any:
+    def update(trained: Trained, grads: Params, scale: Tensor | None, finite: Tensor) -> Trained:
         params, opt_state, mean = trained
-        if weighted:
-            grads = tree_map(lambda g: g / weight.to(g.dtype), grads)
-            sums = {name: v if name == "weight" else v / weight for name, v in sums.items()}
-        norm = global_norm(grads)
-        finite = sums["loss"].isfinite() & norm.isfinite()
+        if scale is not None:
+            grads = tree_map(lambda g: g * scale.to(g.dtype), grads)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         params = apply_updates(params, updates)
         if average is not None:
             mean = average.update(params, mean)
         guard = lambda new, old: torch.where(finite, new.to(old.dtype), old)  # noqa: E731
-        trained = tree_map(guard, (params, opt_state, mean), trained, namespace=NAMESPACE)
-        return trained, {**sums, "grad_norm": norm}, ~finite
+        return tree_map(guard, (params, opt_state, mean), trained, namespace=NAMESPACE)
+
+    return update
+
+
+def _on_shards(update: UpdateFn) -> UpdateFn:
+    """An elementwise update, which of DTensors sees the shards."""
+
+    def run(trained: Trained, grads: Params, scale: Tensor | None, finite: Tensor) -> Trained:
+        if not any(map(is_sharded, grads.values())):
+            return update(trained, grads, scale, finite)
+        local = lambda x: x.to_local() if is_sharded(x) else x  # noqa: E731
+        after = update(_map(local, trained), _map(local, grads), scale, finite)
+        return tree_map(lambda old, new: new, trained, after, namespace=NAMESPACE)
+
+    return run
+
+
+def _advance(
+    optimizer: Transformation,
+    *,
+    weighted: bool,
+    clip: float | None,
+    ema_decay: float | None,
+    members: int | None,
+    compile: bool,
+    donate: bool,
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """(state, grads, sums, weight) -> (state, metrics): the whole step after the gradient."""
+    lead = 0 if members is None else 1
+    update = _update(optimizer, ema_decay)
+    if members is not None:
+        one = update
+
+        def update(trained: Trained, grads: Params, scale: Tensor | None, finite: Tensor):
+            if scale is None:
+                return _vmap(lambda *args: one(*args[:2], None, args[2]), mapped=(0, 1, 2))(
+                    trained, grads, finite
+                )
+            return _vmap(one, mapped=(0, 1, 2, 3))(trained, grads, scale, finite)
+
+    by_leaf = compile and optimizer.kinds is not None
+    if by_leaf:
+        kinds, elementwise = optimizer.kinds, optimizer.elementwise
+        update = Leafwise(update, kinds, elementwise=elementwise, lead=lead, donate=donate)
+    elif donate:
+        pure = update
+
+        def update(trained: Trained, *rest: Any) -> Trained:
+            overwrite(trained, pure(trained, *rest))
+            return trained
+
+    if compile and not by_leaf:
+        update = torch.compile(fresh(update), fullgraph=True, dynamic=False)
+
+    if optimizer.elementwise:
+        update = _on_shards(update)
 
     def advance(state: TrainState, grads: Params, sums: Metrics, weight: Tensor) -> Any:
+        metrics, scale, finite = _settle(grads, sums, weight, weighted, clip, lead)
         trained = (state.params, state.opt_state, state.ema)
-        run = one if members is None else _vmap(one, mapped=(0, 1, 2, 3))
-        after, metrics, skip = run(trained, grads, sums, weight)
-        after = (after, state.step + 1, state.skipped + skip)
-        metrics["skipped"] = after[2]
+        params, opt_state, mean = update(trained, grads, scale, finite)
+        step, skipped = state.step + 1, state.skipped + ~finite
         if donate:
-            before = (trained, state.step, state.skipped)
-            overwrite(before, after)
-            after = before
-        (params, opt_state, mean), step, skipped = after
+            step, skipped = state.step.copy_(step), state.skipped.copy_(skipped)
+        metrics["skipped"] = skipped.clone()
         return TrainState(params, opt_state, mean, step, skipped, state.key), metrics
 
     return advance
@@ -255,6 +336,7 @@ def make_step(
     optimizer: Transformation,
     *,
     accumulation: int = 1,
+    clip_norm: float | None = None,
     ema_decay: float | None = None,
     members: int | None = None,
     compile: bool = True,
@@ -273,6 +355,8 @@ def make_step(
         accumulation: microbatches a step; every tensor of the batch is cut into so many along
             dim 0. Gradient, loss and metrics are means over them weighted by metrics["weight"],
             which is itself summed. Microbatch i draws from fold_in(step key, i).
+        clip_norm: scale the gradient down to this global norm where it is longer (Pascanu et al.
+            2013). Unlike `clip_by_global_norm` in the optimizer it lets the update compile by leaf.
         ema_decay: the same as init_state got.
         members: N trains an ensemble in one vmapped step: params, opt_state, ema, skipped, keys and
             metrics carry a leading dim N, the batch is common, clipping and guard are per member.
@@ -290,12 +374,21 @@ def make_step(
     """
     if accumulation < 1:
         raise ValueError(f"accumulation ({accumulation}) must be at least 1")
+    if clip_norm is not None and not clip_norm > 0:
+        raise ValueError(f"clip_norm ({clip_norm}) must be positive; None does not clip")
     weighted = accumulation > 1
     objective = _objective(loss_fn, weighted, members)
-    advance = _advance(optimizer, weighted, ema_decay, members, donate)
+    advance = _advance(
+        optimizer,
+        weighted=weighted,
+        clip=clip_norm,
+        ema_decay=ema_decay,
+        members=members,
+        compile=compile,
+        donate=donate,
+    )
     if compile:
         objective = compile_per_shape(objective, dynamic)
-        advance = torch.compile(fresh(advance), fullgraph=True, dynamic=False)
     checked = False
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:

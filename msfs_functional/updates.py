@@ -10,10 +10,13 @@ last one returns is added to the parameters. Params, grads and updates are pytre
 (flat dicts where a rule asks for names); states are NamedTuples of such trees and of 0-d int64
 counts, so that no step recompiles. Under `vmap` over stacked params each member is clipped, counted
 and updated as if alone.
+
+Nearly all of them treat each parameter alone. One that does says so by `kinds`, and a compiled
+training step then compiles the update of one parameter for all instead of a graph of all (leafwise).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import optree
@@ -29,11 +32,29 @@ State = Any  # a pytree of tensors
 T = TypeVar("T")
 
 
+Kinds = Callable[[dict[str, Tensor]], dict[str, Hashable]]
+
+
 class Transformation(NamedTuple):
-    """init(params) -> state; update(grads, state, params) -> (updates, state)."""
+    """init(params) -> state; update(grads, state, params) -> (updates, state).
+
+    Attributes:
+        kinds: None: an update needs all parameters at once. Else each is updated as if it were the
+            only one, and kinds(params) says by name what the rules decide about it: parameters of
+            one kind and shape are updated alike. Each dict in the state that is keyed by names of
+            parameters holds what belongs to them, everything else is common to all.
+        elementwise: whether each element of a parameter is updated alone, whatever its shape.
+    """
 
     init: Callable[[Tree], State]
     update: Callable[[Tree, State, Tree], tuple[Tree, State]]
+    kinds: Kinds | None = None
+    elementwise: bool = False
+
+
+def alike(params: dict[str, Tensor]) -> dict[str, Hashable]:
+    """The kinds of a transformation that asks no rule: one for all."""
+    return dict.fromkeys(params)
 
 
 def tree_map(fn: Callable[..., Any], tree: T, *rest: Any, namespace: str = "") -> T:
@@ -81,10 +102,16 @@ def zero_count(params: Tree) -> Tensor:
     return torch.zeros((), dtype=torch.int64, device=leaves[0].device)
 
 
-def stateless(update: Callable[[Tree, Tree], Tree]) -> Transformation:
+def stateless(
+    update: Callable[[Tree, Tree], Tree], kinds: Kinds | None = None, elementwise: bool = False
+) -> Transformation:
     """A transformation out of a function (grads, params) -> updates."""
+
+    def init(params: Tree) -> State:
+        return ()
+
     return Transformation(
-        lambda params: (), lambda grads, state, params: (update(grads, params), state)
+        init, lambda grads, state, params: (update(grads, params), state), kinds, elementwise
     )
 
 
@@ -106,7 +133,13 @@ def chain(*transformations: Transformation) -> Transformation:
             states.append(part)
         return grads, tuple(states)
 
-    return Transformation(init, update)
+    def kinds(params: dict[str, Tensor]) -> dict[str, Hashable]:
+        parts = [t.kinds(params) for t in transformations if t.kinds]
+        return {name: tuple(part[name] for part in parts) for name in params}
+
+    alone = all(t.kinds for t in transformations)
+    elementwise = all(t.elementwise for t in transformations)
+    return Transformation(init, update, kinds if alone else None, elementwise)
 
 
 def by_group(groups: Rules[Transformation]) -> Transformation:
@@ -117,23 +150,28 @@ def by_group(groups: Rules[Transformation]) -> Transformation:
     A group sees its own parameters only: a clip inside of it clips by the norm of the group.
     """
     rules = [(pattern, i) for i, (pattern, _) in enumerate(groups)]
-    return partition(lambda params: by_rules(rules, params), [t for _, t in groups])
+    return partition(
+        lambda params, strict: by_rules(rules, params, strict), [t for _, t in groups]
+    )
 
 
 def partition(
-    assign: Callable[[dict[str, Tensor]], dict[str, int]], members: Sequence[Transformation]
+    assign: Callable[[dict[str, Tensor], bool], dict[str, int]], members: Sequence[Transformation]
 ) -> Transformation:
-    """Each parameter is updated by members[assign(params)[name]]."""
+    """Each parameter is updated by members[assign(params, strict)[name]].
+
+    `strict` is true where all parameters are given, so that a rule that matches none is a mistake.
+    """
 
     def split(tree: dict[str, Any], member_of: dict[str, int]) -> list[dict[str, Any]]:
         return [{k: v for k, v in tree.items() if member_of[k] == i} for i in range(len(members))]
 
     def init(params: dict[str, Tensor]) -> State:
-        parts = split(params, assign(params))
+        parts = split(params, assign(params, True))
         return tuple(t.init(p) if p else () for t, p in zip(members, parts, strict=True))
 
     def update(grads: dict[str, Tensor], state: State, params: dict[str, Tensor]):
-        member_of = assign(params)
+        member_of = assign(params, False)
         merged, states = {}, []
         for t, g, s, p in zip(
             members, split(grads, member_of), state, split(params, member_of), strict=True
@@ -143,7 +181,17 @@ def partition(
             states.append(s)
         return {name: merged[name] for name in grads}, tuple(states)
 
-    return Transformation(init, update)
+    def kinds(params: dict[str, Tensor]) -> dict[str, Hashable]:
+        found: dict[str, Hashable] = {}
+        for i, part in enumerate(split(params, assign(params, True))):
+            own = members[i].kinds
+            if part and own:
+                found.update({name: (i, kind) for name, kind in own(part).items()})
+        return found
+
+    alone = all(t.kinds for t in members)
+    elementwise = all(t.elementwise for t in members)
+    return Transformation(init, update, kinds if alone else None, elementwise)
 
 
 def global_norm(tree: Tree) -> Tensor:
@@ -178,16 +226,26 @@ class ScheduleState(NamedTuple):
 
 
 def scheduled(
-    fn: Callable[[Tree, Tree, float | Tensor], Tree], value: float | Schedule
+    fn: Callable[[Tree, Tree, float | Tensor], Tree],
+    value: float | Schedule,
+    kinds: Kinds = alike,
 ) -> Transformation:
-    """updates = fn(grads, params, value); a schedule is asked for the value at each update."""
-    if not callable(value):
-        return stateless(lambda grads, params: fn(grads, params, value))
+    """updates = fn(grads, params, value); a schedule is asked for the value at each update.
 
-    def update(grads: Tree, state: ScheduleState, params: Tree) -> tuple[Tree, ScheduleState]:
+    `fn` is elementwise. `kinds` is also asked when the state is made: there it sees all parameters.
+    """
+
+    def init(params: Tree) -> State:
+        if kinds is not alike:
+            kinds(params)
+        return ScheduleState(zero_count(params)) if callable(value) else ()
+
+    def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
+        if not callable(value):
+            return fn(grads, params, value), state
         return fn(grads, params, value(state.count)), ScheduleState(state.count + 1)
 
-    return Transformation(lambda params: ScheduleState(zero_count(params)), update)
+    return Transformation(init, update, kinds, True)
 
 
 def add_decayed_weights(
@@ -198,15 +256,18 @@ def add_decayed_weights(
         if weight_decay < 0:
             raise ValueError(f"weight_decay ({weight_decay}) must not be negative")
         if weight_decay == 0:
-            return stateless(lambda grads, params: grads)
+            return stateless(lambda grads, params: grads, alike, True)
+
+    def kinds(params: dict[str, Tensor]) -> dict[str, Hashable]:
+        return dict(by_rules(rules or [], params))
 
     def decayed(grads: Tree, params: Tree, weight: float | Tensor) -> Tree:
         if rules is None:
             return tree_map(lambda u, p: u + weight * p, grads, params)
-        decays = by_rules(rules, params)
+        decays = by_rules(rules, params, strict=False)
         return {k: u + weight * params[k] if decays[k] else u for k, u in grads.items()}
 
-    return scheduled(decayed, weight_decay)
+    return scheduled(decayed, weight_decay, alike if rules is None else kinds)
 
 
 def scale_by_learning_rate(learning_rate: float | Schedule) -> Transformation:
@@ -244,7 +305,7 @@ def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Tran
         updates = tree_map(lambda m, v: m / c1 / (torch.sqrt(v / c2) + eps), mu, nu)
         return updates, AdamState(count, mu, nu)
 
-    return Transformation(init, update)
+    return Transformation(init, update, alike, elementwise=True)
 
 
 def one_minus_power(decay: float, count: Tensor) -> Tensor:
@@ -276,7 +337,8 @@ def scale_by_momentum(momentum: float, nesterov: bool = False) -> Transformation
         updates = tree_map(lambda m, g: momentum * m + g, mu, grads) if nesterov else mu
         return updates, MomentumState(mu)
 
-    return Transformation(lambda params: MomentumState(zeros_like(params)), update)
+    init = lambda params: MomentumState(zeros_like(params))  # noqa: E731
+    return Transformation(init, update, alike, elementwise=True)
 
 
 def scale_by_lion(b1: float = 0.9, b2: float = 0.99) -> Transformation:
@@ -290,7 +352,8 @@ def scale_by_lion(b1: float = 0.9, b2: float = 0.99) -> Transformation:
         updates = tree_map(lambda m, g: torch.sign(b1 * m + (1 - b1) * g), state.mu, grads)
         return updates, MomentumState(tree_map(lambda m, g: b2 * m + (1 - b2) * g, state.mu, grads))
 
-    return Transformation(lambda params: MomentumState(zeros_like(params)), update)
+    init = lambda params: MomentumState(zeros_like(params))  # noqa: E731
+    return Transformation(init, update, alike, elementwise=True)
 
 
 def in_place(transformation: Transformation) -> Callable[[Tree, State, Tree], None]:

@@ -1,0 +1,182 @@
+"""A compiled update of all parameters that compiles the update of one.
+
+An optimizer's update, traced over a whole tree, is a graph of some twenty operations for each of
+hundreds of parameters, which takes longer to compile than the model. Where parameters are updated
+each alone (`Transformation.kinds`), this module compiles the update of one parameter for each kind
+and shape, and runs it parameter by parameter, in place. Where even elements are updated each alone,
+parameters are seen as rows of 16 numbers, and one graph serves all shapes.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import optree
+import torch
+from torch import Tensor
+
+from msfs_functional.compiling import fresh
+from msfs_functional.params import Params
+from msfs_functional.transforms import NAMESPACE
+from msfs_functional.updates import Kinds
+
+ROW = 16  # elements: what vectorised memory access wants sizes to be divisible by
+Trained = tuple[Params, Any, Params | None]  # params, opt_state, moving average
+UpdateFn = Callable[[Trained, Params, Tensor | None, Tensor], Trained]
+
+
+
+
+class Place(NamedTuple):
+    """Some parameters among the leaves of (params, opt_state, ema)."""
+
+    own: tuple[int, ...]  # leaves that belong to them; the first is a parameter
+    common: tuple[int, ...]  # leaves that all parameters share, as counts
+    tree: Any  # the tree in which they are the only parameters: places among own + common
+
+
+class Leaf(NamedTuple):
+    index: int
+    own: bool
+
+
+def is_leaf(x: Any) -> bool:
+    return isinstance(x, Leaf)
+
+
+def place(indices: Any, kept: Sequence[str], names: Params) -> Place:
+    """Where `kept` stand in `indices`, the trained tree with each leaf's number in its place."""
+    tree = only(indices, kept, names)
+    found: list[Leaf] = optree.tree_leaves(tree, is_leaf=is_leaf, namespace=NAMESPACE)  # pyright: ignore
+    own = tuple(leaf.index for leaf in found if leaf.own)
+    common = tuple(leaf.index for leaf in found if not leaf.own)
+    at = {index: i for i, index in enumerate(own + common)}
+    tree = optree.tree_map(lambda x: at[x.index], tree, is_leaf=is_leaf, namespace=NAMESPACE)
+    return Place(own, common, tree)
+
+
+def only(tree: Any, kept: Sequence[str], names: Params, own: bool = False) -> Any:
+    """`tree` of Leafs, in which every dict keyed by names of parameters has those of `kept` only."""
+    if isinstance(tree, dict):
+        if tree.keys() <= names.keys():
+            own, tree = True, {name: tree[name] for name in kept if name in tree}
+        return {key: only(value, kept, names, own) for key, value in tree.items()}
+    if isinstance(tree, tuple):
+        children = [only(child, kept, names, own) for child in tree]
+        return type(tree)(*children) if hasattr(tree, "_fields") else tuple(children)
+    if isinstance(tree, list):
+        return [only(child, kept, names, own) for child in tree]
+    return None if tree is None else Leaf(tree, own)
+
+
+class Leafwise:
+    """trained = update(trained, grads, scale, finite), compiled for one parameter at a time.
+
+    Args:
+        update_fn: the same for trees of any parameters.
+        kinds, elementwise: the optimizer's.
+        lead: leading dims that count members of an ensemble: 0 or 1.
+        donate: write results into the tensors that they replace.
+    """
+
+    def __init__(
+        self, update_fn: UpdateFn, kinds: Kinds, *, elementwise: bool, lead: int, donate: bool
+    ):
+        self.update_fn, self.kinds, self.elementwise = update_fn, kinds, elementwise
+        self.lead, self.donate = lead, donate
+        self.places: dict[str, Place] = {}
+        self.kind_of: dict[str, Hashable] = {}
+        self.graphs: dict[Hashable, Callable[..., Any]] = {}
+        self.one_of_each: list[str] = []
+        self.shared = Place((), (), None)
+        self.update_shared: Callable[..., Any] = lambda *args: []
+
+    def _prepare(self, trained: Trained, spec: Any, size: int) -> None:
+        indices = optree.tree_unflatten(spec, range(size))
+        params = trained[0]
+        self.places = {name: place(indices, [name], params) for name in params}
+        self.kind_of = self.kinds(params)
+        self.one_of_each = list({kind: name for name, kind in self.kind_of.items()}.values())
+        self.shared = place(indices, self.one_of_each, params)
+        self.update_shared = self._compile(self.shared, self.one_of_each, shared=True)
+
+    def __call__(
+        self, trained: Trained, grads: Params, scale: Tensor | None, finite: Tensor
+    ) -> Trained:
+        leaves, spec, *_ = optree.tree_flatten(trained, namespace=NAMESPACE)  # pyright: ignore
+        leaves: list[Any]
+        if not self.places:
+            self._prepare(trained, spec, len(leaves))
+        results = list(leaves)
+        # What all share is read by every parameter's update: it is computed first, written last.
+        own, common = ([leaves[i] for i in where] for where in self.shared[:2])
+        some = [grads[name] for name in self.one_of_each]
+        common = self.update_shared(own, common, some, scale, finite)
+        for name, grad in grads.items():
+            after = self._update(name, leaves, grad, scale, finite)
+            if not self.donate:
+                for i, value in zip(self.places[name].own, after, strict=True):
+                    results[i] = value.view(leaves[i].shape)
+        for i, value in zip(self.shared.common, common, strict=True):
+            results[i] = leaves[i].copy_(value) if self.donate else value
+        return optree.tree_unflatten(spec, results)
+
+    def _update(
+        self, name: str, leaves: list[Tensor], grad: Tensor, scale: Tensor | None, finite: Tensor
+    ) -> Any:
+        """One compiled call: what belongs to `name` after the update."""
+        at = self.places[name]
+        own, common = ([leaves[i] for i in where] for where in at[:2])
+        in_rows = self._fits_rows(own)
+        if in_rows:
+            view = (*grad.shape[: self.lead], -1, ROW)
+            own, grad = [x.view(view) for x in own], grad.reshape(view)
+        shapes = "rows" if in_rows else tuple(x.shape for x in own)
+        key = (self.kind_of[name], shapes, tuple(x.dtype for x in own), grad.dtype)
+        graph = self.graphs.get(key)
+        if graph is None:
+            graph = self.graphs[key] = self._compile(at, [name])
+            if in_rows:
+                for x in (*own, grad):
+                    torch._dynamo.maybe_mark_dynamic(x, self.lead)
+        return graph(own, common, [grad], scale, finite)
+
+    def _fits_rows(self, own: list[Tensor]) -> bool:
+        """Whether all tensors of a parameter can be seen as (..., elements / 16, 16)."""
+        shape = own[0].shape
+        size = shape[self.lead :].numel()
+        return (
+            self.elementwise
+            and size % ROW == 0
+            and size > ROW
+            and all(type(x) is Tensor and x.shape == shape and x.is_contiguous() for x in own)
+        )
+
+    def _compile(self, at: Place, names: list[str], shared: bool = False) -> Callable[..., Any]:
+        update_fn, donate = self.update_fn, self.donate
+
+        def update(
+            own: list[Tensor],
+            common: list[Tensor],
+            grads: list[Tensor],
+            scale: Tensor | None,
+            finite: Tensor,
+        ) -> list[Tensor] | None:
+            given = own + common
+            trained = optree.tree_map(lambda i: given[i], at.tree, namespace=NAMESPACE)  # pyright: ignore
+            after = update_fn(trained, dict(zip(names, grads, strict=True)), scale, finite)
+            new: list[Any] = [None] * len(given)
+            optree.tree_map(
+                lambda i, x: new.__setitem__(i, x),
+                at.tree,
+                after,
+                namespace=NAMESPACE,  # pyright: ignore
+            )
+            if shared:
+                return new[len(own) :]
+            if not donate:
+                return new[: len(own)]
+            for old, x in zip(own, new, strict=False):
+                old.copy_(x)
+            return None
+
+        return torch.compile(fresh(update), fullgraph=True)
