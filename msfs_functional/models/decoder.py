@@ -16,7 +16,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from msfs_functional import random
 from msfs_functional.attention import Implementation, attention
+from msfs_functional.generation import LanguageModel
 from msfs_functional.layers import ACTIVATIONS, Activation, site_keys
 from msfs_functional.params import (
     Functional,
@@ -209,7 +210,10 @@ def normalize(
 
 def linear(params: Params, name: str, x: Tensor) -> Tensor:
     """x times the matrix of that name, plus its bias if there is one."""
-    return F.linear(x, params[f"{name}.weight"], params.get(f"{name}.bias"))
+    weight, bias = params[f"{name}.weight"], params.get(f"{name}.bias")
+    if bias is not None and x.numel() == x.shape[-1]:  # one row: a compiler fuses what stands apart
+        return F.linear(x, weight) + bias
+    return F.linear(x, weight, bias)
 
 
 def attend(
@@ -612,3 +616,34 @@ def fuse(params: Params) -> Params:
             rows = [params[f"{layer}.{p}.{last}"] for p in parts]
             fused[f"{layer}.{'qkv' if part == 'q' else 'gate_up'}.{last}"] = torch.cat(rows)
     return fused
+
+
+def language_model(
+    model: Functional, params: Params, *, implementation: Implementation | AttentionFn = "flash"
+) -> LanguageModel:
+    """The model with these parameters in the form of module `generation`.
+
+    Prefill takes `embeddings` and `prefix_lengths` as further inputs, see `Decoder.extend`.
+    """
+    some = params["norm.weight"]
+
+    def init_cache(rows: int, length: int) -> Cache:
+        kind = {"dtype": some.dtype, "device": some.device}
+        return model.apply(params, rows, length, **kind, method="init_cache")
+
+    def prefill(
+        tokens: Tensor, lengths: Tensor, cache: Cache, **inputs: Tensor
+    ) -> tuple[Tensor, Cache]:
+        given = None if "embeddings" in inputs else tokens
+        options = {**inputs, "implementation": implementation, "method": "extend"}
+        states, cache = model.apply(params, given, cache, **options)
+        last = states.take_along_dim(lengths[:, None, None] - 1, 1)[:, 0]
+        return model.apply(params, last, method="logits"), cache
+
+    def step(tokens: Tensor, cache: Cache, positions: Tensor) -> tuple[Tensor, Cache]:
+        options = {"implementation": implementation, "method": "decode"}
+        logits, cache = model.apply(params, tokens[:, None], cache, positions, **options)
+        return logits[:, 0], cache
+
+    length = cast(Decoder, model.skeleton).config.max_length
+    return LanguageModel(init_cache, prefill, step, length, some.device)
