@@ -109,9 +109,13 @@ def local(x: Tensor) -> Tensor:
 
 
 def gather_steps(
-    shape: torch.Size, placed: tuple[Placement, ...], mesh: DeviceMesh
-) -> tuple[tuple[str, int, int, str], ...]:
-    """What makes a shard whole over the data axes; along tp it stays cut."""
+    shape: torch.Size, placed: tuple[Placement, ...], mesh: DeviceMesh, inside: bool
+) -> Gather:
+    """What makes a shard whole over the data axes; along tp it stays cut.
+
+    Args:
+        inside: whether tp ranks use a parameter that they all hold each in its own way.
+    """
     axes = mesh.mesh_dim_names or ()
     sizes, first, then = list(shape), [], []
     for axis, placement in zip(axes, placed, strict=True):
@@ -123,7 +127,7 @@ def gather_steps(
             if axis != "tp" and n > 1:
                 name = mesh.get_group(axis).group_name
                 then.insert(0, ("all_gather", placement.dim, whole, name))
-        elif axis != "tp" and n > 1:
+        elif n > 1 and (axis != "tp" or inside):
             first.append(("pvary", 0, 0, mesh.get_group(axis).group_name))
     return (*first, *then)
 
@@ -196,11 +200,17 @@ class Layout:
         rules: name -> {axis: placement}.
         blocks: regex of the modules that are gathered one by one; "" for none.
         methods: those of a block that are called from outside of it.
+        inside: regex of the parameters that tp ranks hold all, but use each in its own way.
+        divided: sizes in the model's config that tp must divide.
+        split: makes a skeleton compute with what tp leaves of its parameters.
     """
 
     rules: Rules[Cuts]
     blocks: str = ""
     methods: tuple[str, ...] = ("forward",)
+    inside: str = r"(?!)"
+    divided: tuple[str, ...] = ()
+    split: Callable[[nn.Module, str], None] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -256,12 +266,18 @@ def sharded(
             fp32 masters get fp32 sums.
 
     Raises:
-        ValueError: rules that do not fit the model or the mesh (see `sharding.placements`).
+        ValueError: rules that do not fit the model or the mesh (see `sharding.placements`); tp that
+            does not divide heads.
     """
     placed = placements(layout.rules, model.shapes, mesh)
     plan = functools.partial(Plan, dtype=dtype, reduce_dtype=reduce_dtype)
-    steps = {name: gather_steps(model.shapes[name], placed[name], active(mesh)) for name in model.shapes}
+    steps = {
+        name: gather_steps(shape, placed[name], active(mesh), bool(re.search(layout.inside, name)))
+        for name, shape in model.shapes.items()
+    }
     skeleton = copy.deepcopy(model.skeleton)
+    if (tp := axis_size(mesh, "tp")) > 1:
+        split_model(skeleton, layout, tp, mesh.get_group("tp").group_name)
     names = {id(p): name for name, p in skeleton.named_parameters()}
     in_blocks: set[str] = set()
     for path, module in skeleton.named_modules():
@@ -273,6 +289,24 @@ def sharded(
     inherited = {f.name: getattr(model, f.name) for f in fields(Functional)}
     inherited |= {"skeleton": skeleton, "_methods": Methods(skeleton)}
     return Sharded(**inherited, mesh=mesh, layout=layout, placements=placed, root=root)
+
+
+def split_model(skeleton: nn.Module, layout: Layout, tp: int, group: str) -> None:
+    if layout.split is None:
+        raise ValueError(
+            f"tp is {tp}, but the layout of {type(skeleton).__name__} has no tensor parallelism: "
+            f"use tp=1"
+        )
+    config = skeleton.config
+    for name in layout.divided:
+        size = getattr(config, name, None)
+        if size is not None and size % tp:
+            raise ValueError(f"tp ({tp}) must divide {name} ({size}): choose another degree of tp")
+    if getattr(config, "fused", False):
+        raise ValueError(
+            "fused matrices cannot be cut by heads: use fused=False with tp, or tp=1 with fused"
+        )
+    layout.split(skeleton, group)
 
 
 def gather_in(module: nn.Module, methods: Sequence[str], plan: Plan) -> None:

@@ -40,6 +40,7 @@ from msfs_functional.params import (
 from msfs_functional.rotary import Scaling, rotary_table, rotate
 
 AttentionFn = Callable[..., Tensor]  # (q, k, v, **options of `attention`) -> heads
+LinearFn = Callable[[Params, str, Tensor], Tensor]  # `linear`'s signature
 BlockFn = Callable[..., tuple[Tensor, tuple[Tensor, Tensor] | None]]  # `block`, its config bound
 
 # Weight decay for matrices only: norms, biases and embeddings are left alone.
@@ -170,6 +171,14 @@ PRESETS: dict[str, Callable[..., DecoderConfig]] = {
 }
 
 
+def linear(params: Params, name: str, x: Tensor) -> Tensor:
+    """x times the matrix of that name, plus its bias if there is one."""
+    weight, bias = params[f"{name}.weight"], params.get(f"{name}.bias")
+    if bias is not None and x.numel() == x.shape[-1]:  # one row: a compiler fuses what stands apart
+        return F.linear(x, weight) + bias
+    return F.linear(x, weight, bias)
+
+
 class Context(NamedTuple):
     """What a block is told beside its input; the same for all blocks of one window."""
 
@@ -178,6 +187,7 @@ class Context(NamedTuple):
     rotary: tuple[Tensor, Tensor] | None  # cosines and sines
     slots: Int64[Tensor, "B T"] | None = None  # where in the cache the tokens go
     fresh: bool = False  # the cache holds nothing but these tokens: they attend to each other
+    linear: LinearFn = linear  # what multiplies by matrices (over several devices, perhaps)
 
 
 class Cache(NamedTuple):
@@ -208,14 +218,6 @@ def normalize(
     return (y * (gain + 1 if config.norm_offset else gain)).to(x.dtype)
 
 
-def linear(params: Params, name: str, x: Tensor) -> Tensor:
-    """x times the matrix of that name, plus its bias if there is one."""
-    weight, bias = params[f"{name}.weight"], params.get(f"{name}.bias")
-    if bias is not None and x.numel() == x.shape[-1]:  # one row: a compiler fuses what stands apart
-        return F.linear(x, weight) + bias
-    return F.linear(x, weight, bias)
-
-
 def attend(
     params: Params,
     x: Float[Tensor, "B T D"],
@@ -226,9 +228,9 @@ def attend(
 ) -> tuple[Float[Tensor, "B T D"], tuple[Tensor, Tensor] | None]:
     """Grouped-query attention (Ainslie et al. 2023) of x to itself and to what the cache holds."""
     if "attention.qkv.weight" in params:
-        q, k, v = linear(params, "attention.qkv", x).split(config.projections, -1)
+        q, k, v = context.linear(params, "attention.qkv", x).split(config.projections, -1)
     else:
-        q, k, v = (linear(params, f"attention.{name}", x) for name in "qkv")
+        q, k, v = (context.linear(params, f"attention.{name}", x) for name in "qkv")
     q, k, v = (y.unflatten(-1, (-1, config.size_of_head)).transpose(-2, -3) for y in (q, k, v))
     if config.qk_norm:
         q = normalize(params, "attention.q_norm", q, config)
@@ -246,11 +248,14 @@ def attend(
         options |= {"dropout": config.attention_dropout, "dropout_key": key}
     scale, softcap = config.attention_scale, config.attention_softcap
     heads = context.attention_fn(q, k, v, scale=scale, softcap=softcap, **options)
-    return linear(params, "attention.o", heads.transpose(-2, -3).flatten(-2)), cache
+    return context.linear(params, "attention.o", heads.transpose(-2, -3).flatten(-2)), cache
 
 
 def feed_forward(
-    params: Params, x: Float[Tensor, "... D"], config: DecoderConfig
+    params: Params,
+    x: Float[Tensor, "... D"],
+    config: DecoderConfig,
+    linear: LinearFn = linear,
 ) -> Float[Tensor, "... D"]:
     """down(activation(up(x))), or gated: down(activation(gate(x)) * up(x)) (Shazeer 2020)."""
     activation = ACTIVATIONS[config.activation]
@@ -294,7 +299,7 @@ def block(
     y, cache = attend(params, y, keys[0], context, cache, config)
     x = add(x, y, "attention", keys[1])
     y = normalize(params, "feed_forward_norm", x, config)
-    return add(x, feed_forward(params, y, config), "feed_forward", keys[2]), cache
+    return add(x, feed_forward(params, y, config, context.linear), "feed_forward", keys[2]), cache
 
 
 class Norm(nn.Module):
