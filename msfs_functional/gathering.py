@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Int64
+import msfs_kernels.sharding  # noqa: F401, forward mode over DTensors
 from msfs_kernels.dispatch import is_sharded
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
