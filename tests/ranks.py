@@ -46,4 +46,5 @@ def _rank(rank: int, world: int, port: int, claims: list, results) -> None:
             results.put(where + "".join(traceback.format_exc()[-3000:]) + "\n")
         if rank == 0:
             print(f"{claim.__name__}: {time.perf_counter() - start:.1f} s", file=sys.stderr)
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
