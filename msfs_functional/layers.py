@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from msfs_functional import random
 from msfs_functional.attention import Implementation, attention, attention_weights
+from msfs_functional.regions import region
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "swish"]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -56,9 +57,12 @@ def sinusoidal_positions(
     return torch.stack(waves, -1).flatten(-2) if layout == "interleaved" else torch.cat(waves, -1)
 
 
+_split = region(random.split)
+
+
 def site_keys(key: Int64[Tensor, "2"] | None, n: int) -> list[Tensor | None]:
     """One key for each of n places that drop; all None (no dropout, evaluation) without a key."""
-    return [None] * n if key is None else list(random.split(key, n).unbind(0))
+    return [None] * n if key is None else list(_split(key, n).unbind(0))
 
 
 def fused_linear(x: Float[Tensor, "... D"], *layers: nn.Linear) -> list[Tensor]:

@@ -24,8 +24,6 @@ Trained = tuple[Params, Any, Params | None]  # params, opt_state, moving average
 UpdateFn = Callable[[Trained, Params, Tensor | None, Tensor], Trained]
 
 
-
-
 class Place(NamedTuple):
     """Some parameters among the leaves of (params, opt_state, ema)."""
 
@@ -55,7 +53,7 @@ def place(indices: Any, kept: Sequence[str], names: Params) -> Place:
 
 
 def only(tree: Any, kept: Sequence[str], names: Params, own: bool = False) -> Any:
-    """`tree` of Leafs, in which every dict keyed by names of parameters has those of `kept` only."""
+    """`tree` of Leafs, in which every dict keyed by parameters' names has those of `kept` only."""
     if isinstance(tree, dict):
         if tree.keys() <= names.keys():
             own, tree = True, {name: tree[name] for name in kept if name in tree}
@@ -97,7 +95,8 @@ class Leafwise:
         self.kind_of = self.kinds(params)
         self.one_of_each = list({kind: name for name, kind in self.kind_of.items()}.values())
         self.shared = place(indices, self.one_of_each, params)
-        self.update_shared = self._compile(self.shared, self.one_of_each, shared=True)
+        if self.shared.common:
+            self.update_shared = self._compile(self.shared, self.one_of_each, shared=True)
 
     def __call__(
         self, trained: Trained, grads: Params, scale: Tensor | None, finite: Tensor
@@ -118,7 +117,8 @@ class Leafwise:
                     results[i] = value.view(leaves[i].shape)
         for i, value in zip(self.shared.common, common, strict=True):
             results[i] = leaves[i].copy_(value) if self.donate else value
-        return optree.tree_unflatten(spec, results)
+        after_all: Any = optree.tree_unflatten(spec, results)
+        return after_all
 
     def _update(
         self, name: str, leaves: list[Tensor], grad: Tensor, scale: Tensor | None, finite: Tensor
@@ -130,6 +130,8 @@ class Leafwise:
         if in_rows:
             view = (*grad.shape[: self.lead], -1, ROW)
             own, grad = [x.view(view) for x in own], grad.reshape(view)
+        # A compiled function guards on the base of a view; detached, none of them is one.
+        own, grad = [x.detach() for x in own], grad.detach()
         shapes = "rows" if in_rows else tuple(x.shape for x in own)
         key = (self.kind_of[name], shapes, tuple(x.dtype for x in own), grad.dtype)
         graph = self.graphs.get(key)
@@ -162,14 +164,14 @@ class Leafwise:
             finite: Tensor,
         ) -> list[Tensor] | None:
             given = own + common
-            trained = optree.tree_map(lambda i: given[i], at.tree, namespace=NAMESPACE)  # pyright: ignore
-            after = update_fn(trained, dict(zip(names, grads, strict=True)), scale, finite)
+            trained: Any = optree.tree_map(lambda i: given[i], at.tree, namespace=NAMESPACE)
+            after: Any = update_fn(trained, dict(zip(names, grads, strict=True)), scale, finite)
             new: list[Any] = [None] * len(given)
             optree.tree_map(
                 lambda i, x: new.__setitem__(i, x),
                 at.tree,
                 after,
-                namespace=NAMESPACE,  # pyright: ignore
+                namespace=NAMESPACE,
             )
             if shared:
                 return new[len(own) :]

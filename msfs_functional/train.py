@@ -22,13 +22,14 @@ waits for the device.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import optree
 import torch
 from jaxtyping import Int64
 from msfs_kernels.dispatch import is_sharded
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.func import vmap
 from torch.utils import _pytree
 
@@ -37,6 +38,7 @@ from msfs_functional.compiling import compile_per_shape, fresh, why_not_compile
 from msfs_functional.leafwise import Leafwise, Trained, UpdateFn
 from msfs_functional.optim import Transformation, apply_updates, ema, global_norm, overwrite
 from msfs_functional.params import Params
+from msfs_functional.regions import Regions, region
 from msfs_functional.transforms import NAMESPACE, accumulate
 from msfs_functional.updates import tree_map
 
@@ -150,12 +152,19 @@ def init_state(
     )
 
 
+@region
+def step_key(key: Tensor, step: Tensor, part: Tensor | None) -> Tensor:
+    """The key of a step, or of one microbatch of it."""
+    key = random.fold_in(key, step)
+    return key if part is None else random.fold_in(key, part)
+
+
 def _objective(loss_fn: LossFn, weighted: bool, members: int | None) -> Callable[..., Any]:
     """(params, batch, key, step, part) -> (0-d tensor to differentiate, (metrics, weight))."""
 
     def one(params: Params, batch: Any, key: Tensor, step: Tensor, part: Tensor | None) -> Any:
-        key = random.fold_in(key, step)
-        loss, metrics = loss_fn(params, batch, key if part is None else random.fold_in(key, part))
+        key = step_key(key, step, part)
+        loss, metrics = loss_fn(params, batch, key)
         if loss.ndim:
             raise ValueError(f"loss_fn must return a 0-d loss, got shape {tuple(loss.shape)}")
         if taken := metrics.keys() & set(OURS):
@@ -196,9 +205,11 @@ def _norm(grads: list[Tensor], lead: int) -> Tensor:
     if any(is_sharded(g) for g in grads):
         return global_norm(grads)
     wide = [torch.promote_types(g.dtype, torch.float32) for g in grads]
+    if any(isinstance(g, DTensor) for g in grads):
+        return global_norm(grads)
     if lead:
         norms = [
-            torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=dtype)
+            torch.linalg.vector_norm(g.reshape(len(g), -1), dim=1, dtype=dtype)
             for g, dtype in zip(grads, wide, strict=True)
         ]
     elif all(g.dtype == dtype for g, dtype in zip(grads, wide, strict=True)):
@@ -254,29 +265,26 @@ def _advance(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """(state, grads, sums, weight) -> (state, metrics): the whole step after the gradient."""
     lead = 0 if members is None else 1
-    update = _update(optimizer, ema_decay)
-    if members is not None:
-        one = update
+    one = _update(optimizer, ema_decay)
 
-        def update(trained: Trained, grads: Params, scale: Tensor | None, finite: Tensor):
-            if scale is None:
-                return _vmap(lambda *args: one(*args[:2], None, args[2]), mapped=(0, 1, 2))(
-                    trained, grads, finite
-                )
-            return _vmap(one, mapped=(0, 1, 2, 3))(trained, grads, scale, finite)
+    def every(trained: Trained, grads: Params, scale: Tensor | None, finite: Tensor) -> Trained:
+        if scale is None:
+            unscaled = lambda trained, grads, finite: one(trained, grads, None, finite)  # noqa: E731
+            return _vmap(unscaled, mapped=(0, 1, 2))(trained, grads, finite)
+        return _vmap(one, mapped=(0, 1, 2, 3))(trained, grads, scale, finite)
 
-    by_leaf = compile and optimizer.kinds is not None
-    if by_leaf:
-        kinds, elementwise = optimizer.kinds, optimizer.elementwise
-        update = Leafwise(update, kinds, elementwise=elementwise, lead=lead, donate=donate)
-    elif donate:
-        pure = update
+    pure = one if members is None else every
 
-        def update(trained: Trained, *rest: Any) -> Trained:
-            overwrite(trained, pure(trained, *rest))
-            return trained
+    def overwriting(trained: Trained, *rest: Any) -> Trained:
+        overwrite(trained, pure(trained, *rest))
+        return trained
 
-    if compile and not by_leaf:
+    update: UpdateFn = overwriting if donate else pure
+    if compile and optimizer.kinds is not None:
+        update = Leafwise(
+            pure, optimizer.kinds, elementwise=optimizer.elementwise, lead=lead, donate=donate
+        )
+    elif compile:
         update = torch.compile(fresh(update), fullgraph=True, dynamic=False)
 
     if optimizer.elementwise:
@@ -339,7 +347,7 @@ def make_step(
     clip_norm: float | None = None,
     ema_decay: float | None = None,
     members: int | None = None,
-    compile: bool = True,
+    compile: bool | Literal["regions"] = True,
     dynamic: bool | None = None,
     donate: bool = True,
 ) -> Step:
@@ -360,7 +368,9 @@ def make_step(
         ema_decay: the same as init_state got.
         members: N trains an ensemble in one vmapped step: params, opt_state, ema, skipped, keys and
             metrics carry a leading dim N, the batch is common, clipping and guard are per member.
-        compile: False runs eager, for debugging or where `can_compile` says no.
+        compile: True: the loss is one graph, the fastest step. "regions": the blocks of the model
+            are compiled once for all (`regions`), which starts many times sooner and costs some
+            launches. False runs eager, for debugging or where `can_compile` says no.
         dynamic: batch shapes in compiled graphs. False: one graph for each shape, the fastest
             kernels, for few shapes. True: one graph for all shapes. None: a graph for the first
             shape, then one for all others. A bounded set of shapes stops compiling once each was
@@ -376,6 +386,8 @@ def make_step(
         raise ValueError(f"accumulation ({accumulation}) must be at least 1")
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"clip_norm ({clip_norm}) must be positive; None does not clip")
+    if members is not None and compile == "regions":
+        raise ValueError("an ensemble's loss is one vmapped graph: compile=True or False")
     weighted = accumulation > 1
     objective = _objective(loss_fn, weighted, members)
     advance = _advance(
@@ -384,17 +396,25 @@ def make_step(
         clip=clip_norm,
         ema_decay=ema_decay,
         members=members,
-        compile=compile,
+        compile=bool(compile),
         donate=donate,
     )
-    if compile:
+    if compile == "regions":
+        regions = Regions(dynamic)
+        plain = objective
+
+        def objective(*args: Any) -> Any:
+            with regions.compiled():
+                return plain(*args)
+
+    elif compile:
         objective = compile_per_shape(objective, dynamic)
     checked = False
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         nonlocal checked
         if not checked:
-            _check(state, ema_decay, members, compile)
+            _check(state, ema_decay, members, bool(compile))
             checked = True
         if weighted:
             parts = torch.arange(accumulation, device=state.step.device).unbind()

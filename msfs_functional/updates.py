@@ -12,7 +12,7 @@ counts, so that no step recompiles. Under `vmap` over stacked params each member
 and updated as if alone.
 
 Nearly all of them treat each parameter alone. One that does says so by `kinds`, and a compiled
-training step then compiles the update of one parameter for all instead of a graph of all (leafwise).
+training step then compiles the update of one parameter for all, not a graph of all (`leafwise`).
 """
 
 import math
@@ -54,7 +54,7 @@ class Transformation(NamedTuple):
 
 def alike(params: dict[str, Tensor]) -> dict[str, Hashable]:
     """The kinds of a transformation that asks no rule: one for all."""
-    return dict.fromkeys(params)
+    return {name: None for name in params}
 
 
 def tree_map(fn: Callable[..., Any], tree: T, *rest: Any, namespace: str = "") -> T:
@@ -150,9 +150,7 @@ def by_group(groups: Rules[Transformation]) -> Transformation:
     A group sees its own parameters only: a clip inside of it clips by the norm of the group.
     """
     rules = [(pattern, i) for i, (pattern, _) in enumerate(groups)]
-    return partition(
-        lambda params, strict: by_rules(rules, params, strict), [t for _, t in groups]
-    )
+    return partition(lambda params, strict: by_rules(rules, params, strict), [t for _, t in groups])
 
 
 def partition(

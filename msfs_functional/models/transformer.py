@@ -39,6 +39,7 @@ from msfs_functional.params import (
     xavier_uniform,
     zeros,
 )
+from msfs_functional.regions import Block, region
 
 Maps = dict[str, list[Tensor]]  # where attention weights are collected, by kind
 
@@ -140,6 +141,23 @@ def reorder_cache(cache: Cache, rows: Int[Tensor, "B*R"]) -> Cache:
     return cache._replace(slots=cache.slots.gather(1, parents))
 
 
+@region
+def with_positions(
+    x: Float[Tensor, "B T D"],
+    position: Int[Tensor, ""] | int,
+    key: Int64[Tensor, "2"] | None,
+    *,
+    scale: float,
+    layout: Literal["interleaved", "halves"],
+    dropout: float,
+) -> Float[Tensor, "B T D"]:
+    """Scaled embeddings plus sinusoids from `position` on, dropped out."""
+    positions = torch.arange(x.shape[-2], device=x.device) + position
+    waves = sinusoidal_positions(positions, x.shape[-1], layout=layout)
+    x = x * scale if scale != 1 else x
+    return random.dropout(key, x + waves.to(x.dtype), dropout)
+
+
 class Layer(nn.Module):
     """Self-attention, then (in the decoder) attention to the memory, then a feed-forward layer.
 
@@ -170,17 +188,20 @@ class Layer(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B T D"],
-        keys: Sequence[Tensor | None],
+        key: Int64[Tensor, "2"] | None,
         mask: dict[str, Any],
         *,
-        memory: tuple[Tensor, Tensor] | None = None,
+        memory: Float[Tensor, "B S D"] | tuple[Tensor, Tensor] | None = None,
         memory_lengths: Int[Tensor, "B"] | None = None,
         store: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
         maps: Maps | None = None,
         implementation: Implementation,
     ) -> Float[Tensor, "B T D"]:
-        """`mask` is the self-attention's; `memory` the keys and values of the cross-attention."""
+        """`mask` is the self-attention's; `memory` may be given as its keys and values."""
         config, maps = self.config, maps or {}
+        keys = site_keys(key, self.SITES)
+        if isinstance(memory, Tensor):
+            memory = self.cross_attention.keys_values(memory)
         options = {"dropout": config.attention_dropout, "implementation": implementation}
 
         def attend_self(y: Tensor) -> Tensor:
@@ -218,6 +239,8 @@ class Transformer(nn.Module):
             self.source_embedding = nn.Embedding(config.vocab, width)
             self.target_embedding = nn.Embedding(vocab, width)
         depth, decoder_depth = config.depth, config.decoder_depth or config.depth
+        self.encoder_block = Block(lambda: Layer(config, cross=False))
+        self.decoder_block = Block(lambda: Layer(config, cross=True))
         self.encoder = nn.ModuleList(Layer(config, cross=False) for _ in range(depth))
         self.decoder = nn.ModuleList(Layer(config, cross=True) for _ in range(decoder_depth))
         final_norm = config.norm == "pre" if config.final_norm is None else config.final_norm
@@ -277,15 +300,12 @@ class Transformer(nn.Module):
         encoder_key, decoder_key = site_keys(key, 2)
         options = {"implementation": implementation, "maps": maps}
         memory = self.encode(source, source_lengths, encoder_key, **options)
-        keys = site_keys(decoder_key, 1 + Layer.SITES * len(self.decoder))
-        y = self.embed("target", target_in, keys.pop())
+        first, *keys = site_keys(decoder_key, 1 + len(self.decoder))
+        y = self.embed("target", target_in, first)
         mask = {"is_causal": True, "key_lengths": target_lengths}
-        for layer in cast(Sequence[Layer], self.decoder):
-            layer_keys, keys = keys[: Layer.SITES], keys[Layer.SITES :]
-            keys_values = layer.cross_attention.keys_values(memory)
-            y = layer(
-                y, layer_keys, mask, memory=keys_values, memory_lengths=source_lengths, **options
-            )
+        options |= {"memory": memory, "memory_lengths": source_lengths}
+        for layer, layer_key in zip(self.decoder, keys, strict=True):
+            y = self.decoder_block(layer, y, layer_key, mask, **options)
         return self.decoder_norm(y)
 
     def encode(
@@ -298,12 +318,11 @@ class Transformer(nn.Module):
         maps: Maps | None = None,
     ) -> Float[Tensor, "B S D"]:
         """The memory: what the encoder makes of the source."""
-        keys = site_keys(key, 1 + Layer.SITES * len(self.encoder))
-        x = self.embed("source", source, keys.pop())
-        mask = {"key_lengths": source_lengths}
-        for layer in cast(Sequence[Layer], self.encoder):
-            layer_keys, keys = keys[: Layer.SITES], keys[Layer.SITES :]
-            x = layer(x, layer_keys, mask, implementation=implementation, maps=maps)
+        first, *keys = site_keys(key, 1 + len(self.encoder))
+        x = self.embed("source", source, first)
+        mask, options = {"key_lengths": source_lengths}, {"implementation": implementation}
+        for layer, layer_key in zip(self.encoder, keys, strict=True):
+            x = self.encoder_block(layer, x, layer_key, mask, maps=maps, **options)
         return self.encoder_norm(x)
 
     def embed(
@@ -321,11 +340,10 @@ class Transformer(nn.Module):
                 "max_length"
             )
         x = (self.embedding if self.tied else getattr(self, f"{side}_embedding"))(tokens)
-        if config.scale_embedding:
-            x = x * math.sqrt(config.width)
-        positions = torch.arange(T, device=tokens.device) + position
-        waves = sinusoidal_positions(positions, config.width, layout=config.positions)
-        return random.dropout(key, x + waves.to(x.dtype), config.dropout)
+        scale = math.sqrt(config.width) if config.scale_embedding else 1.0
+        return with_positions(
+            x, position, key, scale=scale, layout=config.positions, dropout=config.dropout
+        )
 
     def init_cache(
         self,
@@ -414,8 +432,7 @@ class Transformer(nn.Module):
         pairs = zip(cache.memory_keys, cache.memory_values, strict=True)
         for layer, memory in zip(cast(Sequence[Layer], self.decoder), pairs, strict=True):
             lengths = {"memory": memory, "memory_lengths": cache.source_lengths}
-            no_keys = site_keys(None, Layer.SITES)
-            y = layer(y, no_keys, mask, **lengths, store=store, implementation=implementation)
+            y = layer(y, None, mask, **lengths, store=store, implementation=implementation)
         logits = self.output(self.decoder_norm(y)).reshape(B * R, T, -1)
         keys, values = zip(*kept, strict=True)
         return logits, cache._replace(keys=keys, values=values, slots=slots)

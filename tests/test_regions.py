@@ -1,0 +1,80 @@
+"""Claims of msfs_functional.regions: blocks compiled once, and nothing but faster."""
+
+import functools
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from msfs_functional import optim, random
+from msfs_functional.losses import cross_entropy
+from msfs_functional.models.transformer import tiny, transformer
+from msfs_functional.regions import Regions, region
+from msfs_functional.train import init_state, make_step
+
+
+@pytest.fixture
+def counter(monkeypatch):
+    backend = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    return backend
+
+
+def training(depth, compile, lengths=((5, 6),), **options):
+    model = transformer(tiny(20, width=8, depth=depth, heads=2, hidden=16, dropout=0.1))
+
+    def loss_fn(params, batch, key):
+        logits = model.apply(params, batch["source"], batch["target"][:, :-1], key=key)
+        total, tokens = cross_entropy(logits, batch["target"][:, 1:])
+        return total / tokens, {"weight": tokens}
+
+    state = init_state(model.init(0), optim.sgd(0.1), random.key(0))
+    step = make_step(loss_fn, optim.sgd(0.1), compile=compile, **options)
+    for i, (source, target) in enumerate(lengths):
+        g = torch.Generator().manual_seed(i)
+        batch = {
+            "source": torch.randint(4, 20, (3, source), generator=g),
+            "target": torch.randint(4, 20, (3, target), generator=g),
+        }
+        state, metrics = step(state, batch)
+    return state, metrics
+
+
+def test_step_of_regions_equals_the_eager_step_over_changing_shapes(counter):
+    """Dropout included: keys are split inside the regions."""
+    lengths = ((5, 6), (7, 4), (8, 8))
+    one, metrics = training(1, "regions", lengths)
+    other, expected = training(1, False, lengths)
+    for name in one.params:
+        torch.testing.assert_close(one.params[name], other.params[name])
+    torch.testing.assert_close(metrics["loss"], expected["loss"])
+
+
+def test_number_of_graphs_does_not_grow_with_depth(counter):
+    counts = []
+    for depth in (2, 4):
+        counter.frame_count = 0
+        training(depth, "regions")
+        counts.append(counter.frame_count)
+    assert counts[0] == counts[1]
+
+
+def test_region_is_the_plain_function_outside_of_a_step_and_under_transforms(counter):
+    @region
+    def double(x, n):
+        return x * n
+
+    x = torch.arange(3.0)
+    assert torch.equal(double(x, 2), 2 * x)
+    regions = Regions(dynamic=None)
+    with regions.compiled():
+        assert torch.equal(torch.func.vmap(lambda x: double(x, 2))(x), 2 * x)
+        assert torch.equal(torch.func.grad(lambda x: double(x, 2).sum())(x), torch.full((3,), 2.0))
+        assert counter.frame_count == 0
+        assert torch.equal(double(x, 2), 2 * x) and torch.equal(double(x, 3), 3 * x)
+    assert counter.frame_count == 2
+
+
+def test_an_ensemble_in_regions_is_refused():
+    with pytest.raises(ValueError, match="ensemble"):
+        make_step(lambda *args: None, optim.adamw(1e-2), members=2, compile="regions")
