@@ -1,0 +1,181 @@
+"""Generation against transformers: GPT2LMHeadModel.generate and ours, same weights, greedy.
+
+What it shows: new tokens per second of both in one run (prompts of 128 tokens, 128 new ones, GPT-2
+124M, bf16), after checking in float32 that both make the same tokens. transformers runs with its
+static cache, whose forward it compiles by itself on a GPU. Random weights: the work is the same as
+with trained ones.
+
+    python recipes/bench_generate.py                       # one GPU, batch 1 and 64
+    python recipes/bench_generate.py --check               # exit code 1 below 6x, 3x, other tokens
+    python recipes/bench_generate.py --tiny --device cpu   # seconds: only to see that it runs
+    python recipes/bench_generate.py --profile --batches 1 # where our time goes
+"""
+
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from msfs_functional.generation import GREEDY, Generator, Settings
+from msfs_functional.models.decoder import decoder, fuse, language_model
+from msfs_functional.models.pretrained import from_hub
+from msfs_functional.params import cast
+
+GOALS = {1: 6.0, 64: 3.0}  # times transformers' tokens/s, by batch
+
+
+@dataclass(frozen=True)
+class Config:
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # of the timed runs
+    batches: tuple[int, ...] = (1, 64)
+    prompt: int = 128  # tokens
+    new: int = 128  # tokens
+    implementation: Literal["flash", "sdpa", "reference"] = "flash"  # of our attention
+    tune: bool = True  # Inductor's coordinate descent, which writes products of one row as kernels
+    peer: bool = True  # time transformers too
+    repeats: int = 10  # timed runs; the median counts
+    seed: int = 0
+    tiny: bool = False  # a tiny model, nothing compiled: only to see that everything runs
+    check: bool = False  # exit code 1 unless the goals are met
+    profile: bool = False  # print our kernels
+    out: Path | None = None  # also write the figures here, as JSON
+
+
+def build_theirs(config: Config) -> Any:
+    """GPT-2 with weights large enough for varied tokens."""
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 300} if config.tiny else {}
+    torch.manual_seed(config.seed)
+    model: Any = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            nn.init.normal_(parameter, std=0.1 if "w" in name.split(".")[1] else 0.05)
+    return model.to(config.device)
+
+
+def their_generate(model: Any, config: Config) -> Callable[[Tensor], Tensor]:
+    def generate(tokens: Tensor) -> Tensor:
+        out = model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=config.new,
+            min_new_tokens=config.new,
+            do_sample=False,
+            pad_token_id=0,
+            cache_implementation="static",
+            disable_compile=config.device == "cpu",
+        )
+        return out[:, tokens.shape[1] :]
+
+    return generate
+
+
+def our_generate(theirs: Any, config: Config, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    shape, params = from_hub(theirs.config.to_dict(), theirs.state_dict())
+    model, params = decoder(replace(shape, fused=True)), cast(fuse(params), dtype)
+    generate = Generator(
+        language_model(model, params, implementation=config.implementation),
+        compile=not config.tiny,
+        options={"coordinate_descent_tuning": True} if config.tune else None,
+    )
+    return lambda tokens: generate(tokens, Settings(config.new, GREEDY)).tokens
+
+
+def seconds(run: Callable[[], object], repeats: int, device: str) -> float:
+    """Median time of a run after two to warm up."""
+    times = []
+    for _ in range(repeats + 2):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return sorted(times[2:])[repeats // 2]
+
+
+def main(config: Config) -> dict:
+    console = Console(width=120)
+    torch.set_float32_matmul_precision("highest")
+    torch._dynamo.config.recompile_limit = 64
+    if config.tiny:
+        smaller = {"batches": (1, 3), "prompt": 12, "new": 9, "repeats": 3, "dtype": "float32"}
+        config = replace(config, **smaller)
+    device = torch.device(config.device)
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    console.print(
+        f"{chip or 'CPU'}, torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"{config}"
+    )
+    theirs = build_theirs(config)
+    generator = torch.Generator().manual_seed(config.seed)
+    vocab = theirs.config.vocab_size
+    prompts = {
+        batch: torch.randint(1, vocab - 1, (batch, config.prompt), generator=generator).to(device)
+        for batch in config.batches
+    }
+    result: dict = {"chip": chip, "torch": torch.__version__, "met": True}
+    table = Table(
+        "greedy generation", "batch", "tokens/s", "ms a token", "x", "same in float32", "first call"
+    )
+    same = {}
+    ours, peer = our_generate(theirs, config, torch.float32), their_generate(theirs, config)
+    for batch, tokens in prompts.items():
+        equal = ours(tokens) == peer(tokens)
+        same[batch] = f"{int(equal.all(1).sum())} of {batch} rows, {equal.float().mean():.2%}"
+        result["met"] &= bool(equal.all())
+    del ours, peer
+    torch.compiler.reset()
+    dtype = getattr(torch, config.dtype)
+    theirs = theirs.to(dtype)
+    ours, peer = our_generate(theirs, config, dtype), their_generate(theirs, config)
+    for batch, tokens in prompts.items():
+        rates = {}
+        runs = {"ours": ours, "transformers": peer} if config.peer else {"ours": ours}
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run(tokens).cpu()
+            first = time.perf_counter() - start
+            took = seconds(lambda: run(tokens), config.repeats, device.type)  # noqa: B023
+            rates[name] = batch * config.new / took
+            result[f"{name}, batch {batch}"] = {"tokens_per_s": rates[name], "first_call_s": first}
+            ratio = rates["ours"] / rates[name]
+            table.add_row(
+                name,
+                str(batch),
+                f"{rates[name]:,.0f}",
+                f"{1e3 * took / config.new:.3f}",
+                "" if name == "ours" else f"ours {ratio:.2f}x",
+                same[batch] if name == "ours" else "",
+                f"{first:.1f} s",
+            )
+        if config.peer and batch in GOALS and not config.tiny:
+            result["met"] &= rates["ours"] >= GOALS[batch] * rates["transformers"]
+    console.print(table)
+    if config.profile:
+        with torch.profiler.profile() as profile:
+            ours(prompts[config.batches[0]])
+        by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+        print(profile.key_averages().table(sort_by=by, row_limit=30, max_name_column_width=90))
+    if config.out is not None:
+        config.out.write_text(json.dumps(result, indent=1))
+    if config.check and not result["met"]:
+        console.print("goals not met: same tokens in float32, and " + str(GOALS))
+        sys.exit(1)
+    return result
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

@@ -1,0 +1,308 @@
+"""Generation: rows equal rows alone, streams equal calls, compiled equals eager."""
+
+import functools
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from msfs_functional import random
+from msfs_functional.generation import (
+    GREEDY,
+    Generator,
+    LanguageModel,
+    Sampling,
+    Settings,
+    Text,
+    right_padded,
+)
+from msfs_functional.models import llama2c, pretrained
+from msfs_functional.models.decoder import DecoderConfig, decoder, gpt2, language_model
+
+CONFIG = DecoderConfig(
+    37, width=16, depth=2, heads=4, kv_heads=2, hidden=24, windows=(5, None), tied=False
+)
+MODEL = decoder(CONFIG)
+PROMPTS = [[3, 4, 5, 6, 7, 8, 9], [7], [8, 9, 10, 11]]
+SAMPLING = Sampling(0.9, top_k=20, top_p=0.95, min_p=0.01)
+
+
+def build(dtype=torch.float64, device="cpu"):
+    keys = random.split(random.key(5), len(MODEL.shapes))
+    return {
+        name: 0.5 * random.normal(key, shape, dtype=dtype).to(device) + ("norm" in name)
+        for key, (name, shape) in zip(keys, MODEL.shapes.items(), strict=True)
+    }
+
+
+PARAMS = build()
+EAGER = Generator(language_model(MODEL, PARAMS), text_fn=lambda ids: "".join(f"<{i}>" for i in ids))
+
+
+def row(generated, i: int) -> list[int]:
+    return generated.tokens[i, : generated.lengths[i]].tolist()
+
+
+def test_greedy_tokens_and_logps_are_those_of_the_full_forward():
+    out = EAGER(PROMPTS, Settings(9, GREEDY))
+    for i, prompt in enumerate(PROMPTS):
+        ids = list(prompt)
+        for t in range(9):
+            logits = MODEL.apply(PARAMS, torch.tensor([ids]), implementation="reference")[0, -1]
+            assert out.tokens[i, t] == logits.argmax()
+            expected = logits.float().log_softmax(-1).max()
+            torch.testing.assert_close(out.logps[i, t], expected, atol=1e-5, rtol=0)
+            ids.append(int(logits.argmax()))
+    assert out.tokens.unique().numel() > 6  # a model that says something
+
+
+def test_a_row_of_a_batch_equals_the_row_alone():
+    keys = random.split(random.key(1), 3)
+    together = EAGER(PROMPTS, Settings(9, SAMPLING, samples=2), key=keys)
+    assert row(together, 0) != row(together, 1)
+    for i, prompt in enumerate(PROMPTS):
+        for samples in (1, 3):
+            alone = EAGER([prompt], Settings(9, SAMPLING, samples=samples), key=keys[i : i + 1])
+            assert row(alone, 0) == row(together, 2 * i)
+            torch.testing.assert_close(alone.logps[0], together.logps[2 * i])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_tensors_give_what_lists_give(side):
+    tokens, mask = torch.full((3, 8), 36), torch.zeros(3, 8, dtype=torch.int64)
+    for i, prompt in enumerate(PROMPTS):
+        part = slice(8 - len(prompt), None) if side == "left" else slice(len(prompt))
+        tokens[i, part], mask[i, part] = torch.tensor(prompt), 1
+    settings = Settings(6, SAMPLING)
+    expected = EAGER(PROMPTS, settings, key=random.key(2))
+    out = EAGER(tokens, settings, key=random.key(2), mask=mask)
+    assert torch.equal(out.tokens, expected.tokens)
+    padded, lengths = right_padded(tokens, mask)
+    assert lengths.tolist() == [7, 1, 4] and padded[2, :4].tolist() == PROMPTS[2]
+
+
+def test_a_growing_cache_changes_nothing():
+    prompts = [[3] * 40, [4] * 3]
+    static = EAGER(prompts, Settings(150, SAMPLING), key=random.key(3))
+    growing = EAGER(prompts, Settings(150, SAMPLING, growing=True), key=random.key(3))
+    assert torch.equal(static.tokens, growing.tokens)
+    torch.testing.assert_close(static.logps, growing.logps)
+
+
+def test_stop_tokens_end_rows_wherever_they_are():
+    free = EAGER(PROMPTS, Settings(12, SAMPLING), key=random.key(4))
+    stop = int(free.tokens[0, 4])
+    out = EAGER(PROMPTS, Settings(12, SAMPLING, stop_tokens=(stop, 99), pad=0), key=random.key(4))
+    for i in range(3):
+        tokens = row(free, i)
+        expected = tokens[: tokens.index(stop) + 1] if stop in tokens else tokens
+        assert row(out, i) == expected
+        assert out.ended[i] == (stop in tokens)
+        assert (out.tokens[i, len(expected) :] == 0).all()
+        assert (out.logps[i, len(expected) :] == 0).all()
+        assert out.texts[i] == "".join(f"<{t}>" for t in expected if t != stop)
+
+
+@pytest.mark.parametrize("every", [1, 3, 20])
+def test_stop_strings_end_rows_however_often_one_looks(every):
+    generate = Generator(EAGER.model, text_fn=EAGER.text_fn, every=every)
+    free = generate(PROMPTS, Settings(12, SAMPLING), key=random.key(4))
+    a, b = free.tokens[1, 3:5].tolist()
+    settings = Settings(12, SAMPLING, stop_strings=(f"{a}><{b}", "not there"))
+    out = generate(PROMPTS, settings, key=random.key(4))
+    assert row(out, 1) == free.tokens[1, :5].tolist() and out.ended[1]
+    assert out.texts[1] == "".join(f"<{t}>" for t in free.tokens[1, :3].tolist()) + "<"
+    assert not out.ended[0] or f"{a}><{b}" in free.texts[0]
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_a_stream_gives_the_tokens_and_texts_of_a_call(every):
+    free = EAGER(PROMPTS, Settings(12, SAMPLING), key=random.key(4))
+    a, b = free.tokens[1, 3:5].tolist()
+    stop = int(free.tokens[2, 6])
+    settings = Settings(12, SAMPLING, stop_tokens=(stop,), stop_strings=(f"<{a}><{b}>",))
+    expected = EAGER(PROMPTS, settings, key=random.key(4))
+    tokens: list[list[int]] = [[], [], []]
+    texts, ended = [""] * 3, [False] * 3
+    for pieces in EAGER.stream(PROMPTS, settings, key=random.key(4), every=every):
+        for piece in pieces:
+            assert not ended[piece.row]
+            tokens[piece.row] += piece.tokens
+            texts[piece.row] += piece.text
+            ended[piece.row] = piece.ended
+    assert tokens == [row(expected, i) for i in range(3)]
+    assert texts == expected.texts and ended == expected.ended.tolist()
+
+
+def test_text_waits_for_whole_characters_and_possible_stops():
+    pieces = [b"a", b"\xe2\x82", b"\xac", b"EN", b"E", b"ND", b"x"]
+    text = Text(lambda ids: b"".join(pieces[i] for i in ids).decode(errors="replace"), ("END",))
+    seen, given = [], []
+    for token in range(7):
+        over = text.add(token)
+        seen.append(text.take(final=over))
+        given.append(over)
+        if over:
+            break
+    assert seen == ["a", "", "€", "", "EN", ""]  # "EN" may begin "END"; "ENE" still may
+    assert given == [False] * 5 + [True] and text.text == "a€EN"
+    cut = Text(lambda ids: b"".join(pieces[i] for i in ids).decode(errors="replace"))
+    cut.add(0)
+    cut.add(1)
+    assert cut.take(final=False) == "a" and cut.take(final=True) == "\ufffd"
+
+
+def test_any_three_functions_are_a_language_model():
+    """Counts upwards: the cache is one number a row."""
+
+    def step(tokens, cache, positions):
+        assert (cache["last"] + 1 == tokens).all()
+        return torch.nn.functional.one_hot(tokens + 1, 50).float(), {"last": tokens}
+
+    counting = LanguageModel(
+        init_cache=lambda rows, length: {"last": torch.zeros(rows, dtype=torch.int64)},
+        prefill=lambda tokens, lengths, cache: step(
+            last := tokens.take_along_dim(lengths[:, None] - 1, 1)[:, 0], {"last": last - 1}, None
+        ),
+        step=step,
+        max_length=40,
+        device="cpu",
+    )
+    out = Generator(counting)([[1, 2], [7]], Settings(5, GREEDY, stop_tokens=(10,)))
+    assert [row(out, 0), row(out, 1)] == [[3, 4, 5, 6, 7], [8, 9, 10]]
+
+
+@torch.no_grad()
+def test_greedy_tokens_equal_transformers_generate():
+    torch.manual_seed(0)
+    theirs: transformers.GPT2LMHeadModel = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=41, n_embd=24, n_layer=2, n_head=4, n_positions=64)
+    ).eval()
+    for parameter in theirs.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.4)
+    config, params = pretrained.from_hub(theirs.config.to_dict(), theirs.state_dict())
+    tokens = torch.randint(3, 41, (3, 9))
+    mask = (torch.arange(9) >= torch.tensor([[0], [3], [7]])).long()  # padded on the left
+    expected = theirs.generate(
+        tokens, attention_mask=mask, max_new_tokens=20, do_sample=False, pad_token_id=0
+    )[:, 9:]
+    generate = Generator(language_model(decoder(config), params))
+    out = generate(tokens, Settings(20, GREEDY, stop_tokens=(50256,)), mask=mask)
+    assert torch.equal(out.tokens, expected) and out.tokens.unique().numel() > 4
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """torch.compile without code generation: whole graphs, functionalized, in a second."""
+    plain = torch.compile
+
+    def compile(fn, *, options=None, **rest):
+        return plain(fn, **rest, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", compile)
+    return functools.partial(Generator, EAGER.model, text_fn=EAGER.text_fn, compile=True)
+
+
+def test_traced_generation_equals_eager_with_every_option(traced):
+    generate = traced()
+    for prompts, options in (
+        (PROMPTS, {"samples": 2, "stop_tokens": (5, 6), "stop_strings": ("<7",)}),
+        ([[3] * 70], {"max_new_tokens": 90, "growing": True}),
+        (PROMPTS[:1], {"sampling": GREEDY}),
+        ([[4] * 70], {"max_new_tokens": 90, "growing": True}),  # in the memory of the one before
+    ):
+        settings = Settings(**{"max_new_tokens": 12, "sampling": SAMPLING, **options})
+        out, expected = (g(prompts, settings, key=random.key(6)) for g in (generate, EAGER))
+        for ours, theirs in zip(out, expected, strict=True):
+            if isinstance(ours, torch.Tensor) and ours.is_floating_point():
+                torch.testing.assert_close(ours, theirs)
+            else:
+                assert ours is theirs or (
+                    torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
+                )
+
+
+def test_streams_at_the_same_time_do_not_meet(traced):
+    generate, settings = traced(keep=1), Settings(6, SAMPLING)
+    streams = [generate.stream([[p]], settings, key=random.key(p)) for p in (3, 4)]
+    pairs = list(zip(*streams, strict=True))
+    for p, pieces in zip((3, 4), zip(*pairs, strict=True), strict=True):
+        tokens = [token for (piece,) in pieces for token in piece.tokens]
+        assert tokens == row(EAGER([[p]], settings, key=random.key(p)), 0)
+
+
+def test_compiled_generation_equals_eager():
+    """Code generation, for one step of one block: on a GPU this is one CUDA graph a token."""
+    small = decoder(gpt2(11, width=8, depth=1, heads=2, hidden=8, max_length=64))
+    keys = random.split(random.key(5), len(small.shapes))
+    params = {
+        name: 0.5 * random.normal(key, shape)
+        for key, (name, shape) in zip(keys, small.shapes.items(), strict=True)
+    }
+    model = language_model(small, params)
+    generate = Generator(model, compile=True)
+    for prompts in ([[3, 4], [5]], [[6], [7, 8, 9]]):
+        out = generate(prompts, Settings(8, GREEDY))
+        expected = Generator(model)(prompts, Settings(8, GREEDY))
+        assert torch.equal(out.tokens, expected.tokens)
+        torch.testing.assert_close(out.logps, expected.logps)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLING], ids=["greedy", "sampling"])
+def test_generation_by_cuda_graphs_equals_eager(sampling):
+    model = language_model(MODEL, build(torch.float32, "cuda"))
+    generate, eager = Generator(model), Generator(model, compile=False)
+    assert generate.compile
+    for seed, options in ((1, {}), (2, {}), (3, {"samples": 3, "stop_tokens": (5,)}), (4, {})):
+        settings, key = Settings(24, sampling, **options), random.key(seed)
+        out, expected = generate(PROMPTS, settings, key=key), eager(PROMPTS, settings, key=key)
+        assert torch.equal(out.tokens, expected.tokens)
+        torch.testing.assert_close(out.logps, expected.logps, atol=1e-4, rtol=1e-4)
+
+
+def test_stories260k_tells_its_published_story():
+    root = Path(__file__).parents[1]
+    data = Path(os.environ.get("MSFS_DATA", root.parent / "shared" / "data"))
+    folder = data / "weights" / "stories260K"
+    if not folder.is_dir():
+        pytest.skip(f"no folder {folder}: MSFS_DATA names the one with weights")
+    config, params = llama2c.read_model(folder / "stories260K.bin")
+    tokens = llama2c.read_tokens(folder / "tok512.bin")
+    generate = Generator(
+        language_model(decoder(config), params),
+        text_fn=lambda ids: b"".join(tokens[i] for i in ids).decode(errors="replace"),
+    )
+    story = (folder / "stories260K.md").read_text().split("-t 0.0\n")[1].split("\n```")[0]
+    assert generate([[1]], Settings(256, GREEDY)).texts == [" " + story]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Settings(0), "max_new_tokens"),
+        (lambda: Settings(1, samples=0), "samples"),
+        (lambda: Settings(1, stop_strings=("",)), "stop_strings"),
+        (lambda: Sampling(-1.0), "temperature"),
+        (lambda: Sampling(top_k=0), "top_k"),
+        (lambda: Sampling(top_p=1.5), "top_p"),
+        (lambda: Sampling(min_p=0.0), "min_p"),
+        (lambda: EAGER([], Settings(1, GREEDY)), "0 prompts"),
+        (lambda: EAGER([[1], []], Settings(1, GREEDY)), "at least one token"),
+        (lambda: EAGER([[1] * 1000], Settings(100, GREEDY)), "exceed the model's max_length"),
+        (lambda: EAGER([[1]], Settings(1)), "needs a key"),
+        (lambda: EAGER([[1]], Settings(1), key=random.split(random.key(0), 2)), "key"),
+        (lambda: EAGER([[1]], Settings(1, GREEDY), mask=torch.ones(1, 1)), "mask"),
+        (
+            lambda: Generator(EAGER.model)([[1]], Settings(1, GREEDY, stop_strings=("a",))),
+            "text_fn",
+        ),
+        (lambda: Generator(EAGER.model, every=0), "every"),
+    ],
+)
+def test_bad_calls_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
