@@ -138,9 +138,7 @@ LIBRARY.define(
 )
 
 
-def _kernel(
-    x: Tensor, kind: str, dim: int, size: int, group: str, dtype: torch.dtype
-) -> Tensor:
+def _kernel(x: Tensor, kind: str, dim: int, size: int, group: str, dtype: torch.dtype) -> Tensor:
     return KINDS[kind][0](x, dim, size, group, dtype)
 
 

@@ -21,9 +21,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import msfs_kernels.sharding  # noqa: F401, forward mode over DTensors
 import torch
 from jaxtyping import Int64
-import msfs_kernels.sharding  # noqa: F401, forward mode over DTensors
 from msfs_kernels.dispatch import is_sharded
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -36,7 +36,7 @@ from msfs_functional import random, sharding
 from msfs_functional.collectives import chunk_bounds, collective, psum
 from msfs_functional.meshes import DATA_AXES, active, axis_rank, axis_size, data_rank
 from msfs_functional.params import Functional, Methods, Params, Rules
-from msfs_functional.sharding import FULLY_SHARDED, Cuts, placements
+from msfs_functional.sharding import Cuts, placements
 
 Gather = tuple[tuple[str, int, int, str], ...]  # collectives as (kind, dim, size, group), in order
 LossFn = Callable[[Any, Any, Tensor], tuple[Tensor, dict[str, Tensor]]]
@@ -285,7 +285,9 @@ def sharded(
         if layout.blocks and re.search(layout.blocks, path):
             own = {slot: names[id(p)] for slot, p in module.named_parameters()}
             in_blocks |= set(own.values())
-            gather_in(module, layout.methods, plan({slot: steps[name] for slot, name in own.items()}))
+            gather_in(
+                module, layout.methods, plan({slot: steps[name] for slot, name in own.items()})
+            )
     root = plan({name: s for name, s in steps.items() if name not in in_blocks})
     inherited = {f.name: getattr(model, f.name) for f in fields(Functional)}
     inherited |= {"skeleton": skeleton, "_methods": Methods(skeleton)}

@@ -41,7 +41,9 @@ def degrees(
     text = ", ".join(f"{axis} {n}" for axis, n in given.items())
     for axis, n in given.items():
         if n < 1 and n != -1:
-            raise ValueError(f"{axis} ({n}) must be at least 1, or -1 to take the ranks that remain")
+            raise ValueError(
+                f"{axis} ({n}) must be at least 1, or -1 to take the ranks that remain"
+            )
     open_axes = [axis for axis, n in given.items() if n == -1]
     if len(open_axes) > 1:
         raise ValueError(

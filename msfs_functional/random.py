@@ -99,9 +99,7 @@ def words(
     return stream[start - skip : stop - skip].view(*shape, each).unbind(-1)
 
 
-def bits(
-    key: Key, shape: Shape, *, offset: int | Int64[Tensor, "..."] = 0
-) -> Int64[Tensor, "..."]:
+def bits(key: Key, shape: Shape, *, offset: int | Int64[Tensor, "..."] = 0) -> Int64[Tensor, "..."]:
     """Uniform integers in [0, 2**32).
 
     Args:

@@ -10,7 +10,9 @@ parameters are then the rank's parts, compute in this way; they work on a copy, 
 Source: Shoeybi et al. 2019, section 3 (whose f is `enter`, a pvary, and g is `leave`, a psum).
 """
 
+import functools
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
@@ -37,7 +39,7 @@ def split_decoder(skeleton: nn.Module, group: str) -> None:
 
     def around(kind: type) -> Any:
         def forward(self: nn.Module, x: Tensor, key: Any, context: Any, *rest: Any, **options: Any):
-            context = context._replace(linear=linear_over(group))
+            context = context._replace(enter=enter_over(group), leave=leave_over(group))
             return kind.forward(self, x, key, context, *rest, **options)
 
         return forward
@@ -68,17 +70,16 @@ def rows(group: str) -> Any:
     return forward
 
 
-def linear_over(group: str) -> Any:
-    """`decoder.linear` over the ranks of a group; one `enter` for all matrices of one input."""
-    entered: list[tuple[Tensor, Tensor]] = []
+@functools.cache
+def enter_over(group: str) -> Callable[[Tensor], Tensor]:
+    """One function for all blocks, so that what is compiled for one serves all."""
+    return lambda x: pvary(x, group)
 
-    def linear(params: Params, name: str, x: Tensor) -> Tensor:
-        weight, bias = params[f"{name}.weight"], params.get(f"{name}.bias")
-        if name in ("attention.o", "feed_forward.down"):
-            y = psum(F.linear(x, weight), group)
-            return y if bias is None else y + bias
-        if not entered or entered[-1][0] is not x:
-            entered[:] = [(x, pvary(x, group))]
-        return F.linear(entered[-1][1], weight, bias)
 
-    return linear
+@functools.cache
+def leave_over(group: str) -> Callable[[Params, str, Tensor], Tensor]:
+    def leave(params: Params, name: str, x: Tensor) -> Tensor:
+        y, bias = psum(F.linear(x, params[f"{name}.weight"]), group), params.get(f"{name}.bias")
+        return y if bias is None else y + bias
+
+    return leave

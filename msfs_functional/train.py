@@ -29,7 +29,6 @@ import torch
 from jaxtyping import Int64
 from msfs_kernels.dispatch import is_sharded
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.func import vmap
 from torch.utils import _pytree
 
@@ -205,8 +204,6 @@ def _norm(grads: list[Tensor], lead: int) -> Tensor:
     if any(is_sharded(g) for g in grads):
         return global_norm(grads)
     wide = [torch.promote_types(g.dtype, torch.float32) for g in grads]
-    if any(isinstance(g, DTensor) for g in grads):
-        return global_norm(grads)
     if lead:
         norms = [
             torch.linalg.vector_norm(g.reshape(len(g), -1), dim=1, dtype=dtype)

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.func import grad, jvp, vmap
 
 from msfs_functional import optim, random, sharding
-from msfs_functional.gathering import Layout, gathered, sharded
+from msfs_functional.gathering import gathered, sharded
 from msfs_functional.layouts import DECODER, TRANSFORMER
 from msfs_functional.losses import cross_entropy
 from msfs_functional.meshes import data_rank, degrees, mesh
@@ -77,7 +77,13 @@ def on_one_process(build, config, loss, optimizer, **options):
 
 
 def equal_one_process(
-    degrees, build=decoder, config=CONFIG, layout=DECODER, loss=next_token, optimizer=None, **options
+    degrees,
+    build=decoder,
+    config=CONFIG,
+    layout=DECODER,
+    loss=next_token,
+    optimizer=None,
+    **options,
 ):
     """Five steps: loss and gradient norm of each, then parameters and their moving average."""
     optimizer = optimizer or OPTIMIZER

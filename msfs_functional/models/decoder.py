@@ -179,6 +179,10 @@ def linear(params: Params, name: str, x: Tensor) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def unchanged(x: Tensor) -> Tensor:
+    return x
+
+
 class Context(NamedTuple):
     """What a block is told beside its input; the same for all blocks of one window."""
 
@@ -187,7 +191,8 @@ class Context(NamedTuple):
     rotary: tuple[Tensor, Tensor] | None  # cosines and sines
     slots: Int64[Tensor, "B T"] | None = None  # where in the cache the tokens go
     fresh: bool = False  # the cache holds nothing but these tokens: they attend to each other
-    linear: LinearFn = linear  # what multiplies by matrices (over several devices, perhaps)
+    enter: Callable[[Tensor], Tensor] = unchanged  # before the first matrices of a sublayer
+    leave: LinearFn = linear  # the last one: both know of other devices that share the work
 
 
 class Cache(NamedTuple):
@@ -227,10 +232,11 @@ def attend(
     config: DecoderConfig,
 ) -> tuple[Float[Tensor, "B T D"], tuple[Tensor, Tensor] | None]:
     """Grouped-query attention (Ainslie et al. 2023) of x to itself and to what the cache holds."""
+    x = context.enter(x)
     if "attention.qkv.weight" in params:
-        q, k, v = context.linear(params, "attention.qkv", x).split(config.projections, -1)
+        q, k, v = linear(params, "attention.qkv", x).split(config.projections, -1)
     else:
-        q, k, v = (context.linear(params, f"attention.{name}", x) for name in "qkv")
+        q, k, v = (linear(params, f"attention.{name}", x) for name in "qkv")
     q, k, v = (y.unflatten(-1, (-1, config.size_of_head)).transpose(-2, -3) for y in (q, k, v))
     if config.qk_norm:
         q = normalize(params, "attention.q_norm", q, config)
@@ -248,24 +254,26 @@ def attend(
         options |= {"dropout": config.attention_dropout, "dropout_key": key}
     scale, softcap = config.attention_scale, config.attention_softcap
     heads = context.attention_fn(q, k, v, scale=scale, softcap=softcap, **options)
-    return context.linear(params, "attention.o", heads.transpose(-2, -3).flatten(-2)), cache
+    return context.leave(params, "attention.o", heads.transpose(-2, -3).flatten(-2)), cache
 
 
 def feed_forward(
     params: Params,
     x: Float[Tensor, "... D"],
     config: DecoderConfig,
-    linear: LinearFn = linear,
+    enter: Callable[[Tensor], Tensor] = unchanged,
+    leave: LinearFn = linear,
 ) -> Float[Tensor, "... D"]:
     """down(activation(up(x))), or gated: down(activation(gate(x)) * up(x)) (Shazeer 2020)."""
+    x = enter(x)
     activation = ACTIVATIONS[config.activation]
     if not config.gated:
-        return linear(params, "feed_forward.down", activation(linear(params, "feed_forward.up", x)))
+        return leave(params, "feed_forward.down", activation(linear(params, "feed_forward.up", x)))
     if "feed_forward.gate_up.weight" in params:
         gate, up = linear(params, "feed_forward.gate_up", x).chunk(2, -1)
     else:
         gate, up = (linear(params, f"feed_forward.{name}", x) for name in ("gate", "up"))
-    return linear(params, "feed_forward.down", activation(gate) * up)
+    return leave(params, "feed_forward.down", activation(gate) * up)
 
 
 def block(
@@ -299,7 +307,9 @@ def block(
     y, cache = attend(params, y, keys[0], context, cache, config)
     x = add(x, y, "attention", keys[1])
     y = normalize(params, "feed_forward_norm", x, config)
-    return add(x, feed_forward(params, y, config, context.linear), "feed_forward", keys[2]), cache
+    return add(
+        x, feed_forward(params, y, config, context.enter, context.leave), "feed_forward", keys[2]
+    ), cache
 
 
 class Norm(nn.Module):
