@@ -342,10 +342,12 @@ def gathered(loss_fn: LossFn, model: Sharded) -> LossFn:
 
     Loss and metrics are means over all shares, weighted by metrics["weight"] where there is one
     (else every share weighs the same), and equal on every rank; "weight" itself is summed. The key
-    is folded with the number of the share, so that shares drop out apart from each other.
+    is folded with the number of the share, so that shares drop out apart from each other. Ranks of
+    cp hold other tokens of the same examples and count as shares, too.
     """
     mesh = model.mesh
     share, shares = data_rank(mesh)
+    share, shares = share * axis_size(mesh, "cp") + axis_rank(mesh, "cp"), shares * axis_size(mesh, "cp")
     axes = [axis for axis in (*DATA_AXES, "cp") if axis_size(mesh, axis) > 1]
     groups = [mesh.get_group(axis).group_name for axis in axes]
 

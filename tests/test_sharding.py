@@ -8,7 +8,9 @@ from ranks import check_claims
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.func import grad, jvp, vmap
 
-from msfs_functional import optim, random, sharding
+from msfs_functional import context_parallel, optim, random, sharding
+from msfs_functional.attention import attention
+from msfs_functional.collectives import psum
 from msfs_functional.gathering import gathered, sharded
 from msfs_functional.layouts import DECODER, TRANSFORMER
 from msfs_functional.losses import cross_entropy
@@ -216,6 +218,94 @@ def transforms():
         same(each(params, tokens), want)
 
 
+def split_tokens(on, tokens):
+    """Inputs, labels, positions and documents of the tokens that this rank holds."""
+    rows = share(tokens, on)
+    T = rows.shape[1] - 1
+    documents = (torch.arange(T) // 3).expand(len(rows), T)
+    parts = {"tokens": rows[:, :-1], "labels": rows[:, 1:], "documents": documents}
+    parts = {name: context_parallel.own_tokens(x, on) for name, x in parts.items()}
+    return {**parts, "positions": context_parallel.own_tokens(torch.arange(T), on, dim=0)}
+
+
+def next_of_own(model, attend, packed, params, parts, key):
+    documents = parts["documents"] if packed else None
+    options = {"positions": parts["positions"], "implementation": attend, "segment_ids": documents}
+    logits = model.apply(params, parts["tokens"], **options)
+    loss, count = cross_entropy(logits, parts["labels"])
+    return loss / count, {"weight": count}
+
+
+def equal_one_process_in_context(**degrees):
+    config = DecoderConfig(
+        29, width=12, depth=2, heads=2, kv_heads=1, hidden=18, max_length=16, attention_softcap=5.0
+    )
+    tokens = [torch.cat([x, x, x[:, :3]], 1) for x in batches()]  # 16 and one to predict
+    for packed in (False, True):
+        on = mesh(**degrees)
+        alone = functools.partial(next_of_own, decoder(config), "flash", packed)
+        whole = [
+            {
+                "tokens": x[:, :-1],
+                "labels": x[:, 1:],
+                "positions": torch.arange(16),
+                "documents": (torch.arange(16) // 3).expand(8, 16),
+            }
+            for x in tokens
+        ]
+        state, want = train(alone, decoder(config).init(0), whole, OPTIMIZER)
+        model = sharded(decoder(config), DECODER, on)
+        ring = context_parallel.ring_attention(on)
+        loss_fn = gathered(functools.partial(next_of_own, model, ring, packed), model)
+        parts = [split_tokens(on, x) for x in tokens]
+        ours, got = train(loss_fn, model.init(0), parts, OPTIMIZER)
+        torch.testing.assert_close(got, want, **CLOSE)
+        for name, value in sharding.gather(ours.params).items():
+            torch.testing.assert_close(value, state.params[name], **CLOSE)
+
+
+def context_parallelism():
+    equal_one_process_in_context(cp=2)
+
+
+def ring_attention_has_every_derivative():
+    """Value, gradient, tangent and Hessian-vector product in float64; causal or not."""
+    on = mesh(cp=2)
+    ring = context_parallel.ring_attention(on)
+    group = on.get_group("cp").group_name
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 4, 8, 6), (2, 2, 8, 6), (2, 2, 8, 5)]
+    x, t = (
+        tuple(torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
+        for _ in range(2)
+    )
+    for causal in (True, False):
+
+        def f(q, k, v, causal=causal):
+            return attention(q, k, v, is_causal=causal).sin().sum().sin()
+
+        def g(q, k, v, causal=causal):
+            return psum(ring(q, k, v, is_causal=causal).sin().sum(), group).sin()
+
+        def own(tensors):
+            return tuple(context_parallel.own_tokens(y, on, dim=2) for y in tensors)
+
+        every = (0, 1, 2)
+        torch.testing.assert_close(g(*own(x)), f(*x))
+        torch.testing.assert_close(grad(g, every)(*own(x)), own(grad(f, every)(*x)))
+        torch.testing.assert_close(jvp(g, own(x), own(t))[1], jvp(f, x, t)[1])
+        want = own(jvp(grad(f, every), x, t)[1])
+        torch.testing.assert_close(jvp(grad(g, every), own(x), own(t))[1], want)
+        for y in x:
+            assert torch.equal(
+                context_parallel.all_tokens(context_parallel.own_tokens(y, on, dim=2), on, dim=2), y
+            )
+    with pytest.raises(ValueError, match="ring attention does not know \\['window'\\]"):
+        ring(*own(x), window=3)
+    with pytest.raises(ValueError, match=r"2 cp \(4\) must divide the tokens of a sequence \(6\)"):
+        context_parallel.own_tokens(torch.zeros(1, 6), on)
+
+
 TWO = [
     shards_are_cut_from_the_unsharded_init,
     describe_lists_every_parameter,
@@ -227,6 +317,8 @@ TWO = [
     whole_tree_optimizers,
     guard_agrees_on_all_ranks,
     transforms,
+    context_parallelism,
+    ring_attention_has_every_derivative,
 ]
 
 
@@ -258,11 +350,17 @@ def tensor_parallel_that_does_not_divide_heads_is_refused():
         sharded(decoder(CONFIG), DECODER, mesh(tp=4))
 
 
+def context_and_other_parallelism():
+    equal_one_process_in_context(cp=2, dp_shard=2)
+    equal_one_process_in_context(cp=-1)
+
+
 FOUR = [
     shards_of_four_equal_the_unsharded_init,
     data_parallel_over_four,
     hybrid,
     tensor_and_data_parallel,
+    context_and_other_parallelism,
     tensor_parallel_that_does_not_divide_heads_is_refused,
 ]
 
