@@ -177,6 +177,9 @@ class Plan:
             if name in params and any(kind == "all_gather" for kind, *_ in steps)
         }
 
+        if not names:
+            return fn(whole, *args)
+
         def pack(x: Tensor) -> Any:
             name = names.get(x.untyped_storage().data_ptr()) if type(x) is Tensor else None
             return x if name is None else (name, x.shape, x.stride(), x.storage_offset())
@@ -337,8 +340,10 @@ def gather_in(module: nn.Module, methods: Sequence[str], plan: Plan) -> None:
     module.__class__ = type(kind.__name__, (kind,), own)
 
 
-def gathered(loss_fn: LossFn, model: Sharded) -> LossFn:
+def gathered(loss_fn: LossFn, model: Any) -> LossFn:
     """loss_fn over the whole batch, of which each rank passes its own share.
+
+    `model` is what `sharded` or `fsdp.fully_sharded` returned, the one that loss_fn calls.
 
     Loss and metrics are means over all shares, weighted by metrics["weight"] where there is one
     (else every share weighs the same), and equal on every rank; "weight" itself is summed. The key

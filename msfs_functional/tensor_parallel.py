@@ -37,9 +37,11 @@ def split_transformer(skeleton: nn.Module, group: str) -> None:
 def split_decoder(skeleton: nn.Module, group: str) -> None:
     """For `models.decoder`: the matrices of its blocks."""
 
+    enter, leave = enter_over(group), leave_over(group)
+
     def around(kind: type) -> Any:
         def forward(self: nn.Module, x: Tensor, key: Any, context: Any, *rest: Any, **options: Any):
-            context = context._replace(enter=enter_over(group), leave=leave_over(group))
+            context = context._replace(enter=enter, leave=leave)
             return kind.forward(self, x, key, context, *rest, **options)
 
         return forward

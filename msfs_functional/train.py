@@ -347,6 +347,7 @@ def make_step(
     compile: bool | Literal["regions"] = True,
     dynamic: bool | None = None,
     donate: bool = True,
+    gradient: Callable[..., Any] | None = None,
 ) -> Step:
     """step(state, batch) -> (state, metrics): gradient, guard, optimizer and average in one.
 
@@ -374,6 +375,8 @@ def make_step(
             seen, in all three.
         donate: write the new state into the old one's memory: nothing is allocated, and the state
             that went in is spent.
+        gradient: replaces `transforms.accumulate`, for models that keep parameters of their own
+            (`fsdp`); the loss is then not compiled, the update is.
 
     Raises:
         ValueError: a batch that accumulation does not divide; members that the state does not have;
@@ -404,7 +407,7 @@ def make_step(
             with regions.compiled():
                 return plain(*args)
 
-    elif compile:
+    elif compile and gradient is None:
         objective = compile_per_shape(objective, dynamic)
     checked = False
 
@@ -419,7 +422,7 @@ def make_step(
         else:
             pieces = [(batch, None)]
         calls = ((piece, state.key, state.step, part) for piece, part in pieces)
-        (_, (sums, weight)), grads = accumulate(objective, state.params, calls)
+        (_, (sums, weight)), grads = (gradient or accumulate)(objective, state.params, calls)
         with torch.no_grad():
             return advance(state, grads, sums, weight)
 

@@ -1,5 +1,6 @@
 """Sharded training on several ranks equals one process; bad degrees and rules are told."""
 
+import dataclasses
 import functools
 
 import pytest
@@ -11,6 +12,7 @@ from torch.func import grad, jvp, vmap
 from msfs_functional import context_parallel, optim, random, sharding
 from msfs_functional.attention import attention
 from msfs_functional.collectives import psum
+from msfs_functional.fsdp import fully_sharded
 from msfs_functional.gathering import gathered, sharded
 from msfs_functional.layouts import DECODER, TRANSFORMER
 from msfs_functional.losses import cross_entropy
@@ -166,6 +168,29 @@ def whole_tree_optimizers():
         equal_one_process({"dp_shard": 2}, optimizer=optimizer)
 
 
+def fsdp2():
+    """fully_shard behind the same step: the same losses, gradient norms and parameters."""
+    cases = [
+        (decoder, CONFIG, DECODER, next_token, {"dp_shard": -1}),
+        (decoder, CONFIG, DECODER, next_token, {"dp_replicate": 2, "dp_shard": -1}),
+        (transformer, PAIRS, TRANSFORMER, translation, {"dp_shard": -1}),
+    ]
+    for build, config, layout, loss, given in cases:
+        for accumulation in (1, 2):
+            one, want = on_one_process(build, config, loss, OPTIMIZER, accumulation=accumulation)
+            on = mesh(**given)
+            model = fully_sharded(build(config), layout, on)
+            loss_fn = gathered(functools.partial(loss, model), model)
+            data = [share(tokens, on) for tokens in batches()]
+            options = {"accumulation": accumulation, "gradient": model.gradient}
+            state, got = train(loss_fn, model.init(0), data, OPTIMIZER, **options)
+            torch.testing.assert_close(got, want, **CLOSE)
+            for name, value in sharding.gather(state.params).items():
+                torch.testing.assert_close(value, one.params[name], **CLOSE)
+    with pytest.raises(ValueError, match="data axes only"):
+        fully_sharded(decoder(CONFIG), DECODER, mesh(tp=-1))
+
+
 def guard_agrees_on_all_ranks():
     """One rank's loss is infinite: no rank updates."""
     on = mesh(dp_shard=2)
@@ -317,6 +342,7 @@ TWO = [
     whole_tree_optimizers,
     guard_agrees_on_all_ranks,
     transforms,
+    fsdp2,
     context_parallelism,
     ring_attention_has_every_derivative,
 ]
