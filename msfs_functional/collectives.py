@@ -1,4 +1,4 @@
-"""Collectives that are linear maps: each has its transpose among them, so every derivative is right.
+"""Collectives as linear maps, each with its transpose among them: every derivative is right.
 
 Within one axis of a mesh a value is either the same on all ranks or differs from rank to rank. Seen
 as one function over all ranks, whose cotangents are to be added up over ranks where they differ,
@@ -14,7 +14,7 @@ as one function over all ranks, whose cotangents are to be added up over ranks w
 
 (JAX's shard_map types values in the same way.) A sum over ranks happens where a derivative needs
 one, never twice. First and higher derivatives, forward mode and vmap work on each, eager and
-compiled; compiled, they are traced as the functional collectives that Inductor overlaps and buckets.
+compiled, where they become the functional collectives that Inductor overlaps and buckets.
 
 Chunks are as torch.chunk and DTensor cut them: equal but for the last ones, which may be empty.
 """

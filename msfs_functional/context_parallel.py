@@ -7,7 +7,7 @@
 Keys and values travel from rank to rank; each rank attends with its queries to what passes by, and
 joins the parts by their log-sum-exps (Liu et al. 2023, "Ring attention"; Milakov and Gimelshein
 2018). Under a causal mask rank 0 would be done long before the last one, so a sequence is cut into
-2 n chunks, of which rank r holds the r-th from the front and the r-th from the back: every rank then
+2 n chunks, of which rank r holds the r-th from the front and the r-th from the back: each rank then
 has the same work at every step. For n = 2, queries down, keys across, C causal, 1 all, . none:
 
               rank 0 holds chunks 0 and 3, rank 1 holds 1 and 2
@@ -45,7 +45,8 @@ def own_tokens(x: Tensor, mesh: DeviceMesh, dim: int = 1) -> Tensor:
         return x
     if x.shape[dim] % (2 * n):
         raise ValueError(
-            f"2 cp ({2 * n}) must divide the tokens of a sequence ({x.shape[dim]}): pad it or cut it"
+            f"2 cp ({2 * n}) must divide the tokens of a sequence ({x.shape[dim]}): "
+            f"pad it or cut it"
         )
     chunks = x.chunk(2 * n, dim)
     return torch.cat([chunks[rank], chunks[2 * n - 1 - rank]], dim)

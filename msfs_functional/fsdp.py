@@ -109,7 +109,11 @@ def fully_sharded(
     """
     if taken := [axis for axis in ("tp", "cp") if axis_size(mesh, axis) > 1]:
         raise ValueError(f"fully_shard goes with data axes only, the mesh has {taken}: use sharded")
-    data = mesh["dp_replicate", "dp_shard"] if axis_size(mesh, "dp_replicate") > 1 else mesh["dp_shard"]
+    data = (
+        mesh["dp_replicate", "dp_shard"]
+        if axis_size(mesh, "dp_replicate") > 1
+        else mesh["dp_shard"]
+    )
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce_dtype or torch.float32)
     module = copy.deepcopy(model.skeleton)
     units = [part for path, part in module.named_modules() if re.search(layout.blocks, path)]

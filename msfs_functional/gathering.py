@@ -352,7 +352,10 @@ def gathered(loss_fn: LossFn, model: Any) -> LossFn:
     """
     mesh = model.mesh
     share, shares = data_rank(mesh)
-    share, shares = share * axis_size(mesh, "cp") + axis_rank(mesh, "cp"), shares * axis_size(mesh, "cp")
+    share, shares = (
+        share * axis_size(mesh, "cp") + axis_rank(mesh, "cp"),
+        shares * axis_size(mesh, "cp"),
+    )
     axes = [axis for axis in (*DATA_AXES, "cp") if axis_size(mesh, axis) > 1]
     groups = [mesh.get_group(axis).group_name for axis in axes]
 

@@ -77,8 +77,8 @@ def mesh(
 ) -> DeviceMesh:
     """The mesh of these degrees over all processes, with the axes (tp, dp_replicate, dp_shard, cp).
 
-    Under torchrun (or any launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT) it joins
-    the process group, unless somebody has; alone it needs no launcher and no network.
+    Under torchrun (or whatever sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT) it joins the
+    process group, unless somebody has; alone it needs no launcher and no network.
 
     Args:
         dp_replicate, dp_shard, tp, cp: ranks along each axis; one may be -1 and takes the rest.

@@ -83,8 +83,8 @@ def words(
     if isinstance(offset, Tensor):
         if offset.shape != tuple(shape):
             raise ValueError(
-                f"offset {tuple(offset.shape)} must be of the shape drawn, {tuple(shape)}: one flat "
-                f"index for each element"
+                f"offset {tuple(offset.shape)} must be of the shape drawn, {tuple(shape)}: "
+                f"one flat index for each element"
             )
         first = each * offset.to(key.device)
         stream = philox_words(key, first.flatten() >> 2, NUMBERS).view(*shape, 4)

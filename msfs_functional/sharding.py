@@ -1,6 +1,9 @@
-"""Where every parameter lives on a mesh: rules over names, as for everything that depends on names.
+"""Where every parameter lives on a mesh, by rules over names.
 
-    rules = [(r"(q|k|v)\\.weight$", {"tp": Shard(0), "dp_shard": Shard(0)}), ("", {"dp_shard": Shard(0)})]
+    rules = [
+        (r"[qkv]\\.weight$", {"tp": Shard(0), "dp_shard": Shard(0)}),
+        ("", {"dp_shard": Shard(0)}),
+    ]
     params = init(model, seed, rules, mesh)     # or shard(params, rules, mesh): DTensors
     print(describe(params))
     gather(params)                              # plain tensors again
@@ -41,7 +44,7 @@ FULLY_SHARDED: Rules[Cuts] = [("", {"dp_shard": Shard(0)})]
 def placements(
     rules: Rules[Cuts], shapes: Mapping[str, Sequence[int]], mesh: DeviceMesh
 ) -> dict[str, tuple[Placement, ...]]:
-    """{name: one placement for each axis of `active(mesh)`}, by the first rule that matches the name.
+    """{name: a placement for each axis of `active(mesh)`}, by the first rule that matches.
 
     Args:
         shapes: {parameter name: shape}, such as `Functional.shapes`.
@@ -76,7 +79,7 @@ def placements(
 def shard(params: Params, rules: Rules[Cuts], mesh: DeviceMesh) -> Params:
     """DTensors that hold this rank's shards of `params`, which every rank passes in full.
 
-    Nothing is communicated: every rank must pass equal values, as `init` of one seed or a checkpoint
+    Nothing is communicated: all ranks must pass equal values, as `init` of one seed or a checkpoint
     gives them. The shards are copies.
     """
     placed = placements(rules, {name: p.shape for name, p in params.items()}, mesh)
@@ -89,7 +92,7 @@ def shard(params: Params, rules: Rules[Cuts], mesh: DeviceMesh) -> Params:
 
 
 def gather(params: Any) -> Any:
-    """Every DTensor of a dict as a whole plain tensor, on every rank; all ranks call it together."""
+    """Every DTensor of a dict as a whole plain tensor, on each rank; all ranks call it together."""
     return {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in params.items()}
 
 

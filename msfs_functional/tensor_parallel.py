@@ -5,7 +5,7 @@
 
 Between `enter` and `leave` no rank needs anything from another, as heads and hidden units are
 independent. What is added to x is the same on all ranks. These functions make a skeleton, whose
-parameters are then the rank's parts, compute in this way; they work on a copy, which `sharded` makes.
+parameters are then the rank's parts, compute in this way; `sharded` gives them a copy.
 
 Source: Shoeybi et al. 2019, section 3 (whose f is `enter`, a pvary, and g is `leave`, a psum).
 """

@@ -1,4 +1,4 @@
-"""Runs claims on several gloo ranks of this machine, all of a module's in one start of processes."""
+"""Runs claims on several gloo ranks of this machine, many in one start of processes."""
 
 import os
 import socket

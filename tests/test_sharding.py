@@ -5,7 +5,9 @@ import functools
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from ranks import check_claims
+from torch._dynamo.backends.common import aot_autograd
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.func import grad, jvp, vmap
 
@@ -37,7 +39,7 @@ CONFIG = DecoderConfig(
     output_bias=True,
 )
 PAIRS = TransformerConfig(29, width=12, depth=1, heads=2, hidden=18, dropout=0.0)
-# Gradients that are zero but for rounding (of a key's bias) are noise that Adam without eps inflates.
+# Without eps Adam inflates gradients that are rounding alone, such as those of a key's bias.
 OPTIMIZER = optim.chain(optim.clip_by_global_norm(0.5), optim.adamw(1e-2, eps=1e-3))
 CLOSE = {"rtol": 1e-5, "atol": 2e-6}  # after five steps in float32
 
@@ -81,7 +83,7 @@ def on_one_process(build, config, loss, optimizer, **options):
 
 
 def equal_one_process(
-    degrees,
+    given,
     build=decoder,
     config=CONFIG,
     layout=DECODER,
@@ -91,7 +93,7 @@ def equal_one_process(
 ):
     """Five steps: loss and gradient norm of each, then parameters and their moving average."""
     optimizer = optimizer or OPTIMIZER
-    on = mesh(**degrees)
+    on = mesh(**given)
     accumulation = {k: v for k, v in options.items() if k == "accumulation"}
     one, want = on_one_process(build, config, loss, optimizer, **accumulation)
     model = sharded(build(config), layout, on)
@@ -109,8 +111,8 @@ def equal_one_process(
 
 
 def shards_are_cut_from_the_unsharded_init():
-    for degrees in ({"dp_shard": 2}, {"tp": 2}, {"dp_replicate": 2}):
-        on = mesh(**degrees)
+    for given in ({"dp_shard": 2}, {"tp": 2}, {"dp_replicate": 2}):
+        on = mesh(**given)
         for build, config, layout in (
             (decoder, CONFIG, DECODER),
             (transformer, PAIRS, TRANSFORMER),
@@ -159,8 +161,34 @@ def accumulated_microbatches():
 
 
 def compiled_step():
-    with torch._inductor.config.patch({}):
-        equal_one_process({"dp_shard": 2}, compile=True)
+    """One graph: equal to one process, and weights are gathered again in the backward."""
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append([node.target for node in graph.graph.nodes])
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(
+        fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition
+    )
+    on = mesh(dp_shard=2)
+    one = dataclasses.replace(CONFIG, depth=1, qk_norm=False)
+    model = sharded(decoder(one), DECODER, on)
+    loss_fn = gathered(functools.partial(next_token, model), model)
+    compiled = torch.compile(lambda p, x: loss_fn(p, x, random.key(0))[0], backend=backend)
+    params, tokens = model.init(0), batches(1)[0]
+    value, grads = value_and_grad(compiled)(params, share(tokens, on))
+    whole = decoder(one).init(0)
+    want = value_and_grad(lambda p: next_token(decoder(one), p, tokens, None)[0])(whole)
+    torch.testing.assert_close(value, want[0])
+    for name, gradient in sharding.gather(grads).items():
+        torch.testing.assert_close(gradient, want[1][name], **CLOSE)
+    gather = torch.ops._c10d_functional.all_gather_into_tensor.default
+    scatter = torch.ops._c10d_functional.reduce_scatter_tensor.default
+    forward, backward = graphs
+    assert forward.count(gather) == backward.count(scatter) == len(params)
+    matrices = [name for name in params if params[name].ndim == 2 and "embedding" not in name]
+    assert backward.count(gather) >= len(matrices)
 
 
 def whole_tree_optimizers():
@@ -168,27 +196,29 @@ def whole_tree_optimizers():
         equal_one_process({"dp_shard": 2}, optimizer=optimizer)
 
 
-def fsdp2():
+def fsdp2(build, config, layout, loss, accumulation=1, **given):
     """fully_shard behind the same step: the same losses, gradient norms and parameters."""
-    cases = [
-        (decoder, CONFIG, DECODER, next_token, {"dp_shard": -1}),
-        (decoder, CONFIG, DECODER, next_token, {"dp_replicate": 2, "dp_shard": -1}),
-        (transformer, PAIRS, TRANSFORMER, translation, {"dp_shard": -1}),
-    ]
-    for build, config, layout, loss, given in cases:
-        for accumulation in (1, 2):
-            one, want = on_one_process(build, config, loss, OPTIMIZER, accumulation=accumulation)
-            on = mesh(**given)
-            model = fully_sharded(build(config), layout, on)
-            loss_fn = gathered(functools.partial(loss, model), model)
-            data = [share(tokens, on) for tokens in batches()]
-            options = {"accumulation": accumulation, "gradient": model.gradient}
-            state, got = train(loss_fn, model.init(0), data, OPTIMIZER, **options)
-            torch.testing.assert_close(got, want, **CLOSE)
-            for name, value in sharding.gather(state.params).items():
-                torch.testing.assert_close(value, one.params[name], **CLOSE)
+    one, want = on_one_process(build, config, loss, OPTIMIZER, accumulation=accumulation)
+    on = mesh(**given)
+    model = fully_sharded(build(config), layout, on)
+    loss_fn = gathered(functools.partial(loss, model), model)
+    data = [share(tokens, on) for tokens in batches()]
+    options = {"accumulation": accumulation, "gradient": model.gradient}
+    state, got = train(loss_fn, model.init(0), data, OPTIMIZER, **options)
+    torch.testing.assert_close(got, want, **CLOSE)
+    for name, value in sharding.gather(state.params).items():
+        torch.testing.assert_close(value, one.params[name], **CLOSE)
+
+
+def fsdp2_path():
+    fsdp2(decoder, CONFIG, DECODER, next_token, accumulation=2, dp_shard=2)
+    fsdp2(transformer, PAIRS, TRANSFORMER, translation, dp_shard=2)
     with pytest.raises(ValueError, match="data axes only"):
         fully_sharded(decoder(CONFIG), DECODER, mesh(tp=-1))
+
+
+def fsdp2_path_on_a_hybrid_mesh():
+    fsdp2(decoder, CONFIG, DECODER, next_token, dp_replicate=2, dp_shard=2)
 
 
 def guard_agrees_on_all_ranks():
@@ -209,38 +239,41 @@ def guard_agrees_on_all_ranks():
 
 def transforms():
     """torch.func over DTensor parameters, in float64: exact to rounding."""
-    for degrees in ({"dp_shard": 2}, {"dp_replicate": 2}, {"tp": 2}):
-        on = mesh(**degrees)
-        plain, model = decoder(CONFIG), sharded(decoder(CONFIG), DECODER, on)
-        tokens, key = batches(1)[0], random.key(0)
-        whole = plain.init(0, dtype=torch.float64)
-        v = {name: p.cos() * 0.3 for name, p in plain.init(1, dtype=torch.float64).items()}
-        params, tv = (sharding.shard(x, DECODER.rules, on) for x in (whole, v))
-        sharded_loss = gathered(functools.partial(next_token, model), model)
+    for given in ({"dp_shard": 2}, {"dp_replicate": 2}, {"tp": 2}):
+        transforms_on(mesh(**given))
 
-        def f(params, tokens=tokens):
-            return next_token(plain, params, tokens, key)[0]
 
-        def g(params, tokens=tokens):
-            return sharded_loss(params, share(tokens, on), key)[0]
+def transforms_on(on):
+    plain, model = decoder(CONFIG), sharded(decoder(CONFIG), DECODER, on)
+    tokens, key = batches(1)[0], random.key(0)
+    whole = plain.init(0, dtype=torch.float64)
+    v = {name: p.cos() * 0.3 for name, p in plain.init(1, dtype=torch.float64).items()}
+    params, tv = (sharding.shard(x, DECODER.rules, on) for x in (whole, v))
+    sharded_loss = gathered(functools.partial(next_token, model), model)
 
-        def same(got, want):
-            for name, value in want.items():
-                assert isinstance(got[name], DTensor)
-                torch.testing.assert_close(got[name].full_tensor(), value, msg=lambda m: name + m)
+    def f(params, tokens=tokens):
+        return next_token(plain, params, tokens, key)[0]
 
-        same(grad(g)(params), grad(f)(whole))
-        value, grads = value_and_grad(g)(params)
-        torch.testing.assert_close(value, f(whole))
-        same(grads, grad(f)(whole))
-        got, want = jvp(g, (params,), (tv,)), jvp(f, (whole,), (v,))
-        torch.testing.assert_close(got, want)
-        same(hvp(g, params, tv), hvp(f, whole, v))
+    def g(params, tokens=tokens):
+        return sharded_loss(params, share(tokens, on), key)[0]
 
-        # Every rank takes every example, and shares its gradient's shards out.
-        each = vmap(grad(lambda p, row: sharded_loss(p, row[None], key)[0]), (None, 0))
-        want = vmap(grad(lambda p, row: f(p, row[None])), (None, 0))(whole, tokens)
-        same(each(params, tokens), want)
+    def same(got, want):
+        for name, value in want.items():
+            assert isinstance(got[name], DTensor)
+            torch.testing.assert_close(got[name].full_tensor(), value, msg=lambda m, n=name: n + m)
+
+    same(grad(g)(params), grad(f)(whole))
+    value, grads = value_and_grad(g)(params)
+    torch.testing.assert_close(value, f(whole))
+    same(grads, grad(f)(whole))
+    got, want = jvp(g, (params,), (tv,)), jvp(f, (whole,), (v,))
+    torch.testing.assert_close(got, want)
+    same(hvp(g, params, tv), hvp(f, whole, v))
+
+    # Every rank takes every example, and shares its gradient's shards out.
+    each = vmap(grad(lambda p, row: sharded_loss(p, row[None], key)[0]), (None, 0))
+    want = vmap(grad(lambda p, row: f(p, row[None])), (None, 0))(whole, tokens)
+    same(each(params, tokens), want)
 
 
 def split_tokens(on, tokens):
@@ -261,13 +294,13 @@ def next_of_own(model, attend, packed, params, parts, key):
     return loss / count, {"weight": count}
 
 
-def equal_one_process_in_context(**degrees):
+def equal_one_process_in_context(packings=(False, True), **given):
     config = DecoderConfig(
         29, width=12, depth=2, heads=2, kv_heads=1, hidden=18, max_length=16, attention_softcap=5.0
     )
     tokens = [torch.cat([x, x, x[:, :3]], 1) for x in batches()]  # 16 and one to predict
-    for packed in (False, True):
-        on = mesh(**degrees)
+    for packed in packings:
+        on = mesh(**given)
         alone = functools.partial(next_of_own, decoder(config), "flash", packed)
         whole = [
             {
@@ -342,7 +375,8 @@ TWO = [
     whole_tree_optimizers,
     guard_agrees_on_all_ranks,
     transforms,
-    fsdp2,
+    compiled_step,
+    fsdp2_path,
     context_parallelism,
     ring_attention_has_every_derivative,
 ]
@@ -352,8 +386,8 @@ TWO = [
 
 
 def shards_of_four_equal_the_unsharded_init():
-    for degrees in ({"dp_shard": 4}, {"tp": 2, "dp_shard": 2}):
-        model = sharded(decoder(CONFIG), DECODER, mesh(**degrees))
+    for given in ({"dp_shard": 4}, {"tp": 2, "dp_shard": 2}):
+        model = sharded(decoder(CONFIG), DECODER, mesh(**given))
         whole = decoder(CONFIG).init(3)
         for name, value in sharding.gather(model.init(3)).items():
             assert torch.equal(value, whole[name]), name
@@ -377,8 +411,8 @@ def tensor_parallel_that_does_not_divide_heads_is_refused():
 
 
 def context_and_other_parallelism():
-    equal_one_process_in_context(cp=2, dp_shard=2)
-    equal_one_process_in_context(cp=-1)
+    equal_one_process_in_context(cp=2, dp_shard=2, packings=(True,))
+    equal_one_process_in_context(cp=-1, packings=(True,))
 
 
 FOUR = [
@@ -387,6 +421,7 @@ FOUR = [
     hybrid,
     tensor_and_data_parallel,
     context_and_other_parallelism,
+    fsdp2_path_on_a_hybrid_mesh,
     tensor_parallel_that_does_not_divide_heads_is_refused,
 ]
 
