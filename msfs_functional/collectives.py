@@ -32,11 +32,11 @@ LIBRARY = torch.library.Library("msfs_functional", "DEF")
 
 
 def group_size(group: str) -> int:
-    return dist.distributed_c10d._resolve_process_group(group).size()
+    return dist.distributed_c10d._resolve_process_group(group).size()  # pyright: ignore[reportArgumentType]
 
 
 def group_rank(group: str) -> int:
-    return dist.distributed_c10d._resolve_process_group(group).rank()
+    return dist.distributed_c10d._resolve_process_group(group).rank()  # pyright: ignore[reportArgumentType]
 
 
 def chunk_bounds(size: int, parts: int, i: int) -> tuple[int, int]:

@@ -14,6 +14,7 @@ Everything is made of the linear maps of `collectives`, so torch.func transforms
 are right too; compiled, all collectives stand in one graph and overlap with what they can.
 """
 
+# pyright: reportAttributeAccessIssue=false
 import copy
 import functools
 import re
@@ -101,7 +102,7 @@ def batched(spec: tuple, size: int) -> tuple:
 def local(x: Tensor) -> Tensor:
     """This rank's shard of a DTensor, also inside torch.func transforms."""
     if torch.compiler.is_compiling():
-        return x.to_local()  # pyright: ignore[reportAttributeAccessIssue]
+        return x.to_local()
     bottom = x
     while torch._C._functorch.is_functorch_wrapped_tensor(bottom):
         bottom = torch._C._functorch.get_unwrapped(bottom)
@@ -324,7 +325,7 @@ def gather_in(module: nn.Module, methods: Sequence[str], plan: Plan) -> None:
 
         @functools.wraps(method)
         def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            held = dict(self.named_parameters())
+            held: Params = dict(self.named_parameters())
             if not any(is_sharded(p) for p in held.values()):
                 return method(self, *args, **kwargs)
 
