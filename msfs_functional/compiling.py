@@ -70,7 +70,9 @@ def compile_per_shape(fn: Callable[..., Any], dynamic: bool | None) -> Callable[
             return graphs[shapes](params, batch, *rest)
         symbolic = dynamic is True or (dynamic is None and len(graphs) > 0)
         if dynamic is False or not graphs:
-            graph = torch.compile(fresh(fn), fullgraph=True)
+            # Left to itself, Dynamo makes sizes symbols that differed in other functions of the
+            # same source line: only what is marked here shall be one.
+            graph = torch.compile(fresh(fn), fullgraph=True, dynamic=False)
         else:
             graph = next(iter(graphs.values()))
         graphs[shapes] = graph

@@ -220,15 +220,16 @@ def row_keys(key: Int64[Tensor, "*B 2"], prompts: int, samples: int) -> Int64[Te
 
 def copy_corners(state: Any, shorter: Any) -> None:
     """Writes every tensor of `shorter` into the beginning of its counterpart, in all dims."""
-    leaves = [optree.tree_leaves(tree) for tree in (state, shorter)]
+    trees: tuple[Any, ...] = (state, shorter)
+    leaves = [optree.tree_leaves(tree) for tree in trees]
     for own, new in zip(*leaves, strict=True):
         own[tuple(slice(n) for n in new.shape)].copy_(new)
 
 
-def writing(update: Callable[[State, Any], State]) -> Callable[[State, Any], Any]:
+def writing(update: Callable[[Any, Any], Any]) -> Callable[[State, Any], Any]:
     """`state[...] = update(state, batch)`; returns (state, {})."""
 
-    def write(state: State, batch: Any) -> tuple[State, dict]:
+    def write(state: Any, batch: Any) -> tuple[Any, dict]:
         new = update(state, batch)
         for old, value in zip(optree.tree_leaves(state), optree.tree_leaves(new), strict=True):
             if old is not value:
@@ -511,7 +512,7 @@ class Generator:
         return kept.state
 
     def _write(self, fn: Callable[[State, Any], Any], state: State, batch: Any) -> None:
-        with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=256):
+        with torch.no_grad():
             fn(state, batch)
 
     def _look(

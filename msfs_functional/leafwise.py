@@ -181,4 +181,4 @@ class Leafwise:
                 old.copy_(x)
             return None
 
-        return torch.compile(fresh(update), fullgraph=True)
+        return torch.compile(fresh(update), fullgraph=True, dynamic=False)

@@ -182,12 +182,15 @@ def horner(x: Tensor, coefficients: Sequence[int]) -> Tensor:
 def minus_log(word: Tensor) -> Tensor:
     """-ln u in units of 2**-31, u = (word + 1/2) / 2**32; never negative.
 
-    float64 holds 2 word + 1 = (1 + f) 2**e exactly and its bits show e and f. With g = 1 - f,
-    -ln u = (32 - e) ln 2 - ln(1 - g/2), both terms positive.
+    2 word + 1 = (1 + f) 2**e; with g = 1 - f, -ln u = (32 - e) ln 2 - ln(1 - g/2), both terms
+    positive. The exponent that a logarithm suggests is corrected in integers, so it is exact.
     """
-    pattern = (2 * word + 1).to(torch.float64).view(torch.int64)
-    exponent = (pattern >> 52) - 1023
-    g = 2**31 - ((pattern >> 21) & (2**31 - 1))
+    odd = 2 * word + 1
+    exponent = torch.log2(odd.to(torch.float64)).to(torch.int64)
+    leading = odd >> exponent
+    exponent = exponent + (leading > 1).to(torch.int64) - (leading < 1).to(torch.int64)
+    fraction = (odd - (torch.ones_like(odd) << exponent)) << 31 >> exponent
+    g = 2**31 - fraction
     return (32 - exponent) * LN2 + (g * horner(g, LOG_FIT) >> 31)
 
 

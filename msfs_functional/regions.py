@@ -9,9 +9,10 @@ call, while what lies between regions runs eagerly:
 
     keys = region(random.split)(key, n)
 
-Outside of such a step, under a torch.func transform and inside torch.compile a region is the plain
-function. (torch.compiler.nested_compile_region promises the same inside one graph; on torch 2.13
-gradients through it came out wrong without an error, so it is not used.)
+Outside of such a step, inside torch.compile and under torch.func transforms other than the one vmap
+over an ensemble's members a region is the plain function. (torch.compiler.nested_compile_region has
+the same aim inside one graph; on torch 2.13 gradients through it came out wrong without an error,
+so it is not used.)
 """
 
 import functools
@@ -22,7 +23,9 @@ from typing import Any, TypeVar
 
 import optree
 import torch
+from msfs_kernels.dispatch import is_sharded
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.func import functional_call
 
 from msfs_functional.compiling import compile_per_shape
@@ -48,23 +51,52 @@ class Regions:
             _active.reset(token)
 
     def call(self, fn: Callable[..., Any], params: Any, args: tuple, kwargs: dict) -> Any:
-        leaves, spec, *_ = optree.tree_flatten((args, kwargs), namespace=NAMESPACE)  # pyright: ignore
-        constants = tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor))
-        graph = self.graphs.get((fn, spec, constants))
-        if graph is None:
+        call = (args, kwargs)
+        stack = torch._C._functorch.get_interpreter_stack()  # pyright: ignore
+        if not stack:
+            return self.graph(fn, call, None)(params, call)
+        # Members of an ensemble: the region is compiled mapped over them and called outside of the
+        # vmap that is going on.
+        level = stack[0].level()
+        (params, call), dims = unwrapped((params, call), level)
+        with temporarily_clear_interpreter_stack():
+            out = self.graph(fn, call, dims)(params, call)
+        return optree.tree_map(
+            lambda x: torch._C._functorch._add_batch_dim(x, 0, level),  # pyright: ignore
+            out,
+            namespace=NAMESPACE,
+        )
+
+    def graph(self, fn: Callable[..., Any], call: Any, dims: Any) -> Callable[..., Any]:
+        leaves, spec, *_ = optree.tree_flatten((call, dims), namespace=NAMESPACE)  # pyright: ignore
+        key = fn, spec, tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor))
+        if key not in self.graphs:
 
             def run(params: Any, call: tuple[tuple, dict]) -> Any:
                 return fn(params, *call[0], **call[1])
 
-            graph = self.graphs[fn, spec, constants] = compile_per_shape(run, self.dynamic)
-        return graph(params, (args, kwargs))
+            one = run if dims is None else torch.func.vmap(run, in_dims=dims)
+            self.graphs[key] = compile_per_shape(lambda *args: one(*args), self.dynamic)
+        return self.graphs[key]
+
+
+def unwrapped(tree: Any, level: int) -> tuple[Any, Any]:
+    """The tensors that vmap at `level` maps, whole, and which dim of each it maps (None: none)."""
+    leaves, spec, *_ = optree.tree_flatten(tree, namespace=NAMESPACE)  # pyright: ignore
+    dims: list[Any] = [None] * len(leaves)
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor):
+            leaves[i], dims[i] = torch._C._functorch._unwrap_batched(leaf, level)  # pyright: ignore
+    return optree.tree_unflatten(spec, leaves), optree.tree_unflatten(spec, dims)
 
 
 def active() -> Regions | None:
     """The regions to use for a call made now, if any."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or _active.get() is None:
         return None
-    return _active.get()
+    stack = torch._C._functorch.get_interpreter_stack() or []  # pyright: ignore
+    members = len(stack) == 1 and stack[0].key() == torch._C._functorch.TransformType.Vmap  # pyright: ignore
+    return _active.get() if members or not stack else None
 
 
 def region(fn: F) -> F:
@@ -87,6 +119,18 @@ def region(fn: F) -> F:
     return run  # pyright: ignore[reportReturnType]
 
 
+def region_of(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A pure function of (params, ...) as a region, compiled once for all params of a shape."""
+
+    def run(params: Any, *args: Any, **kwargs: Any) -> Any:
+        regions = active()
+        if regions is None:
+            return fn(params, *args, **kwargs)
+        return regions.call(fn, params, args, kwargs)
+
+    return run
+
+
 class Block:
     """A layer that a model holds many times over, as one region: block(layer, x) is layer(x).
 
@@ -101,10 +145,10 @@ class Block:
         def run(params: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             return functional_call(template, params, args, kwargs, strict=True)
 
-        self.run = run
+        self.run = region_of(run)
 
     def __call__(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        regions = active()
-        if regions is None:
+        params = dict(layer.named_parameters())
+        if active() is None or any(map(is_sharded, params.values())):  # gathers them by itself
             return layer(*args, **kwargs)
-        return regions.call(self.run, dict(layer.named_parameters()), args, kwargs)
+        return self.run(params, *args, **kwargs)

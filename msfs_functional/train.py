@@ -386,8 +386,6 @@ def make_step(
         raise ValueError(f"accumulation ({accumulation}) must be at least 1")
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"clip_norm ({clip_norm}) must be positive; None does not clip")
-    if members is not None and compile == "regions":
-        raise ValueError("an ensemble's loss is one vmapped graph: compile=True or False")
     weighted = accumulation > 1
     objective = _objective(loss_fn, weighted, members)
     advance = _advance(

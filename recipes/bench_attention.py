@@ -1,7 +1,8 @@
 """Attention measured: our kernels and every peer that is installed, in one run on one GPU.
 
     python recipes/bench_attention.py               # the grid, forward and backward
-    python recipes/bench_attention.py --check       # ours against float64, random options (< 60 s)
+    python recipes/bench_attention.py --check       # ours against float64, random options (< 70 s)
+    python recipes/bench_attention.py --device cpu --lengths 128 1024     # beside torch on the CPU
     python recipes/bench_attention.py --tangent     # torch.func.jvp beside jvp_flash_attention
     python recipes/bench_attention.py --overhead    # the host's time a call
     python recipes/bench_attention.py --tune        # measures tile sizes, rewrites configs.json
@@ -270,6 +271,45 @@ def plot(out: Path, rows: list[dict]) -> None:
     figure.savefig(out / "attention.png", dpi=130)
 
 
+def interleaved_ms(calls: list[Callable[[], object]], rep_ms: int) -> list[float]:
+    """Median milliseconds of each call on the CPU, run in turn so that all see the same machine."""
+    times: list[list[float]] = [[] for _ in calls]
+    start = time.perf_counter()
+    while time.perf_counter() - start < len(calls) * rep_ms / 1000 or len(times[0]) < 5:
+        for call, taken in zip(calls, times, strict=True):
+            before = time.perf_counter()
+            call()
+            taken.append(1e3 * (time.perf_counter() - before))
+    return [sorted(taken)[len(taken) // 2] for taken in times]
+
+
+def bench_cpu(args: argparse.Namespace) -> None:
+    """Forward and backward in float32 on the CPU beside torch's own attention there."""
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; B 2, H 8, K 64, float32")
+    for length in args.lengths:
+        for causal in args.causal:
+            q, k, v = (torch.randn(2, 8, length, 64, requires_grad=True) for _ in range(3))
+            do = torch.randn(2, 8, length, 64)
+
+            def torchs(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+                return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+            calls: list[Callable[[], object]] = []
+            for attention in (ours, torchs):
+                o = attention(q, k, v, causal)
+                calls.append(torch.no_grad()(functools.partial(attention, q, k, v, causal)))
+                calls.append(
+                    functools.partial(torch.autograd.grad, o, (q, k, v), do, retain_graph=True)
+                )
+            fwd, bwd, peer_fwd, peer_bwd = interleaved_ms(calls, args.rep)
+            print(
+                f"{length:6d} {'causal' if causal else 'full  '}"
+                f"  forward {fwd:7.3f} ms, torch {peer_fwd:7.3f}, {fwd / peer_fwd:4.2f} times"
+                f"  backward {bwd:7.3f} ms, torch {peer_bwd:7.3f}, {bwd / peer_bwd:4.2f} times",
+                flush=True,
+            )
+
+
 def bench_decode(args: argparse.Namespace) -> None:
     """One new token of 8 rows, 32 heads over 8 kv heads of 128, against a cache of keys."""
     from msfs_kernels import triton_backend
@@ -357,38 +397,114 @@ def bench_tangent(args: argparse.Namespace) -> None:
     save(args.out, "tangent", rows)
 
 
-def check_one(job: tuple[int, int, float]) -> list[str] | None:
-    """In a worker process with its own CUDA context: one random case; None when the time was up."""
-    from msfs_kernels.triton_check import failures, random_case
+SIBLINGS = 3  # cases of each draw, which share its kernels
+PASSES = {"o": "forward", "lse": "forward", "to": "tangent", "tlse": "tangent"}  # others: backward
 
-    seed, largest, deadline = job
-    if time.time() > deadline:
-        return None
-    case = random_case(seed, "cuda", largest=largest)
+
+def compile_ahead(job: tuple[int, int, int, int, int]) -> str | None:
+    """In a forked process without CUDA: one kernel of one random case into Triton's cache."""
+    from msfs_kernels.triton_check import launches, random_case
+    from msfs_kernels.triton_compile import compile_launch
+
+    seed, sibling, number, largest, capability = job
+    torch.set_num_threads(1)
+    configs.chip = lambda: f"sm_{capability}"  # pyright: ignore[reportAttributeAccessIssue]
     try:
-        found = failures(case)
+        case = random_case(seed, "cpu", largest, sibling=sibling)
+        compile_launch(launches(case)[number], capability)
     except Exception as problem:
-        found = [f"{type(problem).__name__}: {' '.join(str(problem).split())[:200]}"]
-    return [f"{case.name}\n    {line}" for line in found]
+        return f"does not compile: {type(problem).__name__}: {problem}"[:300]
+    return None
+
+
+def check_case(seed: int, sibling: int, args: argparse.Namespace, results: list) -> None:
+    """Appends (features, worst ratio of each pass), and prints what is wrong."""
+    from msfs_kernels.triton_check import random_case, ratios
+
+    dtypes = None if args.device == "cuda" else (torch.float16, torch.float32)
+    case = random_case(seed, args.device, args.largest, dtypes, sibling)
+    try:
+        found = ratios(case, sibling)
+    except Exception as problem:
+        print(f"{case.name}\n    {type(problem).__name__}: {' '.join(str(problem).split())[:200]}")
+        found = dict.fromkeys(("o", "dq", "to"), float("inf"))
+    wrong = {name: round(ratio, 2) for name, ratio in found.items() if not ratio <= 2}
+    if wrong:
+        print(f"{case.name}\n    {wrong}", flush=True)
+    worst: dict[str, float] = dict.fromkeys(("forward", "backward", "tangent"), 0.0)
+    for name, ratio in found.items():
+        which = PASSES.get(name, "backward")
+        worst[which] = max(worst[which], ratio)
+    results.append((case.features, worst))
+
+
+def compiled_cases(seeds: list[int], args: argparse.Namespace, start: float):
+    """(seed, sibling) in the order in which their kernels are there; on the CPU, where the
+    interpreter runs them, at once.
+
+    Processes fork before CUDA starts: they have the imports, and compile for a chip they never
+    open.
+    """
+    if args.device == "cpu":
+        for seed in seeds:
+            if time.time() - start < args.seconds:
+                yield seed, 0
+        return
+    from msfs_kernels.triton_check import launches, random_case
+
+    context = multiprocessing.get_context("fork")
+    with concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=context) as pool:
+        pool.submit(os.getpid).result()
+        major, minor = torch.cuda.get_device_capability()
+        pending: dict[tuple[int, int], int] = {}
+        jobs = {}
+        for sibling in range(SIBLINGS):
+            for seed in seeds:
+                count = len(launches(random_case(seed, "cpu", args.largest, sibling=sibling)))
+                pending[seed, sibling] = count
+                for number in range(count):
+                    job = (seed, sibling, number, args.largest, 10 * major + minor)
+                    jobs[pool.submit(compile_ahead, job)] = (seed, sibling)
+        try:
+            left = start + args.seconds - time.time()
+            for future in concurrent.futures.as_completed(jobs, timeout=max(left, 0.0)):
+                seed, sibling = case = jobs[future]
+                if future.result() is not None:
+                    print(f"seed {seed} sibling {sibling} {future.result()}", flush=True)
+                pending[case] -= 1
+                if pending[case] == 0:
+                    yield case
+        except TimeoutError:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def check(args: argparse.Namespace) -> None:
-    """Random cases on the GPU, compiled on all cores, until the time is up; prints failures."""
-    start, cases, wrong = time.time(), 0, []
-    jobs = [
-        (seed, args.largest, start + args.seconds)
-        for seed in range(args.seed, args.seed + args.cases)
-    ]
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=context) as pool:
-        for found in pool.map(check_one, jobs):
-            if found is not None:
-                cases += 1
-                wrong += found
-    for line in wrong[:40]:
-        print(line)
-    print(f"checked {cases} cases in {time.time() - start:.0f} s: {len(wrong)} failures")
-    if wrong:
+    """The fuzz set against float64 on the GPU, or in Triton's interpreter; exits 1 if it fails."""
+    from msfs_kernels.triton_check import fuzz_set
+    from triton import knobs
+
+    if args.device == "cpu" and not knobs.runtime.interpret:
+        raise SystemExit("--check --device cpu needs TRITON_INTERPRET=1: the kernels are Triton's")
+    start, late, results, first = time.time(), [], [], set()
+    knobs.compilation.listener = lambda **facts: late.append(1 - facts["cache_hit"])
+    seeds = fuzz_set(args.cases, args.seed, args.largest)
+    for seed, sibling in compiled_cases(seeds, args, start):
+        check_case(seed, sibling, args, results)
+        first |= {seed} if sibling == 0 else set()
+    print(f"{'option':16s} cases  forward backward  tangent   (error over the formula's)")
+    for feature in sorted({f for features, _ in results for f in features}):
+        rows = [worst for features, worst in results if feature in features]
+        worst = [max(row[which] for row in rows) for which in ("forward", "backward", "tangent")]
+        verdict = "ok" if max(worst) <= 2 else "WRONG"
+        print(
+            f"{feature:16s} {len(rows):5d} " + " ".join(f"{x:8.2f}" for x in worst), f" {verdict}"
+        )
+    wrong = sum(max(worst.values()) > 2 for _, worst in results)
+    print(
+        f"{len(results)} cases in {time.time() - start:.0f} s: {wrong} wrong;"
+        f" {len(first)} of {len(seeds)} draws visited; {sum(late)} kernels compiled late"
+    )
+    if wrong or len(first) < len(seeds):
         raise SystemExit(1)
 
 
@@ -556,20 +672,25 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=["short", "long"], default=["short", "long"])
     parser.add_argument("--rep", type=int, default=100, help="milliseconds of measurement a cell")
     parser.add_argument(
-        "--seconds", type=float, default=50.0, help="limit for --check, and for compiling in --tune"
+        "--seconds", type=float, default=60.0, help="limit for --check, and for compiling in --tune"
     )
-    parser.add_argument("--cases", type=int, default=2000, help="for --check")
+    parser.add_argument("--cases", type=int, default=48, help="draws for --check")
     parser.add_argument("--largest", type=int, default=300, help="tokens, for --check")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--show", type=int, default=4, help="lines a ranking in --tune")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=Path("runs/bench_attention"))
     args = parser.parse_args()
     args.causal = [bool(x) for x in args.causal]
-    if not torch.cuda.is_available():
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # looks, and does not start CUDA
+    if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("bench_attention measures a GPU: torch.cuda.is_available() is False here")
     if args.check:
         check(args)
+    elif args.device == "cpu":
+        bench_cpu(args)
+        return
     if args.tune:
         tune(args)
     if args.overhead:

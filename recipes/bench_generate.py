@@ -55,7 +55,9 @@ class Config:
 
 def build_theirs(config: Config) -> Any:
     """GPT-2 with weights large enough for varied tokens."""
-    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 300} if config.tiny else {}
+    sizes: dict[str, Any] = {}
+    if config.tiny:
+        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 300}
     torch.manual_seed(config.seed)
     model: Any = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
     for name, parameter in model.named_parameters():
@@ -111,7 +113,13 @@ def main(config: Config) -> dict:
     torch.set_float32_matmul_precision("highest")
     torch._dynamo.config.recompile_limit = 64
     if config.tiny:
-        smaller = {"batches": (1, 3), "prompt": 12, "new": 9, "repeats": 3, "dtype": "float32"}
+        smaller: dict[str, Any] = {
+            "batches": (1, 3),
+            "prompt": 12,
+            "new": 9,
+            "repeats": 3,
+            "dtype": "float32",
+        }
         config = replace(config, **smaller)
     device = torch.device(config.device)
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()

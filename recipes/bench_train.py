@@ -147,7 +147,8 @@ def our_step(
         return total / tokens, {}
 
     optimizer = optim.adamw(1e-4, 0.9, 0.98, weight_decay=0.0)
-    step = make_step(loss_fn, optimizer, compile=compiled, dynamic=False)
+    compile = "regions" if compiled else False
+    step = make_step(loss_fn, optimizer, compile=compile, dynamic=False)
     state = init_state(model.init(0, device=device), optimizer, random.key(0, device=device))
     return lambda: step(state, batch)
 

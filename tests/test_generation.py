@@ -1,6 +1,7 @@
 """Generation: rows equal rows alone, streams equal calls, compiled equals eager."""
 
 import functools
+import itertools
 import os
 from pathlib import Path
 
@@ -45,6 +46,12 @@ def row(generated, i: int) -> list[int]:
     return generated.tokens[i, : generated.lengths[i]].tolist()
 
 
+def first_new_pair(tokens: list[int]) -> int:
+    """Where two tokens follow each other that did not do so before, some way into the row."""
+    pairs = list(itertools.pairwise(tokens))
+    return next(t for t in range(3, len(pairs)) if pairs[t] not in pairs[:t])
+
+
 def test_greedy_tokens_and_logps_are_those_of_the_full_forward():
     out = EAGER(PROMPTS, Settings(9, GREEDY))
     for i, prompt in enumerate(PROMPTS):
@@ -83,10 +90,11 @@ def test_padded_tensors_give_what_lists_give(side):
     assert lengths.tolist() == [7, 1, 4] and padded[2, :4].tolist() == PROMPTS[2]
 
 
-def test_a_growing_cache_changes_nothing():
-    prompts = [[3] * 40, [4] * 3]
-    static = EAGER(prompts, Settings(150, SAMPLING), key=random.key(3))
-    growing = EAGER(prompts, Settings(150, SAMPLING, growing=True), key=random.key(3))
+def test_a_growing_cache_changes_nothing(monkeypatch):
+    monkeypatch.setattr("msfs_functional.generation.BUCKET", 4)
+    prompts = [[3] * 10, [4] * 3]
+    static = EAGER(prompts, Settings(40, SAMPLING), key=random.key(3))
+    growing = EAGER(prompts, Settings(40, SAMPLING, growing=True), key=random.key(3))
     assert torch.equal(static.tokens, growing.tokens)
     torch.testing.assert_close(static.logps, growing.logps)
 
@@ -109,20 +117,24 @@ def test_stop_tokens_end_rows_wherever_they_are():
 def test_stop_strings_end_rows_however_often_one_looks(every):
     generate = Generator(EAGER.model, text_fn=EAGER.text_fn, every=every)
     free = generate(PROMPTS, Settings(12, SAMPLING), key=random.key(4))
-    a, b = free.tokens[1, 3:5].tolist()
-    settings = Settings(12, SAMPLING, stop_strings=(f"{a}><{b}", "not there"))
+    tokens = row(free, 1)
+    t = first_new_pair(tokens)
+    stop = f"<{tokens[t]}><{tokens[t + 1]}"
+    settings = Settings(12, SAMPLING, stop_strings=(stop, "not there"))
     out = generate(PROMPTS, settings, key=random.key(4))
-    assert row(out, 1) == free.tokens[1, :5].tolist() and out.ended[1]
-    assert out.texts[1] == "".join(f"<{t}>" for t in free.tokens[1, :3].tolist()) + "<"
-    assert not out.ended[0] or f"{a}><{b}" in free.texts[0]
+    assert row(out, 1) == tokens[: t + 2] and out.ended[1]
+    assert out.texts[1] == "".join(f"<{i}>" for i in tokens[:t])
+    for i in (0, 2):
+        assert out.ended[i] == (stop in free.texts[i])
 
 
 @pytest.mark.parametrize("every", [1, 4])
 def test_a_stream_gives_the_tokens_and_texts_of_a_call(every):
     free = EAGER(PROMPTS, Settings(12, SAMPLING), key=random.key(4))
-    a, b = free.tokens[1, 3:5].tolist()
-    stop = int(free.tokens[2, 6])
-    settings = Settings(12, SAMPLING, stop_tokens=(stop,), stop_strings=(f"<{a}><{b}>",))
+    tokens = row(free, 1)
+    t, stop = first_new_pair(tokens), int(free.tokens[2, 6])
+    strings = (f"<{tokens[t]}><{tokens[t + 1]}>",)
+    settings = Settings(12, SAMPLING, stop_tokens=(stop,), stop_strings=strings)
     expected = EAGER(PROMPTS, settings, key=random.key(4))
     tokens: list[list[int]] = [[], [], []]
     texts, ended = [""] * 3, [False] * 3
@@ -158,7 +170,7 @@ def test_any_three_functions_are_a_language_model():
     """Counts upwards: the cache is one number a row."""
 
     def step(tokens, cache, positions):
-        assert (cache["last"] + 1 == tokens).all()
+        assert ((cache["last"] + 1 == tokens) | (tokens == 0)).all()  # 0: the padding of ended rows
         return torch.nn.functional.one_hot(tokens + 1, 50).float(), {"last": tokens}
 
     counting = LanguageModel(
@@ -195,38 +207,33 @@ def test_greedy_tokens_equal_transformers_generate():
 
 
 @pytest.fixture
-def traced(monkeypatch):
-    """torch.compile without code generation: whole graphs, functionalized, in a second."""
-    plain = torch.compile
-
-    def compile(fn, *, options=None, **rest):
-        return plain(fn, **rest, backend="aot_eager")
-
-    monkeypatch.setattr(torch, "compile", compile)
+def uncompiled(monkeypatch):
+    """A Generator that keeps and rounds as a compiled one does, without the compiler."""
+    monkeypatch.setattr(torch, "compile", lambda fn, **options: fn)
+    monkeypatch.setattr("msfs_functional.generation.BUCKET", 8)
     return functools.partial(Generator, EAGER.model, text_fn=EAGER.text_fn, compile=True)
 
 
-def test_traced_generation_equals_eager_with_every_option(traced):
-    generate = traced()
+def test_kept_and_rounded_states_give_the_same(uncompiled):
+    generate = uncompiled(keep=2)
+    growing = {"max_new_tokens": 30, "growing": True}
     for prompts, options in (
         (PROMPTS, {"samples": 2, "stop_tokens": (5, 6), "stop_strings": ("<7",)}),
-        ([[3] * 70], {"max_new_tokens": 90, "growing": True}),
+        ([[3] * 10], growing),
         (PROMPTS[:1], {"sampling": GREEDY}),
-        ([[4] * 70], {"max_new_tokens": 90, "growing": True}),  # in the memory of the one before
+        ([[4] * 10], growing),
+        ([[5] * 10], growing),  # in the memory of the one before
     ):
         settings = Settings(**{"max_new_tokens": 12, "sampling": SAMPLING, **options})
         out, expected = (g(prompts, settings, key=random.key(6)) for g in (generate, EAGER))
-        for ours, theirs in zip(out, expected, strict=True):
-            if isinstance(ours, torch.Tensor) and ours.is_floating_point():
-                torch.testing.assert_close(ours, theirs)
-            else:
-                assert ours is theirs or (
-                    torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
-                )
+        assert torch.equal(out.tokens, expected.tokens)
+        torch.testing.assert_close(out.logps, expected.logps)
+        assert out.texts == expected.texts and torch.equal(out.ended, expected.ended)
+    assert [capacity for _, capacity, *_ in generate._kept] == [24, 40]
 
 
-def test_streams_at_the_same_time_do_not_meet(traced):
-    generate, settings = traced(keep=1), Settings(6, SAMPLING)
+def test_streams_at_the_same_time_do_not_meet(uncompiled):
+    generate, settings = uncompiled(keep=1), Settings(6, SAMPLING)
     streams = [generate.stream([[p]], settings, key=random.key(p)) for p in (3, 4)]
     pairs = list(zip(*streams, strict=True))
     for p, pieces in zip((3, 4), zip(*pairs, strict=True), strict=True):
@@ -234,19 +241,44 @@ def test_streams_at_the_same_time_do_not_meet(traced):
         assert tokens == row(EAGER([[p]], settings, key=random.key(p)), 0)
 
 
-def test_compiled_generation_equals_eager():
-    """Code generation, for one step of one block: on a GPU this is one CUDA graph a token."""
-    small = decoder(gpt2(11, width=8, depth=1, heads=2, hidden=8, max_length=64))
-    keys = random.split(random.key(5), len(small.shapes))
-    params = {
-        name: 0.5 * random.normal(key, shape)
-        for key, (name, shape) in zip(keys, small.shapes.items(), strict=True)
-    }
-    model = language_model(small, params)
-    generate = Generator(model, compile=True)
+SMALL = decoder(gpt2(11, width=8, depth=1, heads=2, hidden=8, max_length=64))
+
+
+def small_model() -> LanguageModel:
+    keys = random.split(random.key(5), len(SMALL.shapes))
+    return language_model(
+        SMALL,
+        {
+            name: 0.5 * random.normal(key, shape)
+            for key, (name, shape) in zip(keys, SMALL.shapes.items(), strict=True)
+        },
+    )
+
+
+def test_traced_generation_equals_eager(monkeypatch):
+    """Prefill and step as whole graphs, functionalized, without code generation."""
+    plain = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda fn, options, **rest: plain(fn, backend="aot_eager", **rest)
+    )
+    monkeypatch.setattr(
+        "msfs_functional.generation.compile_per_shape",
+        lambda fn, dynamic: plain(fn, backend="aot_eager", fullgraph=True, dynamic=dynamic),
+    )
+    settings = Settings(6, Sampling(0.9, top_k=9, top_p=0.9), samples=2, stop_tokens=(5,))
+    generate, eager = Generator(small_model(), compile=True), Generator(small_model())
+    for seed, prompts in enumerate(([[3, 4], [5]], [[6], [7, 8, 9]])):
+        out, expected = (g(prompts, settings, key=random.key(seed)) for g in (generate, eager))
+        assert torch.equal(out.tokens, expected.tokens)
+        torch.testing.assert_close(out.logps, expected.logps)
+
+
+def test_a_compiled_step_equals_eager(monkeypatch):
+    """With code generation, which writes into the cache in place."""
+    monkeypatch.setattr("msfs_functional.generation.compile_per_shape", lambda fn, dynamic: fn)
+    generate, eager = Generator(small_model(), compile=True), Generator(small_model())
     for prompts in ([[3, 4], [5]], [[6], [7, 8, 9]]):
-        out = generate(prompts, Settings(8, GREEDY))
-        expected = Generator(model)(prompts, Settings(8, GREEDY))
+        out, expected = (g(prompts, Settings(8, GREEDY)) for g in (generate, eager))
         assert torch.equal(out.tokens, expected.tokens)
         torch.testing.assert_close(out.logps, expected.logps)
 

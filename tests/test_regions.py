@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from msfs_functional import optim, random
 from msfs_functional.losses import cross_entropy
 from msfs_functional.models.transformer import tiny, transformer
+from msfs_functional.params import stack
 from msfs_functional.regions import Regions, region
 from msfs_functional.train import init_state, make_step
 
@@ -28,7 +29,11 @@ def training(depth, compile, lengths=((5, 6),), **options):
         total, tokens = cross_entropy(logits, batch["target"][:, 1:])
         return total / tokens, {"weight": tokens}
 
-    state = init_state(model.init(0), optim.sgd(0.1), random.key(0))
+    key, params = random.key(0), model.init(0)
+    if "members" in options:
+        key = random.split(key, options["members"])
+        params = stack([model.init(k) for k in key])
+    state = init_state(params, optim.sgd(0.1), key)
     step = make_step(loss_fn, optim.sgd(0.1), compile=compile, **options)
     for i, (source, target) in enumerate(lengths):
         g = torch.Generator().manual_seed(i)
@@ -68,13 +73,16 @@ def test_region_is_the_plain_function_outside_of_a_step_and_under_transforms(cou
     assert torch.equal(double(x, 2), 2 * x)
     regions = Regions(dynamic=None)
     with regions.compiled():
-        assert torch.equal(torch.func.vmap(lambda x: double(x, 2))(x), 2 * x)
         assert torch.equal(torch.func.grad(lambda x: double(x, 2).sum())(x), torch.full((3,), 2.0))
         assert counter.frame_count == 0
         assert torch.equal(double(x, 2), 2 * x) and torch.equal(double(x, 3), 3 * x)
     assert counter.frame_count == 2
 
 
-def test_an_ensemble_in_regions_is_refused():
-    with pytest.raises(ValueError, match="ensemble"):
-        make_step(lambda *args: None, optim.adamw(1e-2), members=2, compile="regions")
+def test_an_ensemble_in_regions_equals_the_eager_one(counter):
+    one, metrics = training(2, "regions", members=3)
+    assert counter.frame_count > 5
+    other, expected = training(2, False, members=3)
+    for name in one.params:
+        torch.testing.assert_close(one.params[name], other.params[name])
+    torch.testing.assert_close(metrics["loss"], expected["loss"])

@@ -85,7 +85,9 @@ def flash_attention(
 
     Raises:
         ValueError: for what does not fit, before any kernel starts, eager, compiled and under vmap
-            alike. Lengths out of range on a GPU are not looked at: see `key_lengths` in the README.
+            alike. Lengths are values, and on a GPU looking at them would make the host wait: there
+            a batch row whose key or prefix length is outside [0, S] comes out as NaN, o, lse and
+            derivatives, and the other rows are right.
     """
     problem = checks.find_problem(
         q,

@@ -62,8 +62,10 @@ def default(kernel: str, dtype: torch.dtype, head_dim: int) -> Config:
     """Fits every chip from sm_80 on: at most 96 KB of shared memory and no register spills to speak
     of.
     """
-    if dtype == torch.float32:
-        return Config(32, 32, 4, 1)
+    if dtype == torch.float32:  # products unroll: a compilation takes as long as a tile is large
+        if head_dim <= 64:
+            return Config(32, 32, 4, 1)
+        return Config(16, 16, 4, 1) if head_dim <= 128 else Config(16, 16, 8, 1)
     if kernel == "decode":
         return Config(16, 64, 4, 3 if head_dim <= 128 else 2)
     if kernel == "forward":

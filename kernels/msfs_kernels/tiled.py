@@ -6,7 +6,7 @@ With logits s, weights P = exp(s - lse), dropout factors Z and o = (P Z) v (prod
     = ds
                da = ds * slope      dq = scale da k     dk = scale da^T q
     tangent    ts = slope * scale (tq k^T + q tk^T) + tbias     tlse = rowsum(P ts)
-               to = (P Z ts) v - tlse o + (P Z) tv
+               to = (P Z (ts - tlse)) v + (P Z) tv
 
 `slope` is the derivative of the soft cap. The backward recomputes P from q, k and lse instead of
 keeping it.
@@ -90,12 +90,12 @@ def tangent(
             continue
         logits = tile.logits()
         weights = tile.weights(logits, lse)
-        pts = logit_tangent(tile, logits, raw_tangent(tile, tq, tk), tbias) * weights
-        tlse_rows = pts.sum(-1, keepdim=True)
+        ts = logit_tangent(tile, logits, raw_tangent(tile, tq, tk), tbias)
+        tlse_rows = (weights * ts).sum(-1, keepdim=True)
         tile.put_rows(tlse, tlse_rows)
-        kept = tile.drop()
-        value = times(pts, kept) @ tile.of_keys(v) + times(weights, kept) @ tile.of_keys(tv)
-        tile.put_queries(to, value.sub_(tlse_rows * tile.of_queries(o)))
+        kept_weights = times(weights, tile.drop())
+        value = ts.sub_(tlse_rows).mul_(kept_weights) @ tile.of_keys(v)
+        tile.put_queries(to, value.add_(kept_weights @ tile.of_keys(tv)))
     return to, tlse
 
 

@@ -43,9 +43,11 @@ class Tile:
         groups: slice,
         rows: slice,
         keys: slice,
+        poison: Tensor | None = None,
     ):
         self.q, self.k, self.options = q, k, options
         self.batch, self.groups, self.rows, self.keys = batch, groups, rows, keys
+        self.poison = poison
         self.dtype = accumulate_dtype(q.dtype)
         self.repeat = q.shape[1] // k.shape[1]
         self.heads = slice(groups.start * self.repeat, groups.stop * self.repeat)
@@ -159,7 +161,10 @@ class Tile:
 
     def logits(self) -> Logits:
         o = self.options
-        s = self.raw(self.of_queries(self.q), self.of_keys(self.k))
+        q = self.of_queries(self.q)
+        if self.poison is not None:
+            q = q + self.poison[self.batch, None, None, None]
+        s = self.raw(q, self.of_keys(self.k))
         slope = tau = None
         if o.softcap > 0:
             tau = (s / o.softcap).tanh_()
@@ -177,9 +182,16 @@ class Tile:
         return Logits(s, slope, tau)
 
     def weights(self, logits: Logits, lse: Tensor) -> Tensor:
-        """P = exp(s - lse): rows without a key are zeros."""
-        lse = self.of_rows(lse)
-        return (logits.s - lse.masked_fill(lse == float("-inf"), 0.0)).exp_()
+        """P = softmax(s), zeros in a row without a key.
+
+        The tile holds a row's keys whole, so P need not be rebuilt as exp(s - lse), whose error
+        grows with lse. logits.s is written to in rows without a key.
+        """
+        empty = self.of_rows(lse)[..., 0] == float("-inf")
+        logits.s[..., 0].masked_fill_(empty, 0.0)  # a key for the softmax, taken back after it
+        weights = logits.s.softmax(-1)
+        weights[..., 0].masked_fill_(empty, 0.0)
+        return weights
 
     def drop(self) -> Tensor | None:
         """Z: 0 where dropped, 1 / (1 - dropout) where kept; a function of the row's key and of (h,
@@ -230,6 +242,19 @@ def key_range(
     return slice(start, max(start, stop))
 
 
+def poison_of_lengths(options: Options, S: int, dtype: torch.dtype) -> Tensor | None:
+    """(B,), NaN for a batch row whose length is outside [0, S], else 0: what to add to its queries
+    where the host does not look at lengths and so cannot raise.
+    """
+    poison = None
+    for lengths in (options.key_lengths, options.prefix_lengths):
+        if lengths is not None:
+            wrong = (lengths < 0) | (lengths > S)
+            own = torch.zeros_like(lengths, dtype=dtype).masked_fill_(wrong, float("nan"))
+            poison = own if poison is None else poison + own
+    return poison
+
+
 def tiles(q: Tensor, k: Tensor, options: Options) -> Iterator[Tile]:
     """Every query row of every head once, in tiles of bounded size."""
     B, H, T, _ = q.shape
@@ -241,6 +266,7 @@ def tiles(q: Tensor, k: Tensor, options: Options) -> Iterator[Tile]:
     prefixes = (
         options.prefix_lengths.tolist() if on_cpu and options.prefix_lengths is not None else None
     )
+    poison = None if on_cpu else poison_of_lengths(options, S, accumulate_dtype(q.dtype))
     budget = CPU_TILE if on_cpu else CUDA_TILE
     row = H // G * max(S, 1)
     t = min(T, max(1, budget // row))
@@ -253,4 +279,4 @@ def tiles(q: Tensor, k: Tensor, options: Options) -> Iterator[Tile]:
             for t0 in range(0, T, t):
                 rows = slice(t0, min(T, t0 + t))
                 keys = key_range(options, T, S, rows, batch, lengths, prefixes)
-                yield Tile(q, k, options, batch, groups, rows, keys)
+                yield Tile(q, k, options, batch, groups, rows, keys, poison)

@@ -33,6 +33,7 @@ LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2.0))
 
 
+INTERPRETED = triton.knobs.runtime.interpret  # decided when the kernels below are decorated
 TENSOR_OPTIONS = 7  # the first fields of Options
 
 
@@ -122,21 +123,32 @@ def store_tile(
 @triton.jit
 def row_facts(masks, batch, head, H, S):
     """What the masks say about one (batch, head): key length, prefix length, ALiBi slope (log2),
-    Philox key.
+    Philox key, and NaN where a length is outside [0, S], else 0.
+
+    A kernel cannot raise and the host does not wait to look, so the forward adds the last to its
+    results: a row of wrong length is NaN, its gradients and tangents through lse too. Nothing is
+    read out of bounds.
     """
     length = S
     prefix = 0
     slope = 0.0
     seed = 0
+    poison = 0.0
     if masks.key_lengths is not None:
-        length = tl.minimum(tl.load(masks.key_lengths + batch), S)
+        length = tl.load(masks.key_lengths + batch)
+        wrong = (length < 0) | (length > S)
+        length = tl.where(wrong, S, length)
+        poison += tl.where(wrong, float("nan"), 0.0)
     if masks.prefix_lengths is not None:
-        prefix = tl.minimum(tl.load(masks.prefix_lengths + batch), length)
+        prefix = tl.load(masks.prefix_lengths + batch)
+        wrong = (prefix < 0) | (prefix > S)
+        prefix = tl.where(wrong, 0, tl.minimum(prefix, length))
+        poison += tl.where(wrong, float("nan"), 0.0)
     if masks.alibi is not None:
         slope = tl.load(masks.alibi + batch * H + head) * LOG2E
     if masks.rng is not None:
         seed = tl.load(masks.rng + 2 * batch) | (tl.load(masks.rng + 2 * batch + 1) << 32)
-    return length, prefix, slope, seed
+    return length, prefix, slope, seed, poison
 
 
 @triton.jit
@@ -380,6 +392,8 @@ class Launch(NamedTuple):
 
     def run(self) -> Any:
         """Starts the kernel through Triton's front door and returns what Triton compiled."""
+        if COLLECTED is not None:
+            return COLLECTED.append(self)
         return self.kernel[self.grid](*self.args, **self.constants)
 
 
@@ -398,6 +412,20 @@ class Prepared(NamedTuple):
 PREPARED: dict[Any, Prepared | None] = {}
 
 
+COLLECTED: list[Launch] | None = None  # where launches go in place of the device
+
+
+def launches_of(fn: Callable[[], object]) -> list[Launch]:
+    """What fn() would launch, without a launch: for compiling ahead. Results stay uninitialised."""
+    global COLLECTED
+    COLLECTED = collected = []
+    try:
+        fn()
+    finally:
+        COLLECTED = None
+    return collected
+
+
 def launch(
     plan: Callable[..., Launch], tensors: tuple[Tensor | None, ...], options: Options
 ) -> None:
@@ -409,14 +437,18 @@ def launch(
     """
     x = tensors[0]
     assert x is not None
-    if triton.knobs.runtime.interpret:
+    if INTERPRETED or COLLECTED is not None:
         plan(*tensors, options).run()
         return
     if x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
             return launch(plan, tensors, options)
     everything = (*tensors, *options[:TENSOR_OPTIONS])
-    key = (plan, x.device.index, options[TENSOR_OPTIONS:], *map(fingerprint, everything))
+    signatures = [
+        None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16 == 0)
+        for x in everything
+    ]
+    key = (plan, x.device.index, options[TENSOR_OPTIONS:], *signatures)
     prepared = PREPARED.get(key)
     if prepared is None:
         described = plan(*tensors, options)
@@ -431,10 +463,6 @@ def launch(
         else:
             args[position] = args[position]._replace(**{field: everything[number]})
     prepared.start(*args)
-
-
-def fingerprint(x: Tensor | None) -> Any:
-    return None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16 == 0)
 
 
 def prepare(

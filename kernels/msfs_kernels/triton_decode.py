@@ -85,12 +85,15 @@ def slice_kernel(
         out = out * (masks.keep_scale / total)[:, None]
     else:
         out = out * (1.0 / total)[:, None]
+    log_sum = tl.where(seen, (top + tl.log2(total)) * LN2, float("-inf"))
+    if masks.key_lengths is not None or masks.prefix_lengths is not None:
+        out += facts[4]
+        log_sum += facts[4]
     row = tl.cast(part * B + batch, tl.int64)
     d = tl.arange(0, VP)
     rows = head.to(tl.int64) * o_strides[1] + i.to(tl.int64) * o_strides[2]
     pointers = o + row * o_strides[0] + rows[:, None] + d[None, :] * o_strides[3]
     tl.store(pointers, out.to(o.dtype.element_ty), mask=inside[:, None] & (d < V)[None, :])
-    log_sum = tl.where(seen, (top + tl.log2(total)) * LN2, float("-inf"))
     tl.store(lse + row * (H * T) + head * T + i, log_sum, mask=inside)
 
 

@@ -153,9 +153,12 @@ def forward_kernel(
         out = out * (masks.keep_scale / total)[:, None]
     else:
         out = out * (1.0 / total)[:, None]
+    log_sum = tl.where(seen, (top + tl.log2(total)) * LN2, float("-inf"))
+    if masks.key_lengths is not None or masks.prefix_lengths is not None:
+        out += facts[4]
+        log_sum += facts[4]
     store_tile(o, o_strides, out, batch, head, row, T, BM, VP, V)
     rows = row + tl.arange(0, BM)
-    log_sum = tl.where(seen, (top + tl.log2(total)) * LN2, float("-inf"))
     tl.store(lse + tl.cast(flat_head, tl.int64) * T + rows, log_sum, mask=rows < T)
 
 

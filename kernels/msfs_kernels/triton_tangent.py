@@ -10,8 +10,9 @@ With the forward done, P = e^{s - lse} is at hand, so no running maximum is need
 
 Five products of tiles against the forward's two. Both products into tO share one accumulator, and
 tLse is summed alongside. Dropout's factors Z multiply P in tO (o is (P * Z) V), but not in tLse; a
-soft-cap multiplies tS by its slope before the bias. The rule is the derivative of Dao 2023,
-Algorithm 1, written out; memory is linear in T.
+soft-cap multiplies tS by its slope before the bias. In float32 the rounding of lse would be the
+largest error of all: sum_j P_ij, which it moves away from 1, is summed too and divided out. The
+rule is the derivative of Dao 2023, Algorithm 1, written out; memory is linear in T.
 """
 
 # Device functions are Python to pyright: tiles, constants and pointers have no types of theirs.
@@ -51,11 +52,11 @@ from msfs_kernels.triton_forward import heads_in_cache, is_even
 
 @triton.jit
 def tangent_blocks(
-    out, mean, queries, t_queries, log_sums, k, v, tk, tv, tbias, k_strides, v_strides, tk_strides,
-    tv_strides, tbias_strides, row, low, high, batch, head, kv_head, H, T, S, facts, masks, scale,
-    scale_log2, K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    out, mean, total, queries, t_queries, log_sums, k, v, tk, tv, tbias, k_strides, v_strides,
+    tk_strides, tv_strides, tbias_strides, row, low, high, batch, head, kv_head, H, T, S, facts,
+    masks, scale, scale_log2, K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     KP: tl.constexpr, VP: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, RENORMALIZED: tl.constexpr,
 ):  # fmt: skip
     i = (row + tl.arange(0, BM))[:, None]
     for start in range(low, high, BN):
@@ -86,6 +87,8 @@ def tangent_blocks(
             moves += tl.load(tbias + offsets, mask=(i < T) & (j < S), other=0.0).to(tl.float32)
         moved = p * moves
         mean += tl.sum(moved, 1)
+        if RENORMALIZED:
+            total += tl.sum(p, 1)
         if masks.rng is not None:
             kept = tile_kept(i, j, head, facts, masks)
             p = tl.where(kept, p * masks.keep_scale, 0.0)
@@ -94,7 +97,7 @@ def tangent_blocks(
         t_values = load_tile(tv, tv_strides, batch, kv_head, start, S, BN, VP, V, MASKED, TMA)
         out = tl.dot(moved.to(values.dtype), values, out, input_precision=PRECISION)
         out = tl.dot(p.to(t_values.dtype), t_values, out, input_precision=PRECISION)
-    return out, mean
+    return out, mean, total
 
 
 @triton.jit
@@ -103,7 +106,7 @@ def tangent_kernel(
     tk_strides, tv_strides, tbias_strides, o_strides, to_strides, masks, heads, H, T, S, scale,
     scale_log2, wave, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, CAUSAL: tl.constexpr, EVEN: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, RENORMALIZED: tl.constexpr,
 ):  # fmt: skip
     """One program: BM queries of one head against all keys that they can see. heads = B * H."""
     block, flat_head = longest_first(tl.program_id(0), tl.cdiv(T, BM), heads, wave)
@@ -118,27 +121,32 @@ def tangent_kernel(
     log_sums = load_log_sums(lse, flat_head, row, T, BM)
     out = tl.zeros([BM, VP], tl.float32)
     mean = tl.zeros([BM], tl.float32)
+    total = tl.zeros([BM], tl.float32)
     if masks.window is not None and masks.q_segments is None and masks.mask is None:
-        out, mean = tangent_blocks(
-            out, mean, queries, t_queries, log_sums, k, v, tk, tv, tbias, k_strides, v_strides,
-            tk_strides, tv_strides, tbias_strides, row, low, tl.minimum(full_low, high), batch,
-            head, kv_head, H, T, S, facts, masks, scale, scale_log2, K, V, BM, BN, KP, VP, CAUSAL,
-            True, TMA, PRECISION,
+        out, mean, total = tangent_blocks(
+            out, mean, total, queries, t_queries, log_sums, k, v, tk, tv, tbias, k_strides,
+            v_strides, tk_strides, tv_strides, tbias_strides, row, low, tl.minimum(full_low, high),
+            batch, head, kv_head, H, T, S, facts, masks, scale, scale_log2, K, V, BM, BN, KP, VP,
+            CAUSAL, True, TMA, PRECISION, RENORMALIZED,
         )  # fmt: skip
     if masks.q_segments is None and masks.mask is None:
-        out, mean = tangent_blocks(
-            out, mean, queries, t_queries, log_sums, k, v, tk, tv, tbias,
+        out, mean, total = tangent_blocks(
+            out, mean, total, queries, t_queries, log_sums, k, v, tk, tv, tbias,
             k_strides, v_strides, tk_strides, tv_strides, tbias_strides, row, full_low, full_high,
             batch, head, kv_head, H, T, S, facts, masks, scale, scale_log2, K, V, BM, BN, KP, VP,
-            CAUSAL, False, TMA, PRECISION,
+            CAUSAL, False, TMA, PRECISION, RENORMALIZED,
         )  # fmt: skip
     if not EVEN:
-        out, mean = tangent_blocks(
-            out, mean, queries, t_queries, log_sums, k, v, tk, tv, tbias,
+        out, mean, total = tangent_blocks(
+            out, mean, total, queries, t_queries, log_sums, k, v, tk, tv, tbias,
             k_strides, v_strides, tk_strides, tv_strides, tbias_strides, row, full_high, high,
             batch, head, kv_head, H, T, S, facts, masks, scale, scale_log2, K, V, BM, BN, KP, VP,
-            CAUSAL, True, TMA, PRECISION,
+            CAUSAL, True, TMA, PRECISION, RENORMALIZED,
         )  # fmt: skip
+    if RENORMALIZED:
+        share = 1.0 / tl.where(total != 0.0, total, 1.0)
+        out *= share[:, None]
+        mean *= share
     outputs = load_tile(o, o_strides, batch, head, row, T, BM, VP, V, True, False)
     out -= mean[:, None] * outputs.to(tl.float32)
     store_tile(to, to_strides, out, batch, head, row, T, BM, VP, V)
@@ -196,6 +204,7 @@ def plan_tangent(
             BN=BN,
             EVEN=is_even(masks, options.causal, S, BN),
             TMA=tma,
+            RENORMALIZED=q.dtype == torch.float32,
             num_warps=config.warps,
             num_stages=config.stages,
         ),

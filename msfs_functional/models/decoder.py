@@ -37,6 +37,7 @@ from msfs_functional.params import (
     ones,
     zeros,
 )
+from msfs_functional.regions import region_of
 from msfs_functional.rotary import Scaling, rotary_table, rotate
 
 AttentionFn = Callable[..., Tensor]  # (q, k, v, **options of `attention`) -> heads
@@ -183,6 +184,12 @@ def unchanged(x: Tensor) -> Tensor:
     return x
 
 
+@functools.lru_cache
+def attention_by(implementation: Implementation) -> AttentionFn:
+    """`attention` with the implementation bound: one object for all calls."""
+    return functools.partial(attention, implementation=implementation)
+
+
 class Context(NamedTuple):
     """What a block is told beside its input; the same for all blocks of one window."""
 
@@ -312,6 +319,12 @@ def block(
     ), cache
 
 
+@functools.lru_cache
+def block_fn(config: DecoderConfig) -> BlockFn:
+    """`block` with the config bound: one object for all blocks, so what is made of it is kept."""
+    return functools.partial(block, config=config)
+
+
 class Norm(nn.Module):
     """Holds the gain of a norm, and its bias."""
 
@@ -328,7 +341,7 @@ class Block(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         width, hidden = config.width, config.hidden
-        self.fn: BlockFn = functools.partial(block, config=config)
+        self.fn = block_fn(config)
         q, k, v = config.projections
         inner = {"qkv": q + k + v} if config.fused else {"q": q, "k": k, "v": v}
         self.attention = nn.ModuleDict(
@@ -358,7 +371,7 @@ class Block(nn.Module):
         cache: tuple[Tensor, Tensor] | None = None,
         around_block: Callable[[BlockFn], BlockFn] | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        fn = self.fn if around_block is None else around_block(self.fn)
+        fn = (around_block or region_of)(self.fn)
         return fn(dict(self.named_parameters()), x, key, context, cache)
 
 
@@ -379,8 +392,8 @@ class Decoder(nn.Module):
         implementation: of attention, or a function in place of `attention.attention` with its
             signature (ring attention over a mesh).
         around_block: a function of `block` (config bound) to a function with its signature, called
-            in its place: recompute it, gather its parameters, compile it. The function it is given
-            is one and the same in all calls for a block, so what is made of it can be kept.
+            in its place: recompute it, gather its parameters. The function that it is given is one
+            and the same for all blocks. None: a region (`regions.region_of`).
     """
 
     def __init__(self, config: DecoderConfig):
@@ -512,8 +525,8 @@ class Decoder(nn.Module):
         if pads is not None:  # go to the right, where nobody sees them
             turn = torch.arange(T, device=x.device) + pads[:, None]
             x = x.take_along_dim((turn % T)[..., None], 1)
-        start = torch.as_tensor(position, device=x.device)
-        positions = start[..., None] + torch.arange(T, device=x.device)
+        start = position[..., None] if isinstance(position, Tensor) else position
+        positions = start + torch.arange(T, device=x.device)
         slots = positions.expand(B, T)
 
         def mask(window: int | None) -> dict[str, Any]:
@@ -573,9 +586,7 @@ class Decoder(nn.Module):
         """The context of each window that layers have."""
         config, rotary = self.config, None
         attention_fn: AttentionFn = (
-            implementation
-            if callable(implementation)
-            else functools.partial(attention, implementation=implementation)
+            implementation if callable(implementation) else attention_by(implementation)
         )
         if config.positions == "rotary":
             dtype = torch.promote_types(x.dtype, torch.float32)

@@ -81,15 +81,15 @@ def test_kernel_with_all_options_compiles_with_the_default_tiles(kernel):
 
 
 @pytest.mark.parametrize("capability", [90, 100])
-def test_causal_forward_and_backward_compile_for_newer_chips(capability):
+def test_every_kernel_compiles_for_newer_chips(capability):
     for kernel in KERNELS:
         config = configs.default(kernel, torch.bfloat16, 64)
-        used = took(launch_of(kernel, 64, Options(causal=True, scale=0.125), config), capability)
+        used = took(launch_of(kernel, 64, Options(scale=0.125), config), capability)
         assert used.shared <= SHARED[capability] * 1024, kernel
         assert used.wgmma > 0 or capability != 90 or kernel == "decode", kernel
 
 
-@pytest.mark.parametrize("K", [8, 80, 256])
+@pytest.mark.parametrize("K", [80, 256])
 def test_padded_head_dims_fit_the_smallest_chip(K):
     for kernel in ("forward", "fused"):
         config = configs.default(kernel, torch.bfloat16, padded(K))

@@ -49,11 +49,11 @@ def failures_of_seed(seed: int) -> list[str]:
     torch.set_num_threads(1)
     small_tiles()
     # The interpreter multiplies bfloat16 tiles as integers; the GPU check covers it.
-    case = random_case(seed, "cpu", largest=40, dtypes=(torch.float16, torch.float32))
+    case = random_case(seed, "cpu", largest=24, dtypes=(torch.float16, torch.float32))
     return [f"{case.name}: {line}" for line in failures(case)]
 
 
-@pytest.mark.parametrize("seed", range(2, 7))
+@pytest.mark.parametrize("seed", range(2, 5))
 def test_random_shapes_strides_and_options_agree_with_the_formula(interpreter, seed):
     assert interpreter(failures_of_seed, seed) == []
 
@@ -197,6 +197,20 @@ def test_a_query_without_keys_gives_zeros_and_zero_gradients(interpreter):
     assert (got["lse"][:, :, :16] == float("-inf")).all() and got["lse"][:, :, 16:].isfinite().all()
     for name in ("o", "dq", "to", "tlse"):
         assert not got[name][:, :, :16].any(), name
+
+
+def with_lengths(field, lengths, T):
+    return results(T, 24, B=3, **{field: torch.tensor(lengths, dtype=torch.int32)})
+
+
+@pytest.mark.parametrize("field", ["key_lengths", "prefix_lengths"])
+@pytest.mark.parametrize("T", [20, 2], ids=["forward", "decoding"])
+def test_a_row_of_wrong_length_is_nan_and_the_others_are_right(interpreter, field, T):
+    got = interpreter(with_lengths, field, [-1, 25, 20], T)
+    want = interpreter(with_lengths, field, [24, 24, 20], T)
+    for name, x in got.items():
+        assert x[:2].isnan().all(), name
+        assert torch.equal(x[2], want[name][2]), name
 
 
 def one_token():

@@ -1,25 +1,33 @@
-"""The truth table: compositions of transforms, eager and compiled, against the fp64 formula.
+r"""The truth table: compositions of transforms, eager and compiled, against the fp64 formula.
 
-    python tests/kernels/truth_table.py                                # CPU, float64, about an hour
-    python tests/kernels/truth_table.py --device cuda --dtype bfloat16
+    python tests/kernels/truth_table.py --device cpu                   # float64 and float32, hours
+    python tests/kernels/truth_table.py --device cuda --dtype float32 bfloat16 --mode eager \
+        --options causal padding "grouped heads" window bias dropout all --workers 14
     python tests/kernels/truth_table.py --composition "jvp(grad)" --options causal --mode compiled
+    python tests/kernels/truth_table.py --results runs/truth_table.json       # goes on where it was
 
-Rows are compositions, columns modes:
+Rows are compositions, columns modes and dtypes:
 
     eager            the composition of the op
     forward compiled torch.compile(fullgraph=True) of the attention, transforms around it eager
     compiled         torch.compile(fullgraph=True) of the whole composition
 
 A cell runs every set of options below and holds the largest error of ours over that of the plain
-formula in the same dtype, both against the plain formula in float64 on the CPU. It is right when
-that is at most 2. Where the plain formula itself cannot be computed in that mode, the cell says
-`torch cannot`; an error of ours alone is `ERROR`.
+formula in the same dtype (128 roundings at least in float64, 2 in others), both against the plain
+formula in float64 on the CPU. It is right when that is at most 2. Where the plain formula itself
+cannot be computed in that mode, the cell says `torch cannot` and a note says why; an error of ours
+alone is `ERROR`.
 """
 
 import argparse
+import concurrent.futures
+import json
+import multiprocessing
 import sys
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -339,7 +347,7 @@ def cell(
     try:
         got = run(flash_attention, composition, case, mode, backend)
     except Exception as exception:
-        problem = f"{type(exception).__name__}: {exception}".strip().splitlines()[0][:120]
+        problem = f"{type(exception).__name__}: {exception}".strip().splitlines()[0][:160]
         torch._dynamo.reset()
         try:
             run(textbook, composition, case, mode, backend)
@@ -350,47 +358,125 @@ def cell(
     return ("ok" if ratio <= 2 else "WRONG"), ratio
 
 
+Results = dict[str, tuple[str, float]]  # by "mode | dtype | composition | options"
+
+
+def place(mode: str, dtype: str, composition: str, name: str) -> str:
+    return " | ".join((mode, dtype, composition, name))
+
+
+def text_of(cells: list[tuple[str, float]], asked: int, notes: list[str]) -> str:
+    """One cell of the table: the largest ratio, or what is wrong, and over how many of the options
+    if not over all; reasons go to the notes.
+    """
+    if not cells:
+        return ""
+    bad = sorted({verdict for verdict, _ in cells if verdict != "ok"})
+    if not bad:
+        part = "" if len(cells) == asked else f" ({len(cells)} of {asked})"
+        return f"{max(ratio for _, ratio in cells):.1f}{part}"
+    notes += [verdict for verdict in bad if verdict not in notes]
+    numbers = ", ".join(str(notes.index(verdict) + 1) for verdict in bad)
+    kinds = sorted({verdict.split(" (")[0].split(":")[0] for verdict in bad})
+    return f"{', '.join(kinds)} [{numbers}]"
+
+
+def table(results: Results, modes: Iterable[str], dtypes: Iterable[str], options: list[str]) -> str:
+    """Markdown: a row a composition, a column a mode and dtype, reasons underneath."""
+    columns = [(mode, dtype) for mode in modes for dtype in dtypes]
+    lines = [
+        "| composition | " + " | ".join(f"{mode}, {dtype}" for mode, dtype in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    notes: list[str] = []
+    for composition in COMPOSITIONS:
+        row = []
+        for mode, dtype in columns:
+            places = (place(mode, dtype, composition, name) for name in options)
+            row.append(
+                text_of([results[at] for at in places if at in results], len(options), notes)
+            )
+        if any(row):
+            lines.append(f"| {composition} | " + " | ".join(row) + " |")
+    return "\n".join([*lines, "", *(f"[{i}] {note}  " for i, note in enumerate(notes, 1))])
+
+
+def cells(
+    job: tuple[str, str, str], args: argparse.Namespace, known: Results, deadline: float
+) -> Iterator[Results]:
+    """The cells of one mode, dtype and set of options, as they come, until the deadline."""
+    mode, dtype, name = job
+    for composition in args.composition:
+        at = place(mode, dtype, composition, name)
+        if at in known or time.monotonic() > deadline:
+            continue
+        kind = getattr(torch, dtype)
+        verdict, ratio = cell(composition, name, mode, args.device, kind, args.backend)
+        if verdict != "ok":
+            print(f"{at}: {verdict} {ratio:.1f}", file=sys.stderr, flush=True)
+        yield {at: (verdict, ratio)}
+
+
+def all_cells(*args: Any) -> Results:
+    torch.set_num_threads(1)
+    return {at: found for part in cells(*args) for at, found in part.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float64")
+    parser.add_argument("--dtype", nargs="*", default=["float64", "float32"])
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
     parser.add_argument("--composition", nargs="*", default=list(COMPOSITIONS))
     parser.add_argument("--options", nargs="*", default=list(options_by_name()))
     parser.add_argument("--mode", nargs="*", default=list(MODES))
-    parser.add_argument("--output", help="Markdown file to write the table to")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this many")
+    parser.add_argument("--workers", type=int, default=1, help="processes; a GPU compiles on all")
+    parser.add_argument("--results", type=Path, help="JSON of the cells; those in it are not rerun")
+    parser.add_argument("--output", type=Path, help="Markdown file to write the table to")
     args = parser.parse_args()
-    dtype = getattr(torch, args.dtype)
-    lines = [
-        f"torch {torch.__version__}, {args.device}, {args.dtype}, compiled by {args.backend};"
-        f" options: {', '.join(args.options)}",
-        "",
-        "| composition | " + " | ".join(args.mode) + " |",
-        "|---" * (len(args.mode) + 1) + "|",
+    results: Results = {}
+    if args.results is not None and args.results.exists():
+        results = {at: tuple(cell) for at, cell in json.loads(args.results.read_text()).items()}
+
+    def keep(found: Results) -> None:
+        results.update(found)
+        if args.results is not None:
+            args.results.parent.mkdir(parents=True, exist_ok=True)
+            args.results.write_text(json.dumps(results, indent=0))
+
+    deadline = time.monotonic() + args.seconds
+    jobs = [
+        (mode, dtype, name) for mode in args.mode for dtype in args.dtype for name in args.options
     ]
-    print("\n".join(lines), flush=True)
-    wrong = 0
-    for composition in args.composition:
-        row = []
-        for mode in args.mode:
-            results = {
-                name: cell(composition, name, mode, args.device, dtype, args.backend)
-                for name in args.options
-            }
-            bad = {name: r for name, r in results.items() if r[0] != "ok"}
-            for name, (verdict, ratio) in bad.items():
-                print(
-                    f"    {composition} / {mode} / {name}: {verdict} {ratio:.1f}", file=sys.stderr
-                )
-            wrong += sum(not verdict.startswith("torch cannot") for verdict, _ in bad.values())
-            worst = max(ratio for _, ratio in results.values())
-            verdicts = sorted({verdict.split(" (")[0].split()[0] for verdict, _ in bad.values()})
-            row.append(f"{worst:.1f}" if not bad else ", ".join(verdicts))
-        lines.append(f"| {composition} | " + " | ".join(row) + " |")
-        print(lines[-1], flush=True)
+    if args.workers == 1:
+        for job in jobs:
+            for found in cells(job, args, results, deadline):
+                keep(found)
+    else:  # forked before CUDA starts, each with the imports and a context of its own
+        context = multiprocessing.get_context("fork")
+        with concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=context) as pool:
+            running = [pool.submit(all_cells, job, args, results, deadline) for job in jobs]
+            for future in concurrent.futures.as_completed(running):
+                keep(future.result())
+    asked = len(args.mode) * len(args.dtype) * len(args.composition) * len(args.options)
+    places = [
+        place(mode, dtype, composition, name)
+        for mode in args.mode
+        for dtype in args.dtype
+        for composition in args.composition
+        for name in args.options
+    ]
+    done = [results[at] for at in places if at in results]
+    wrong = sum(v != "ok" and not v.startswith("torch cannot") for v, _ in done)
+    text = (
+        f"torch {torch.__version__}, {args.device}, compiled by {args.backend};"
+        f" options: {', '.join(args.options)}; {len(done)} of {asked} cells, {wrong} wrong\n\n"
+        + table(results, args.mode, args.dtype, args.options)
+    )
+    print(text)
     if args.output:
-        with open(args.output, "w") as file:
-            file.write("\n".join(lines) + "\n")
+        args.output.write_text(text + "\n")
     sys.exit(1 if wrong else 0)
 
 
