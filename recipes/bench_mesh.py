@@ -13,9 +13,10 @@ import functools
 import statistics
 import time
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch._inductor.config as inductor
 import tyro
 
 from msfs_functional import errors, optim, random
@@ -59,7 +60,7 @@ def run(path: Path, config: Config) -> str:
     plain = models.decoder(models.PRESETS[config.preset](config.vocab, **options))
     make = fully_sharded if path == "fsdp2" else sharded
     model = make(plain, DECODER, on, dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    around = {"around_block": remat} if config.recompute else {}
+    around: dict[str, Any] = {"around_block": remat} if config.recompute else {}
 
     def loss_fn(params, tokens, key):
         logits = model.apply(params, tokens[:, :-1], **around)
@@ -100,7 +101,6 @@ def run(path: Path, config: Config) -> str:
 
 def main(config: Config) -> None:
     if config.overlap and torch.cuda.is_available():
-        inductor = torch._inductor.config
         inductor.reorder_for_compute_comm_overlap = True
         inductor.bucket_all_gathers_fx = inductor.bucket_reduce_scatters_fx = "all"
     for path in config.paths:
