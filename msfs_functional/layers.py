@@ -71,7 +71,7 @@ def fused_linear(x: Float[Tensor, "... D"], *layers: nn.Linear) -> list[Tensor]:
     Stacking copies the weights, which pays only when x has more rows than they have together:
     fewer (decoding a token at a time) are multiplied one layer after another.
     """
-    sizes = [layer.out_features for layer in layers]
+    sizes = [layer.weight.shape[0] for layer in layers]  # of a shard, perhaps
     if x.numel() // x.shape[-1] < sum(sizes):
         return [layer(x) for layer in layers]
     weight = torch.cat([layer.weight for layer in layers])

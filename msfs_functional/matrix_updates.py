@@ -17,6 +17,7 @@ from msfs_functional.updates import (
     check_decay,
     stateless,
     tree_map,
+    whole_map,
     widen,
     zero_count,
     zeros_like,
@@ -127,8 +128,8 @@ def scale_by_factored_rms(
 
     def init(params: Tree) -> FactoredState:
         full = zeros_like(params)
-        rows = tree_map(lambda v: torch.zeros_like(v[..., :1]) if v.ndim > 1 else v, full)
-        columns = tree_map(
+        rows = whole_map(lambda v: torch.zeros_like(v[..., :1]) if v.ndim > 1 else v, full)
+        columns = whole_map(
             lambda v: torch.zeros_like(v[..., :1, :]) if v.ndim > 1 else v.new_zeros(()), full
         )
         return FactoredState(zero_count(params), rows, columns)
@@ -150,11 +151,11 @@ def scale_by_factored_rms(
             u = torch.rsqrt(v.clamp_min(tiny**2)) * g
             return u / torch.clamp(rms(u) / clip, min=1.0)
 
-        rows = tree_map(lambda r, g: average(r, g, -1), state.rows, grads)
-        columns = tree_map(
+        rows = whole_map(lambda r, g: average(r, g, -1), state.rows, grads)
+        columns = whole_map(
             lambda c, g: average(c, g, -2) if g.ndim > 1 else c, state.columns, grads
         )
-        return tree_map(scale, grads, rows, columns, params), FactoredState(count, rows, columns)
+        return whole_map(scale, grads, rows, columns, params), FactoredState(count, rows, columns)
 
     return Transformation(init, update, alike)
 
@@ -162,7 +163,7 @@ def scale_by_factored_rms(
 def scale_by_parameter_rms(minimum: float = 1e-3) -> Transformation:
     """updates * max(minimum, rms(params)): steps relative to each parameter (ibid., section 8)."""
     return stateless(
-        lambda grads, params: tree_map(lambda u, p: u * rms(p).clamp_min(minimum), grads, params),
+        lambda grads, params: whole_map(lambda u, p: u * rms(p).clamp_min(minimum), grads, params),
         alike,
     )
 

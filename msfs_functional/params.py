@@ -17,10 +17,11 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from inspect import signature
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -29,7 +30,36 @@ from msfs_functional import random
 V = TypeVar("V")
 Params = dict[str, Tensor]
 Rules = Sequence[tuple[str, V]]
-Initializer = Callable[[Tensor, Sequence[int]], Tensor]
+Initializer = Callable[..., Tensor]  # (key, shape) or (key, shape, window), see Window
+
+
+class Window(NamedTuple):
+    """A block of a tensor: the elements start[d] <= i[d] < start[d] + size[d].
+
+    An initialiser that takes one as its third argument draws that block of the parameter alone,
+    bit-equal to cutting it out of the whole, so that a shard is made without the rest.
+    """
+
+    start: tuple[int, ...]
+    size: tuple[int, ...]
+
+
+def block(shape: Sequence[int], window: Window | None, device: torch.device) -> dict[str, Any]:
+    """`shape` and `offset` with which `random` draws the window of an array of this shape."""
+    if window is None:
+        return {"shape": shape, "offset": 0}
+    first, whole = 0, True  # whole: the dims so far are cut to at most one index
+    contiguous = True
+    for size, start, length in zip(shape, window.start, window.size, strict=True):
+        first = first * size + start
+        contiguous = contiguous and (whole or length == size)
+        whole = whole and length == 1
+    if contiguous or 0 in window.size:
+        return {"shape": window.size, "offset": first if 0 not in window.size else 0}
+    flat = torch.zeros((), dtype=torch.int64, device=device)
+    for size, start, length in zip(shape, window.start, window.size, strict=True):
+        flat = flat[..., None] * size + torch.arange(start, start + length, device=device)
+    return {"shape": window.size, "offset": flat}
 
 
 def match(rules: Rules[V], name: str) -> V:
@@ -71,7 +101,11 @@ def by_rules(rules: Rules[V], names: Iterable[str], strict: bool = True) -> dict
 
 def constant(value: float) -> Initializer:
     """Every element is `value`."""
-    return lambda key, shape: torch.full(tuple(shape), value, device=key.device)
+
+    def initialize(key: Tensor, shape: Sequence[int], window: Window | None = None) -> Tensor:
+        return torch.full(tuple(window.size if window else shape), value, device=key.device)
+
+    return initialize
 
 
 zeros = constant(0.0)
@@ -80,15 +114,20 @@ ones = constant(1.0)
 
 def normal(std: float) -> Initializer:
     """N(0, std^2)."""
-    return lambda key, shape: std * random.normal(key, shape)
+
+    def initialize(key: Tensor, shape: Sequence[int], window: Window | None = None) -> Tensor:
+        return std * random.normal(key, **block(shape, window, key.device))
+
+    return initialize
 
 
 def truncated_normal(std: float) -> Initializer:
     """N(0, std^2) conditioned on [-2 std, 2 std], by the inverse distribution function."""
     edge = math.erf(2 / math.sqrt(2))
 
-    def initialize(key: Tensor, shape: Sequence[int]) -> Tensor:
-        x = torch.erfinv(random.uniform(key, shape, low=-edge, high=edge))
+    def initialize(key: Tensor, shape: Sequence[int], window: Window | None = None) -> Tensor:
+        part = block(shape, window, key.device)
+        x = torch.erfinv(random.uniform(key, low=-edge, high=edge, **part))
         return (std * math.sqrt(2) * x).clamp(-2 * std, 2 * std)
 
     return initialize
@@ -96,7 +135,11 @@ def truncated_normal(std: float) -> Initializer:
 
 def uniform(bound: float) -> Initializer:
     """U(-bound, bound)."""
-    return lambda key, shape: random.uniform(key, shape, low=-bound, high=bound)
+
+    def initialize(key: Tensor, shape: Sequence[int], window: Window | None = None) -> Tensor:
+        return random.uniform(key, low=-bound, high=bound, **block(shape, window, key.device))
+
+    return initialize
 
 
 def variance_scaling(
@@ -112,7 +155,7 @@ def variance_scaling(
         ValueError: when it meets a parameter with fewer than two dims.
     """
 
-    def initialize(key: Tensor, shape: Sequence[int]) -> Tensor:
+    def initialize(key: Tensor, shape: Sequence[int], window: Window | None = None) -> Tensor:
         if len(shape) < 2:
             raise ValueError(
                 f"shape {tuple(shape)} has no fan: variance scaling needs at least two dims "
@@ -123,7 +166,7 @@ def variance_scaling(
         size = {"in": fan_in, "out": fan_out, "average": (fan_in + fan_out) / 2}[fan]
         std = math.sqrt(scale / max(size, 1))
         return (normal(std) if distribution == "normal" else uniform(std * math.sqrt(3)))(
-            key, shape
+            key, shape, window
         )
 
     return initialize
@@ -199,16 +242,24 @@ class Functional:
         key = random.key(seed) if isinstance(seed, int) else seed
         if device is not None:
             key = key.to(device)
-        params = {}
-        for name, shape in self.shapes.items():
-            value = self.initializers[name](random.fold_in(key, zlib.crc32(name.encode())), shape)
-            if value.shape != shape:
-                raise ValueError(
-                    f"the initialiser of {name!r} returned shape {tuple(value.shape)}, expected "
-                    f"{tuple(shape)}"
-                )
-            params[name] = value.to(dtype)
-        return params
+        return {name: self.draw(name, parameter_key(key, name)).to(dtype) for name in self.shapes}
+
+    def draw(
+        self, name: str, key: Int64[Tensor, "2"], window: Window | None = None
+    ) -> Float[Tensor, "..."]:
+        """One parameter, or a window of it, as its initialiser makes it with this very key."""
+        shape, initialize = self.shapes[name], self.initializers[name]
+        windowed = window is not None and "window" in signature(initialize).parameters
+        value = initialize(key, shape, window=window) if windowed else initialize(key, shape)
+        expected = torch.Size(window.size) if windowed and window is not None else shape
+        if value.shape != expected:
+            raise ValueError(
+                f"the initialiser of {name!r} returned shape {tuple(value.shape)}, expected "
+                f"{tuple(expected)}"
+            )
+        if window is None or windowed:
+            return value
+        return value[tuple(slice(a, a + n) for a, n in zip(*window, strict=True))].clone()
 
     def apply(self, params: Params, /, *args: Any, method: str = "forward", **kwargs: Any) -> Any:
         """Run the module's `method` with these parameters; pure, so it composes and compiles.
@@ -279,6 +330,11 @@ def functional(
     shapes = {name: value.shape for name, value in skeleton.named_parameters()}
     chosen = by_rules(initializers, shapes, strict)
     return Functional(skeleton, shapes, chosen, Methods(skeleton), slots)
+
+
+def parameter_key(key: Int64[Tensor, "2"], name: str) -> Int64[Tensor, "2"]:
+    """The key of one parameter: fold_in(key, hash of its name)."""
+    return random.fold_in(key, zlib.crc32(name.encode()))
 
 
 def count(params: Params) -> int:

@@ -75,9 +75,21 @@ def split(key: Key, n: int = 2) -> Int64[Tensor, "n 2"]:
     return philox_words(key, torch.arange(n, device=key.device), SPLIT)[:, :2]
 
 
-def words(key: Key, shape: Shape, each: int, offset: int = 0) -> tuple[Tensor, ...]:
+def words(
+    key: Key, shape: Shape, each: int, offset: int | Int64[Tensor, "..."] = 0
+) -> tuple[Tensor, ...]:
     """The next `each` (1 or 2) words of the key's stream for every element of a shape."""
     check_key(key)
+    if isinstance(offset, Tensor):
+        if offset.shape != tuple(shape):
+            raise ValueError(
+                f"offset {tuple(offset.shape)} must be of the shape drawn, {tuple(shape)}: "
+                f"one flat index for each element"
+            )
+        first = each * offset.to(key.device)
+        stream = philox_words(key, first.flatten() >> 2, NUMBERS).view(*shape, 4)
+        lanes = (first & 3)[..., None] + torch.arange(each, device=key.device)
+        return stream.gather(-1, lanes).unbind(-1)
     if offset < 0:
         raise ValueError(f"offset ({offset}) must not be negative")
     start, stop = each * offset, each * (offset + math.prod(shape))
@@ -87,13 +99,14 @@ def words(key: Key, shape: Shape, each: int, offset: int = 0) -> tuple[Tensor, .
     return stream[start - skip : stop - skip].view(*shape, each).unbind(-1)
 
 
-def bits(key: Key, shape: Shape, *, offset: int = 0) -> Int64[Tensor, "..."]:
+def bits(key: Key, shape: Shape, *, offset: int | Int64[Tensor, "..."] = 0) -> Int64[Tensor, "..."]:
     """Uniform integers in [0, 2**32).
 
     Args:
         offset: flat index of the first element, to draw one shard of a larger array:
             bits(key, (6,)) == cat([bits(key, (4,)), bits(key, (2,), offset=4)]).
-            `uniform` and `normal` take it too.
+            Or a tensor of the shape drawn: the flat index of each element, for shards that are
+            not contiguous. `uniform` and `normal` take both too.
     """
     return words(key, shape, 1, offset)[0]
 
@@ -112,7 +125,7 @@ def uniform(
     low: float = 0.0,
     high: float = 1.0,
     dtype: torch.dtype = torch.float32,
-    offset: int = 0,
+    offset: int | Int64[Tensor, "..."] = 0,
 ) -> Float[Tensor, "..."]:
     """Uniform floats in [low, high), as fine as the dtype: multiples of 2**-24 in float32.
 
@@ -198,7 +211,11 @@ def exponential(
 
 
 def normal(
-    key: Key, shape: Shape, *, dtype: torch.dtype = torch.float32, offset: int = 0
+    key: Key,
+    shape: Shape,
+    *,
+    dtype: torch.dtype = torch.float32,
+    offset: int | Int64[Tensor, "..."] = 0,
 ) -> Float[Tensor, "..."]:
     """Standard normal floats, up to 6.77 in size (Box and Muller 1958).
 

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 import optree
 import torch
+from msfs_kernels.dispatch import is_sharded
 from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.func import functional_call
@@ -147,6 +148,7 @@ class Block:
         self.run = region_of(run)
 
     def __call__(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if active() is None:
+        params = dict(layer.named_parameters())
+        if active() is None or any(map(is_sharded, params.values())):  # gathers them by itself
             return layer(*args, **kwargs)
-        return self.run(dict(layer.named_parameters()), *args, **kwargs)
+        return self.run(params, *args, **kwargs)

@@ -27,8 +27,8 @@ from typing import Any, Literal
 import optree
 import torch
 from jaxtyping import Int64
+from msfs_kernels.dispatch import is_sharded
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.func import vmap
 from torch.utils import _pytree
 
@@ -39,6 +39,7 @@ from msfs_functional.optim import Transformation, apply_updates, ema, global_nor
 from msfs_functional.params import Params
 from msfs_functional.regions import Regions, region
 from msfs_functional.transforms import NAMESPACE, accumulate
+from msfs_functional.updates import tree_map
 
 Metrics = dict[str, Tensor]
 LossFn = Callable[[Any, Any, Tensor], tuple[Tensor, Metrics]]
@@ -200,9 +201,9 @@ def _settle(
 
 def _norm(grads: list[Tensor], lead: int) -> Tensor:
     """Euclidean norm of all gradients as one vector; for an ensemble of each member."""
-    wide = [torch.promote_types(g.dtype, torch.float32) for g in grads]
-    if any(isinstance(g, DTensor) for g in grads):
+    if any(is_sharded(g) for g in grads):
         return global_norm(grads)
+    wide = [torch.promote_types(g.dtype, torch.float32) for g in grads]
     if lead:
         norms = [
             torch.linalg.vector_norm(g.reshape(len(g), -1), dim=1, dtype=dtype)
@@ -225,15 +226,28 @@ def _update(optimizer: Transformation, ema_decay: float | None) -> UpdateFn:
     def update(trained: Trained, grads: Params, scale: Tensor | None, finite: Tensor) -> Trained:
         params, opt_state, mean = trained
         if scale is not None:
-            grads = {name: g * scale.to(g.dtype) for name, g in grads.items()}
+            grads = tree_map(lambda g: g * scale.to(g.dtype), grads)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         params = apply_updates(params, updates)
         if average is not None:
             mean = average.update(params, mean)
         guard = lambda new, old: torch.where(finite, new.to(old.dtype), old)  # noqa: E731
-        return _map(guard, (params, opt_state, mean), trained)
+        return tree_map(guard, (params, opt_state, mean), trained, namespace=NAMESPACE)
 
     return update
+
+
+def _on_shards(update: UpdateFn) -> UpdateFn:
+    """An elementwise update, which of DTensors sees the shards."""
+
+    def run(trained: Trained, grads: Params, scale: Tensor | None, finite: Tensor) -> Trained:
+        if not any(map(is_sharded, grads.values())):
+            return update(trained, grads, scale, finite)
+        local = lambda x: x.to_local() if is_sharded(x) else x  # noqa: E731
+        after = update(_map(local, trained), _map(local, grads), scale, finite)
+        return tree_map(lambda old, new: new, trained, after, namespace=NAMESPACE)
+
+    return run
 
 
 def _advance(
@@ -269,6 +283,9 @@ def _advance(
         )
     elif compile:
         update = torch.compile(fresh(update), fullgraph=True, dynamic=False)
+
+    if optimizer.elementwise:
+        update = _on_shards(update)
 
     def advance(state: TrainState, grads: Params, sums: Metrics, weight: Tensor) -> Any:
         metrics, scale, finite = _settle(grads, sums, weight, weighted, clip, lead)
@@ -330,6 +347,7 @@ def make_step(
     compile: bool | Literal["regions"] = True,
     dynamic: bool | None = None,
     donate: bool = True,
+    gradient: Callable[..., Any] | None = None,
 ) -> Step:
     """step(state, batch) -> (state, metrics): gradient, guard, optimizer and average in one.
 
@@ -357,6 +375,8 @@ def make_step(
             seen, in all three.
         donate: write the new state into the old one's memory: nothing is allocated, and the state
             that went in is spent.
+        gradient: replaces `transforms.accumulate`, for models that keep parameters of their own
+            (`fsdp`); the loss is then not compiled, the update is.
 
     Raises:
         ValueError: a batch that accumulation does not divide; members that the state does not have;
@@ -385,7 +405,7 @@ def make_step(
             with regions.compiled():
                 return plain(*args)
 
-    elif compile:
+    elif compile and gradient is None:
         objective = compile_per_shape(objective, dynamic)
     checked = False
 
@@ -400,7 +420,7 @@ def make_step(
         else:
             pieces = [(batch, None)]
         calls = ((piece, state.key, state.step, part) for piece, part in pieces)
-        (_, (sums, weight)), grads = accumulate(objective, state.params, calls)
+        (_, (sums, weight)), grads = (gradient or accumulate)(objective, state.params, calls)
         with torch.no_grad():
             return advance(state, grads, sums, weight)
 

@@ -186,6 +186,11 @@ def accumulate(fn: Callable[..., tuple[Tensor, Any]], params: Any, calls: Iterab
     return optree.tree_unflatten(spec, totals)
 
 
+def add_terms(total: Any, terms: Any) -> Any:
+    """The sum of two pytrees of tensors; total None is nothing yet."""
+    return terms if total is None else optree.tree_map(torch.add, total, terms, namespace=NAMESPACE)
+
+
 def remat(fn: Callable[..., Any]) -> Callable[..., Any]:
     """fn, whose inner activations are forgotten and computed again in the backward pass.
 

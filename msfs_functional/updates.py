@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import optree
 import torch
+from msfs_kernels.dispatch import is_sharded
 from torch import Tensor
 
 from msfs_functional.params import Rules, by_rules
@@ -56,7 +57,28 @@ def alike(params: dict[str, Tensor]) -> dict[str, Hashable]:
     return {name: None for name in params}
 
 
-def tree_map(fn: Callable[..., Any], tree: T, *rest: Any) -> T:
+def tree_map(fn: Callable[..., Any], tree: T, *rest: Any, namespace: str = "") -> T:
+    """fn, which works element by element, on every leaf; of DTensors it sees the shards.
+
+    What is known to need no other rank's elements need not ask DTensor about it.
+    """
+
+    def on_shards(x: Any, *others: Any) -> Any:
+        if type(x).__name__ != "DTensor":
+            return fn(x, *others)
+        from torch.distributed.tensor import DTensor
+
+        parts = (y.to_local() if isinstance(y, DTensor) else y for y in (x, *others))
+        mesh, placed = x.device_mesh, x.placements
+        return DTensor.from_local(
+            fn(*parts), mesh, placed, run_check=False, shape=x.shape, stride=x.stride()
+        )
+
+    return optree.tree_map(on_shards, tree, *rest, namespace=namespace)  # pyright: ignore
+
+
+def whole_map(fn: Callable[..., Any], tree: T, *rest: Any) -> T:
+    """fn, which may work across elements, on every leaf; a DTensor acts as the whole tensor."""
     return optree.tree_map(fn, tree, *rest)  # pyright: ignore
 
 
@@ -175,6 +197,10 @@ def global_norm(tree: Tree) -> Tensor:
     leaves = optree.tree_leaves(widen(tree))
     if not leaves:
         raise ValueError("a tree without tensors has no norm")
+    if any(is_sharded(x) for x in leaves):
+        from msfs_functional.sharding import sum_of_squares  # one process needs none of it
+
+        return torch.sqrt(sum_of_squares(leaves))
     return torch.sqrt(torch.stack([x.square().sum() for x in leaves]).sum())
 
 

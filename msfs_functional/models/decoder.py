@@ -41,6 +41,7 @@ from msfs_functional.regions import region_of
 from msfs_functional.rotary import Scaling, rotary_table, rotate
 
 AttentionFn = Callable[..., Tensor]  # (q, k, v, **options of `attention`) -> heads
+LinearFn = Callable[[Params, str, Tensor], Tensor]  # `linear`'s signature
 BlockFn = Callable[..., tuple[Tensor, tuple[Tensor, Tensor] | None]]  # `block`, its config bound
 
 # Weight decay for matrices only: norms, biases and embeddings are left alone.
@@ -171,6 +172,18 @@ PRESETS: dict[str, Callable[..., DecoderConfig]] = {
 }
 
 
+def linear(params: Params, name: str, x: Tensor) -> Tensor:
+    """x times the matrix of that name, plus its bias if there is one."""
+    weight, bias = params[f"{name}.weight"], params.get(f"{name}.bias")
+    if bias is not None and x.numel() == x.shape[-1]:  # one row: a compiler fuses what stands apart
+        return F.linear(x, weight) + bias
+    return F.linear(x, weight, bias)
+
+
+def unchanged(x: Tensor) -> Tensor:
+    return x
+
+
 @functools.lru_cache
 def attention_by(implementation: Implementation) -> AttentionFn:
     """`attention` with the implementation bound: one object for all calls."""
@@ -185,6 +198,8 @@ class Context(NamedTuple):
     rotary: tuple[Tensor, Tensor] | None  # cosines and sines
     slots: Int64[Tensor, "B T"] | None = None  # where in the cache the tokens go
     fresh: bool = False  # the cache holds nothing but these tokens: they attend to each other
+    enter: Callable[[Tensor], Tensor] = unchanged  # before the first matrices of a sublayer
+    leave: LinearFn = linear  # the last one: both know of other devices that share the work
 
 
 class Cache(NamedTuple):
@@ -215,14 +230,6 @@ def normalize(
     return (y * (gain + 1 if config.norm_offset else gain)).to(x.dtype)
 
 
-def linear(params: Params, name: str, x: Tensor) -> Tensor:
-    """x times the matrix of that name, plus its bias if there is one."""
-    weight, bias = params[f"{name}.weight"], params.get(f"{name}.bias")
-    if bias is not None and x.numel() == x.shape[-1]:  # one row: a compiler fuses what stands apart
-        return F.linear(x, weight) + bias
-    return F.linear(x, weight, bias)
-
-
 def attend(
     params: Params,
     x: Float[Tensor, "B T D"],
@@ -232,6 +239,7 @@ def attend(
     config: DecoderConfig,
 ) -> tuple[Float[Tensor, "B T D"], tuple[Tensor, Tensor] | None]:
     """Grouped-query attention (Ainslie et al. 2023) of x to itself and to what the cache holds."""
+    x = context.enter(x)
     if "attention.qkv.weight" in params:
         q, k, v = linear(params, "attention.qkv", x).split(config.projections, -1)
     else:
@@ -253,21 +261,26 @@ def attend(
         options |= {"dropout": config.attention_dropout, "dropout_key": key}
     scale, softcap = config.attention_scale, config.attention_softcap
     heads = context.attention_fn(q, k, v, scale=scale, softcap=softcap, **options)
-    return linear(params, "attention.o", heads.transpose(-2, -3).flatten(-2)), cache
+    return context.leave(params, "attention.o", heads.transpose(-2, -3).flatten(-2)), cache
 
 
 def feed_forward(
-    params: Params, x: Float[Tensor, "... D"], config: DecoderConfig
+    params: Params,
+    x: Float[Tensor, "... D"],
+    config: DecoderConfig,
+    enter: Callable[[Tensor], Tensor] = unchanged,
+    leave: LinearFn = linear,
 ) -> Float[Tensor, "... D"]:
     """down(activation(up(x))), or gated: down(activation(gate(x)) * up(x)) (Shazeer 2020)."""
+    x = enter(x)
     activation = ACTIVATIONS[config.activation]
     if not config.gated:
-        return linear(params, "feed_forward.down", activation(linear(params, "feed_forward.up", x)))
+        return leave(params, "feed_forward.down", activation(linear(params, "feed_forward.up", x)))
     if "feed_forward.gate_up.weight" in params:
         gate, up = linear(params, "feed_forward.gate_up", x).chunk(2, -1)
     else:
         gate, up = (linear(params, f"feed_forward.{name}", x) for name in ("gate", "up"))
-    return linear(params, "feed_forward.down", activation(gate) * up)
+    return leave(params, "feed_forward.down", activation(gate) * up)
 
 
 def block(
@@ -301,7 +314,9 @@ def block(
     y, cache = attend(params, y, keys[0], context, cache, config)
     x = add(x, y, "attention", keys[1])
     y = normalize(params, "feed_forward_norm", x, config)
-    return add(x, feed_forward(params, y, config), "feed_forward", keys[2]), cache
+    return add(
+        x, feed_forward(params, y, config, context.enter, context.leave), "feed_forward", keys[2]
+    ), cache
 
 
 @functools.lru_cache

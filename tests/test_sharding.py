@@ -1,0 +1,458 @@
+"""Sharded training on several ranks equals one process; bad degrees and rules are told."""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from ranks import check_claims
+from torch._dynamo.backends.common import aot_autograd
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.func import grad, jvp, vmap
+
+from msfs_functional import context_parallel, optim, random, sharding
+from msfs_functional.attention import attention
+from msfs_functional.collectives import psum
+from msfs_functional.fsdp import fully_sharded
+from msfs_functional.gathering import gathered, sharded
+from msfs_functional.layouts import DECODER, TRANSFORMER
+from msfs_functional.losses import cross_entropy
+from msfs_functional.meshes import data_rank, degrees, mesh
+from msfs_functional.models.decoder import DecoderConfig, decoder
+from msfs_functional.models.transformer import TransformerConfig, transformer
+from msfs_functional.train import init_state, make_step
+from msfs_functional.transforms import hvp, value_and_grad
+
+# Vocabulary, hidden units and widths that two and four ranks do not divide.
+CONFIG = DecoderConfig(
+    29,
+    width=18,
+    depth=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=6,
+    hidden=21,
+    max_length=16,
+    qk_norm=True,
+    qkv_bias=True,
+    output_bias=True,
+)
+PAIRS = TransformerConfig(29, width=12, depth=1, heads=2, hidden=18, dropout=0.0)
+# Without eps Adam inflates gradients that are rounding alone, such as those of a key's bias.
+OPTIMIZER = optim.chain(optim.clip_by_global_norm(0.5), optim.adamw(1e-2, eps=1e-3))
+CLOSE = {"rtol": 1e-5, "atol": 2e-6}  # after five steps in float32
+
+
+def batches(n: int = 5, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 29, (8, 7), generator=generator) for _ in range(n)]
+
+
+def next_token(model, params, tokens, key):
+    """Padding (token 0) makes shares of a batch weigh differently."""
+    logits = model.apply(params, tokens[:, :-1])
+    loss, count = cross_entropy(logits, tokens[:, 1:])
+    return loss / count, {"weight": count, "top": logits.amax()}
+
+
+def translation(model, params, tokens, key):
+    loss, count = cross_entropy(model.apply(params, tokens, tokens[:, :-1]), tokens[:, 1:])
+    return loss / count, {"weight": count}
+
+
+def share(tokens: torch.Tensor, on) -> torch.Tensor:
+    i, n = data_rank(on)
+    return tokens.chunk(n)[i]
+
+
+def train(loss_fn, params, data, optimizer, **options):
+    state = init_state(params, optimizer, random.key(1), ema_decay=0.9)
+    step = make_step(loss_fn, optimizer, ema_decay=0.9, **{"compile": False, **options})
+    history = []
+    for tokens in data:
+        state, metrics = step(state, tokens)
+        history.append(torch.stack([metrics["loss"], metrics["grad_norm"]]))
+    return state, torch.stack(history)
+
+
+@functools.cache
+def on_one_process(build, config, loss, optimizer, **options):
+    model = build(config)
+    return train(functools.partial(loss, model), model.init(0), batches(), optimizer, **options)
+
+
+def equal_one_process(
+    given,
+    build=decoder,
+    config=CONFIG,
+    layout=DECODER,
+    loss=next_token,
+    optimizer=None,
+    **options,
+):
+    """Five steps: loss and gradient norm of each, then parameters and their moving average."""
+    optimizer = optimizer or OPTIMIZER
+    on = mesh(**given)
+    accumulation = {k: v for k, v in options.items() if k == "accumulation"}
+    one, want = on_one_process(build, config, loss, optimizer, **accumulation)
+    model = sharded(build(config), layout, on)
+    loss_fn = gathered(functools.partial(loss, model), model)
+    data = [share(tokens, on) for tokens in batches()]
+    state, got = train(loss_fn, model.init(0), data, optimizer, **options)
+    torch.testing.assert_close(got, want, **CLOSE)
+    for trees in ((state.params, one.params), (state.ema, one.ema)):
+        for name, value in sharding.gather(trees[0]).items():
+            torch.testing.assert_close(value, trees[1][name], **CLOSE, msg=lambda m, n=name: n + m)
+    return state, model
+
+
+# Two ranks.
+
+
+def shards_are_cut_from_the_unsharded_init():
+    for given in ({"dp_shard": 2}, {"tp": 2}, {"dp_replicate": 2}):
+        on = mesh(**given)
+        for build, config, layout in (
+            (decoder, CONFIG, DECODER),
+            (transformer, PAIRS, TRANSFORMER),
+        ):
+            whole = build(config).init(3)
+            own = sharded(build(config), layout, on).init(3)
+            cut = sharding.shard(whole, layout.rules, on)
+            for name, value in own.items():
+                assert value.placements == cut[name].placements
+                assert torch.equal(value.to_local(), cut[name].to_local()), name
+                assert torch.equal(value.full_tensor(), whole[name]), name
+
+
+def describe_lists_every_parameter():
+    params = sharded(decoder(CONFIG), DECODER, mesh(dp_shard=2)).init(0)
+    text = sharding.describe(params)
+    assert all(name in text for name in params)
+    assert "embedding.weight" in text and "(29, 18)" in text and "dp_shard cuts dim 0" in text
+
+
+def data_parallel():
+    state, _ = equal_one_process({"dp_shard": 2})
+    moments = state.opt_state[1][0].mu["embedding.weight"]
+    assert isinstance(moments, DTensor) and moments.placements == (Shard(0),)
+    assert moments.to_local().numel() < moments.numel()
+
+
+def replicated_data_parallel():
+    state, _ = equal_one_process({"dp_replicate": 2})
+    assert state.params["embedding.weight"].placements == (Replicate(),)
+
+
+def tensor_parallel():
+    state, _ = equal_one_process({"tp": 2})
+    assert state.params["blocks.0.attention.q.weight"].to_local().shape == (12, 18)
+
+
+def translation_model():
+    options = {"build": transformer, "config": PAIRS, "layout": TRANSFORMER, "loss": translation}
+    equal_one_process({"dp_shard": 2}, **options)
+    equal_one_process({"tp": 2}, **options)
+
+
+def accumulated_microbatches():
+    equal_one_process({"dp_shard": 2}, accumulation=2)
+
+
+def compiled_step():
+    """One graph: equal to one process, and weights are gathered again in the backward."""
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append([node.target for node in graph.graph.nodes])
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(
+        fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition
+    )
+    on = mesh(dp_shard=2)
+    one = dataclasses.replace(CONFIG, depth=1, qk_norm=False)
+    model = sharded(decoder(one), DECODER, on)
+    loss_fn = gathered(functools.partial(next_token, model), model)
+    compiled = torch.compile(lambda p, x: loss_fn(p, x, random.key(0))[0], backend=backend)
+    params, tokens = model.init(0), batches(1)[0]
+    value, grads = value_and_grad(compiled)(params, share(tokens, on))
+    whole = decoder(one).init(0)
+    want = value_and_grad(lambda p: next_token(decoder(one), p, tokens, None)[0])(whole)
+    torch.testing.assert_close(value, want[0])
+    for name, gradient in sharding.gather(grads).items():
+        torch.testing.assert_close(gradient, want[1][name], **CLOSE)
+    gather = torch.ops._c10d_functional.all_gather_into_tensor.default
+    scatter = torch.ops._c10d_functional.reduce_scatter_tensor.default
+    forward, backward = graphs
+    assert forward.count(gather) == backward.count(scatter) == len(params)
+    matrices = [name for name in params if params[name].ndim == 2 and "embedding" not in name]
+    assert backward.count(gather) >= len(matrices)
+
+
+def whole_tree_optimizers():
+    for optimizer in (optim.muon(1e-2, dtype=torch.float32), optim.adafactor(1e-2)):
+        equal_one_process({"dp_shard": 2}, optimizer=optimizer)
+
+
+def fsdp2(build, config, layout, loss, accumulation=1, **given):
+    """fully_shard behind the same step: the same losses, gradient norms and parameters."""
+    one, want = on_one_process(build, config, loss, OPTIMIZER, accumulation=accumulation)
+    on = mesh(**given)
+    model = fully_sharded(build(config), layout, on)
+    loss_fn = gathered(functools.partial(loss, model), model)
+    data = [share(tokens, on) for tokens in batches()]
+    options = {"accumulation": accumulation, "gradient": model.gradient}
+    state, got = train(loss_fn, model.init(0), data, OPTIMIZER, **options)
+    torch.testing.assert_close(got, want, **CLOSE)
+    for name, value in sharding.gather(state.params).items():
+        torch.testing.assert_close(value, one.params[name], **CLOSE)
+
+
+def fsdp2_path():
+    fsdp2(decoder, CONFIG, DECODER, next_token, accumulation=2, dp_shard=2)
+    fsdp2(transformer, PAIRS, TRANSFORMER, translation, dp_shard=2)
+    with pytest.raises(ValueError, match="data axes only"):
+        fully_sharded(decoder(CONFIG), DECODER, mesh(tp=-1))
+
+
+def fsdp2_path_on_a_hybrid_mesh():
+    fsdp2(decoder, CONFIG, DECODER, next_token, dp_replicate=2, dp_shard=2)
+
+
+def guard_agrees_on_all_ranks():
+    """One rank's loss is infinite: no rank updates."""
+    on = mesh(dp_shard=2)
+    model = sharded(decoder(CONFIG), DECODER, on)
+
+    def loss_fn(params, tokens, key):
+        loss, metrics = next_token(model, params, tokens, key)
+        return loss / (0.0 if on.get_local_rank("dp_shard") else 1.0), metrics
+
+    before = {name: p.full_tensor() for name, p in model.init(0).items()}
+    state, _ = train(gathered(loss_fn, model), model.init(0), batches(2), OPTIMIZER)
+    assert state.skipped == 2
+    for name, value in sharding.gather(state.params).items():
+        assert torch.equal(value, before[name]), name
+
+
+def transforms():
+    """torch.func over DTensor parameters, in float64: exact to rounding."""
+    for given in ({"dp_shard": 2}, {"dp_replicate": 2}, {"tp": 2}):
+        transforms_on(mesh(**given))
+
+
+def transforms_on(on):
+    plain, model = decoder(CONFIG), sharded(decoder(CONFIG), DECODER, on)
+    tokens, key = batches(1)[0], random.key(0)
+    whole = plain.init(0, dtype=torch.float64)
+    v = {name: p.cos() * 0.3 for name, p in plain.init(1, dtype=torch.float64).items()}
+    params, tv = (sharding.shard(x, DECODER.rules, on) for x in (whole, v))
+    sharded_loss = gathered(functools.partial(next_token, model), model)
+
+    def f(params, tokens=tokens):
+        return next_token(plain, params, tokens, key)[0]
+
+    def g(params, tokens=tokens):
+        return sharded_loss(params, share(tokens, on), key)[0]
+
+    def same(got, want):
+        for name, value in want.items():
+            assert isinstance(got[name], DTensor)
+            torch.testing.assert_close(got[name].full_tensor(), value, msg=lambda m, n=name: n + m)
+
+    same(grad(g)(params), grad(f)(whole))
+    value, grads = value_and_grad(g)(params)
+    torch.testing.assert_close(value, f(whole))
+    same(grads, grad(f)(whole))
+    got, want = jvp(g, (params,), (tv,)), jvp(f, (whole,), (v,))
+    torch.testing.assert_close(got, want)
+    same(hvp(g, params, tv), hvp(f, whole, v))
+
+    # Every rank takes every example, and shares its gradient's shards out.
+    each = vmap(grad(lambda p, row: sharded_loss(p, row[None], key)[0]), (None, 0))
+    want = vmap(grad(lambda p, row: f(p, row[None])), (None, 0))(whole, tokens)
+    same(each(params, tokens), want)
+
+
+def split_tokens(on, tokens):
+    """Inputs, labels, positions and documents of the tokens that this rank holds."""
+    rows = share(tokens, on)
+    T = rows.shape[1] - 1
+    documents = (torch.arange(T) // 3).expand(len(rows), T)
+    parts = {"tokens": rows[:, :-1], "labels": rows[:, 1:], "documents": documents}
+    parts = {name: context_parallel.own_tokens(x, on) for name, x in parts.items()}
+    return {**parts, "positions": context_parallel.own_tokens(torch.arange(T), on, dim=0)}
+
+
+def next_of_own(model, attend, packed, params, parts, key):
+    documents = parts["documents"] if packed else None
+    options = {"positions": parts["positions"], "implementation": attend, "segment_ids": documents}
+    logits = model.apply(params, parts["tokens"], **options)
+    loss, count = cross_entropy(logits, parts["labels"])
+    return loss / count, {"weight": count}
+
+
+def equal_one_process_in_context(packings=(False, True), **given):
+    config = DecoderConfig(
+        29, width=12, depth=2, heads=2, kv_heads=1, hidden=18, max_length=16, attention_softcap=5.0
+    )
+    tokens = [torch.cat([x, x, x[:, :3]], 1) for x in batches()]  # 16 and one to predict
+    for packed in packings:
+        on = mesh(**given)
+        alone = functools.partial(next_of_own, decoder(config), "flash", packed)
+        whole = [
+            {
+                "tokens": x[:, :-1],
+                "labels": x[:, 1:],
+                "positions": torch.arange(16),
+                "documents": (torch.arange(16) // 3).expand(8, 16),
+            }
+            for x in tokens
+        ]
+        state, want = train(alone, decoder(config).init(0), whole, OPTIMIZER)
+        model = sharded(decoder(config), DECODER, on)
+        ring = context_parallel.ring_attention(on)
+        loss_fn = gathered(functools.partial(next_of_own, model, ring, packed), model)
+        parts = [split_tokens(on, x) for x in tokens]
+        ours, got = train(loss_fn, model.init(0), parts, OPTIMIZER)
+        torch.testing.assert_close(got, want, **CLOSE)
+        for name, value in sharding.gather(ours.params).items():
+            torch.testing.assert_close(value, state.params[name], **CLOSE)
+
+
+def context_parallelism():
+    equal_one_process_in_context(cp=2)
+
+
+def ring_attention_has_every_derivative():
+    """Value, gradient, tangent and Hessian-vector product in float64; causal or not."""
+    on = mesh(cp=2)
+    ring = context_parallel.ring_attention(on)
+    group = on.get_group("cp").group_name
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 4, 8, 6), (2, 2, 8, 6), (2, 2, 8, 5)]
+    x, t = (
+        tuple(torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
+        for _ in range(2)
+    )
+    for causal in (True, False):
+
+        def f(q, k, v, causal=causal):
+            return attention(q, k, v, is_causal=causal).sin().sum().sin()
+
+        def g(q, k, v, causal=causal):
+            return psum(ring(q, k, v, is_causal=causal).sin().sum(), group).sin()
+
+        def own(tensors):
+            return tuple(context_parallel.own_tokens(y, on, dim=2) for y in tensors)
+
+        every = (0, 1, 2)
+        torch.testing.assert_close(g(*own(x)), f(*x))
+        torch.testing.assert_close(grad(g, every)(*own(x)), own(grad(f, every)(*x)))
+        torch.testing.assert_close(jvp(g, own(x), own(t))[1], jvp(f, x, t)[1])
+        want = own(jvp(grad(f, every), x, t)[1])
+        torch.testing.assert_close(jvp(grad(g, every), own(x), own(t))[1], want)
+        for y in x:
+            assert torch.equal(
+                context_parallel.all_tokens(context_parallel.own_tokens(y, on, dim=2), on, dim=2), y
+            )
+    with pytest.raises(ValueError, match="ring attention does not know \\['window'\\]"):
+        ring(*own(x), window=3)
+    with pytest.raises(ValueError, match=r"2 cp \(4\) must divide the tokens of a sequence \(6\)"):
+        context_parallel.own_tokens(torch.zeros(1, 6), on)
+
+
+TWO = [
+    shards_are_cut_from_the_unsharded_init,
+    describe_lists_every_parameter,
+    data_parallel,
+    replicated_data_parallel,
+    tensor_parallel,
+    translation_model,
+    accumulated_microbatches,
+    whole_tree_optimizers,
+    guard_agrees_on_all_ranks,
+    transforms,
+    compiled_step,
+    fsdp2_path,
+    context_parallelism,
+    ring_attention_has_every_derivative,
+]
+
+
+# Four ranks.
+
+
+def shards_of_four_equal_the_unsharded_init():
+    for given in ({"dp_shard": 4}, {"tp": 2, "dp_shard": 2}):
+        model = sharded(decoder(CONFIG), DECODER, mesh(**given))
+        whole = decoder(CONFIG).init(3)
+        for name, value in sharding.gather(model.init(3)).items():
+            assert torch.equal(value, whole[name]), name
+
+
+def data_parallel_over_four():
+    equal_one_process({"dp_shard": -1})
+
+
+def hybrid():
+    equal_one_process({"dp_replicate": 2, "dp_shard": 2})
+
+
+def tensor_and_data_parallel():
+    equal_one_process({"tp": 2, "dp_shard": 2})
+
+
+def tensor_parallel_that_does_not_divide_heads_is_refused():
+    with pytest.raises(ValueError, match=r"tp \(4\) must divide kv_heads \(2\)"):
+        sharded(decoder(CONFIG), DECODER, mesh(tp=4))
+
+
+def context_and_other_parallelism():
+    equal_one_process_in_context(cp=2, dp_shard=2, packings=(True,))
+    equal_one_process_in_context(cp=-1, packings=(True,))
+
+
+FOUR = [
+    shards_of_four_equal_the_unsharded_init,
+    data_parallel_over_four,
+    hybrid,
+    tensor_and_data_parallel,
+    context_and_other_parallelism,
+    fsdp2_path_on_a_hybrid_mesh,
+    tensor_parallel_that_does_not_divide_heads_is_refused,
+]
+
+
+@pytest.mark.ranks
+def test_two_ranks_equal_one_process():
+    check_claims(TWO, 2)
+
+
+@pytest.mark.ranks
+def test_four_ranks_equal_one_process():
+    check_claims(FOUR, 4)
+
+
+# One process.
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"dp_shard": 3}, r"dp_shard 3, tp 1, cp 1\) multiply to 3, but 4 processes run"),
+        ({"dp_shard": -1, "tp": 3}, "which does not divide the 4 processes"),
+        ({"dp_shard": -1, "tp": -1}, "only one degree may be -1"),
+        ({"tp": 0}, r"tp \(0\) must be at least 1"),
+        ({"cp": -2}, r"cp \(-2\) must be at least 1"),
+    ],
+)
+def test_degrees_that_do_not_fit_are_told(given, message):
+    with pytest.raises(ValueError, match=message):
+        degrees(4, **given)
+
+
+def test_minus_one_takes_the_ranks_that_remain():
+    assert degrees(8, dp_shard=-1, tp=2) == {"dp_replicate": 1, "dp_shard": 4, "tp": 2, "cp": 1}
