@@ -144,8 +144,16 @@ def denoiser(
         coordinates: of the x and of the levels, as the network was trained.
         alpha_bar: the training schedule of a network that is told the step: its time is then the
             step whose alpha_bar is the level; without it, the time is the level itself.
+
+    Raises:
+        ValueError: an unknown target; eps with a schedule that ends in pure noise.
     """
     _check_target(target)
+    if target == "eps" and alpha_bar is not None and float(alpha_bar[-1]) == 0:
+        raise ValueError(
+            "target ('eps') says nothing of x_0 where alpha_bar is 0, the last step of this "
+            "schedule (zero terminal SNR): train on v, x0 or flow"
+        )
 
     def denoise_fn(x: Tensor, level: Tensor) -> Tensor:
         time = level if alpha_bar is None else step_of(alpha_bar, level)

@@ -18,6 +18,7 @@ def log_likelihood(
     key: Key | None = None,
     *,
     probes: int = 0,
+    chunk: int = 64,
 ) -> Float[Tensor, "B"]:
     """log p of x at the last (least) sigma, in nats, by the probability-flow ODE; order 2.
 
@@ -28,6 +29,7 @@ def log_likelihood(
         sigmas: the grid of a sampler, but its last level positive: its density is what comes out.
         key, probes: 0 takes the exact divergence, one `jvp` a dim; else Hutchinson's estimate from
             that many random signs, the same at each level, unbiased.
+        chunk: directions pushed through the network at once, which is what bounds the memory.
 
     Raises:
         ValueError: a grid of no steps, not falling, or ending at 0; probes below 0, or without key.
@@ -39,6 +41,8 @@ def log_likelihood(
         raise ValueError("sigmas must end above 0, where a density exists: drop the last level")
     if probes < 0:
         raise ValueError(f"probes ({probes}) must not be negative; 0 is exact")
+    if chunk < 1:
+        raise ValueError(f"chunk ({chunk}) must be at least 1 direction")
     size = x[0].numel()
     if probes:
         spread = x.expand(probes, *x.shape).transpose(0, 1)
@@ -55,7 +59,7 @@ def log_likelihood(
             value, tangent = jvp(f, (x,), (sign,))[:2]
             return value, (tangent * sign).flatten(1).sum(1)
 
-        values, traces = vmap(along)(signs)
+        values, traces = vmap(along, chunk_size=chunk)(signs)
         return values[0], traces.mean(0) if probes else traces.sum(0)
 
     integral = x.new_zeros(x.shape[0])
