@@ -100,7 +100,7 @@ def min_snr_weight(level: Level, target: Target, gamma: float = 5.0) -> Tensor:
     eps: min(SNR, gamma) / SNR. v, variance preserving: min(SNR, gamma) / (SNR + 1). Finite at zero
     terminal SNR (eps: 1) and at sigma = 0 (x0: gamma).
 
-    Source: Hang et al. 2023, section 3.4.
+    Source: Hang et al. 2023.
     """
     if gamma <= 0:
         raise ValueError(f"gamma ({gamma}) must be positive; 5 is the paper's")
@@ -111,7 +111,7 @@ def min_snr_weight(level: Level, target: Target, gamma: float = 5.0) -> Tensor:
 def p2_weight(level: Level, target: Target, *, k: float = 1.0, gamma: float = 1.0) -> Tensor:
     """1 / (k + SNR) ** gamma on the squared error of eps, said as a weight for `target`'s own.
 
-    Finite for sigma > 0. Source: Choi et al. 2022, equation 8.
+    Finite for sigma > 0. Source: Choi et al. 2022.
     """
     if k <= 0 or gamma < 0:
         raise ValueError(f"k ({k}) must be positive and gamma ({gamma}) not negative")
@@ -218,7 +218,7 @@ def meanflow_loss(
         model_fn: (z (B, ...), r (B,), t (B,)) -> u (B, ...); its operations need forward rules.
         power, c: each squared error is divided by (itself + c) ** power, held fixed; 0 is plain.
 
-    Source: Geng et al. 2025, algorithm 1 and equation 22.
+    Source: Geng et al. 2025, algorithm 1.
     """
     z = add_noise(x_0, eps, Level(1 - t, t))
     v = eps - x_0

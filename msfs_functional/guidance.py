@@ -147,6 +147,6 @@ def image_to_image(
         raise ValueError(f"strength ({strength}) must be in (0, 1]; 1 forgets the image")
     if grid.ndim != 1 or len(grid) < 2:
         raise ValueError(f"grid {tuple(grid.shape)} must hold n + 1 levels for n >= 1 steps")
-    steps = max(1, int((len(grid) - 1) * strength))
+    steps = max(1, int((len(grid) - 1) * strength + 1e-9))
     rest = grid[len(grid) - 1 - steps :]
     return add_noise(x_0, draw(key, x_0), coordinates(rest[0])), rest

@@ -46,7 +46,8 @@ def log_likelihood(
     size = x[0].numel()
     if probes:
         spread = x.expand(probes, *x.shape).transpose(0, 1)
-        signs = draw(need_key(key, "probes"), spread).sign().transpose(0, 1)
+        noise = draw(need_key(key, "probes"), spread).transpose(0, 1)
+        signs = torch.where(noise < 0, -torch.ones_like(noise), 1.0)
     else:
         eye = torch.eye(size, dtype=x.dtype, device=x.device)
         signs = eye.view(size, 1, *x.shape[1:]).expand(size, *x.shape)

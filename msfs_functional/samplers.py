@@ -36,7 +36,8 @@ Key = Int64[Tensor, "2"] | Int64[Tensor, "B 2"]
 
 
 def draw(key: Key, x: Float[Tensor, "B ..."]) -> Float[Tensor, "B ..."]:
-    """Standard normal noise of x's shape and dtype, by one key or by one for each example."""
+    """Standard normal noise of x's shape, dtype and device, by one key or one for each example."""
+    key = key.to(x.device)  # the same numbers on every device
     if key.ndim == 1:
         return random.normal(key, x.shape, dtype=x.dtype)
     if key.shape != (x.shape[0], 2):
@@ -79,10 +80,14 @@ def check_grid(
                 f"sort the levels, most noise first, without repeats"
             )
     low, high = min(levels), max(levels)
-    if low < 0 or high > most or high == math.inf:
+    if high == math.inf:
         raise ValueError(
-            f"{name} must lie in [0, {most:g}] and be finite, got {low:.6g} to {high:.6g}: "
-            f"check the schedule"
+            f"{name} must be finite, got inf: pure noise (zero terminal SNR) has no sigma; "
+            f"use ddpm or ddim over alpha_bar, or start the grid one step later"
+        )
+    if low < 0 or high > most:
+        raise ValueError(
+            f"{name} must lie in [0, {most:g}], got {low:.6g} to {high:.6g}: check the schedule"
         )
     return levels
 
@@ -266,7 +271,7 @@ def dpmpp_2m_sde(
 ) -> Float[Tensor, "B ..."]:
     """SDE-DPM-Solver++ (2M), midpoint form; eta 0 is `dpmpp_2m`.
 
-    Source: Lu et al. 2022 (DPM-Solver++), section 5.
+    Source: Lu et al. 2022 (DPM-Solver++).
 
     Raises:
         ValueError: a grid of no steps, or not falling to at least 0; eta below 0.
@@ -303,7 +308,7 @@ def meanflow_sample(
 ) -> Float[Tensor, "B ..."]:
     """Samples of a `diffusion.meanflow_loss` network, in one step or by any falling times.
 
-    z_r = z_t - (t - r) u(z_t, r, t). Source: Geng et al. 2025, equation 12.
+    z_r = z_t - (t - r) u(z_t, r, t). Source: Geng et al. 2025, algorithm 2.
     """
     grid = torch.as_tensor(times, dtype=torch.float64)
     levels = check_grid(grid, "times", most=1.0)

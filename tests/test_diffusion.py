@@ -277,8 +277,44 @@ def test_classifier_free_guidance_by_hand():
     torch.testing.assert_close(guided(4.0, rescale=1.0).std(1), y.std(1))
 
 
-def test_gradient_guidance_gives_the_posterior_of_a_gaussian():
-    """log p(x_0 = m | x) for linear data: compare with the gradient written out."""
+def test_guidance_takes_a_level_and_a_tree_of_conditions_for_each_example():
+    x, levels = normal(1, 2, 4), torch.tensor([0.2, 0.8], dtype=torch.float64)
+
+    def predict_fn(x: Tensor, level: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        return x * condition["a"][:, None] + level[:, None] * condition["b"][:, None]
+
+    def tree(a: float, b: float) -> dict[str, Tensor]:
+        return {"a": torch.full((2,), a), "b": torch.full((2,), b)}
+
+    fn = guidance.classifier_free_guidance(
+        predict_fn, tree(2.0, 1.0), tree(1.0, 0.0), 3.0, interval=(0.0, 0.5)
+    )
+    positive, negative = (
+        predict_fn(x, levels, tree(2.0, 1.0)),
+        predict_fn(x, levels, tree(1.0, 0.0)),
+    )
+    out = fn(x, levels)
+    torch.testing.assert_close(out[0], (3 * positive - 2 * negative)[0])
+    torch.testing.assert_close(out[1], positive[1])
+
+
+def test_guidance_is_the_same_around_any_target():
+    level = torch.tensor(0.4, dtype=torch.float64)
+    x, positive, negative = normal(1, 2, 3), torch.tensor([1.0, 2.0]), torch.tensor([0.0, -1.0])
+    outs = []
+    for target in TARGETS:
+
+        def predict_fn(x: Tensor, alpha_bar: Tensor, condition: Tensor, target=target) -> Tensor:
+            x_0 = conditional(x, torch.tensor(0.3), condition)
+            return df.convert(x_0, x, ns.variance_preserving(alpha_bar), "x0", target)
+
+        network_fn = guidance.classifier_free_guidance(predict_fn, positive, negative, 2.5)
+        outs.append(df.denoiser(network_fn, ns.variance_preserving, target)(x, level))
+    for out in outs[1:]:
+        torch.testing.assert_close(out, outs[0])
+
+
+def test_gradient_guidance_on_a_gaussian_is_the_gradient_written_out():
     x, sigma = normal(1, 5, 1), torch.tensor(0.7, dtype=torch.float64)
     fn = guidance.gradient_guidance(
         exploding, lambda x_0: -0.5 * (x_0 - 2).square().sum(1), ns.variance_exploding, scale=3.0
@@ -316,10 +352,10 @@ def test_log_likelihood_is_exact_at_order_2():
     variance = STD**2 + 0.05**2
     exact = -0.5 * ((x - MEAN) ** 2 / variance + math.log(2 * math.pi * variance)).sum(1)
     errors = []
-    for n in (32, 64, 128):
+    for n in (24, 48, 96):
         sigmas = torch.logspace(4, math.log10(0.05), n + 1, dtype=torch.float64)
         errors.append((likelihood.log_likelihood(exploding, x, sigmas) - exact).abs().max().item())
-    assert errors[-1] < 0.05
+    assert errors[-1] < 0.1
     assert min(orders(errors)) > 1.9
 
 
@@ -329,9 +365,9 @@ def test_hutchinson_estimates_the_exact_divergence():
     def denoise_fn(x: Tensor, sigma: Tensor) -> Tensor:
         return (x @ mix).tanh() / (1 + sigma**2)
 
-    x, sigmas = normal(1, 2, 3), ns.karras_sigmas(12)[:-1]
+    x, sigmas = normal(1, 2, 3), torch.logspace(1, -1, 9, dtype=torch.float64)
     exact = likelihood.log_likelihood(denoise_fn, x, sigmas)
-    estimate = likelihood.log_likelihood(denoise_fn, x, sigmas, KEY, probes=2000)
+    estimate = likelihood.log_likelihood(denoise_fn, x, sigmas, KEY, probes=2000, chunk=2000)
     torch.testing.assert_close(estimate, exact, rtol=0, atol=0.05)
     # For a Jacobian that is a multiple of the identity one probe is exact.
     one = likelihood.log_likelihood(exploding, x, sigmas, KEY, probes=1)
@@ -421,26 +457,40 @@ NAMES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
-@pytest.mark.parametrize("target", ("eps", "x0", "v"))
+OVER_ALPHA_BAR = (
+    ("DDPM", samplers.ddpm, {}, {}),
+    ("DDPM", samplers.ddpm, {"variance": "large"}, {"variance_type": "fixed_large"}),
+    ("DDIM", samplers.ddim, {}, {"set_alpha_to_one": True}),
+    ("DDIM", samplers.ddim, {"eta": 0.6}, {"set_alpha_to_one": True}),
+    ("DDIM", samplers.ddim, {"eta": 0.6}, {"rescale_betas_zero_snr": True}),
+)
+
+
 @pytest.mark.parametrize(
-    ("name", "sampler", "ours", "theirs"),
+    ("name", "sampler", "ours", "theirs", "target"),
     (
-        ("DDPM", samplers.ddpm, {}, {}),
-        ("DDPM", samplers.ddpm, {"variance": "large"}, {"variance_type": "fixed_large"}),
-        ("DDIM", samplers.ddim, {}, {"set_alpha_to_one": True}),
-        ("DDIM", samplers.ddim, {"eta": 0.6}, {"set_alpha_to_one": True}),
+        (*case, target)
+        for case in OVER_ALPHA_BAR
+        for target in ("eps", "x0", "v")
+        if not (target == "eps" and "rescale_betas_zero_snr" in case[3])
     ),
 )
 def test_samplers_over_alpha_bar_walk_as_diffusers(
     name, sampler, ours, theirs, target, monkeypatch
 ):
     diffusers = pytest.importorskip("diffusers")
+    alpha_bar, spacing = ns.scaled_linear(), "leading"
+    if "rescale_betas_zero_snr" in theirs:
+        alpha_bar, spacing = ns.zero_terminal_snr(alpha_bar), "trailing"
     scheduler = getattr(diffusers, f"{name}Scheduler")(
-        **SCHEDULE, **theirs, clip_sample=False, prediction_type=NAMES[target]
+        **SCHEDULE,
+        **theirs,
+        clip_sample=False,
+        timestep_spacing=spacing,
+        prediction_type=NAMES[target],
     )
     scheduler.set_timesteps(20)
-    alpha_bar = ns.scaled_linear()
-    steps = ns.spaced_steps(1000, 20, "leading")
+    steps = ns.spaced_steps(1000, 20, spacing)
     assert torch.equal(steps, scheduler.timesteps)
     denoise_fn = df.denoiser(network, ns.variance_preserving, target, alpha_bar=alpha_bar)
     x = normal(1, 3, 4, 5, dtype=torch.float32)
@@ -519,6 +569,15 @@ def test_schedules_equal_diffusers(schedule, name):
     torch.testing.assert_close(schedule(), theirs, rtol=1e-4, atol=1e-7)
 
 
+def test_karras_sigmas_equal_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.DPMSolverMultistepScheduler(**SCHEDULE, use_karras_sigmas=True)
+    scheduler.set_timesteps(12)
+    ends = ns.sigma_of(ns.scaled_linear())
+    sigmas = ns.karras_sigmas(12, sigma_min=ends[0].item(), sigma_max=ends[-1].item())
+    torch.testing.assert_close(sigmas, scheduler.sigmas.double(), rtol=2e-5, atol=0)
+
+
 # Bad input
 
 
@@ -535,6 +594,20 @@ def test_schedules_equal_diffusers(schedule, name):
         (lambda: ns.karras_sigmas(3, sigma_min=2.0, sigma_max=1.0), "sigma_min"),
         (lambda: ns.shift_times(torch.ones(1), 0.0), r"shift \(0.0\) must be positive"),
         (lambda: samplers.euler(exploding, torch.ones(1), torch.ones(1)), "more steps"),
+        (
+            lambda: samplers.euler(
+                exploding,
+                torch.ones(1),
+                ns.sigmas_at(ns.zero_terminal_snr(ns.linear()), ns.spaced_steps(1000, 4)),
+            ),
+            "sigmas must be finite, got inf.*use ddpm or ddim",
+        ),
+        (
+            lambda: samplers.ddpm(
+                preserving, torch.ones(3), torch.tensor([0.1, 0.9]), KEY.expand(2, 2)
+            ),
+            r"key \(2, 2\) must be \(2,\), or \(3, 2\)",
+        ),
         (
             lambda: samplers.heun(exploding, torch.ones(1), torch.tensor([2.0, 3.0, 0.0])),
             r"sigmas must fall strictly, got 2 then 3 at step 0: sort",
