@@ -426,7 +426,7 @@ def walk(sampler, denoise_fn, x, grid, **options) -> list[Tensor]:
     return [*seen, last]
 
 
-def walk_diffusers(scheduler, x: Tensor, monkeypatch, **options) -> list[Tensor]:
+def walk_diffusers(scheduler, x: Tensor, monkeypatch, model_fn=network, **options) -> list[Tensor]:
     """The same by a scheduler of diffusers, fed the noises of our keys."""
     count = itertools.count()
     module = __import__(type(scheduler).__module__, fromlist=["x"])
@@ -440,7 +440,7 @@ def walk_diffusers(scheduler, x: Tensor, monkeypatch, **options) -> list[Tensor]
     for t in scheduler.timesteps:
         seen.append(x)
         inside = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-        y = network(inside, t.float().expand(x.shape[0]))
+        y = model_fn(inside, t.float().expand(x.shape[0]))
         x = scheduler.step(y, t, x, return_dict=False, **options)[0]
     return [*seen, x]
 
@@ -538,6 +538,31 @@ def test_samplers_over_sigma_walk_as_diffusers(name, sampler, theirs, target, mo
     check_walks(
         ours, walk_diffusers(scheduler, x * (scales[0] if scales else 1), monkeypatch), scales
     )
+
+
+@pytest.mark.parametrize(
+    ("sampler", "algorithm"),
+    ((samplers.dpmpp_2m, "dpmsolver++"), (samplers.dpmpp_2m_sde, "sde-dpmsolver++")),
+)
+def test_flow_networks_walk_as_diffusers_under_samplers_over_sigma(sampler, algorithm, monkeypatch):
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        use_flow_sigmas=True,
+        flow_shift=3.0,
+        prediction_type="flow_prediction",
+        algorithm_type=algorithm,
+    )
+    scheduler.set_timesteps(12)
+
+    def timeless(x: Tensor, time: Tensor) -> Tensor:  # diffusers rounds the times, not the steps
+        return network(x, 0 * time)
+
+    times = scheduler.sigmas.double()
+    scales = (1 - times).tolist()
+    x = normal(1, 3, 4, 5, dtype=torch.float32)
+    denoise_fn = df.flow_to_exploding(df.denoiser(timeless, ns.rectified_flow, "flow"))
+    ours = walk(sampler, denoise_fn, x / scales[0], times / (1 - times))
+    check_walks(ours, walk_diffusers(scheduler, x, monkeypatch, timeless), scales)
 
 
 def test_flow_euler_walks_as_diffusers(monkeypatch):
