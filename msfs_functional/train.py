@@ -372,7 +372,8 @@ def make_step(
         dynamic: batch shapes in compiled graphs. False: one graph for each shape, the fastest
             kernels, for few shapes. True: one graph for all shapes. None: a graph for the first
             shape, then one for all others. A bounded set of shapes stops compiling once each was
-            seen, in all three.
+            seen, in all three. An ensemble takes False, which None then means: torch cannot trace
+            its batched products over symbolic sizes.
         donate: write the new state into the old one's memory: nothing is allocated, and the state
             that went in is spent.
         gradient: replaces `transforms.accumulate`, for models that keep parameters of their own
@@ -386,6 +387,9 @@ def make_step(
         raise ValueError(f"accumulation ({accumulation}) must be at least 1")
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"clip_norm ({clip_norm}) must be positive; None does not clip")
+    if members is not None and dynamic:
+        raise ValueError(f"dynamic=True with members={members}: an ensemble needs dynamic=False")
+    dynamic = False if members is not None else dynamic
     weighted = accumulation > 1
     objective = _objective(loss_fn, weighted, members)
     advance = _advance(

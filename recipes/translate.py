@@ -52,6 +52,7 @@ from msfs_functional import (
     tracking,
 )
 from msfs_functional import config as configs
+from msfs_functional.compiling import graphed
 from msfs_functional.data import Prefetch, Splits, TokenBatches, encode_pairs, load_pairs
 from msfs_functional.losses import linear_cross_entropy
 from msfs_functional.models.transformer import DECAY, output_weight, transformer
@@ -415,7 +416,10 @@ def train(config: Config) -> None:
         members=config.members if config.members > 1 else None,
         clip_norm=config.optimizer.clip or None,
         compile="regions" if settings.compile else False,
+        dynamic=config.members == 1,
     )
+    if settings.compile and str(config.device).startswith("cuda"):
+        step = graphed(step)
     state = first_state(config, model, optimizer)
     if saved:
         state = checkpoint.load(saved.path, state).state

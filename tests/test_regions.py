@@ -45,10 +45,11 @@ def training(depth, compile, lengths=((5, 6),), **options):
     return state, metrics
 
 
-def test_step_of_regions_equals_the_eager_step_over_changing_shapes(counter):
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_step_of_regions_equals_the_eager_step_over_changing_shapes(counter, dynamic):
     """Dropout included: keys are split inside the regions."""
     lengths = ((5, 6), (7, 4), (8, 8))
-    one, metrics = training(1, "regions", lengths)
+    one, metrics = training(1, "regions", lengths, dynamic=dynamic)
     other, expected = training(1, False, lengths)
     for name in one.params:
         torch.testing.assert_close(one.params[name], other.params[name])
