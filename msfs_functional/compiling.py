@@ -122,7 +122,8 @@ def graphed(step: Callable[[S, Any], tuple[S, Any]]) -> Callable[[S, Any], tuple
         if recorded is None:
             own = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            # Other threads (a loader's) may go on allocating while this one records.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 _, metrics = step(state, optree.tree_unflatten(spec, own))
             recorded = graphs[shapes] = graph, own, metrics
         graph, own, metrics = recorded
