@@ -131,13 +131,13 @@ def read(story: str, at: int) -> tuple[str, re.Match[str]] | None:
 def judge(story: str) -> dict[str, bool]:
     """{rule: whether the story keeps it}, and "consistent", whether it keeps all.
 
-        told      known sentences from an opening to an ending
-        grammar   pronouns agree with names, "an" with vowels, "in" or "at" with the place
-        names     who acts has been introduced, once
-        holders   who gives, keeps or ends with a thing has it; it stays the "red ball" it was
-        causes    questions are answered by whom they asked; thanks go to who gave, anger to who
-                  kept; what is said to have been given by somebody was
-        places    they are where they went last
+    told      known sentences from an opening to an ending
+    grammar   pronouns agree with names, "an" with vowels, "in" or "at" with the place
+    names     who acts has been introduced, once
+    holders   who gives, keeps or ends with a thing has it; it stays the "red ball" it was
+    causes    questions are answered by whom they asked; thanks go to who gave, anger to who
+              kept; what is said to have been given by somebody was
+    places    they are where they went last
     """
     book, at, kind, wrong = Book(), 0, "", set()
     story = story.strip()
