@@ -446,6 +446,7 @@ def train(config: Config) -> None:
         params = whole(state.params)
         if not rank:
             report(config, plain, tokenizer, params, held_out, tracker)
+            draw(tracker)
             tracker.note(f"{time.perf_counter() - begin:.0f} seconds; everything is in {run}")
     if world > 1:
         dist.destroy_process_group()
@@ -489,7 +490,7 @@ def report(
     held_out: list[str],
     tracker: Tracker,
 ) -> None:
-    """Samples, judged if they are stories, and the curves; leaves results.json and samples.txt."""
+    """Samples, judged if they are stories; leaves results.json and samples.txt."""
     number, show, own = config.sample.number, config.sample.show, not config.data.files
     prompts = [beginning(text) for text in held_out[:number]] if own else []
     kinds = {"free": continuations(config, model, tokenizer, params, [""], number)}
@@ -517,10 +518,15 @@ def report(
     (tracker.run_dir / "results.json").write_text(f"{json.dumps(results)}\n", encoding="utf-8")
     everything = "".join(f"{text}\n" for texts in kinds.values() for text in texts)
     (tracker.run_dir / "samples.txt").write_text(everything, encoding="utf-8")
+
+
+def draw(tracker: Tracker) -> None:
+    """Leaves the curves of the run."""
     panels = {
         "nats per token": {"loss": "training", "valid/loss": "validation"},
         "gradient norm": {"grad_norm": "before clipping"},
     }
+    records = tracking.read_metrics(tracker.run_dir / tracking.METRICS)
     tracker.figure("curves", pictures.training_curves(records, panels))
 
 

@@ -12,8 +12,8 @@ from msfs_functional.synthetic.stories.telling import held_out
 STORY = (
     "One cold day, Mia and Tom were on the farm. Mia had an old drum. "
     'Tom said to Mia, "Please give me your drum." "Yes, Tom, take it," said Mia, and she gave him '
-    "the drum. Tom was happy and thanked Mia for the drum. He put the drum into his bag. Later they "
-    "walked to the lake. In the end, Tom took the old drum home from the lake."
+    "the drum. Tom was happy and thanked Mia for the drum. He put the drum into his bag. Later "
+    "they walked to the lake. In the end, Tom took the old drum home from the lake."
 )
 NAME = re.compile("|".join(NAMES))
 JOINING = re.compile(r"\w+ was there, too\.|Soon \w+ came to play with them\.")
