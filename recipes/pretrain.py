@@ -111,6 +111,7 @@ class Model:
     heads: int | None = None  # attention heads
     kv_heads: int | None = None  # key heads, must divide the heads
     hidden: int | None = None  # width inside the feed-forward layers
+    qk_norm: bool = True  # RMSNorm of each head's queries and keys: copying is learned sooner
     dropout: float = 0.0  # probability
     # implementation of attention; None: flash on a GPU, sdpa on a CPU
     attention: Literal["flash", "sdpa", "reference"] | None = None
