@@ -23,6 +23,11 @@ Several processes: the same step, its parameters in shards over a mesh of these 
 
 Without arguments it learns small stories that the project makes itself, and a judge says how many
 of its samples hold together: who gives a thing has it, she is not he, the red ball stays red.
+Measured on one busy core of an AMD EPYC, torch 2.13. The default steps with AdamW at 4e-3 and
+queries and keys as they are: 0.750 nats a token on validation (0.290 bits per byte), 98 of 100
+samples told to the end in known sentences, none confirmed, since names and things are not carried
+on. Muon with normed queries and keys, --train.steps 320 --data.batch 4 --data.stories 4000: 0.748
+nats in 65 s, none of 50 samples confirmed. The whole default run with Muon is not measured yet.
 
 Documents are packed into rows with segment ids, so that attention never crosses them. Validation
 loss is in nats a token, ends of documents included; bits per byte divide the same sum by the bytes
@@ -119,9 +124,11 @@ class Model:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW under a cosine schedule with warm-up."""
+    """AdamW, or Muon for the matrices of blocks and AdamW beside it; a cosine with warm-up."""
 
-    learning_rate: float = 4e-3  # peak
+    kind: Literal["adamw", "muon"] = "muon"
+    learning_rate: float = 4e-3  # peak, of AdamW
+    muon_rate: float = 0.02  # peak, of Muon
     warmup: int = 50  # [steps]
     weight_decay: float = 0.1  # decoupled, on matrices only [1/update, times the learning rate]
     b1: float = 0.9  # decay of the first moment
@@ -282,7 +289,13 @@ def make_loss(config: Config, model: Functional, *, dropout: bool = True):
 def make_optimizer(config: Optimizer, steps: int) -> optim.Transformation:
     schedule = schedules.cosine(config.learning_rate, steps, warmup=config.warmup)
     decay = config.weight_decay
-    return optim.adamw(schedule, config.b1, config.b2, 1e-8, decay, models.DECAY)
+    adamw = optim.adamw(schedule, config.b1, config.b2, 1e-8, decay, models.DECAY)
+    if config.kind == "adamw":
+        return adamw
+    rate = schedules.cosine(config.muon_rate, steps, warmup=config.warmup)
+    blocks = [(r"norm|bias|embedding|positions|^output", False), (r"", True)]
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return optim.muon(rate, weight_decay=decay, matrices=blocks, rest=adamw, dtype=dtype)
 
 
 def flops_per_token(model: Functional, length: int) -> float:
