@@ -1,0 +1,226 @@
+"""The pretraining recipe through its command line: training, resuming, ranks, refusing."""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import check_claims
+from safetensors.torch import load_file
+
+from msfs_functional import checkpoint, config, errors, tracking
+from msfs_functional.models.decoder import DecoderConfig, decoder
+from msfs_functional.synthetic.stories import judge, stories
+from msfs_functional.tokenizer import train_bpe
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+sys.path.insert(0, str(RECIPES))
+import pretrain  # noqa: E402
+
+TINY = """--model.width 16 --model.heads 2 --model.kv-heads 2 --model.hidden 24 --model.depth 1
+    --vocabulary.size 400 --data.stories 60 --data.length 200 --data.batch 4 --train.steps 6
+    --train.eval-every 3 --train.log-every 1 --optimizer.warmup 2 --sample.number 2 --device cpu
+    --threads 1""".split()
+
+
+@pytest.fixture(autouse=True)
+def without_pictures(monkeypatch):
+    """They take most of the time of a tiny run; `trained`, which is made before, has them."""
+    monkeypatch.setattr(pretrain, "draw", lambda *args: None)
+
+
+def recipe(*args: object) -> None:
+    """`python recipes/pretrain.py ...` without the seconds that a process takes to start."""
+    words = [str(arg) for arg in args]
+    errors.run(pretrain.main, lambda: pretrain.command_line(words))
+
+
+def refused(capsys, *args: object) -> str:
+    """The one line with which the command line `args` ends."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        recipe(*args)
+    assert ended.value.code not in (0, None)
+    lines = capsys.readouterr().err.splitlines()
+    said = [line for line in lines if line.startswith("error: ")]
+    assert len(said) == 1 and not any("Traceback" in line for line in lines)
+    return said[0]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A finished run of six steps, with dropout."""
+    out = tmp_path_factory.mktemp("trained")
+    recipe(*TINY, "--model.dropout", 0.1, "--out", out, "--name", "whole")
+    return out / "whole"
+
+
+def final_state(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint.checkpoints(run / "checkpoints")[-1].path / "state.safetensors")
+
+
+def metrics_without_time(run: Path) -> list[dict]:
+    clocked = ("seconds", "tokens/s", "mfu", "data_wait")
+    records = tracking.read_metrics(run / tracking.METRICS)
+    return [{k: v for k, v in record.items() if k not in clocked} for record in records]
+
+
+def test_run_leaves_config_metrics_checkpoints_samples_and_curves(trained):
+    saved = config.load(pretrain.Config, trained / config.FILE)
+    assert saved.train.steps == 6 and saved.model.width == 16
+    records = tracking.read_metrics(trained / tracking.METRICS)
+    steps = [record for record in records if "loss" in record]
+    assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6]
+    assert all(record["grad_norm"] > 0 and record["tokens/s"] > 0 for record in steps)
+    scored = [record for record in records if "valid/loss" in record]
+    assert [record["step"] for record in scored] == [3, 6]
+    assert all(0 < record["mfu"] and 0 <= record["data_wait"] <= 1 for record in scored)
+    assert (trained / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert [c.step for c in checkpoint.verified(trained / "checkpoints")] == [3, 6]
+    results = json.loads((trained / "results.json").read_text())
+    assert 0 <= results["judge/begun/consistent"] <= 1 and "valid/bits_per_byte" in results
+
+
+def test_killed_and_resumed_run_is_bit_equal_to_one_that_was_not(trained, tmp_path, monkeypatch):
+    save = checkpoint.save
+
+    def save_and_die(*args, **kwargs):
+        save(*args, **kwargs)
+        raise ValueError("killed")
+
+    args = [*TINY, "--model.dropout", 0.1, "--out", tmp_path, "--name", "killed"]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(pretrain.checkpoint, "save", save_and_die)
+        recipe(*args)
+    assert [c.step for c in checkpoint.checkpoints(tmp_path / "killed/checkpoints")] == [3]
+    recipe("--resume", "--out", tmp_path, "--name", "killed")
+    assert metrics_without_time(trained) == metrics_without_time(tmp_path / "killed")
+    one, other = final_state(trained), final_state(tmp_path / "killed")
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert (trained / "samples.txt").read_bytes() == (tmp_path / "killed/samples.txt").read_bytes()
+
+
+def test_samples_of_a_trained_run_go_on_with_the_prompt(trained, capsys):
+    prompt = "One cold day, Mia and Tom were on the farm."
+    where = ["--out", trained.parent, "--name", trained.name]
+    recipe("sample", *where, "--sample.prompt", prompt, "--sample.temperature", 0.5)
+    assert capsys.readouterr().out.count(prompt) == 2
+
+
+def test_a_model_that_knows_one_story_by_heart_is_confirmed(tmp_path):
+    story = min(stories(0, 50), key=len)
+    path = tmp_path / "one.jsonl"
+    path.write_text(f"{json.dumps({'story': story})}\n" * 40)
+    recipe(
+        *TINY, "--data.files", path, "--data.valid", path, "--data.field", "story", "--out",
+        tmp_path, "--name", "heart", "--train.steps", 100, "--train.eval-every", 100,
+        "--model.width", 48, "--model.depth", 2, "--optimizer.learning-rate", 0.01,
+        "--data.length", 100, "--sample.temperature", 0,
+    )  # fmt: skip
+    told = (tmp_path / "heart/samples.txt").read_text().splitlines()
+    assert told == [story, story] and judge(told[0])["consistent"]
+    results = json.loads((tmp_path / "heart/results.json").read_text())
+    assert results["valid/bits_per_byte"] < 0.2
+
+
+def test_bits_per_byte_of_a_model_that_knows_nothing_are_those_of_equal_ids():
+    """Every id costs log2 V bits, the end of the document included."""
+    text = stories(0, 40)
+    tokenizer = train_bpe(text, 300)
+    model = decoder(DecoderConfig(tokenizer.vocab_size, width=8, depth=1, heads=2, max_length=64))
+    params = {name: torch.zeros(shape) for name, shape in model.shapes.items()}
+    settings = pretrain.checked(pretrain.Config(device="cpu", data=pretrain.Data(length=64)))
+    found = pretrain.validate(settings, model, params, tokenizer, text, (0, 1))
+    tokens = sum(len(ids) + 1 for ids in tokenizer.encode(text))
+    nats = torch.tensor(float(tokenizer.vocab_size)).log()
+    torch.testing.assert_close(torch.tensor(found["valid/loss"]), nats, rtol=1e-5, atol=0)
+    bits = tokens * float(nats) / 0.6931471805599453 / sum(len(t.encode()) for t in text)
+    assert found["valid/bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+
+
+def test_flops_of_a_token_by_hand():
+    config = DecoderConfig(10, width=4, depth=2, heads=2, kv_heads=1, hidden=6, max_length=8)
+    matrices = 2 * (4 * 4 + 2 * 2 * 4 + 4 * 4 + 3 * 4 * 6) + 10 * 4
+    assert pretrain.flops_per_token(decoder(config), 8) == 6 * matrices + 6 * 2 * 4 * 8
+
+
+def test_documents_of_text_files_stand_between_blank_lines(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("One\ntwo \n\n\n three\n \nfour\n")
+    assert pretrain.read_documents(path, "text") == ["One\ntwo", "three", "four"]
+
+
+def two_ranks() -> None:
+    out = os.environ["PRETRAIN_OUT"]
+    recipe(*TINY, "--out", out, "--name", "two", "--mesh.dp-shard", 2)
+
+
+@pytest.mark.ranks
+def test_two_processes_train_what_one_does(tmp_path, monkeypatch):
+    recipe(*TINY, "--out", tmp_path, "--name", "one")
+    monkeypatch.setenv("PRETRAIN_OUT", str(tmp_path))
+    check_claims([two_ranks], 2)
+    one, two = (metrics_without_time(tmp_path / name) for name in ("one", "two"))
+    assert [r["tokens"] for r in one if "tokens" in r] == [
+        r["tokens"] for r in two if "tokens" in r
+    ]
+    for name in ("loss", "grad_norm", "valid/loss"):
+        a, b = ([record[name] for record in run if name in record] for run in (one, two))
+        assert a == pytest.approx(b, rel=2e-5)
+    a, b = final_state(tmp_path / "one"), final_state(tmp_path / "two")
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        ("--model.vocab 300", r"the vocabulary has \d+ ids, more than .*--model.vocab \(300\)"),
+        ("--data.batch 500", "fewer than one batch of 500 x 200"),
+        ("--mesh.dp-shard 3", "multiply to 3, but 1 processes run"),
+        ("--model.heads 3", r"heads \(3\) must divide width"),
+        ("--vocabulary.size 100", r"vocab_size \(100\) must exceed 260"),
+        ("--vocabulary.file nowhere.json", "no tokenizer at nowhere.json"),
+        ("--data.files nowhere.txt", "nowhere.txt"),
+        ("--data.files table.csv", "must be .txt or .jsonl"),
+        ("--data.valid-share 1.5", r"--data.valid-share \(1.5\) must be in"),
+        ("--train.steps 0", r"--train.steps \(0\) must be at least 1"),
+        ("--train.accumulation 3", r"accumulation \(3\) must divide the batch"),
+        ("--name a/b", r"--name \(a/b\) must be a plain name"),
+        ("--resume --overwrite", "holds no run"),
+    ],
+)
+def test_bad_input_ends_with_one_line(args, said, tmp_path, capsys):
+
+    line = refused(capsys, *TINY, "--out", tmp_path, *args.split())
+    assert re.search(said, line), line
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b"one document", "0 documents to train and 1 to validate on"),
+        (b'{"text": "a"}\n{"body": "b"}\n', "line 2 is no JSON object with 'text'"),
+        (b"\xff\xfe", "is not UTF-8"),
+        (b'{"text": "short"}\n' * 5, "fewer than one batch"),
+    ],
+)
+def test_bad_files_end_with_one_line(content, said, tmp_path, capsys):
+    path = tmp_path / ("a.jsonl" if content.startswith(b"{") else "a.txt")
+    path.write_bytes(content)
+    assert said in refused(capsys, *TINY, "--out", tmp_path, "--data.files", path)
+
+
+def test_resuming_several_processes_is_refused(trained, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    where = ["--out", trained.parent, "--name", trained.name]
+    assert "--resume works with one process" in refused(capsys, "--resume", *where)
+
+
+def test_a_run_is_not_overwritten_unasked(trained, capsys):
+    where = ["--out", trained.parent, "--name", trained.name]
+    assert "exists and is not overwritten" in refused(capsys, *TINY, *where)
