@@ -423,9 +423,12 @@ def importance_weights(
 
 
 def entropy(logits: Float[Tensor, "... V"]) -> Float[Tensor, "..."]:
-    """-sum p log p in nats; `preference.token_logps_and_entropies` needs no logits."""
+    """-sum p log p in nats; `preference.token_logps_and_entropies` needs no logits.
+
+    Logits of -inf, tokens that were ruled out, add nothing.
+    """
     logp = logits.log_softmax(-1)
-    return -(logp.exp() * logp).sum(-1)
+    return -(logp.exp() * logp.masked_fill(logits == -torch.inf, 0.0)).sum(-1)
 
 
 def explained_variance(
