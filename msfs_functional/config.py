@@ -7,6 +7,7 @@ one.
 """
 
 import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -80,7 +81,7 @@ def load(cls: type[C], path: Path) -> C:
 def option(args: Sequence[str], flag: str) -> str | None:
     """What follows `flag` in `args` (`--flag value` or `--flag=value`); the last one wins."""
     found = None
-    for here, following in zip(args, [*args[1:], None], strict=True):
+    for here, following in itertools.zip_longest(args, args[1:]):
         if here == flag:
             found = following
         elif here.startswith(f"{flag}="):
