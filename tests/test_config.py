@@ -1,4 +1,4 @@
-"""The command line: what it starts from, with no arguments at all, a preset, or a run's own file."""
+"""The command line: what it starts from, without arguments, with a preset, with a run of before."""
 
 import dataclasses
 from dataclasses import dataclass
