@@ -127,6 +127,11 @@ def enlarge(
     return F.interpolate(x, (like.shape[-2], like.shape[-1]), mode="nearest")
 
 
+def double(x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C 2*H 2*W"]:
+    """x at twice the height and width, each pixel repeated."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
 def time_embedding(
     t: Float[Tensor, "B"],
     width: int,

@@ -5,22 +5,23 @@
     config, params = load_unet(folder)            # unet/ of a Stable Diffusion folder
     save_unet(folder, config, params)
 
+and the same for `autoencoder`, which lies in vae/.
+
 Options that this project's models lack are refused, each by name, where diffusers' value is not the
 one that the model computes. Nothing here needs diffusers.
 """
 
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from msfs_functional.models.autoencoder import AutoencoderConfig, autoencoder
 from msfs_functional.models.unet import UNetConfig, unet
+from msfs_functional.models.weight_files import read_json, read_tensors, take, translate
 from msfs_functional.params import Params
 
 Hub = Mapping[str, Any]  # a config.json
@@ -64,6 +65,28 @@ UNET_WORDS = {
     "output_norm": "conv_norm_out",
     "output": "conv_out",
 }
+AUTOENCODER_WORDS = {
+    **RESNET_WORDS,
+    "input": "conv_in",
+    "down": "down_blocks",
+    "middle": "mid_block",
+    "up": "up_blocks",
+    "shrink": "downsamplers.0.conv",
+    "enlarge": "upsamplers.0.conv",
+    "attention": "attentions.0",
+    "attention.norm": "attentions.0.group_norm",
+    "q": "to_q",
+    "k": "to_k",
+    "v": "to_v",
+    "o": "to_out.0",
+    "output_norm": "conv_norm_out",
+    "output": "conv_out",
+    "mix_moments": "quant_conv",
+    "mix_latents": "post_quant_conv",
+}
+# Names in folders that diffusers wrote before 2023, Stable Diffusion 1.5 among them.
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+AUTOENCODER_PLAIN = {"act_fn": "silu", "latents_mean": None, "latents_std": None}
 # The values for which diffusers computes what `unet` computes; any other is refused.
 UNET_PLAIN = {
     "center_input_sample": False,
@@ -94,58 +117,9 @@ UNET_PLAIN = {
 }
 
 
-def translate(name: str, words: Mapping[str, str]) -> str:
-    """A dotted name with each of its words, or runs of words, replaced; longer ones first."""
-    choices = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
-    return re.sub(rf"(?<![^.])(?:{choices})(?![^.])", lambda match: words[match[0]], name)
-
-
 def unet_name(name: str) -> str:
     """down.0.resnets.1.norm_in.weight -> down_blocks.0.resnets.1.norm1.weight"""
     return translate(name, UNET_WORDS)
-
-
-def take(
-    shapes: Mapping[str, torch.Size],
-    weights: Mapping[str, Tensor],
-    their_name: Callable[[str], str],
-    *,
-    kind: str,
-) -> Params:
-    """Parameters of these shapes out of weights by their names, all of them used.
-
-    A matrix fits a 1 x 1 convolution and the other way round: files of different age differ in it.
-
-    Raises:
-        ValueError: weights that are missing, extra or misshapen.
-    """
-    params: Params = {}
-    missing: list[str] = []
-    used: set[str] = set()
-    for name, shape in shapes.items():
-        theirs = their_name(name)
-        if theirs not in weights:
-            missing.append(theirs)
-            continue
-        used.add(theirs)
-        value = weights[theirs]
-        if value.squeeze((2, 3) if value.ndim == 4 else ()).shape == torch.Size(
-            size for i, size in enumerate(shape) if i < 2 or size > 1
-        ):
-            value = value.reshape(shape)
-        if value.shape != shape:
-            raise ValueError(
-                f"{theirs} has shape {tuple(value.shape)}, the configuration of this {kind} says "
-                f"{tuple(shape)}: the two files do not belong together"
-            )
-        params[name] = value.contiguous()
-    extra = [name for name in weights if name not in used]
-    if missing or extra:
-        raise ValueError(
-            f"weights do not fit the configuration of this {kind}: missing {missing[:4]}, "
-            f"unexpected {extra[:4]} ({len(missing)} and {len(extra)} in all)"
-        )
-    return params
 
 
 def refuse_unknown(hub: Hub, plain: Mapping[str, Any], kind: str) -> None:
@@ -282,47 +256,113 @@ def save_unet(folder: str | Path, config: UNetConfig, params: Params) -> None:
     write_model(folder, *unet_to(config, params))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file.
+def autoencoder_name(name: str) -> str:
+    """encoder.down.0.resnets.1.norm_in.weight -> encoder.down_blocks.0.resnets.1.norm1.weight"""
+    return translate(name, AUTOENCODER_WORDS)
+
+
+def read_autoencoder(hub: Hub) -> AutoencoderConfig:
+    """The configuration that a vae/config.json describes.
 
     Raises:
-        ValueError: it is missing, or not JSON.
+        ValueError: an option or a kind of block that `autoencoder` does not have.
     """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"no {path.name} in {path.parent}: is it a model's folder?") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}): fetch it again") from None
+    refuse_unknown(hub, AUTOENCODER_PLAIN, "autoencoder")
+    for name, kind in (
+        ("down_block_types", "DownEncoderBlock2D"),
+        ("up_block_types", "UpDecoderBlock2D"),
+    ):
+        if set(hub[name]) != {kind}:
+            raise ValueError(f"{name} {list(hub[name])} must all be {kind!r}")
+    mixed = same(
+        (hub.get("use_quant_conv", True), hub.get("use_post_quant_conv", True)),
+        "use_quant_conv and use_post_quant_conv",
+    )
+    channels = same(
+        (hub.get("in_channels", 3), hub.get("out_channels", 3)), "in_channels and out_channels"
+    )
+    return AutoencoderConfig(
+        channels=channels,
+        latent=hub.get("latent_channels", 4),
+        widths=tuple(hub["block_out_channels"]),
+        depth=hub.get("layers_per_block", 1),
+        middle_attention=hub.get("mid_block_add_attention", True),
+        mixed=mixed,
+        groups=hub.get("norm_num_groups", 32),
+        scaling_factor=hub.get("scaling_factor", 0.18215),
+        shift=hub.get("shift_factor") or 0.0,
+    )
+
+
+def write_autoencoder(config: AutoencoderConfig) -> dict[str, Any]:
+    """The vae/config.json of a configuration.
+
+    Raises:
+        ValueError: an option that diffusers' AutoencoderKL does not have.
+    """
+    if config.norm_eps != 1e-6:
+        raise ValueError(f"norm_eps ({config.norm_eps}) must be 1e-6: diffusers has no other")
+    levels = len(config.widths)
+    return {
+        "_class_name": "AutoencoderKL",
+        "in_channels": config.channels,
+        "out_channels": config.channels,
+        "latent_channels": config.latent,
+        "block_out_channels": list(config.widths),
+        "layers_per_block": config.depth,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "mid_block_add_attention": config.middle_attention,
+        "use_quant_conv": config.mixed,
+        "use_post_quant_conv": config.mixed,
+        "norm_num_groups": config.groups,
+        "act_fn": "silu",
+        "scaling_factor": config.scaling_factor,
+        "shift_factor": config.shift or None,
+    }
+
+
+def autoencoder_from(hub: Hub, weights: Mapping[str, Tensor]) -> tuple[AutoencoderConfig, Params]:
+    """Configuration and parameters of a published AutoencoderKL.
+
+    Raises:
+        ValueError: an option that `autoencoder` does not have; weights that do not fit.
+    """
+    config = _complete(read_autoencoder, hub, "autoencoder")
+    weights = {translate(name, OLD_ATTENTION): value for name, value in weights.items()}
+    shapes = autoencoder(config).shapes
+    return config, take(shapes, weights, autoencoder_name, kind="autoencoder")
+
+
+def autoencoder_to(
+    config: AutoencoderConfig, params: Params
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The inverse of `autoencoder_from`."""
+    weights = {autoencoder_name(name): value for name, value in params.items()}
+    return write_autoencoder(config), weights
+
+
+def load_autoencoder(folder: str | Path) -> tuple[AutoencoderConfig, Params]:
+    """The vae/ of a Stable Diffusion folder, parameters as stored."""
+    return autoencoder_from(read_json(Path(folder) / "config.json"), read_weights(Path(folder)))
+
+
+def save_autoencoder(folder: str | Path, config: AutoencoderConfig, params: Params) -> None:
+    """Writes a folder that diffusers' AutoencoderKL.from_pretrained reads."""
+    write_model(folder, *autoencoder_to(config, params))
 
 
 def read_weights(folder: Path, stem: str = "diffusion_pytorch_model") -> dict[str, Tensor]:
-    """The weights in a model's folder by their names.
+    """The weights in a model's folder by their names: safetensors, else a .bin read as data alone.
 
     Raises:
         ValueError: no such file, or one that is broken.
     """
-    path = folder / f"{stem}.safetensors"
-    if not path.exists():
-        half = folder / f"{stem}.fp16.safetensors"
-        if not half.exists():
-            raise ValueError(
-                f"no {path.name} in {folder}: fetch the safetensors files of the model"
-            )
-        path = half
-    return read_safetensors(path)
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """A safetensors file.
-
-    Raises:
-        ValueError: it is none.
-    """
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file ({error}): fetch it again") from None
+    names = [f"{stem}.safetensors", f"{stem}.fp16.safetensors", f"{stem}.bin"]
+    for name in names:
+        if (folder / name).exists():
+            return read_tensors(folder / name)
+    raise ValueError(f"none of {names} in {folder}: fetch the weights of the model")
 
 
 def write_model(folder: str | Path, hub: Hub, weights: Mapping[str, Tensor]) -> None:
