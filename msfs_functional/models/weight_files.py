@@ -45,9 +45,7 @@ def take(
             continue
         used.add(theirs)
         value = weights[theirs]
-        if value.squeeze((2, 3) if value.ndim == 4 else ()).shape == torch.Size(
-            size for i, size in enumerate(shape) if i < 2 or size > 1
-        ):
+        if [n for n in value.shape if n > 1] == [n for n in shape if n > 1]:
             value = value.reshape(shape)
         if value.shape != shape:
             raise ValueError(
