@@ -1,6 +1,8 @@
 """Published folders and single files of Stable Diffusion: the same images as diffusers makes."""
 
 import json
+import runpy
+import sys
 import warnings
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 import transformers
 from diffusers.loaders import single_file_utils
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
@@ -373,3 +376,20 @@ def test_autoencoders_of_either_layout_are_one_model(model):
     torch.testing.assert_close(
         autoencoder(again).apply(values, image)[0], autoencoder(config).apply(params, image)[0]
     )
+
+
+# The command
+
+
+def test_one_command_samples_a_folder(folder, tmp_path, monkeypatch):
+    path = Path(__file__).parents[1] / "recipes" / "stable_diffusion.py"
+    size = ("--height", "16", "--width", "16", "--steps", "2", "--device", "cpu")
+    where = ("--folder", str(folder), "--out", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", [str(path), *where, "--prompts", *PROMPTS, *size])
+    runpy.run_path(str(path), run_name="__main__")
+    images = [Image.open(tmp_path / f"{i:03d}.png") for i in range(2)]
+    assert [image.size for image in images] == [(16, 16)] * 2
+    monkeypatch.setattr(sys, "argv", [str(path)])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(path), run_name="__main__")
+    assert stopped.value.code == 2
