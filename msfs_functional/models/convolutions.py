@@ -130,26 +130,3 @@ def enlarge(
 def double(x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C 2*H 2*W"]:
     """x at twice the height and width, each pixel repeated."""
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
-
-
-def time_embedding(
-    t: Float[Tensor, "B"],
-    width: int,
-    *,
-    cosine_first: bool = True,
-    frequency_shift: float = 0.0,
-    dtype: torch.dtype = torch.float32,
-) -> Float[Tensor, "B D"]:
-    """Cosines and sines of t at geometrically falling frequencies, 1 to 1 / 10000 (Ho et al. 2020).
-
-    Args:
-        t: in steps of a schedule of about a thousand; multiply a time in [0, 1] by 1000.
-        frequency_shift: 1 ends at 1 / 10000 itself, 0 one frequency before it.
-    """
-    half = width // 2
-    # Angles in float32 at least: bfloat16 cannot tell step 999 from 1000.
-    wide = torch.promote_types(t.dtype, torch.float32)
-    exponents = torch.arange(half, device=t.device, dtype=wide) / (half - frequency_shift)
-    angles = t.to(wide)[:, None] * torch.exp(-math.log(10000.0) * exponents)
-    waves = (angles.cos(), angles.sin()) if cosine_first else (angles.sin(), angles.cos())
-    return torch.cat(waves, -1).to(dtype)

@@ -22,12 +22,11 @@ Source: Rombach et al. 2022; Ho et al. 2020; Dhariwal and Nichol 2021.
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from msfs_functional.attention import Implementation, attention
+from msfs_functional.attention import Implementation
 from msfs_functional.models.convolutions import (
     INITIALIZERS,
     Norm,
@@ -35,6 +34,12 @@ from msfs_functional.models.convolutions import (
     enlarge,
     group_norm,
     linear,
+)
+from msfs_functional.models.denoising import (
+    AttentionWeights,
+    TimeEmbedding,
+    attend,
+    check_call,
     time_embedding,
 )
 from msfs_functional.params import Functional, Initializer, Params, Rules, functional, normal
@@ -60,7 +65,7 @@ class UNetConfig:
     scale_shift: bool = False  # the time scales and shifts, see `convolutions.resnet`
     groups: int = 32  # of every GroupNorm
     norm_eps: float = 1e-5  # of the ResNet blocks' norms
-    cosine_first: bool = True  # see `time_embedding`
+    cosine_first: bool = True  # see `denoising.time_embedding`
     frequency_shift: float = 0.0
 
     def __post_init__(self):
@@ -134,26 +139,6 @@ PRESETS = {
 }
 
 
-def attend(
-    params: Params,
-    name: str,
-    x: Float[Tensor, "B T D"],
-    memory: Float[Tensor, "B S _"] | None,
-    heads: int,
-    implementation: Implementation,
-    key_lengths: Int[Tensor, "B"] | None = None,
-) -> Float[Tensor, "B T D"]:
-    """Multi-head attention of x to itself, or to a memory."""
-    weights = [params[f"{name}.{part}.weight"] for part in "qkv"]
-    if memory is None:  # one product: x, which is long, is read once
-        q, k, v = F.linear(x, torch.cat(weights)).chunk(3, -1)
-    else:
-        q, k, v = (F.linear(y, w) for y, w in zip((x, memory, memory), weights, strict=True))
-    q, k, v = (y.unflatten(-1, (heads, -1)).transpose(1, 2) for y in (q, k, v))
-    y = attention(q, k, v, key_lengths=key_lengths, implementation=implementation)
-    return linear(params, f"{name}.o", y.transpose(1, 2).flatten(2))
-
-
 def transformer(
     params: Params,
     x: Float[Tensor, "B D H W"],
@@ -209,15 +194,10 @@ class Transformer(nn.Module):
             flat = config.linear_projection
             return nn.Linear(width, width) if flat else nn.Conv2d(width, width, 1)
 
-        def attention_weights(memory: int) -> nn.ModuleDict:
-            sizes = {"q": width, "k": memory, "v": memory}
-            parts = {name: nn.Linear(size, width, bias=False) for name, size in sizes.items()}
-            return nn.ModuleDict({**parts, "o": nn.Linear(width, width)})
-
         def block() -> nn.ModuleDict:
             parts: dict[str, nn.Module] = {
                 "self_norm": Norm(width),
-                "self_attention": attention_weights(width),
+                "self_attention": AttentionWeights(width),
                 "feed_forward_norm": Norm(width),
                 "feed_forward": nn.ModuleDict(
                     {
@@ -228,7 +208,7 @@ class Transformer(nn.Module):
             }
             if config.context is not None:
                 parts["cross_norm"] = Norm(width)
-                parts["cross_attention"] = attention_weights(config.context)
+                parts["cross_attention"] = AttentionWeights(width, config.context)
             return nn.ModuleDict(parts)
 
         self.norm = Norm(width)
@@ -289,12 +269,9 @@ class UNet(nn.Module):
         widths, time = config.widths, 4 * config.widths[0]
         self.input = nn.Conv2d(config.channels, widths[0], 3, padding=1)
 
-        def embedding() -> nn.ModuleDict:
-            return nn.ModuleDict({"up": nn.Linear(widths[0], time), "down": nn.Linear(time, time)})
-
-        self.time = embedding()
+        self.time = TimeEmbedding(widths[0], time)
         if config.interval:
-            self.interval = embedding()
+            self.interval = TimeEmbedding(widths[0], time)
         if config.classes is not None:
             self.class_embedding = nn.Embedding(config.classes, time)
         last = len(widths) - 1
@@ -346,24 +323,12 @@ class UNet(nn.Module):
             ValueError: an argument that the configuration has no use for, or that it needs.
         """
         config = self.config
-        given = {"context": context, "classes": classes, "interval": interval}
-        for name, value in given.items():
-            wanted = getattr(config, name) not in (None, False)
-            if wanted != (value is not None):
-                raise ValueError(
-                    f"{name} must {'' if wanted else 'not '}be given: the configuration says "
-                    f"{name}={getattr(config, name)}"
-                )
-        if context is not None and context.shape[-1] != config.context:
-            raise ValueError(
-                f"context {tuple(context.shape)} must end in {config.context}: take the text "
-                f"encoder this model was trained with"
-            )
-        if x.ndim != 4 or x.shape[1] != config.channels:
-            raise ValueError(f"x {tuple(x.shape)} must be (B, {config.channels}, H, W)")
-        time = self._embed(self.time, t, x.dtype)
+        check_call(config, x, context, classes, interval)
+        options = {"cosine_first": config.cosine_first, "dtype": x.dtype}
+        options["frequency_shift"] = config.frequency_shift
+        time = self.time(time_embedding(t, config.widths[0], **options))
         if interval is not None:
-            time = time + self._embed(self.interval, interval, x.dtype)
+            time = time + self.interval(time_embedding(interval, config.widths[0], **options))
         if classes is not None:
             time = time + self.class_embedding(classes)
         time = F.silu(time)
@@ -392,17 +357,6 @@ class UNet(nn.Module):
                 x = level.enlarge(enlarge(x, skips[-1]))
         norm: Params = dict(self.output_norm.named_parameters("norm"))
         return self.output(F.silu(group_norm(norm, "norm", x, config.groups, config.norm_eps)))
-
-    def _embed(self, layers: Any, t: Tensor, dtype: torch.dtype) -> Tensor:
-        config = self.config
-        waves = time_embedding(
-            t,
-            config.widths[0],
-            cosine_first=config.cosine_first,
-            frequency_shift=config.frequency_shift,
-            dtype=dtype,
-        )
-        return layers["down"](F.silu(layers["up"](waves)))
 
 
 def unet(config: UNetConfig) -> Functional:
