@@ -23,7 +23,7 @@ from msfs_functional import random, samplers
 from msfs_functional.attention import Implementation
 from msfs_functional.clip_tokenizer import ClipTokenizer
 from msfs_functional.diffusion import Target, denoiser, preserving_to_exploding
-from msfs_functional.guidance import classifier_free_guidance
+from msfs_functional.guidance import classifier_free_guidance, clip_x0
 from msfs_functional.models import diffusers_format, single_file, vision_format
 from msfs_functional.models.autoencoder import AutoencoderConfig, autoencoder
 from msfs_functional.models.clip import TextConfig, text_tower
@@ -45,6 +45,7 @@ class Process:
     spacing: Literal["leading", "linspace", "trailing"] = "leading"
     offset: int = 1
     final: float = 1.0  # alpha_bar of what comes out of the last step
+    clip: float | None = None  # bound of every prediction of x_0
 
 
 class StableDiffusion(NamedTuple):
@@ -81,6 +82,7 @@ def read_process(hub: dict[str, Any]) -> Process:
         hub.get("timestep_spacing", "leading"),
         hub.get("steps_offset", 0),
         1.0 if hub.get("set_alpha_to_one", True) else float(alpha_bar[0]),
+        hub.get("clip_sample_range", 1.0) if hub.get("clip_sample", False) else None,
     )
 
 
@@ -246,6 +248,8 @@ def text_to_image(
     denoise_fn = denoiser(
         guided_fn, ns.variance_preserving, process.target, alpha_bar=process.alpha_bar
     )
+    if process.clip is not None:
+        denoise_fn = clip_x0(denoise_fn, process.clip)
     chosen = ns.spaced_steps(
         len(process.alpha_bar), steps, spacing or process.spacing, offset=process.offset
     )
