@@ -163,9 +163,7 @@ class Churn(NamedTuple):
     amount: float  # S_churn: 0 is the ODE; published settings are 5 to 80
     low: float = 0.0  # S_tmin
     high: float = math.inf  # S_tmax
-    noise: float = (
-        1.0  # S_noise: std of what is added; slightly above 1 keeps detail
-    )
+    noise: float = 1.0  # S_noise: std of what is added; slightly above 1 keeps detail
 
 
 def _edm(
