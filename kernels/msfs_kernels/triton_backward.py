@@ -482,6 +482,10 @@ def plan_delta(do: Tensor, o: Tensor, dlse: Tensor | None, delta: Tensor, _: Opt
     )
 
 
+def in_full_float32(q: Tensor, options: Options) -> bool:
+    return q.dtype == torch.float32 and options.precision == "ieee"
+
+
 def plan_mean(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, dlse: Tensor | None, delta: Tensor,
     share: Tensor, options: Options, config: Config | None = None,
@@ -720,7 +724,7 @@ def backward(
     lse = lse.contiguous()
     delta = torch.empty_like(lse)
     share = None
-    if q.dtype == torch.float32 and options.precision == "ieee":
+    if in_full_float32(q, options):
         share = torch.empty_like(lse)
         launch(plan_mean, (q, k, v, do, lse, dlse, delta, share), options)
     else:

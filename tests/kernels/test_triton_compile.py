@@ -102,7 +102,8 @@ def test_padded_head_dims_fit_the_smallest_chip(K):
 
 
 @pytest.mark.parametrize(
-    "kernel, precision", [("fused", "ieee"), ("fused", "tf32"), ("mean", "ieee")]
+    "kernel, precision",
+    [("fused", "ieee"), ("fused", "tf32"), ("mean", "ieee"), ("tangent", "ieee")],
 )
 def test_float32_compiles_in_both_precisions(kernel, precision):
     config = configs.default(kernel, torch.float32, 64)
