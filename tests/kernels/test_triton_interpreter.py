@@ -252,6 +252,35 @@ def test_log_sum_exps_far_beyond_88_on_either_side_are_safe(interpreter):
     assert wrong == []
 
 
+def errors_of_query_gradients():
+    """Squared, of the kernels and of the plain formula in float32, summed over some draws."""
+    from msfs_kernels.triton_backend import backward, forward
+    from msfs_kernels.triton_check import textbook
+
+    small_tiles()
+    ours = plain = 0.0
+    for seed in range(12):
+        options = made(5, 5, causal=True, window=2, scale=0.5, deterministic=seed % 2 == 0)[3]
+        generator = torch.Generator().manual_seed(seed)
+        q, k, v, do = torch.randn(4, 1, 1, 16, 4, generator=generator)
+
+        def formula(dtype, q=q, k=k, v=v, do=do, options=options):
+            leaf = q.to(dtype).requires_grad_()
+            o, _ = textbook(leaf, k.to(dtype), v.to(dtype), None, options)
+            return torch.autograd.grad(o, leaf, do.to(dtype))[0]
+
+        exact = formula(torch.float64)
+        dq = backward(do, None, q, k, v, *forward(q, k, v, options), options, False)[0]
+        ours += float((dq - exact).square().sum())
+        plain += float((formula(torch.float32) - exact).square().sum())
+    return ours, plain
+
+
+def test_rows_of_few_keys_leave_gradients_the_error_of_the_plain_formula(interpreter):
+    ours, plain = interpreter(errors_of_query_gradients)
+    assert ours < 1.3**2 * plain  # 1.55 without the mean over the very numbers
+
+
 def memory_layouts():
     small_tiles()
     q, k, v, options = made(20, 30)
