@@ -8,6 +8,7 @@ prompts -> token ids -> text tower -> context
 noise -> sampler(UNet(x, t, context), guided) -> latents -> autoencoder -> images
 """
 
+import functools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from msfs_functional.models.weight_files import read_json, read_tensors
 from msfs_functional.params import Params, cast
 
 Sampler = Literal["ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde"]
+Spacing = Literal["leading", "linspace", "trailing"]
 TARGETS: dict[str, Target] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
@@ -42,7 +44,7 @@ class Process:
 
     alpha_bar: Float[Tensor, "N"]
     target: Target
-    spacing: Literal["leading", "linspace", "trailing"] = "leading"
+    spacing: Spacing = "leading"
     offset: int = 1
     final: float = 1.0  # alpha_bar of what comes out of the last step
     clip: float | None = None  # bound of every prediction of x_0
@@ -194,37 +196,56 @@ def encode_prompts(
     return tower.apply(params, ids, method="hidden_states", implementation=implementation)
 
 
+@functools.lru_cache
+def _predict_fn(config: UNetConfig, implementation: Implementation, compile: bool) -> Any:
+    """(params, x, t, context) -> prediction; one object for all calls, compiled once a shape."""
+    network = unet(config)
+
+    def predict(params: Params, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        return network.apply(params, x, t, context, implementation=implementation)
+
+    return torch.compile(predict, dynamic=False, fullgraph=True) if compile else predict
+
+
+@functools.lru_cache
+def _images_fn(config: AutoencoderConfig, implementation: Implementation, compile: bool) -> Any:
+    network = autoencoder(config)
+
+    def images(params: Params, latents: Tensor) -> Tensor:
+        return network.apply(params, latents, method="images", implementation=implementation)
+
+    return torch.compile(images, dynamic=False, fullgraph=True) if compile else images
+
+
 @torch.no_grad()
-def text_to_image(
+def images_of(
     model: StableDiffusion,
-    prompts: Sequence[str],
+    context: Float[Tensor, "B S X"],
+    negative: Float[Tensor, "B S X"],
     key: Int64[Tensor, "2"],
     *,
-    negative: str = "",
     steps: int = 30,
     guidance: float = 7.5,
     rescale: float = 0.0,
     height: int = 512,
     width: int = 512,
     sampler: Sampler = "dpmpp_2m",
-    spacing: Literal["leading", "linspace", "trailing"] | None = None,
+    spacing: Spacing | None = None,
     implementation: Implementation = "flash",
     compile: bool = False,
 ) -> UInt8[Tensor, "B H W 3"]:
-    """An image for each prompt; image i depends on fold_in(key, i), not on the batch it is in.
+    """An image for each context; image i depends on fold_in(key, i), not on the batch it is in.
 
     Args:
-        negative: what to keep away from.
-        guidance: 1 is the prompt alone; see `classifier_free_guidance`, for rescale, too.
+        negative: the contexts to keep away from, as of an empty prompt.
+        guidance: 1 is the context alone; see `classifier_free_guidance`, for rescale, too.
         spacing: of the steps; default: the published scheduler's.
-        compile: compile the UNet, which takes minutes and pays for many images on a GPU.
+        compile: UNet and decoder, once for each shape: minutes, which pay for many images on a GPU.
 
     Raises:
-        ValueError: no prompts; a size that the autoencoder cannot make; steps, guidance or rescale
-            out of range; an unknown sampler.
+        ValueError: a size that the autoencoder cannot make; steps, guidance or rescale out of
+            range; an unknown sampler.
     """
-    if isinstance(prompts, str) or not prompts:
-        raise ValueError(f"prompts ({prompts!r}) must be a list of at least one text")
     if sampler not in get_args(Sampler):
         raise ValueError(f"sampler ({sampler!r}) must be one of {list(get_args(Sampler))}")
     (unet_config, unet_params), (config, params) = model.unet, model.autoencoder
@@ -232,19 +253,13 @@ def text_to_image(
         raise ValueError(
             f"height ({height}) and width ({width}) must be multiples of {config.factor}"
         )
-    some = next(iter(unet_params.values()))
-    context = encode_prompts(model, [*prompts, *[negative] * len(prompts)], implementation)
-    positive, other = context.chunk(2)
-    network = unet(unet_config)
+    some, process = next(iter(unet_params.values())), model.process
+    predict_fn = _predict_fn(unet_config, implementation, compile)
 
     def predict(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        y = network.apply(unet_params, x.to(some.dtype), t, context, implementation=implementation)
-        return y.float()
+        return predict_fn(unet_params, x.to(some.dtype), t, context).float()
 
-    guided_fn = classifier_free_guidance(
-        torch.compile(predict) if compile else predict, positive, other, guidance, rescale=rescale
-    )
-    process = model.process
+    guided_fn = classifier_free_guidance(predict, context, negative, guidance, rescale=rescale)
     denoise_fn = denoiser(
         guided_fn, ns.variance_preserving, process.target, alpha_bar=process.alpha_bar
     )
@@ -253,9 +268,9 @@ def text_to_image(
     chosen = ns.spaced_steps(
         len(process.alpha_bar), steps, spacing or process.spacing, offset=process.offset
     )
-    keys = torch.stack([random.fold_in(key, i) for i in range(len(prompts))]).to(some.device)
+    keys = torch.stack([random.fold_in(key, i) for i in range(len(context))]).to(some.device)
     noise_keys, step_keys = torch.func.vmap(random.split)(keys).unbind(1)
-    shape = (len(prompts), config.latent, height // config.factor, width // config.factor)
+    shape = (len(context), config.latent, height // config.factor, width // config.factor)
     x = samplers.draw(noise_keys, torch.empty(shape, device=some.device))
     sample_fn = getattr(samplers, sampler)
     if sampler in ("ddpm", "ddim"):
@@ -265,11 +280,30 @@ def text_to_image(
         grid = ns.sigmas_at(process.alpha_bar, chosen)
         x = float(grid[0].square().add(1).sqrt()) * x  # data of variance 1 and the noise
         latents = sample_fn(preserving_to_exploding(denoise_fn), x, grid, step_keys)
-    images = autoencoder(config).apply(
-        params, latents.to(some.dtype), method="images", implementation=implementation
-    )
+    images = _images_fn(config, implementation, compile)(params, latents.to(some.dtype))
     images = ((images.float() + 1) / 2).clamp(0, 1)
     return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def text_to_image(
+    model: StableDiffusion,
+    prompts: Sequence[str],
+    key: Int64[Tensor, "2"],
+    *,
+    negative: str = "",
+    **options: Any,
+) -> UInt8[Tensor, "B H W 3"]:
+    """An image for each prompt, kept away from what `negative` says; options as in `images_of`.
+
+    Raises:
+        ValueError: no prompts; an option out of range.
+    """
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError(f"prompts ({prompts!r}) must be a list of at least one text")
+    with torch.no_grad():
+        states = encode_prompts(model, [*prompts, *[negative] * len(prompts)])
+    context, other = states.chunk(2)
+    return images_of(model, context, other, key, **options)
 
 
 def _pad(folder: Path, tokenizer: ClipTokenizer) -> int:
