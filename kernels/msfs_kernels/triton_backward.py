@@ -15,7 +15,8 @@ walks over query blocks (Algorithm 2, lines 6 to 18); the heads of a group share
 walks over all of them. dQ is a sum over keys: `query_kernel` owns a query block and walks over
 keys, recomputing S and dP, 7 products of tiles in all, and every sum has one owner and one order:
 the result is deterministic. `key_kernel` with FUSED computes each dS once, 5 products, and adds its
-share of dQ to float32 memory atomically, in whatever order programs arrive.
+share of dQ to float32 memory atomically, in whatever order programs arrive. Where one tile holds
+all keys (sentences, image patches), that share is all of dQ: with OWN it is stored, not added.
 
 **Float32.** dP - delta is a difference of near-equal numbers where few keys share a row, and P
 rebuilt from a rounded lse sums to 1 only nearly. Beside products of bfloat16 neither shows; in full
@@ -134,11 +135,11 @@ def tile_gradient(
 
 @triton.jit
 def key_blocks(
-    dk, dv, keys, values, q, do, lse, delta, share, dq, q_strides, do_strides, column, low, high,
-    batch, head, flat_head, H, T, S, facts, masks, scale, scale_log2, K: tl.constexpr,
+    dk, dv, keys, values, q, do, lse, delta, share, dq, q_strides, do_strides, dq_strides, column,
+    low, high, batch, head, flat_head, H, T, S, facts, masks, scale, scale_log2, K: tl.constexpr,
     V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, FUSED: tl.constexpr, TMA: tl.constexpr,
-    BULK: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, FUSED: tl.constexpr, OWN: tl.constexpr,
+    TMA: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Algorithm 2, lines 8 to 16, over the query blocks of [low, high) of one head; tiles of scores
     are (BN, BM).
@@ -163,7 +164,9 @@ def key_blocks(
         dk = tl.dot(ds, queries, dk, input_precision=PRECISION)
         if FUSED:
             part = tl.dot(ds.T, keys, input_precision=PRECISION) * scale
-            if BULK:
+            if OWN:
+                store_tile(dq, dq_strides, part, batch, head, start, T, BM, KP, K)
+            elif BULK:
                 dq.atomic_add([batch, head, start, 0], part.reshape([1, 1, BM, KP]))
             else:
                 d = tl.arange(0, KP)
@@ -179,12 +182,15 @@ def key_blocks(
 @triton.jit
 def key_kernel(
     q, k, v, do, lse, delta, share, dk, dv, dq, q_strides, k_strides, v_strides, do_strides,
-    dk_strides, dv_strides, masks, heads, H, T, S, scale, scale_log2, wave, GROUP: tl.constexpr,
-    K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, KP: tl.constexpr,
-    VP: tl.constexpr, CAUSAL: tl.constexpr, EVEN: tl.constexpr, FUSED: tl.constexpr,
-    TMA: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr,
+    dk_strides, dv_strides, dq_strides, masks, heads, H, T, S, scale, scale_log2, wave,
+    GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    KP: tl.constexpr, VP: tl.constexpr, CAUSAL: tl.constexpr, EVEN: tl.constexpr,
+    FUSED: tl.constexpr, OWN: tl.constexpr, TMA: tl.constexpr, BULK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of BN keys of one kv head (heads = B * G); FUSED adds the shares of dq."""
+    """dK and dV of BN keys of one kv head (heads = B * G); FUSED adds the shares of dq, and with
+    OWN, where these are all keys, stores dq.
+    """
     blocks = tl.cdiv(S, BN)
     block, flat_kv_head = longest_first(tl.program_id(0), blocks, heads, wave)
     if CAUSAL:  # the first keys are seen by the most queries
@@ -215,25 +221,30 @@ def key_kernel(
         if not EVEN and masks.q_segments is None and masks.mask is None:
             dk_sum, dv_sum = key_blocks(
                 dk_sum, dv_sum, keys, values, q, do, lse, delta, share, dq, q_strides, do_strides,
-                column,
-                low, tl.minimum(full_low, high), batch, head, flat_head, H, T, S, facts, masks,
-                scale, scale_log2, K, V, BM, BN, KP, VP, CAUSAL, True, FUSED, TMA, BULK, PRECISION,
+                dq_strides, column, low, tl.minimum(full_low, high), batch, head, flat_head, H, T,
+                S, facts, masks, scale, scale_log2, K, V, BM, BN, KP, VP, CAUSAL, True, FUSED, OWN,
+                TMA, BULK, PRECISION,
             )  # fmt: skip
         if masks.q_segments is None and masks.mask is None:
             dk_sum, dv_sum = key_blocks(
                 dk_sum, dv_sum, keys, values, q, do, lse, delta, share, dq, q_strides, do_strides,
-                column,
-                full_low, tl.minimum(full_high, high), batch, head, flat_head, H, T, S, facts,
-                masks, scale, scale_log2, K, V, BM, BN, KP, VP, CAUSAL, False, FUSED, TMA, BULK,
-                PRECISION,
+                dq_strides, column, full_low, tl.minimum(full_high, high), batch, head, flat_head,
+                H, T, S, facts, masks, scale, scale_log2, K, V, BM, BN, KP, VP, CAUSAL, False,
+                FUSED, OWN, TMA, BULK, PRECISION,
             )  # fmt: skip
         if masks.window is not None or masks.q_segments is not None or masks.mask is not None:
             dk_sum, dv_sum = key_blocks(
                 dk_sum, dv_sum, keys, values, q, do, lse, delta, share, dq, q_strides, do_strides,
-                column,
-                full_high, high, batch, head, flat_head, H, T, S, facts, masks, scale, scale_log2,
-                K, V, BM, BN, KP, VP, CAUSAL, True, FUSED, TMA, BULK, PRECISION,
+                dq_strides, column, full_high, high, batch, head, flat_head, H, T, S, facts, masks,
+                scale, scale_log2, K, V, BM, BN, KP, VP, CAUSAL, True, FUSED, OWN, TMA, BULK,
+                PRECISION,
             )  # fmt: skip
+        if OWN:  # queries that see none of the keys
+            zeros = tl.zeros([BM, KP], tl.float32)
+            for start in range(0, tl.minimum(low, T), BM):
+                store_tile(dq, dq_strides, zeros, batch, head, start, T, BM, KP, K)
+            for start in range(tl.cdiv(high, BM) * BM, T, BM):
+                store_tile(dq, dq_strides, zeros, batch, head, start, T, BM, KP, K)
     if masks.key_lengths is not None:
         hidden = (column + tl.arange(0, BN) >= length)[:, None]
         dk_sum = tl.where(hidden, 0.0, dk_sum)
@@ -540,23 +551,30 @@ def common(q: Tensor, k: Tensor, v: Tensor, options: Options) -> dict:
     )
 
 
+def choose_keys(q: Tensor, k: Tensor, v: Tensor, options: Options, *, fused: bool) -> Config:
+    """The configuration of `key_kernel`; of few keys one whose tile holds them all, if there is."""
+    head_dim, length = max(padded(q.shape[3]), padded(v.shape[3])), max(q.shape[2], k.shape[2])
+    names = ("fused", "keys") if fused else ("keys",)
+    found = [choose(name, q.dtype, head_dim, options.causal, length) for name in names]
+    return next((config for config in found if k.shape[2] <= config.block_n), found[0])
+
+
 def plan_keys(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, share: Tensor | None,
     dk: Tensor, dv: Tensor, dq: Tensor | None, options: Options, config: Config | None = None,
 ) -> Launch:  # fmt: skip
-    """dk and dv; with dq, a zeroed contiguous float32 (B, H, T, K), the fused kernel that adds the
-    queries' gradient too.
+    """dk and dv; with dq the fused kernel, which gives the queries' gradient too: added to a zeroed
+    contiguous float32 (B, H, T, K), or stored into dq of any strides if one tile holds all keys.
     """
     (B, H, T, K), (_, G, S, V) = q.shape, v.shape
     masks = masks_of(options, (B, H, T, S))
     KP, VP = padded(K), padded(V)
-    config = config or choose(
-        "keys" if dq is None else "fused", q.dtype, max(KP, VP), options.causal, max(T, S)
-    )
+    config = config or choose_keys(q, k, v, options, fused=dq is not None)
     BM, BN = config.block_m, config.block_n
+    own = dq is not None and S <= BN
     tma = config.tma and tma_ready(q, k, v, do)
     bulk = (
-        tma and K % 4 == 0 and not triton.knobs.runtime.interpret
+        tma and K % 4 == 0 and not own and not triton.knobs.runtime.interpret
     )  # the interpreter has no bulk sums
     return Launch(
         key_kernel,
@@ -578,6 +596,7 @@ def plan_keys(
             do.stride(),
             dk.stride(),
             dv.stride(),
+            None if dq is None else dq.stride(),
             masks,
             B * G,
             H,
@@ -593,6 +612,7 @@ def plan_keys(
             BN=BN,
             EVEN=is_even(masks, options.causal, S, BN),
             FUSED=dq is not None,
+            OWN=own,
             TMA=tma,
             BULK=bulk,
             num_warps=config.warps,
@@ -729,7 +749,9 @@ def backward(
         launch(plan_mean, (q, k, v, do, lse, dlse, delta, share), options)
     else:
         launch(plan_delta, (do, o, dlse, delta), Options())
-    if options.deterministic:
+    if choose_keys(q, k, v, options, fused=True).block_n >= S:
+        launch(plan_keys, (q, k, v, do, lse, delta, share, dk, dv, dq), options)
+    elif options.deterministic:
         launch(plan_keys, (q, k, v, do, lse, delta, share, dk, dv, None), options)
         launch(plan_queries, (q, k, v, do, lse, delta, share, dq), options)
     else:
