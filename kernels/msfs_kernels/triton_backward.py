@@ -554,7 +554,7 @@ def common(q: Tensor, k: Tensor, v: Tensor, options: Options) -> dict:
 def choose_keys(q: Tensor, k: Tensor, v: Tensor, options: Options, *, fused: bool) -> Config:
     """The configuration of `key_kernel`; of few keys one whose tile holds them all, if there is."""
     head_dim, length = max(padded(q.shape[3]), padded(v.shape[3])), max(q.shape[2], k.shape[2])
-    names = ("fused", "keys") if fused else ("keys",)
+    names = ("fused", "own", "keys") if fused else ("keys",)
     found = [choose(name, q.dtype, head_dim, options.causal, length) for name in names]
     return next((config for config in found if k.shape[2] <= config.block_n), found[0])
 
