@@ -183,10 +183,10 @@ def key_blocks(
 def key_kernel(
     q, k, v, do, lse, delta, share, dk, dv, dq, q_strides, k_strides, v_strides, do_strides,
     dk_strides, dv_strides, dq_strides, masks, heads, H, T, S, scale, scale_log2, wave,
-    GROUP: tl.constexpr,
-    K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, KP: tl.constexpr,
-    VP: tl.constexpr, CAUSAL: tl.constexpr, EVEN: tl.constexpr, FUSED: tl.constexpr,
-    OWN: tl.constexpr, TMA: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    KP: tl.constexpr, VP: tl.constexpr, CAUSAL: tl.constexpr, EVEN: tl.constexpr,
+    FUSED: tl.constexpr, OWN: tl.constexpr, TMA: tl.constexpr, BULK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of BN keys of one kv head (heads = B * G); FUSED adds the shares of dq, and with
     OWN, where these are all keys, stores dq.
@@ -554,7 +554,7 @@ def common(q: Tensor, k: Tensor, v: Tensor, options: Options) -> dict:
 def choose_keys(q: Tensor, k: Tensor, v: Tensor, options: Options, *, fused: bool) -> Config:
     """The configuration of `key_kernel`; of few keys one whose tile holds them all, if there is."""
     head_dim, length = max(padded(q.shape[3]), padded(v.shape[3])), max(q.shape[2], k.shape[2])
-    names = ("fused", "keys") if fused else ("keys",)
+    names = ("fused", "own", "keys") if fused else ("keys",)
     found = [choose(name, q.dtype, head_dim, options.causal, length) for name in names]
     return next((config for config in found if k.shape[2] <= config.block_n), found[0])
 
