@@ -334,15 +334,19 @@ class Family:
     read: Callable[[Hub, Collection[str]], Any]  # config.json, names of weights -> config
     write: Callable[[Any], dict[str, Any]]
     build: Callable[[Any], Functional]
-    names: Callable[[str], str]  # ours -> theirs
+    names: Callable[[str, Any], str]  # our name, config -> theirs
     spellings: Substitutions = ()  # other names under which they are saved -> theirs
+    copies: Callable[[Any], Collection[str]] = lambda config: ()  # their names of tied weights
 
 
-def tower_names(side: str, names: Substitutions) -> Callable[[str], str]:
-    return lambda name: substitute(f"{side}.{name}", names)
+Families = Mapping[str, Family]
 
 
-FAMILIES = {
+def by_names(names: Substitutions, prefix: str = "") -> Callable[[str, Any], str]:
+    return lambda name, config: substitute(prefix + name, names)
+
+
+FAMILIES: Families = {
     "vit": Family(
         ViTConfig,
         "ViTModel",
@@ -350,7 +354,7 @@ FAMILIES = {
         read_vit,
         write_vit,
         vit,
-        lambda name: substitute(name, VIT_NAMES),
+        by_names(VIT_NAMES),
         VIT_SPELLINGS,
     ),
     "clip_text_model": Family(
@@ -360,7 +364,7 @@ FAMILIES = {
         read_text,
         write_text,
         text_tower,
-        tower_names("text", CLIP_NAMES),
+        by_names(CLIP_NAMES, "text."),
         [(r"^(?!text_)", "text_model.")],
     ),
     "clip_vision_model": Family(
@@ -370,7 +374,7 @@ FAMILIES = {
         read_clip_vision,
         write_clip_vision,
         vit,
-        tower_names("image", CLIP_NAMES),
+        by_names(CLIP_NAMES, "image."),
         [(r"^(?!vision_|visual_)", "vision_model.")],
     ),
     "siglip_text_model": Family(
@@ -380,7 +384,7 @@ FAMILIES = {
         read_siglip_text,
         write_siglip_text,
         text_tower,
-        tower_names("text", SIGLIP_NAMES),
+        by_names(SIGLIP_NAMES, "text."),
         [(r"^(?!text_)", "text_model.")],
     ),
     "siglip_vision_model": Family(
@@ -390,7 +394,7 @@ FAMILIES = {
         read_siglip_vision,
         write_siglip_vision,
         vit,
-        tower_names("image", SIGLIP_NAMES),
+        by_names(SIGLIP_NAMES, "image."),
         [(r"^(?!vision_)", "vision_model.")],
     ),
     "clip": Family(
@@ -400,7 +404,7 @@ FAMILIES = {
         read_clip,
         write_clip,
         clip,
-        lambda name: substitute(name, CLIP_NAMES),
+        by_names(CLIP_NAMES),
     ),
     "siglip": Family(
         CLIPConfig,
@@ -409,12 +413,12 @@ FAMILIES = {
         read_siglip,
         write_siglip,
         clip,
-        lambda name: substitute(name, SIGLIP_NAMES),
+        by_names(SIGLIP_NAMES),
     ),
 }
 
 
-def family_of(config: Any) -> str:
+def family_of(config: Any, families: Families = FAMILIES) -> str:
     """The family that can say all of this configuration.
 
     Raises:
@@ -425,7 +429,7 @@ def family_of(config: Any) -> str:
         names = set()
     if getattr(config, "pooler", False):
         names.add("pooler.dense.weight")
-    for kind, family in FAMILIES.items():
+    for kind, family in families.items():
         if not isinstance(config, family.config):
             continue
         try:
@@ -444,7 +448,7 @@ def _facts(config: Any) -> Any:
         return replace(config, image=image, text=text, scale=1.0, bias=config.bias and 0.0)
     if isinstance(config, TextConfig):
         return replace(config, dropout=0.0, eos=config.eos if config.pooling == "eos" else 0)
-    return replace(config, dropout=0.0)
+    return replace(config, dropout=0.0) if isinstance(config, ViTConfig) else config
 
 
 def packed_part(name: str) -> int:
@@ -453,17 +457,21 @@ def packed_part(name: str) -> int:
     return "qkv".index(found[1]) if found else -1
 
 
-def from_hub(hub: Hub, weights: Mapping[str, Tensor]) -> tuple[Any, Params]:
+def from_hub(
+    hub: Hub, weights: Mapping[str, Tensor], families: Families = FAMILIES
+) -> tuple[Any, Params]:
     """Configuration and parameters of a published model, from config.json and its weights by name.
 
     Raises:
         ValueError: a family or option that is not known here; weights that are missing, extra or
             misshapen.
     """
-    kind = hub.get("model_type")
-    if kind not in FAMILIES:
-        raise ValueError(f"model_type ({kind!r}) must be one of {list(FAMILIES)}")
-    family = FAMILIES[kind]
+    kind = hub.get("model_type", "")
+    if kind not in families:
+        raise ValueError(f"model_type ({kind!r}) must be one of {list(families)}")
+    if "quantization_config" in hub:
+        raise ValueError("the weights are quantized (quantization_config): use the original ones")
+    family = families[kind]
     theirs = {
         substitute(name, family.spellings): value
         for name, value in weights.items()
@@ -474,9 +482,9 @@ def from_hub(hub: Hub, weights: Mapping[str, Tensor]) -> tuple[Any, Params]:
     except KeyError as error:
         raise ValueError(f"config.json of a {kind} lacks {error}: it may be truncated") from None
     params: Params = {}
-    missing, used = [], set()
+    missing, used = [], set(family.copies(config))
     for name, shape in family.build(config).shapes.items():
-        source, part = family.names(name), packed_part(name)
+        source, part = family.names(name, config), packed_part(name)
         if source not in theirs:
             missing.append(source)
             continue
@@ -496,13 +504,15 @@ def from_hub(hub: Hub, weights: Mapping[str, Tensor]) -> tuple[Any, Params]:
     return config, params
 
 
-def to_hub(config: Any, params: Params) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def to_hub(
+    config: Any, params: Params, families: Families = FAMILIES
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The inverse of `from_hub`: what goes into config.json, and the weights by their names."""
-    kind = family_of(config)
-    family = FAMILIES[kind]
+    kind = family_of(config, families)
+    family = families[kind]
     weights: dict[str, Tensor] = {}
     for name, value in params.items():
-        theirs = family.names(name)
+        theirs = family.names(name, config)
         if packed_part(name) == 0:
             value = torch.cat([params[name.replace(".q.", f".{part}.")] for part in "qkv"])
         if theirs not in weights:
@@ -519,7 +529,7 @@ def to_hub(config: Any, params: Params) -> tuple[dict[str, Any], dict[str, Tenso
 class Published(NamedTuple):
     """A folder's contents."""
 
-    config: Any  # ViTConfig, TextConfig or CLIPConfig
+    config: Any  # ViTConfig, TextConfig, CLIPConfig; VLMConfig
     params: Params
     hub: dict[str, Any]  # config.json as it is
     tokenizer: str | None  # tokenizer.json as text
@@ -530,17 +540,19 @@ def load(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    families: Families = FAMILIES,
 ) -> Published:
     """A local Hugging Face folder as configuration and parameters.
 
     Args:
         dtype: of the parameters; default: as stored.
+        families: kinds of models to know.
 
     Raises:
         ValueError: a missing or broken file, a family or option that is not known here.
     """
     hub, weights, tokenizer = read_folder(folder, device)
-    config, params = from_hub(hub, weights)
+    config, params = from_hub(hub, weights, families)
     if dtype is not None:
         params = {name: value.to(dtype) for name, value in params.items()}
     return Published(config, params, hub, tokenizer)
@@ -552,6 +564,7 @@ def save(
     params: Params,
     *,
     tokenizer: str | None = None,
+    families: Families = FAMILIES,
     **extra: Any,
 ) -> None:
     """Writes a folder that `load` and transformers' from_pretrained read.
@@ -563,8 +576,8 @@ def save(
     Raises:
         ValueError: a configuration that no published family has; parameters of another one.
     """
-    expected = FAMILIES[family_of(config)].build(config).shapes
+    expected = families[family_of(config, families)].build(config).shapes
     if {name: value.shape for name, value in params.items()} != expected:
         raise ValueError("params are not of this configuration")
-    hub, weights = to_hub(config, params)
+    hub, weights = to_hub(config, params, families)
     write_folder(folder, {**hub, **extra}, weights, tokenizer)
