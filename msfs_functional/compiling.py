@@ -90,8 +90,10 @@ def graphed(step: Callable[[S, Any], tuple[S, Any]]) -> Callable[[S, Any], tuple
 
     A replay costs one launch instead of hundreds, which is most of a small model's step. The first
     batch of some shapes runs as it is (and compiles), the second is recorded; all run the same
-    kernels on the same numbers. Batches are copied into the graph's own memory, metrics out of it;
-    the graphs share one pool. A state in other memory (a restored one) is recorded anew.
+    kernels on the same numbers. Every batch is copied into the graph's own memory, the first one
+    too: tensors of another kind (views, say) would compile anew, which a recording forbids. Metrics
+    are copied out; the graphs share one pool. A state in other memory (a restored one) is recorded
+    anew.
 
     Args:
         step: step(state, batch) -> (state, metrics) that writes the new state into the old one's
@@ -100,7 +102,7 @@ def graphed(step: Callable[[S, Any], tuple[S, Any]]) -> Callable[[S, Any], tuple
     Raises:
         ValueError: the state is not on a GPU.
     """
-    graphs: dict[Any, tuple[torch.cuda.CUDAGraph, list[Any], Any] | None] = {}
+    graphs: dict[Any, tuple[list[Any], torch.cuda.CUDAGraph | None, Any]] = {}  # by shapes
     home: list[int] = []
     pool: Any = None
 
@@ -116,20 +118,19 @@ def graphed(step: Callable[[S, Any], tuple[S, Any]]) -> Callable[[S, Any], tuple
         leaves, spec, *_ = optree.tree_flatten(batch, namespace=NAMESPACE)
         shapes = tuple((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in leaves)
         if shapes not in graphs:
-            graphs[shapes] = None
-            return step(state, batch)
-        recorded = graphs[shapes]
-        if recorded is None:
             own = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
+            graphs[shapes] = own, None, None
+            return step(state, optree.tree_unflatten(spec, own))
+        own, graph, metrics = graphs[shapes]
+        for mine, theirs in zip(own, leaves, strict=True):
+            if isinstance(mine, Tensor):
+                mine.copy_(theirs, non_blocking=True)
+        if graph is None:
             graph = torch.cuda.CUDAGraph()
             # Other threads (a loader's) may go on allocating while this one records.
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 _, metrics = step(state, optree.tree_unflatten(spec, own))
-            recorded = graphs[shapes] = graph, own, metrics
-        graph, own, metrics = recorded
-        for mine, theirs in zip(own, leaves, strict=True):
-            if isinstance(mine, Tensor):
-                mine.copy_(theirs, non_blocking=True)
+            graphs[shapes] = own, graph, metrics
         graph.replay()
         return state, optree.tree_map(torch.clone, metrics, namespace=NAMESPACE)
 

@@ -543,9 +543,9 @@ def tuned_launch(
             q, k, v, None, q, k, v, do, lse, do, lse, options, config
         )
     if kernel == "queries":
-        return triton_backward.plan_queries(q, k, v, do, lse, lse, q, options, config)
+        return triton_backward.plan_queries(q, k, v, do, lse, lse, None, q, options, config)
     sums = torch.zeros(q.shape, device=device) if kernel == "fused" else None
-    return triton_backward.plan_keys(q, k, v, do, lse, lse, k, v, sums, options, config)
+    return triton_backward.plan_keys(q, k, v, do, lse, lse, None, k, v, sums, options, config)
 
 
 def compile_one(job: tuple[str, int, bool, int, Config, int]) -> str:
