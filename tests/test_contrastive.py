@@ -1,4 +1,4 @@
-"""Contrastive losses: formulas, gradients, chunks and ranks."""
+"""Contrastive losses: formulas, gradients, chunks, ranks. Zero-shot classes and retrieval."""
 
 import math
 
@@ -16,6 +16,7 @@ from msfs_functional.meshes import mesh
 from msfs_functional.models.clip import CLIPConfig, TextConfig, clip, unit
 from msfs_functional.models.vit import clip_vision
 from msfs_functional.transforms import value_and_grad
+from msfs_functional.zero_shot import class_vectors, classify, exact_match, ranks, recall
 
 
 def vectors(n: int = 6, width: int = 5, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -210,5 +211,76 @@ def test_shares_of_two_ranks_equal_the_whole_batch():
     ],
 )
 def test_bad_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_class_is_the_mean_of_its_sentences():
+    texts = {"a cat": [3.0, 0.0], "the cat": [0.0, 1.0]}
+    texts |= {"a dog": [0.0, -1.0], "the dog": [0.0, -2.0]}
+    seen = []
+
+    def embed(batch):
+        seen.append(len(batch))
+        return torch.tensor([texts[text] for text in batch])
+
+    classes = class_vectors(embed, ["cat", "dog"], ["a {}", "the {}"], batch=3)
+    assert seen == [3, 1]
+    torch.testing.assert_close(classes, torch.tensor([[0.5**0.5, 0.5**0.5], [0.0, -1.0]]))
+    images = torch.tensor([[1.0, 0.1], [0.1, -1.0]])
+    assert classify(images, classes).tolist() == [[0], [1]]
+    assert classify(images, classes, 2).tolist() == [[0, 1], [1, 0]]
+
+
+def test_recall_counts_any_of_an_images_texts():
+    images = torch.eye(3)
+    texts = torch.tensor([[1.0, 0, 0], [0, 0.6, 0.8], [0, 0.9, 0], [0.9, 0, 0.5]])
+    ids = torch.tensor([0, 1, 1, 2])
+    assert ranks(images, texts, torch.arange(3), ids).tolist() == [0, 0, 1]
+    found = recall(images, texts, None, ids, ks=(1, 2))
+    assert math.isclose(found["image_to_text@1"], 2 / 3, rel_tol=1e-6)
+    assert found["image_to_text@2"] == 1
+    assert found["text_to_image@1"] == 0.5 and found["text_to_image@2"] == 1
+
+
+@given(n=st.integers(1, 12), chunk=st.integers(1, 5))
+def test_ranks_are_those_of_a_sorted_list(n, chunk):
+    image, text = vectors(n, seed=n)
+    ids = torch.arange(n)
+    expected = [
+        sorted(range(n), key=lambda j, i=i: -(image[i] @ text[j]).item()).index(i) for i in range(n)
+    ]
+    assert ranks(image, text, ids, ids, chunk=chunk).tolist() == expected
+
+
+def test_a_model_that_says_the_same_of_everything_finds_nothing():
+    same = torch.ones(4, 2)
+    assert set(recall(same, same, ks=(1, 3)).values()) == {0.0}
+
+
+def test_answers_match_but_for_case_space_and_full_stop():
+    assert exact_match(["Red. ", "two  squares", "no"], ["red", "two squares", "yes"]) == 2 / 3
+    assert exact_match(["grey"], [["gray", "grey"]]) == 1
+
+
+def nothing(texts):
+    raise AssertionError("embeds nothing before it has checked")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: class_vectors(nothing, []), r"names \(\[\]\) must be a list"),
+        (lambda: class_vectors(nothing, "cat"), "names .'cat'. must be a list"),
+        (lambda: class_vectors(nothing, ["a", "b", "a"]), r"\['a'\] are named more than once"),
+        (lambda: class_vectors(nothing, ["a"], []), "templates"),
+        (lambda: class_vectors(nothing, ["a"], ["a photo"]), r"'a photo' must hold {}"),
+        (lambda: classify(torch.ones(2, 3), torch.ones(4, 3), 5), r"k \(5\)"),
+        (lambda: ranks(*torch.ones(2, 2, 3), torch.tensor([1, 2]), torch.tensor([1, 1])), "no key"),
+        (lambda: ranks(*torch.ones(2, 2, 3), torch.ones(1), torch.ones(2)), "one id"),
+        (lambda: exact_match(["a"], []), "1 answers"),
+    ],
+)
+def test_evaluations_that_make_no_sense_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
