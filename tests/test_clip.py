@@ -1,6 +1,7 @@
 """CLIP: tokenizer and towers against transformers, random small weights, every option."""
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -13,7 +14,15 @@ from torch import nn
 
 from msfs_functional.clip_tokenizer import END, START, ClipTokenizer
 from msfs_functional.models import vision_format
-from msfs_functional.models.clip import TextConfig, text_tower
+from msfs_functional.models.clip import (
+    CLIPConfig,
+    TextConfig,
+    clip,
+    clip_b32,
+    siglip_b16,
+    text_tower,
+)
+from msfs_functional.models.vit import clip_vision
 
 TEXT = {
     "vocab_size": 50,
@@ -102,6 +111,97 @@ def test_text_folders_load_and_exports_load_back(projection, tmp_path):
     loaded = vision_format.load(tmp_path / "ours")
     assert loaded.config == config
     assert all(torch.equal(value, params[name]) for name, value in loaded.params.items())
+
+
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 36,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 12,
+    "patch_size": 4,
+}
+PAIRS = {
+    "clip": ("CLIP", {}, {"projection_dim": 20}),
+    "clip, gelu, old eos": (
+        "CLIP",
+        {"hidden_act": "gelu", "eos_token_id": 2},
+        {"projection_dim": 12},
+    ),
+    "siglip": ("Siglip", {"projection_size": 32}, {}),
+    "siglip, gelu": ("Siglip", {"projection_size": 32, "hidden_act": "gelu"}, {}),
+}
+each_pair = pytest.mark.parametrize("case", PAIRS)
+
+
+def pair(case: str) -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    family, options, whole = PAIRS[case]
+    config = getattr(transformers, f"{family}Config")(
+        text_config={**TEXT, **options},
+        vision_config={**VISION, **{k: v for k, v in options.items() if k == "hidden_act"}},
+        **whole,
+    )
+    return randomized(getattr(transformers, f"{family}Model")(config))
+
+
+def photos() -> torch.Tensor:
+    return torch.randn(3, 3, 12, 12, generator=torch.Generator().manual_seed(2))
+
+
+@each_pair
+@torch.no_grad()
+def test_logits_of_pairs_equal_transformers(case):
+    theirs, ids = pair(case), sentences()
+    expected = theirs(input_ids=ids, pixel_values=photos())
+    config, params = vision_format.from_hub(hub_of(theirs), theirs.state_dict())
+    model = clip(config)
+    for implementation in ("flash", "reference"):
+        options = {"implementation": implementation}
+        close(model.apply(params, photos(), ids, **options), expected.logits_per_image)
+        images = model.apply(params, photos(), method="embed_image", **options)
+        texts = model.apply(params, ids, method="embed_text", **options)
+        close(images, expected.image_embeds)
+        close(texts, expected.text_embeds)
+        torch.testing.assert_close(images.norm(dim=-1), torch.ones(3))
+
+
+@each_pair
+@torch.no_grad()
+def test_folders_of_pairs_load_and_exports_load_back(case, tmp_path):
+    theirs = pair(case)
+    theirs.save_pretrained(tmp_path / "theirs")
+    config, params, _, _ = vision_format.load(tmp_path / "theirs")
+    vision_format.save(tmp_path / "ours", config, params)
+    again = type(theirs).from_pretrained(tmp_path / "ours")
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], value, atol=0, rtol=0)
+    inputs = {"input_ids": sentences(), "pixel_values": photos()}
+    close(again(**inputs).logits_per_text, theirs(**inputs).logits_per_text)
+    loaded = vision_format.load(tmp_path / "ours")
+    assert loaded.config.image == config.image and loaded.config.text == config.text
+    assert all(torch.equal(value, params[name]) for name, value in loaded.params.items())
+
+
+def test_the_published_sizes_have_their_parameters():
+    for config, expected in ((clip_b32(), 151_277_313), (siglip_b16(), 203_155_970)):
+        assert sum(math.prod(shape) for shape in clip(config).shapes.values()) == expected
+
+
+def test_the_first_logits_have_the_scale_and_bias_of_the_configuration():
+    text = TextConfig(8, 1, 2, 8, vocab=50, max_length=4, eos=49, projection=6)
+    image = clip_vision(width=8, depth=1, heads=2, hidden=8, image=4, patch=2, projection=6)
+    model = clip(CLIPConfig(image, text, scale=5.0, bias=-2.0))
+    params, ids = model.init(0), torch.tensor([[1, 49], [2, 49]])
+    u = model.apply(params, photos()[:, :, :4, :4], method="embed_image")
+    v = model.apply(params, ids, method="embed_text")
+    logits = model.apply(params, photos()[:, :, :4, :4], ids)
+    torch.testing.assert_close(logits, 5 * u @ v.T - 2)
+
+
+def test_towers_of_different_widths_are_refused():
+    with pytest.raises(ValueError, match="512 dims, the text tower in 20"):
+        CLIPConfig(clip_vision(), TextConfig(projection=20))
 
 
 def test_texts_beyond_the_context_are_refused():

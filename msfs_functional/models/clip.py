@@ -10,9 +10,12 @@
 Dimension key: B batch, T tokens, D width, E embedding.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int, Int64
 from torch import Tensor, nn
 
@@ -21,7 +24,9 @@ from msfs_functional.attention import Implementation
 from msfs_functional.layers import Activation, site_keys
 from msfs_functional.models import encoder
 from msfs_functional.models.encoder import EncoderConfig, Layer
-from msfs_functional.params import Functional, functional
+from msfs_functional.models.vit import ViT, ViTConfig, clip_vision, siglip_vision
+from msfs_functional.models.vit import initializers as vit_initializers
+from msfs_functional.params import Functional, Initializer, Rules, constant, functional
 from msfs_functional.regions import Block
 
 
@@ -135,3 +140,83 @@ class TextTower(nn.Module):
 def text_tower(config: TextConfig) -> Functional:
     """The text tower as pure functions; methods `forward`, `hidden_states` and `pooled`."""
     return functional(lambda: TextTower(config), encoder.initializers(config.depth))
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """Two towers with projections of one width, and the first values of scale and bias."""
+
+    image: ViTConfig
+    text: TextConfig
+    scale: float = 1 / 0.07  # of a logit; learned as its logarithm
+    bias: float | None = None  # of a logit; None has none (CLIP), -10 suits SigLIP
+
+    def __post_init__(self):
+        sides = [tower.projection or tower.width for tower in (self.image, self.text)]
+        if sides[0] != sides[1]:
+            raise ValueError(
+                f"the image tower embeds in {sides[0]} dims, the text tower in {sides[1]}: give "
+                "both the same projection"
+            )
+        if self.scale <= 0:
+            raise ValueError(f"scale ({self.scale}) must be positive")
+
+
+def clip_b32(**options: Any) -> CLIPConfig:
+    """CLIP ViT-B/32 (Radford et al. 2021), 151M parameters."""
+    return CLIPConfig(clip_vision(), TextConfig(), **options)
+
+
+def siglip_b16(**options: Any) -> CLIPConfig:
+    """SigLIP B/16 at 224 pixels (Zhai et al. 2023), 203M parameters."""
+    sizes = {"width": 768, "heads": 12, "hidden": 3072, "vocab": 32000, "max_length": 64}
+    parts = {"activation": "gelu_tanh", "norm_eps": 1e-6, "is_causal": False, "pooling": "last"}
+    text = TextConfig(**{**sizes, **parts, "projection": 768, "projection_bias": True})
+    return CLIPConfig(siglip_vision(), text, **{"scale": 10.0, "bias": -10.0, **options})
+
+
+class CLIP(nn.Module):
+    """The skeleton behind `clip`; every method is a pure function of the parameters."""
+
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        self.config = config
+        self.image = ViT(config.image)
+        self.text = TextTower(config.text)
+        self.logit_scale = nn.Parameter(torch.empty(()))
+        if config.bias is not None:
+            self.logit_bias = nn.Parameter(torch.empty(()))
+
+    def forward(
+        self, pixels: Float[Tensor, "B C h w"], ids: Int[Tensor, "N T"], **options: Any
+    ) -> Float[Tensor, "B N"]:
+        """The logit of every pair: scale * cosine (+ bias)."""
+        u, v = self.embed_image(pixels, **options), self.embed_text(ids, **options)
+        logits = self.logit_scale.exp() * (u @ v.mT)
+        return logits if self.config.bias is None else logits + self.logit_bias
+
+    def embed_image(self, pixels: Float[Tensor, "B C h w"], **options: Any) -> Float[Tensor, "B E"]:
+        """Unit vectors of images; options as in `ViT.hidden_states`."""
+        return unit(self.image(pixels, **options))
+
+    def embed_text(self, ids: Int[Tensor, "B T"], **options: Any) -> Float[Tensor, "B E"]:
+        """Unit vectors of texts; options as in `TextTower`."""
+        return unit(self.text(ids, **options))
+
+
+def unit(x: Float[Tensor, "... E"]) -> Float[Tensor, "... E"]:
+    """x divided by its length, computed in float32; zeros stay zeros."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return F.normalize(wide, dim=-1).to(x.dtype)
+
+
+def clip(config: CLIPConfig) -> Functional:
+    """Both towers as pure functions; methods `forward`, `embed_image` and `embed_text`."""
+    depth = max(config.image.depth, config.text.depth)
+    rules: Rules[Initializer] = [
+        (r"^logit_scale$", constant(math.log(config.scale))),
+        (r"^logit_bias$", constant(config.bias or 0.0)),
+        (r"^image\.patches\.weight$", vit_initializers(config.image)[0][1]),
+        *encoder.initializers(depth),
+    ]
+    return functional(lambda: CLIP(config), rules, strict=False)

@@ -3,7 +3,7 @@
     config.json + model.safetensors (or shards and their index) (+ tokenizer.json)
 
 Names, shapes and options are mapped, once for each family: GPT-2, Llama (SmolLM2 too), Mistral,
-Qwen 2 and 3, Gemma 2. Nothing of transformers' code is used.
+Qwen 2 and 3, Gemma 1 and 2. Nothing of transformers' code is used.
 """
 
 import json
@@ -166,6 +166,18 @@ def read_llama(hub: Hub, **options: Any) -> DecoderConfig:
     return DecoderConfig(hub["vocab_size"], **{**shared, **options})
 
 
+def read_gemma(hub: Hub) -> DecoderConfig:
+    if hub.get("use_bidirectional_attention"):
+        raise ValueError("use_bidirectional_attention must be off: a decoder sees the past only")
+    return read_llama(
+        hub,
+        norm_offset=True,
+        embedding_scale=hub["hidden_size"] ** 0.5,
+        activation=_activation(hub.get("hidden_activation") or hub["hidden_act"]),
+        tied=hub.get("tie_word_embeddings", True),
+    )
+
+
 def read_gemma2(hub: Hub) -> DecoderConfig:
     if hub.get("use_bidirectional_attention"):
         raise ValueError("use_bidirectional_attention must be off: a decoder sees the past only")
@@ -301,6 +313,7 @@ FAMILIES = {
     "qwen3": Family(
         "Qwen3ForCausalLM", lambda hub: read_llama(hub, qk_norm=True), write_llama, LLAMA_NAMES
     ),
+    "gemma": Family("GemmaForCausalLM", read_gemma, write_llama, LLAMA_NAMES),
     "gemma2": Family("Gemma2ForCausalLM", read_gemma2, write_gemma2, GEMMA2_NAMES),
 }
 
