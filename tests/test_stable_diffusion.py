@@ -179,7 +179,7 @@ def original(model) -> dict[str, torch.Tensor]:
         square = value.ndim == 2  # attention is made of 1 x 1 convolutions there
         weights[f"{single_file.AUTOENCODER}{theirs}"] = value[:, :, None, None] if square else value
     for name, value in text.items():
-        theirs = single_file.translate(name, single_file.CLIP_WORDS)
+        theirs = single_file.clip_name(name)
         weights[f"{single_file.TEXT}{single_file.CLIP}{theirs}"] = value
     weights["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(12)
     weights["first_stage_model.loss.logvar"] = torch.zeros(())

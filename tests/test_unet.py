@@ -294,6 +294,27 @@ def test_one_key_gives_one_image_in_any_batch():
         torch.testing.assert_close(sample(slice(i, i + 1))[0], whole[i], rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", (40, 80, 160, 512))
+def test_published_head_dims_equal_the_reference_on_a_gpu(head_dim):
+    """Those of Stable Diffusion 1.5's levels, and that of its autoencoder's one head."""
+    widths = (2 * head_dim,)
+    config = UNetConfig(
+        channels=2, widths=widths, depth=1, attention=(True,), heads=(2,), context=6, groups=8
+    )
+    model, params, x, context = tiny(config, torch.float32)
+    params = {name: value.cuda() / head_dim**0.5 for name, value in params.items()}
+    x = x.cuda().to(memory_format=torch.channels_last)
+    outs = []
+    for implementation in ("flash", "reference"):
+        leaf = x.clone().requires_grad_()
+        t, options = torch.tensor([5.0, 800.0]).cuda(), {"implementation": implementation}
+        y = model.apply(params, leaf, t, context.cuda(), **options)
+        outs.append((y, *torch.autograd.grad(y.square().sum(), leaf)))
+    for flash, reference in zip(*outs, strict=True):
+        assert (flash - reference).abs().max() <= 1e-3 * reference.abs().max()
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_consistent(name):
     config = PRESETS[name]()

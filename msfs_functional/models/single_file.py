@@ -26,6 +26,7 @@ from msfs_functional.models.autoencoder import AutoencoderConfig, autoencoder
 from msfs_functional.models.clip import TextConfig, text_tower
 from msfs_functional.models.diffusers_format import TRANSFORMER_WORDS
 from msfs_functional.models.unet import UNetConfig, unet
+from msfs_functional.models.vision_format import TOWERS, substitute
 from msfs_functional.models.weight_files import take, translate
 from msfs_functional.params import Params
 
@@ -61,20 +62,6 @@ AUTOENCODER_WORDS = {
     "output": "conv_out",
     "mix_moments": "quant_conv",
     "mix_latents": "post_quant_conv",
-}
-CLIP_WORDS = {
-    "embedding": "embeddings.token_embedding",
-    "positions": "embeddings.position_embedding",
-    "blocks": "encoder.layers",
-    "norm": "final_layer_norm",
-    "attention_norm": "layer_norm1",
-    "attention.q": "self_attn.q_proj",
-    "attention.k": "self_attn.k_proj",
-    "attention.v": "self_attn.v_proj",
-    "attention.o": "self_attn.out_proj",
-    "feed_forward_norm": "layer_norm2",
-    "feed_forward.up": "mlp.fc1",
-    "feed_forward.down": "mlp.fc2",
 }
 OPEN_CLIP_WORDS = {
     "embedding": "token_embedding",
@@ -254,6 +241,16 @@ def autoencoder_from(
     return config, params
 
 
+def clip_name(name: str) -> str:
+    """blocks.0.attention.q.weight -> encoder.layers.0.self_attn.q_proj.weight"""
+    return substitute(f"text.{name}", TOWERS).removeprefix("text_model.")
+
+
+def open_clip_name(name: str) -> str:
+    """blocks.0.attention.q.weight -> transformer.resblocks.0.attn.in_proj_weight.q"""
+    return translate(name, OPEN_CLIP_WORDS)
+
+
 def text_from(weights: Weights, heads: int | None = None) -> tuple[TextConfig, Params]:
     """Configuration and parameters of the text tower in a file.
 
@@ -268,20 +265,15 @@ def text_from(weights: Weights, heads: int | None = None) -> tuple[TextConfig, P
     """
     found = inside(weights, TEXT)
     if any(name.startswith(CLIP) for name in found):
-        words, activation, leave_out = CLIP_WORDS, "quick_gelu", 0
+        their_name, activation, leave_out = clip_name, "quick_gelu", 0
         found = {n.removeprefix(CLIP): x for n, x in found.items() if "position_ids" not in n}
-        layer = r"encoder\.layers\.(\d+)\."
     else:
-        words, activation, leave_out = OPEN_CLIP_WORDS, "gelu", 1
+        their_name, activation, leave_out = open_clip_name, "gelu", 1
         found = _unpacked(inside(found, OPEN_CLIP))
-        layer = r"transformer\.resblocks\.(\d+)\."
-    depth = count(found, layer) - leave_out
-    for name in (f"{translate('blocks', words)}.{depth}.", "text_projection", "logit_scale"):
+    blocks = their_name("blocks.0.").removesuffix("0.")
+    depth = count(found, rf"{re.escape(blocks)}(\d+)\.") - leave_out
+    for name in (f"{blocks}{depth}.", "text_projection", "logit_scale"):
         found = {n: x for n, x in found.items() if not n.startswith(name)}
-
-    def their_name(name: str) -> str:
-        return translate(name, words)
-
     for ours in ("embedding.weight", "positions.weight", "blocks.0.feed_forward.up.weight"):
         if their_name(ours) not in found:
             raise ValueError(f"the text tower lacks {their_name(ours)}: is the file complete?")
