@@ -158,7 +158,7 @@ class Level(nn.Module):
 
 
 class Half(nn.Module):
-    """The encoder or the decoder."""
+    """The encoder or the decoder; forward stops before the last convolution, `output`."""
 
     def __init__(self, config: AutoencoderConfig, *, encodes: bool):
         super().__init__()
@@ -202,7 +202,7 @@ class Half(nn.Module):
             if hasattr(level, "enlarge"):
                 x = level.enlarge(double(x))
         norm: Params = dict(self.output_norm.named_parameters("norm"))
-        return self.output(F.silu(group_norm(norm, "norm", x, config.groups, config.norm_eps)))
+        return F.silu(group_norm(norm, "norm", x, config.groups, config.norm_eps))
 
 
 class Autoencoder(nn.Module):
@@ -236,7 +236,7 @@ class Autoencoder(nn.Module):
                 f"image {tuple(image.shape)} must have a height and width that {factor} divides: "
                 f"crop or resize it"
             )
-        x = self.encoder(image, implementation)
+        x = self.encoder.output(self.encoder(image, implementation))
         if config.mixed:
             x = self.mix_moments(x)
         mean, logvar = x.chunk(2, 1)
@@ -252,7 +252,17 @@ class Autoencoder(nn.Module):
         """
         if z.ndim != 4 or z.shape[1] != self.config.latent:
             raise ValueError(f"latents {tuple(z.shape)} must be (B, {self.config.latent}, h, w)")
+        return self.paint(self.features(z, implementation=implementation))
+
+    def features(
+        self, z: Float[Tensor, "B C h w"], *, implementation: Implementation = "flash"
+    ) -> Float[Tensor, "B D H W"]:
+        """What `decode` gives to its last convolution; `paint` is that convolution."""
         return self.decoder(self.mix_latents(z) if self.config.mixed else z, implementation)
+
+    def paint(self, features: Float[Tensor, "B D H W"]) -> Float[Tensor, "B _ H W"]:
+        """The image of `features`: paint(features(z)) is decode(z)."""
+        return self.decoder.output(features)
 
     def latents(
         self,
