@@ -160,14 +160,14 @@ def test_an_autoencoder_learns_one_picture():
     params = {name: value.requires_grad_() for name, value in params.items()}
     optimizer = torch.optim.Adam(params.values(), 3e-3)
     losses = []
-    for i in range(60):
+    for i in range(40):
         out, posterior = model.apply(params, image, random.key(i))
         loss = (out - image).square().mean() + 1e-6 * kl.kl(posterior).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.3 * losses[0]
+    assert losses[-1] < 0.5 * losses[0]
 
 
 # The tiny one

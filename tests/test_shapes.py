@@ -36,7 +36,7 @@ def test_a_scene_by_hand():
 
 @pytest.mark.parametrize("split", ("train", "valid", "unseen"))
 def test_the_checker_reads_true_pictures_back(split):
-    found = shapes.scenes(1, 1000, split)
+    found = shapes.scenes(1, 500, split)
     marks = [shapes.check(shapes.render(scene), scene) for scene in found]
     assert all(all(mark.values()) for mark in marks)
     assert {len(mark) for mark in marks} == {4, 8}
