@@ -65,6 +65,16 @@ def test_each_wrong_attribute_is_found_and_no_other():
     assert not any(empty.values())
 
 
+def test_clutter_wins_nothing():
+    """A picture that shows everything everywhere is not right about what was asked for."""
+    rng = np.random.default_rng(0)
+    right = []
+    for scene in shapes.scenes(4, 100):
+        blocks = rng.integers(0, 2, (8, 8, 3)) * 230
+        right += shapes.check(np.kron(blocks, np.ones((4, 4, 1))).astype(np.uint8), scene).values()
+    assert np.mean(right) < 0.35
+
+
 def test_unseen_combinations_are_held_out_and_their_parts_are_not():
     train, unseen = shapes.scenes(0, 2000), shapes.scenes(0, 200, "unseen")
     assert combinations(train).isdisjoint(shapes.HELD_OUT)

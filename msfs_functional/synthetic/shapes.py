@@ -239,7 +239,8 @@ def read(image: UInt8[np.ndarray, "32 32 3"]) -> list[Shape]:
 def check(image: UInt8[np.ndarray, "32 32 3"], scene: Scene) -> dict[str, bool]:
     """Which attributes of a scene's caption an image shows.
 
-    Shapes found are compared with the shapes asked for in the order that suits them best.
+    As many shapes as were asked for, the largest that are found, are compared with them in the
+    order that suits best.
 
     Returns:
         "count"; "size i", "colour i" and "kind i" of the i-th shape, counted from 1; "relation" of
@@ -247,7 +248,9 @@ def check(image: UInt8[np.ndarray, "32 32 3"], scene: Scene) -> dict[str, bool]:
     """
     found, asked = read(image), scene.shapes
     best: dict[str, bool] = {}
-    for order in itertools.permutations([*found, *[None] * len(asked)], len(asked)):
+    seen: list[Shape | None] = [*found[: len(asked)]]
+    seen += [None] * (len(asked) - len(seen))
+    for order in itertools.permutations(seen):
         marks = {"count": len(found) == len(asked)}
         for i, (one, other) in enumerate(zip(asked, order, strict=True), start=1):
             for name in ("size", "colour", "kind"):
