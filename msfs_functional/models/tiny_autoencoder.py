@@ -168,8 +168,15 @@ class TinyAutoencoder(nn.Module):
 
 
 def tiny_autoencoder(config: TinyAutoencoderConfig) -> Functional:
-    """The model as pure functions: `init(seed)`, `apply(params, image, method="forward")`."""
-    rules = [(r"norm\.weight$", ones), (r"bias$", zeros), (r"weight$", kaiming_uniform())]
+    """The model as pure functions: `init(seed)`, `apply(params, image, method="forward")`.
+
+    What a block adds starts at zero: activations of a fresh model do not grow with its depth.
+    """
+    rules = [
+        (r"norm\.weight$", ones),
+        (r"bias$|conv_3\.weight$|pool_down\.weight$", zeros),
+        (r"weight$", kaiming_uniform()),
+    ]
     return functional(lambda: TinyAutoencoder(config), rules, strict=False)
 
 
