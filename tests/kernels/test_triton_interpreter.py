@@ -158,6 +158,33 @@ def test_gradients_of_queries_whose_keys_fit_one_tile_agree_with_the_formula(
     assert interpreter(failures_with, name, False, False, T, S, 32) == []
 
 
+def failures_with_two_kernels():
+    from unittest import mock
+
+    from msfs_kernels import configs, triton_backward
+
+    chosen = configs.key("fused", configs.chip(), torch.float16, 16, False, 39)
+    launched, launch = [], triton_backward.launch
+
+    def watched(plan, *args):
+        launched.append(plan.__name__)
+        launch(plan, *args)
+
+    with (
+        mock.patch.object(configs, "table", lambda: {chosen: None}),
+        mock.patch.object(triton_backward, "launch", watched),
+    ):
+        assert configs.fuses(torch.float16, 16, True, 39)
+        return failures_with("plain", False, False), launched
+
+
+def test_null_in_the_table_means_two_kernels_in_place_of_the_fused_one(interpreter):
+    assert interpreter(failures_with_two_kernels) == (
+        [],
+        ["plan_delta", "plan_keys", "plan_queries"],
+    )
+
+
 @pytest.mark.parametrize("name", ["plain", "causal window"])
 def test_tiles_through_the_copy_engine_agree_with_the_formula(interpreter, name):
     assert interpreter(failures_with, name, True, False) == []
