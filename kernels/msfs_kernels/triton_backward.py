@@ -557,7 +557,7 @@ def fused_is_fastest(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
 
 
 def choose_keys(q: Tensor, k: Tensor, v: Tensor, options: Options, *, fused: bool) -> Config:
-    """The configuration of `key_kernel`; with dq, the least tile that holds all keys if one does."""
+    """The configuration of `key_kernel`; with dq, the least tile that holds all keys, if any."""
     head_dim, length = max(padded(q.shape[3]), padded(v.shape[3])), max(q.shape[2], k.shape[2])
     names = ("fused", "keys", "own") if fused else ("keys",)
     found = [choose(name, q.dtype, head_dim, options.causal, length) for name in names]
