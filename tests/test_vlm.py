@@ -26,6 +26,7 @@ from msfs_functional.models.vlm import (
     output_weight,
     pixel_shuffle,
     prefill_inputs,
+    saliency,
     vlm,
     with_image_tokens,
 )
@@ -286,6 +287,23 @@ def test_gradients_reach_every_part_equal_the_formula_and_those_of_examples():
     torch.testing.assert_close({k: v.mean(0) for k, v in examples.items()}, engine)
     still = {name for name, value in engine.items() if not value.any()}
     assert still <= {name for name in params if name.endswith("attention.k.bias")}
+
+
+def test_saliency_is_the_slope_of_the_answer_and_stays_in_its_prompt():
+    model = vlm(SMALL)
+    params, (ids, pixels) = model.init(0, dtype=torch.float64), batch()
+    labels = answer_labels(ids, torch.tensor([6, 7]), torch.tensor([7, 7]))  # the first's alone
+    found = saliency(model, params, ids, pixels, labels)
+    assert found.shape == (2, 8, 8) and found[0].all() and not found[1].any()
+    steps = torch.zeros(3, *pixels.shape, dtype=torch.float64)
+    for channel in range(3):
+        steps[channel, 0, channel, 2, 5] = 1e-5
+
+    def answer(pixels):
+        return model.apply(params, ids, pixels)[0, 5].log_softmax(-1)[8]
+
+    slopes = [(answer(pixels + step) - answer(pixels - step)).abs() / 2e-5 for step in steps]
+    torch.testing.assert_close(found[0, 2, 5], max(slopes), rtol=1e-5, atol=0)
 
 
 def test_stage_one_has_gradients_for_the_projector_alone():

@@ -15,7 +15,7 @@ P tokens of an image, D the decoder's width, V vocabulary.
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Bool, Float, Int, Int64
@@ -323,6 +323,32 @@ def answer_labels(
     return torch.where(answer, following, IGNORED)
 
 
+def saliency(
+    model: Functional,
+    params: Params,
+    ids: Int[Tensor, "B T"],
+    pixels: Float[Tensor, "N C h w"],
+    labels: Int[Tensor, "B T"],
+    **options: Any,
+) -> Float[Tensor, "N h w"]:
+    """How much each pixel moves the answers: |d log p(answers) / d pixel|, of the largest channel.
+
+    Args:
+        labels: of the answers, as `answer_labels` makes them.
+        options: as in `VLM.hidden`.
+
+    Source: Simonyan et al. 2014, section 3.1.
+    """
+
+    def answers(pixels: Tensor) -> Tensor:
+        logits = model.apply(params, ids, pixels, **options)
+        logps = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        chosen = logps.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+        return torch.where(labels == IGNORED, 0.0, chosen).sum()
+
+    return torch.func.grad(answers)(pixels).abs().amax(1)
+
+
 def vlm(config: VLMConfig) -> Functional:
     """The model as pure functions; methods `forward`, `hidden`, `embed` and `image_tokens`."""
     inner = decoders.decoder(config.decoder).initializers
@@ -372,8 +398,7 @@ def prefill_inputs(
         prompts: as `with_image_tokens` makes them; of different lengths.
         pixels: all their images, in order.
     """
-    config = model.skeleton.config
-    assert isinstance(config, VLMConfig)
+    config = cast(VLM, model.skeleton).config
     device = params["decoder.norm.weight"].device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     rows = [torch.tensor(prompt, dtype=torch.int64) for prompt in prompts]
