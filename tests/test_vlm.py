@@ -375,7 +375,7 @@ def test_presets_and_weight_decay():
     shapes = vlm(counted["nano"]).shapes
     assert 220e6 < sum(shape.numel() for shape in shapes.values()) < 225e6
     assert counted["nano"].tokens_per_image == 49
-    tiny = vlm(PRESETS["tiny"](50, IMAGE)).init(0)
+    tiny = vlm(PRESETS["tiny"](50, IMAGE)).shapes
     decayed = by_rules(DECAY, tiny, strict=False)
     assert decayed["projector.up.weight"] and not decayed["decoder.embedding.weight"]
 
