@@ -13,6 +13,7 @@ from msfs_functional.models.clip import CLIPConfig, TextConfig, clip
 from msfs_functional.models.decoder import DecoderConfig, decoder, gpt2
 from msfs_functional.models.transformer import TransformerConfig, transformer
 from msfs_functional.models.vit import ViTConfig, clip_vision, vit
+from msfs_functional.models.vlm import VLMConfig, vlm
 from msfs_functional.train import init_state, make_step
 from msfs_functional.transforms import value_and_grad
 
@@ -26,6 +27,10 @@ MODELS = {
     "gpt2": (decoder(gpt2(20, **SIZES)), (IDS,)),
     "transformer": (transformer(TransformerConfig(20, **SIZES)), (IDS, IDS)),
     "vit": (vit(ViTConfig(**IMAGE)), (PIXELS,)),
+    "vlm": (
+        vlm(VLMConfig(ViTConfig(**IMAGE, pooling=None), DecoderConfig(20, **SIZES), 19)),
+        (torch.tensor([[1, 19, 19, 19, 19, 5], [2, 19, 19, 19, 19, 7]]), PIXELS),
+    ),
     "clip": (clip(CLIPConfig(clip_vision(**IMAGE, projection=6), TEXT)), (PIXELS, IDS)),
 }
 EVERY: list = [(r"norm|bias|scale|token|_embedding$", False), (r"weight$", True), (r"", False)]

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from torch.func import grad
+from torch.func import grad, vmap
 
 from msfs_functional import random
 from msfs_functional.generation import GREEDY, Generator, Settings
@@ -26,6 +26,7 @@ from msfs_functional.models.vlm import (
     output_weight,
     pixel_shuffle,
     prefill_inputs,
+    saliency,
     vlm,
     with_image_tokens,
 )
@@ -269,7 +270,7 @@ def answer_loss(params, model, ids, pixels, labels, **options):
     return loss / count
 
 
-def test_gradients_reach_every_part_and_equal_the_formula():
+def test_gradients_reach_every_part_equal_the_formula_and_those_of_examples():
     model = vlm(SMALL)
     params, (ids, pixels) = model.init(0, dtype=torch.float64), batch()
     labels = answer_labels(ids, torch.tensor([6, 6]), torch.tensor([7, 7]))
@@ -280,8 +281,29 @@ def test_gradients_reach_every_part_and_equal_the_formula():
     torch.testing.assert_close(grads["flash"], grads["reference"])
     _, engine = value_and_grad(answer_loss)(params, model, ids, pixels, labels)
     torch.testing.assert_close(engine, grads["flash"])
+    examples = vmap(grad(answer_loss), in_dims=(None, None, 0, 0, 0))(
+        params, model, ids[:, None], pixels[:, None], labels[:, None]
+    )
+    torch.testing.assert_close({k: v.mean(0) for k, v in examples.items()}, engine)
     still = {name for name, value in engine.items() if not value.any()}
     assert still <= {name for name in params if name.endswith("attention.k.bias")}
+
+
+def test_saliency_is_the_slope_of_the_answer_and_stays_in_its_prompt():
+    model = vlm(SMALL)
+    params, (ids, pixels) = model.init(0, dtype=torch.float64), batch()
+    labels = answer_labels(ids, torch.tensor([6, 7]), torch.tensor([7, 7]))  # the first's alone
+    found = saliency(model, params, ids, pixels, labels)
+    assert found.shape == (2, 8, 8) and found[0].all() and not found[1].any()
+    steps = torch.zeros(3, *pixels.shape, dtype=torch.float64)
+    for channel in range(3):
+        steps[channel, 0, channel, 2, 5] = 1e-5
+
+    def answer(pixels):
+        return model.apply(params, ids, pixels)[0, 5].log_softmax(-1)[8]
+
+    slopes = [(answer(pixels + step) - answer(pixels - step)).abs() / 2e-5 for step in steps]
+    torch.testing.assert_close(found[0, 2, 5], max(slopes), rtol=1e-5, atol=0)
 
 
 def test_stage_one_has_gradients_for_the_projector_alone():
@@ -353,7 +375,7 @@ def test_presets_and_weight_decay():
     shapes = vlm(counted["nano"]).shapes
     assert 220e6 < sum(shape.numel() for shape in shapes.values()) < 225e6
     assert counted["nano"].tokens_per_image == 49
-    tiny = vlm(PRESETS["tiny"](50, IMAGE)).init(0)
+    tiny = vlm(PRESETS["tiny"](50, IMAGE)).shapes
     decayed = by_rules(DECAY, tiny, strict=False)
     assert decayed["projector.up.weight"] and not decayed["decoder.embedding.weight"]
 
@@ -402,6 +424,25 @@ def test_a_prefix_goes_with_a_model_that_has_one():
         model.apply(params, ids, pixels)
     with pytest.raises(ValueError, match="packed rows"):
         model.apply(params, ids, pixels, prefix_lengths=lengths, segment_ids=ids)
+    model = vlm(replace(SMALL, prefix=True, decoder=replace(DECODER, windows=(None, 5))))
+    with pytest.raises(ValueError, match=r"7 tokens with a prefix exceed .* window \(5\)"):
+        model.apply(params, ids, pixels, prefix_lengths=lengths)
+
+
+def test_a_compiled_loss_equals_the_eager_one():
+    """As one graph; the tower, the projector and the decoder with one layer each."""
+    config = replace(SMALL, vision=replace(VIT, depth=1), decoder=replace(DECODER, depth=1))
+    model = vlm(config)
+    params, (ids, pixels) = model.init(0), batch(dtype=torch.float32)
+    labels = answer_labels(ids, torch.tensor([6, 6]), torch.tensor([7, 7]))
+    compiled = torch.compile(
+        lambda params: answer_loss(params, model, ids, pixels, labels),
+        fullgraph=True,
+        dynamic=False,
+        backend="aot_eager",
+    )
+    expected = value_and_grad(answer_loss)(params, model, ids, pixels, labels)
+    torch.testing.assert_close(value_and_grad(compiled)(params), expected)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ P tokens of an image, D the decoder's width, V vocabulary.
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Bool, Float, Int, Int64
@@ -179,7 +179,8 @@ class VLM(nn.Module):
 
         Raises:
             ValueError: placeholders and images that do not match; a prefix for a model without, or
-                none for one with; a prefix in packed rows, which have several.
+                none for one with; a prefix in packed rows, which have several, or in sequences
+                longer than the decoder's window.
         """
         if self.config.prefix != (prefix_lengths is not None):
             raise ValueError(
@@ -188,6 +189,13 @@ class VLM(nn.Module):
             )
         if prefix_lengths is not None and segment_ids is not None:
             raise ValueError("packed rows (segment_ids) have no single prefix: take prefix=False")
+        windows = [window for window in self.config.decoder.windows if window is not None]
+        if prefix_lengths is not None and windows and ids.shape[-1] > min(windows):
+            raise ValueError(
+                f"{ids.shape[-1]} tokens with a prefix exceed the decoder's window "
+                f"({min(windows)}): which of the prefix later tokens see is not defined; shorten "
+                "the sequences"
+            )
         vision_key, decoder_key = site_keys(key, 2)
         x = self.embed(ids, pixels, key=vision_key, implementation=implementation)
         return self.decoder.hidden(
@@ -248,16 +256,16 @@ class VLM(nn.Module):
 
 
 def _check_count(here: Tensor, given: int, images: Tensor | None) -> None:
-    """Only where values can be read; a compiled step relies on `with_image_tokens`."""
+    """On a GPU without waiting for it; a compiled or transformed call relies on the prompt's
+    maker, `with_image_tokens`."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return
-    found = int(here.sum())
-    if found != given:
-        shape = "no images" if images is None else f"{images.shape[0]} images of {images.shape[1]}"
-        raise ValueError(
-            f"the prompts hold {found} image placeholders, for {shape} tokens: build them with "
-            "with_image_tokens"
-        )
+    shape = "no images" if images is None else f"{images.shape[0]} images of {images.shape[1]}"
+    rule = f"image placeholders, for {shape} tokens: build the prompts with with_image_tokens"
+    if here.is_cuda:
+        torch._assert_async(here.sum() == given, f"the prompts hold another number of {rule}")
+    elif int(here.sum()) != given:
+        raise ValueError(f"the prompts hold {int(here.sum())} {rule}")
 
 
 def splice(
@@ -315,6 +323,32 @@ def answer_labels(
     return torch.where(answer, following, IGNORED)
 
 
+def saliency(
+    model: Functional,
+    params: Params,
+    ids: Int[Tensor, "B T"],
+    pixels: Float[Tensor, "N C h w"],
+    labels: Int[Tensor, "B T"],
+    **options: Any,
+) -> Float[Tensor, "N h w"]:
+    """How much each pixel moves the answers: |d log p(answers) / d pixel|, of the largest channel.
+
+    Args:
+        labels: of the answers, as `answer_labels` makes them.
+        options: as in `VLM.hidden`.
+
+    Source: Simonyan et al. 2014, section 3.1.
+    """
+
+    def answers(pixels: Tensor) -> Tensor:
+        logits = model.apply(params, ids, pixels, **options)
+        logps = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        chosen = logps.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+        return torch.where(labels == IGNORED, 0.0, chosen).sum()
+
+    return torch.func.grad(answers)(pixels).abs().amax(1)
+
+
 def vlm(config: VLMConfig) -> Functional:
     """The model as pure functions; methods `forward`, `hidden`, `embed` and `image_tokens`."""
     inner = decoders.decoder(config.decoder).initializers
@@ -364,8 +398,7 @@ def prefill_inputs(
         prompts: as `with_image_tokens` makes them; of different lengths.
         pixels: all their images, in order.
     """
-    config = model.skeleton.config
-    assert isinstance(config, VLMConfig)
+    config = cast(VLM, model.skeleton).config
     device = params["decoder.norm.weight"].device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     rows = [torch.tensor(prompt, dtype=torch.int64) for prompt in prompts]
