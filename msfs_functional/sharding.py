@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import (
     DTensor,
-    Partial,
     Placement,
     Replicate,
     Shard,
@@ -32,6 +31,7 @@ from torch.distributed.tensor import (
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from msfs_functional import random
+from msfs_functional.collectives import psum
 from msfs_functional.meshes import active
 from msfs_functional.params import Functional, Params, Rules, Window, by_rules, parameter_key
 
@@ -133,7 +133,7 @@ def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
 def sum_of_squares(leaves: Sequence[Tensor]) -> Tensor:
     """Over all elements of all shards, each counted once: 0-d, plain and equal on every rank.
 
-    One all-reduce for each way of being cut, however many tensors there are.
+    An all-reduce for each way and each axis of being cut, however many tensors there are.
     """
     sums: dict[Any, list[Tensor]] = {}
     for x in leaves:
@@ -147,8 +147,8 @@ def sum_of_squares(leaves: Sequence[Tensor]) -> Tensor:
         total = torch.stack(terms).sum()
         if where is not None:
             mesh, cut = where
-            partial = [Partial() if yes else Replicate() for yes in cut]
-            total = DTensor.from_local(total, mesh, partial, run_check=False).full_tensor()
+            for axis, yes in zip(mesh.mesh_dim_names or (), cut, strict=True):
+                total = psum(total, mesh.get_group(axis).group_name) if yes else total
         totals.append(total)
     return torch.stack(totals).sum()
 

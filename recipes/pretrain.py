@@ -411,10 +411,7 @@ def prepare(config: Config) -> tuple[Config, Path, list[str], list[str], Any]:
         agreement.start_alike({"configuration": own, "sha256 of the corpus": corpus})
     resume = agreement.from_all(bool(found))[0]
     saved = checkpoints.load(run / CHECKPOINTS) if resume else None
-    if agreement.rank() == 0 and not saved:
-        configs.new_run(run, config, overwrite=config.overwrite or restarts > 0)
-    elif agreement.rank() == 0:
-        (run / configs.FILE).write_text(configs.to_json(config), encoding="utf-8")
+    config = replace(config, overwrite=config.overwrite or restarts > 0)
     return config, run, documents, held_out, saved
 
 
@@ -455,6 +452,11 @@ def train(config: Config) -> None:
         state = checkpoints.load(saved.path, state).state
         batches.restore(saved.extra["batches"])
     first = int(state.step)
+    with agreement.together():
+        if saved and not rank:
+            (run / configs.FILE).write_text(configs.to_json(config), encoding="utf-8")
+        elif not rank:
+            configs.new_run(run, config, overwrite=config.overwrite)
 
     flops = flops_per_token(plain, config.data.length) / (peak_flops(device) * world)
     resume = resume_command(config, run)

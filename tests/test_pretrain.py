@@ -165,7 +165,7 @@ def two_ranks() -> None:
 def test_two_processes_train_what_one_does(tmp_path, monkeypatch):
     recipe(*TINY, "--out", tmp_path, "--name", "one")
     monkeypatch.setenv("PRETRAIN_OUT", str(tmp_path))
-    check_claims([two_ranks], 2)
+    check_claims(([two_ranks], 2))
     one, two = (metrics_without_time(tmp_path / name) for name in ("one", "two"))
     assert [r["tokens"] for r in one if "tokens" in r] == [
         r["tokens"] for r in two if "tokens" in r

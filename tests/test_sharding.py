@@ -427,13 +427,8 @@ FOUR = [
 
 
 @pytest.mark.ranks
-def test_two_ranks_equal_one_process():
-    check_claims(TWO, 2)
-
-
-@pytest.mark.ranks
-def test_four_ranks_equal_one_process():
-    check_claims(FOUR, 4)
+def test_four_and_two_ranks_equal_one_process():
+    check_claims((FOUR, 4), (TWO, 2))
 
 
 # One process.
