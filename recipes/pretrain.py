@@ -438,13 +438,16 @@ def train(config: Config) -> None:
     ids = tokenizer.encode(documents, bos=True, eos=True)
     batches = PackedBatches(ids, config.data.length, config.data.batch, config.data.seed, share)
 
-    optimizer = make_optimizer(config.optimizer, settings.steps)
+    optimizer, gradient = make_optimizer(config.optimizer, settings.steps), None
+    if settings.accumulation > 1 and isinstance(model, Sharded):
+        gradient = model.gradient  # gathers and reduces once for all microbatches
     step = make_step(
         make_loss(config, model),
         optimizer,
         accumulation=settings.accumulation,
         clip_norm=config.optimizer.clip or None,
         compile="regions" if settings.compile else False,
+        gradient=gradient,
     )
     params = model.init(config.seed, device=torch.device(device).type if world > 1 else device)
     state = init_state(params, optimizer, random.key(config.seed, device=device))

@@ -11,13 +11,15 @@ import signal
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import torch
 
+sys.modules["msfs_functional.pictures"] = Mock()  # what it imports takes most of a tiny run
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-import pretrain
+import pretrain  # noqa: E402
 
-from msfs_functional import distributed_checkpoint, tracking
+from msfs_functional import distributed_checkpoint, tracking  # noqa: E402
 
 attempt, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
 kind, of_rank, at_step = json.loads(os.environ["FAULTS"])[attempt] or ("", -1, -1)

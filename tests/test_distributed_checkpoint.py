@@ -1,4 +1,7 @@
-"""Checkpoints of several ranks: whole or not there, read by any other ranks, told when damaged."""
+"""Checkpoints of several ranks: whole or not there, read by any other ranks, told when damaged.
+
+test_ranks.py runs the claims of FOUR and TWO on as many ranks, one after another.
+"""
 
 import functools
 import json
@@ -9,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import check_claims
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from msfs_functional import agreement, checkpoint, optim, random, sharding
@@ -118,6 +120,9 @@ def told_on_every_rank():
             if rank:
                 raise ValueError("mine")
     assert agreement.highest(15 * rank) == 15
+    with pytest.raises(SystemExit if rank else ValueError, match="2" if rank else "of all"):
+        with agreement.said_once():
+            raise ValueError("of all")
 
 
 def a_failing_disk_is_told_and_harms_nothing():
@@ -144,20 +149,19 @@ def no_space(*args):
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.ranks
-def test_saved_on_four_ranks_goes_on_with_any_degrees(tmp_path, monkeypatch):
-    monkeypatch.setenv("CHECKPOINT_TEST", str(tmp_path))
-    four = [
-        saved_while_training_goes_on,
-        resumed_with_the_same_degrees_bit_for_bit,
-        resumed_with_other_degrees,
-    ]
-    two = [resumed_on_two_ranks, told_on_every_rank, a_failing_disk_is_told_and_harms_nothing]
-    check_claims((four, 4), (two, 2))
-    assert [c.step for c in checkpoint.verified(tmp_path / "root")] == [2, SAVED]
+FOUR = [
+    saved_while_training_goes_on,
+    resumed_with_the_same_degrees_bit_for_bit,
+    resumed_with_other_degrees,
+]
+TWO = [resumed_on_two_ranks, told_on_every_rank, a_failing_disk_is_told_and_harms_nothing]
+
+
+def resumed_on_one():
+    assert [c.step for c in checkpoint.verified(place() / "root")] == [2, SAVED]
     resumed(None)
     _, losses = run(None)
-    torch.testing.assert_close(losses, json.loads((tmp_path / "went_on.json").read_text())[0])
+    torch.testing.assert_close(losses, json.loads((place() / "went_on.json").read_text())[0])
 
 
 # One process.

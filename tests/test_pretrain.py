@@ -1,5 +1,6 @@
 """The pretraining recipe through its command line: training, resuming, ranks, refusing."""
 
+import gzip
 import json
 import os
 import re
@@ -11,9 +12,10 @@ import torch
 from ranks import check_claims
 
 from msfs_functional import checkpoint, config, distributed_checkpoint, errors, tracking
+from msfs_functional.models import pretrained
 from msfs_functional.models.decoder import DecoderConfig, decoder
 from msfs_functional.synthetic.stories import judge, stories
-from msfs_functional.tokenizer import train_bpe
+from msfs_functional.tokenizer import Tokenizer, train_bpe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path.insert(0, str(RECIPES))
@@ -111,6 +113,22 @@ def test_samples_of_a_trained_run_go_on_with_the_prompt(trained, capsys):
     where = ["--out", trained.parent, "--name", trained.name]
     recipe("sample", *where, "--sample.prompt", prompt, "--sample.temperature", 0.5)
     assert capsys.readouterr().out.count(prompt) == 2
+
+
+def test_a_trained_run_is_exported_as_a_folder_that_others_load(trained, capsys):
+    recipe("export", "--out", trained.parent, "--name", trained.name)
+    assert capsys.readouterr().out.endswith(f"tensors in {trained / 'export'}\n")
+    config, params, hub, tokenizer = pretrained.load(trained / "export")
+    state = final_state(trained)
+    assert params.keys() == decoder(config).shapes.keys() and hub["model_type"] == "qwen3"
+    assert all(torch.equal(value, state[f"params/{name}"]) for name, value in params.items())
+    assert Tokenizer.from_json(str(tokenizer)).vocab_size == config.vocab
+
+
+def test_a_profiled_run_leaves_a_trace(tmp_path):
+    recipe(*TINY, "--train.profile", 1, "--out", tmp_path, "--name", "traced")
+    with gzip.open(tmp_path / "traced/trace-0.json.gz", "rt") as file:
+        assert any("aten::mm" in event["name"] for event in json.load(file)["traceEvents"])
 
 
 def test_a_model_that_knows_one_story_by_heart_is_confirmed(tmp_path):

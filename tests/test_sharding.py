@@ -1,15 +1,19 @@
-"""Sharded training on several ranks equals one process; bad degrees and rules are told."""
+"""Sharded training on several ranks equals one process; bad degrees and rules are told.
 
+test_ranks.py runs the claims of TWO and FOUR on as many ranks.
+"""
+
+import collections
 import dataclasses
 import functools
 
 import pytest
 import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
-from ranks import check_claims
 from torch._dynamo.backends.common import aot_autograd
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.func import grad, jvp, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from msfs_functional import context_parallel, optim, random, sharding
 from msfs_functional.attention import attention
@@ -98,6 +102,8 @@ def equal_one_process(
     one, want = on_one_process(build, config, loss, optimizer, **accumulation)
     model = sharded(build(config), layout, on)
     loss_fn = gathered(functools.partial(loss, model), model)
+    if options.pop("deferred", False):
+        options["gradient"] = model.gradient
     data = [share(tokens, on) for tokens in batches()]
     state, got = train(loss_fn, model.init(0), data, optimizer, **options)
     torch.testing.assert_close(got, want, **CLOSE)
@@ -158,6 +164,41 @@ def translation_model():
 
 def accumulated_microbatches():
     equal_one_process({"dp_shard": 2}, accumulation=2)
+    for given in ({"dp_shard": 2}, {"tp": 2}):
+        equal_one_process(given, accumulation=2, deferred=True)
+
+
+class Counted(TorchDispatchMode):
+    """Counts operations by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def gradients_are_reduced_once_a_step():
+    """Four microbatches: each parameter is gathered once and its gradient scattered once."""
+    on = mesh(dp_shard=2)
+    model = sharded(decoder(CONFIG), DECODER, on)
+    loss_fn = gathered(functools.partial(next_token, model), model)
+    tokens = share(batches(1)[0], on)
+    n = len(model.shapes)
+    for gradient, times in ((model.gradient, 1), (None, 4)):
+        state = init_state(model.init(0), OPTIMIZER, random.key(1))
+        options = {"accumulation": 4, "compile": False}
+        step = make_step(loss_fn, OPTIMIZER, gradient=gradient, **options)
+        with Counted() as counted:
+            step(state, tokens)
+        counts = counted.names
+        assert counts["reduce_scatter_tensor"] == n * times, counts
+        assert counts["all_gather_into_tensor"] >= n * times, counts
+        assert counts["all_reduce"] == 6, counts  # a loss for each microbatch, two norms
+        if times == 1:
+            assert counts["all_gather_into_tensor"] == n, counts
 
 
 def compiled_step():
@@ -372,6 +413,7 @@ TWO = [
     tensor_parallel,
     translation_model,
     accumulated_microbatches,
+    gradients_are_reduced_once_a_step,
     whole_tree_optimizers,
     guard_agrees_on_all_ranks,
     transforms,
@@ -424,11 +466,6 @@ FOUR = [
     fsdp2_path_on_a_hybrid_mesh,
     tensor_parallel_that_does_not_divide_heads_is_refused,
 ]
-
-
-@pytest.mark.ranks
-def test_four_and_two_ranks_equal_one_process():
-    check_claims((FOUR, 4), (TWO, 2))
 
 
 # One process.
