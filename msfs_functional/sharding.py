@@ -17,6 +17,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import optree
 import torch
 from jaxtyping import Int64
 from torch import Tensor
@@ -34,6 +35,8 @@ from msfs_functional import random
 from msfs_functional.collectives import psum
 from msfs_functional.meshes import active
 from msfs_functional.params import Functional, Params, Rules, Window, by_rules, parameter_key
+from msfs_functional.transforms import NAMESPACE
+from msfs_functional.updates import Transformation
 
 Cuts = Mapping[str, Placement]  # {axis: placement}; axes left out replicate
 
@@ -151,6 +154,32 @@ def sum_of_squares(leaves: Sequence[Tensor]) -> Tensor:
                 total = psum(total, mesh.get_group(axis).group_name) if yes else total
         totals.append(total)
     return torch.stack(totals).sum()
+
+
+def over_whole(transformation: Transformation) -> Transformation:
+    """An optimizer that needs whole tensors, such as Muon, over shards cut in whatever way.
+
+    Every rank gathers gradients, state and parameters, makes the same update, and keeps its shards
+    of it. To be given those parameters only that need it (`optim.by_group`).
+    """
+
+    def full(tree: Any) -> Any:
+        whole = lambda x: x.full_tensor() if isinstance(x, DTensor) else x  # noqa: E731
+        return optree.tree_map(whole, tree, namespace=NAMESPACE)
+
+    def cut(like: Any, x: Any) -> Any:
+        if not isinstance(like, DTensor):
+            return x
+        mesh = like.device_mesh
+        whole = DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        return whole.redistribute(placements=like.placements)
+
+    def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        updates, new = transformation.update(full(grads), full(state), full(params))
+        updates = {name: cut(params[name], value) for name, value in updates.items()}
+        return updates, optree.tree_map(cut, state, new, namespace=NAMESPACE)
+
+    return transformation._replace(update=update)
 
 
 def describe(params: Params) -> str:

@@ -84,13 +84,14 @@ from msfs_functional import (
     pictures,
     random,
     schedules,
+    sharding,
     tracking,
 )
 from msfs_functional import config as configs
 from msfs_functional import distributed_checkpoint as checkpoints
 from msfs_functional.gathering import Sharded, gathered, sharded
 from msfs_functional.generation import Generator, Sampling, Settings
-from msfs_functional.layouts import DECODER
+from msfs_functional.layouts import DECODER, DECODER_BY_TOKENS
 from msfs_functional.losses import linear_cross_entropy
 from msfs_functional.models import decoder as models
 from msfs_functional.models import pretrained
@@ -101,6 +102,7 @@ from msfs_functional.tokenizer import BOS, EOS, PAD, Tokenizer, train_bpe
 from msfs_functional.tracking import Tracker
 from msfs_functional.train import init_state, make_step
 from msfs_functional.transforms import NAMESPACE
+from msfs_functional.vocabulary_parallel import sharded_linear_cross_entropy
 from msfs_functional.watchdog import Watchdog
 
 MAY_BE_ZERO = ("seed", "warmup", "profile")
@@ -183,7 +185,9 @@ class Mesh:
 
     dp_replicate: int = 1  # processes with equal parameters and other rows
     dp_shard: int = -1  # processes with a shard of each parameter and other rows
-    tp: int = 1  # processes that share each layer
+    tp: int = 1  # processes that share each layer and the vocabulary
+    # processes that share layers hold parts of the tokens between them; tp must divide the length
+    sequence: bool = True
     timeout: float = 600.0  # the run ends when nothing has happened for so long [s]
 
 
@@ -295,7 +299,10 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Functional:
 
 def make_loss(config: Config, model: Functional, *, dropout: bool = True):
     """The mean cross-entropy of the next token [nats/token]; padding does not count."""
-    dtype = getattr(torch, str(config.dtype))
+    dtype, loss_of = getattr(torch, str(config.dtype)), linear_cross_entropy
+    if isinstance(model, Sharded):
+        vocab = model.shapes["embedding.weight"][0]
+        loss_of = sharded_linear_cross_entropy(model.mesh, vocab)
 
     def loss_fn(params: Params, batch: dict[str, Tensor], key: Tensor | None):
         if not isinstance(model, Sharded):  # which casts what it gathers
@@ -310,7 +317,7 @@ def make_loss(config: Config, model: Functional, *, dropout: bool = True):
             method="hidden",
         )
         weight = models.output_weight(params)
-        total, count = linear_cross_entropy(states, weight, batch["labels"], ignore_index=PAD)
+        total, count = loss_of(states, weight, batch["labels"], ignore_index=PAD)
         return total / count.clamp(min=1), {"weight": count}
 
     return gathered(loss_fn, model) if isinstance(model, Sharded) else loss_fn
@@ -323,9 +330,10 @@ def make_optimizer(config: Optimizer, steps: int) -> optim.Transformation:
     if config.kind == "adamw":
         return adamw
     rate = schedules.cosine(config.muon_rate, steps, warmup=config.warmup)
-    blocks = [(r"norm|bias|embedding|positions|^output", False), (r"", True)]
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    return optim.muon(rate, weight_decay=decay, matrices=blocks, rest=adamw, dtype=dtype)
+    muon = optim.muon(rate, weight_decay=decay, matrices=[(r"", True)], dtype=dtype)
+    rest = r"norm|bias|embedding|positions|^output"
+    return optim.by_group([(rest, adamw), (r"", sharding.over_whole(muon))])
 
 
 def flops_per_token(model: Functional, length: int) -> float:
@@ -432,9 +440,9 @@ def train(config: Config) -> None:
     if world > 1:
         on = meshes.mesh(**degrees(config.mesh), device=torch.device(device).type)
         share = meshes.data_rank(on)
-        model = sharded(
-            plain, DECODER, on, dtype=getattr(torch, str(config.dtype)), reduce_dtype=torch.float32
-        )
+        layout = DECODER_BY_TOKENS if config.mesh.sequence else DECODER
+        dtype = getattr(torch, str(config.dtype))
+        model = sharded(plain, layout, on, dtype=dtype, reduce_dtype=torch.float32)
     ids = tokenizer.encode(documents, bos=True, eos=True)
     batches = PackedBatches(ids, config.data.length, config.data.batch, config.data.seed, share)
 
@@ -676,6 +684,11 @@ def checked(config: Config) -> Config:
     if not config.name and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
         raise ValueError(
             "--max-restarts needs a --name: processes that start again find their run by it"
+        )
+    if config.mesh.sequence and config.mesh.tp > 1 and config.data.length % config.mesh.tp:
+        raise ValueError(
+            f"--mesh.tp ({config.mesh.tp}) must divide --data.length ({config.data.length}): change"
+            f" one, or pass --mesh.no-sequence"
         )
     if not config.mesh.timeout > 0:
         raise ValueError(f"--mesh.timeout ({config.mesh.timeout}) must be positive [s]")
