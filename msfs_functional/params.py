@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import functional_call
 
 from msfs_functional import random
@@ -342,12 +343,40 @@ def count(params: Params) -> int:
     return sum(value.numel() for value in params.values())
 
 
+class _Cast(torch.autograd.Function):
+    """Each tensor in its new dtype; on a GPU one kernel for all instead of one for each."""
+
+    @staticmethod
+    def forward(ctx: Any, dtypes: Sequence[torch.dtype], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.dtypes = [x.dtype for x in tensors]
+        copies = [torch.empty_like(x, dtype=to) for x, to in zip(tensors, dtypes, strict=True)]
+        torch._foreach_copy_(copies, list(tensors))
+        return tuple(copies)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        found = {i: grad for i, grad in enumerate(grads) if grad is not None}
+        casts: Any = _Cast.apply([ctx.dtypes[i] for i in found], *found.values())
+        back = dict(zip(found, casts, strict=True))
+        return None, *[back.get(i) for i in range(len(grads))]
+
+
 def cast(params: Params, dtype: torch.dtype) -> Params:
     """`params` with every floating-point tensor in `dtype`; differentiable, for use in losses."""
-    return {
-        name: value.to(dtype) if value.is_floating_point() else value
-        for name, value in params.items()
-    }
+    changed = {k: v for k, v in params.items() if v.is_floating_point() and v.dtype != dtype}
+    together = (
+        not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and all(type(x) in (Tensor, nn.Parameter) for x in changed.values())
+    )
+    if changed and together:
+        casts: Any = _Cast.apply([dtype] * len(changed), *changed.values())
+        changed = dict(zip(changed, casts, strict=True))
+    else:
+        changed = {name: value.to(dtype) for name, value in changed.items()}
+    return params | changed
 
 
 def stack(members: Sequence[Params]) -> Params:

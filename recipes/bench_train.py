@@ -239,14 +239,7 @@ def recipe_step(config: translate.Config) -> tuple[Callable, Any, TokenBatches]:
     batches = translate.make_batches(config.data, splits.train, tokenizers, seed=0)
     model = translate.make_model(config, tokenizers)
     optimizer = translate.make_optimizer(config.optimizer, config.train.steps)
-    step = make_step(
-        translate.make_loss(config, model, config.train.label_smoothing, config.train.consistency),
-        optimizer,
-        ema_decay=config.train.ema or None,
-        members=config.members if config.members > 1 else None,
-        clip_norm=config.optimizer.clip or None,
-        compile="regions" if config.train.compile else False,
-    )
+    step = translate.make_train_step(config, model, optimizer)
     return step, translate.first_state(config, model, optimizer), batches
 
 

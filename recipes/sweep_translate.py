@@ -76,10 +76,14 @@ def command(config: Config, variant: str) -> list[str]:
     return words + shlex.split(VARIANTS[variant]) + shlex.split(config.options)
 
 
-def train_all(config: Config) -> None:
-    """At most config.jobs processes at a time, each with its share of the cores and its own log."""
+def train_all(config: Config) -> list[str]:
+    """At most config.jobs processes at a time, each with its share of the cores and its own log.
+
+    Returns the variants that failed.
+    """
     waiting = [v for v in config.variants if not (config.out / v / "results.json").exists()]
     running: dict[str, subprocess.Popen] = {}
+    failed: list[str] = []
     cores = max(1, (os.cpu_count() or 1) // config.jobs)
     environment = {**os.environ, "OMP_NUM_THREADS": str(cores)}
     environment["TORCHINDUCTOR_COMPILE_THREADS"] = str(cores)
@@ -101,10 +105,13 @@ def train_all(config: Config) -> None:
             if process.poll() is not None:
                 del running[name]
                 how = "ended" if process.returncode == 0 else f"failed ({process.returncode})"
+                if process.returncode != 0 and not late:
+                    failed.append(name)
                 print(f"{time.monotonic() - begin:5.0f} s  {name} {how}", flush=True)
         if late:
             break
         time.sleep(0.2)
+    return failed
 
 
 def scores(config: translate.Config, decode: translate.Decode) -> tuple[float, float]:
@@ -157,11 +164,14 @@ def main(config: Config) -> None:
                 f"{config.data} has no {name}: name the folder of Multi30k with --data"
             )
     configs.check_numbers(config, may_be_zero=())
-    train_all(config)
+    failed = train_all(config)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     text = f"{table(config)}\n\n{device}, torch {torch.__version__}, {config.jobs} at a time\n"
     print(text)
     (config.out / "table.md").write_text(text, encoding="utf-8")
+    if failed:
+        logs = ", ".join(str(config.out / f"{name}.log") for name in failed)
+        raise ValueError(f"{len(failed)} trainings failed, they are missing above: read {logs}")
 
 
 if __name__ == "__main__":

@@ -338,6 +338,24 @@ def make_optimizer(config: Optimizer, steps: int) -> optim.Transformation:
     return optim.adamw(schedule, config.b1, config.b2, config.eps, config.weight_decay, DECAY)
 
 
+def make_train_step(
+    config: Config, model: Functional, optimizer: optim.Transformation
+) -> Callable[[TrainState, dict[str, Tensor]], tuple[TrainState, dict[str, Tensor]]]:
+    """The step of this run: compiled a block at a time; on a GPU one CUDA graph for each shape."""
+    settings = config.train
+    step = make_step(
+        make_loss(config, model, settings.label_smoothing, settings.consistency),
+        optimizer,
+        accumulation=settings.accumulation,
+        ema_decay=settings.ema or None,
+        members=config.members if config.members > 1 else None,
+        clip_norm=config.optimizer.clip or None,
+        compile="regions" if settings.compile else False,
+        dynamic=config.members == 1,
+    )
+    return graphed(step) if settings.compile and str(config.device).startswith("cuda") else step
+
+
 def first_state(config: Config, model: Functional, optimizer: optim.Transformation) -> TrainState:
     """Member i of an ensemble starts, and drops out, as the run with seed + i alone."""
     seeds = range(config.seed, config.seed + config.members)
@@ -408,18 +426,7 @@ def train(config: Config) -> None:
 
     model = make_model(config, tokenizers)
     optimizer = make_optimizer(config.optimizer, settings.steps)
-    step = make_step(
-        make_loss(config, model, settings.label_smoothing, settings.consistency),
-        optimizer,
-        accumulation=settings.accumulation,
-        ema_decay=settings.ema or None,
-        members=config.members if config.members > 1 else None,
-        clip_norm=config.optimizer.clip or None,
-        compile="regions" if settings.compile else False,
-        dynamic=config.members == 1,
-    )
-    if settings.compile and str(config.device).startswith("cuda"):
-        step = graphed(step)
+    step = make_train_step(config, model, optimizer)
     state = first_state(config, model, optimizer)
     if saved:
         state = checkpoint.load(saved.path, state).state

@@ -1,6 +1,7 @@
 """Claims of msfs_functional.params."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
 
 from msfs_functional import params as P
@@ -266,6 +268,39 @@ def test_merge_and_stack_refuse_what_does_not_fit():
         P.stack([])
     with pytest.raises(ValueError, match="one common leading dim"):
         P.unstack({"w": torch.ones(2), "v": torch.ones(3)})
+
+
+def test_cast_is_the_same_function_under_every_transform():
+    params = {"a": torch.randn(3, 4), "b": torch.randn(5), "n": torch.tensor(3)}
+    tangents = {name: torch.randn(params[name].shape) for name in ("a", "b")}
+
+    def loss(cast, a, b):
+        low = cast({"a": a, "b": b, "n": params["n"]})
+        return (low["a"].square().sum() * low["b"].sin().sum()).float()
+
+    def together(params):
+        return P.cast(params, torch.bfloat16)
+
+    def one_by_one(params):
+        return {k: v.bfloat16() if v.is_floating_point() else v for k, v in params.items()}
+
+    def answers(cast):
+        fn, ab = partial(loss, cast), (params["a"], params["b"])
+        leaves = [x.clone().requires_grad_() for x in ab]
+        grads = torch.autograd.grad(fn(*leaves), leaves, create_graph=True)
+        second = torch.autograd.grad(grads[0].square().sum() + grads[1].square().sum(), leaves)
+        with forward_ad.dual_level():
+            duals = map(forward_ad.make_dual, ab, tangents.values())
+            dual = forward_ad.unpack_dual(fn(*duals)).tangent
+        func = torch.func.jvp(torch.func.grad(fn), ab, tuple(tangents.values()))
+        mapped = torch.vmap(torch.func.grad(fn), in_dims=(0, None))(torch.stack([ab[0]] * 2), ab[1])
+        compiled = torch.compile(fn, backend="aot_eager")(*ab)
+        unused = torch.autograd.grad(
+            cast(dict(zip("ab", leaves, strict=True)))["a"].float().sum(), leaves[0]
+        )
+        return [*grads, *second, dual, func, mapped, compiled, *unused]
+
+    torch.testing.assert_close(answers(together), answers(one_by_one), atol=0, rtol=0)
 
 
 def test_cast_keeps_integers_and_is_differentiable():

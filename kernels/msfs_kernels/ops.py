@@ -68,23 +68,18 @@ def attention_tangent(tq, tk, tv, tbias, q, k, v, bias, o, lse, *options):
     return backend(q, v).tangent(tq, tk, tv, tbias, q, k, v, o, lse, full)
 
 
-def attention_second_backward(do, dlse, tq, tk, tv, tbias, q, k, v, bias, o, lse, to, tlse, *rest):
+def attention_second_backward(do, dlse, tq, tk, tv, tbias, q, k, v, bias, lse, *rest):
     *options, need_dbias = rest
+    full = Options(bias, *options)
     grads = second_order.second_backward(
-        *(do, dlse, tq, tk, tv, tbias, q, k, v, o, lse, to, tlse),
-        Options(bias, *options),
-        need_dbias,
+        do, dlse, tq, tk, tv, tbias, q, k, v, lse, full, need_dbias
     )
     return with_dbias(grads, bias, need_dbias)
 
 
-def attention_second_tangent(
-    tq, tk, tv, tbias, uq, uk, uv, ubias, q, k, v, bias, o, lse, tlse, uo, ulse, *options
-):
-    return second_order.second_tangent(
-        *(tq, tk, tv, tbias, uq, uk, uv, ubias, q, k, v, o, lse, tlse, uo, ulse),
-        Options(bias, *options),
-    )
+def attention_second_tangent(tq, tk, tv, tbias, uq, uk, uv, ubias, q, k, v, bias, lse, *options):
+    full = Options(bias, *options)
+    return second_order.second_tangent(tq, tk, tv, tbias, uq, uk, uv, ubias, q, k, v, lse, full)
 
 
 def with_dbias(grads, bias: Tensor | None, need_dbias: bool):
@@ -174,13 +169,12 @@ register(
 register(
     attention_second_backward,
     rules.AttentionSecondBackward,
-    f"Tensor do, Tensor? dlse, {TANGENTS}, {INPUTS}, Tensor o, Tensor lse, Tensor to, Tensor tlse",
+    f"Tensor do, Tensor? dlse, {TANGENTS}, {INPUTS}, Tensor lse",
     GRADIENTS,
 )
 register(
     attention_second_tangent,
     rules.AttentionSecondTangent,
-    f"{TANGENTS}, {SECOND_TANGENTS}, {INPUTS}, Tensor o, Tensor lse, Tensor tlse, Tensor uo,"
-    " Tensor ulse",
+    f"{TANGENTS}, {SECOND_TANGENTS}, {INPUTS}, Tensor lse",
     "(Tensor uto, Tensor utlse)",
 )

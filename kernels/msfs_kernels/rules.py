@@ -4,8 +4,7 @@ With J the derivative of (q, k, v, bias) -> (o, lse), attention_backward is J^T 
 attention_tangent is J t, and
 
     D_t [J^T d] = J^T t_d + second_backward(d, t)     grad <c, J^T d> = (J c, second_backward(d, c))
-    D_u [J t]   = J u_t   + second_tangent(t, u)      grad <c, J t>   = (J^T c, second_backward(c,
-    t))
+    D_u [J t]   = J u_t   + second_tangent(t, u)      grad <c, J t> = (J^T c, second_backward(c, t))
 
 so second-order compositions are made of first-order kernels and the two maps of second_order.py. o
 and lse, which the derivative ops take, are functions of q, k, v and bias: derivatives here are
@@ -65,6 +64,11 @@ def saved(ctx) -> tuple[tuple, tuple]:
     return tensors[:-OPTION_TENSORS], (*tensors[-OPTION_TENSORS:], *ctx.scalars)
 
 
+def without_output(point: Sequence) -> tuple:
+    """q, k, v, bias, lse of the point, which is all that second derivatives need."""
+    return *point[:4], point[5]
+
+
 def refuse_option_gradients(asked: bool) -> None:
     if asked:
         raise RuntimeError(
@@ -122,7 +126,7 @@ class AttentionBackward(torch.autograd.Function):
         need_dbias = ctx.needs_input_grad[5]
         dq, dk, dv, dbias = call(
             "attention_second_backward",
-            *(do, dlse, *t, *point, to, tlse, *options, need_dbias),
+            *(do, dlse, *t, *without_output(point), *options, need_dbias),
         )
         tlse = None if dlse is None else tlse
         dbias = dbias if need_dbias else None
@@ -137,9 +141,7 @@ class AttentionBackward(torch.autograd.Function):
         if any_given((tdo, tdlse)):
             parts.append(call("attention_backward", filled(tdo, do), tdlse, *point, *rest))
         if any_given(t):
-            t = filled_tangents(t, point)
-            to, tlse = call("attention_tangent", *t, *point, *options)
-            args = (do, dlse, *t, *point, to, tlse, *rest)
+            args = (do, dlse, *filled_tangents(t, point), *without_output(point), *rest)
             parts.append(call("attention_second_backward", *args))
         return total(parts)
 
@@ -147,21 +149,21 @@ class AttentionBackward(torch.autograd.Function):
 class AttentionTangent(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
-        save(ctx, (*inputs[:10], *output), inputs[10:])
+        save(ctx, inputs[:10], inputs[10:])
 
     @staticmethod
     def backward(ctx, cto, ctlse):
         needs = ctx.needs_input_grad
         refuse_option_gradients(any(needs[10:]))
-        (*t_and_point, to, tlse), options = saved(ctx)
+        t_and_point, options = saved(ctx)
         t, point = t_and_point[:4], t_and_point[4:]
-        cto = filled(cto, to)
+        cto = filled(cto, point[4])
         dt: tuple = (None,) * 4
         if any(needs[:4]):
             dt = call("attention_backward", cto, ctlse, *point, *options, needs[3])
         dx: tuple = (None,) * 4
         if any(needs[4:8]):
-            args = (cto, ctlse, *t, *point, to, tlse, *options, needs[7])
+            args = (cto, ctlse, *t, *without_output(point), *options, needs[7])
             dx = call("attention_second_backward", *args)
         dtbias, dbias = dt[3] if needs[3] else None, dx[3] if needs[7] else None
         return *dt[:3], dtbias, *dx[:3], dbias, None, None, *NO_GRADS
@@ -169,7 +171,7 @@ class AttentionTangent(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, *tangents):
         refuse_option_gradients(any_given(tangents[10:]))
-        (*t_and_point, _, tlse), options = saved(ctx)
+        t_and_point, options = saved(ctx)
         t, point = t_and_point[:4], t_and_point[4:]
         parts = []
         if any_given(tangents[:4]):
@@ -177,8 +179,7 @@ class AttentionTangent(torch.autograd.Function):
             parts.append(call("attention_tangent", *ut, *point, *options))
         if any_given(tangents[4:8]):
             u = filled_tangents(tangents[4:8], point)
-            uo, ulse = call("attention_tangent", *u, *point, *options)
-            args = (*t, *u, *point, tlse, uo, ulse, *options)
+            args = (*t, *u, *without_output(point), *options)
             parts.append(call("attention_second_tangent", *args))
         return total(parts)
 

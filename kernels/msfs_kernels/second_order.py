@@ -9,26 +9,32 @@ commute:
                                                    backward of tangent
     second_tangent   (t, u) -> D_u (J t)           the new part of: tangent of tangent
 
-In the notation of tiled.py, the tangent along t of the backward with do and dlse held fixed:
+In the notation of tiled.py, with C(x) = P (x - rowsum(P x)), the tangent along t of the backward
+with do and dlse held fixed:
 
-    tdP = Z (do tv^T)       tD = rowsum(do to)
-    tds = P ((ts - tlse) (dP - D + dlse) + tdP - tD)
+    tP = C(ts)      tdP = Z (do tv^T)      w = tP (dP - rowsum(P dP) + dlse)
+    tds = w - P rowsum(w) + C(tdP)
     tda = slope tds + curve ta ds                       curve: second derivative of the soft cap
-    dq = scale (tda k + da tk)     dk = scale (tda^T q + da^T tq)     dv = (P (ts - tlse) Z)^T do
+    dq = scale (tda k + da tk)     dk = scale (tda^T q + da^T tq)     dv = (tP Z)^T do
     dbias = tds
 
 and the tangent along u of the tangent along t:
 
-    uts = slope scale (tq uk^T + uq tk^T) + curve ua ta        w = (us - ulse) ts + uts
-    utlse = rowsum(P w)
-    uto = (P Z w) v + (P Z ts) uv + (P Z (us - ulse)) tv - utlse o - tlse uo
+    uts = slope scale (tq uk^T + uq tk^T) + curve ua ta
+    w = C(us) (ts - rowsum(P ts)) + P uts     utlse = rowsum(w)
+    uto = ((w - P utlse) Z) v + (C(ts) Z) uv + (C(us) Z) tv
+
+Every mean that is subtracted is summed from the very numbers it is subtracted from. From the
+outputs o, to and tlse of the first-order kernels it could be had without a sum, but rounding then
+leaves something where nothing should be left: with few keys in view, three times the plain
+formula's error.
 """
 
 import torch
 from torch import Tensor
 
 from .options import Options, empty_tokens_first
-from .tiled import Gradients, logit_tangent, raw_tangent
+from .tiled import Gradients, centred, logit_tangent, raw_tangent
 from .tiles import Logits, tiles, times
 
 
@@ -49,16 +55,11 @@ def second_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    o: Tensor,
     lse: Tensor,
-    to: Tensor,
-    tlse: Tensor,
     options: Options,
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradient over q, k, v, bias of <do, to> + <dlse, tlse>, where (to, tlse) is the tangent along
-    t.
-    """
+    """Gradient over q, k, v, bias of <do, to> + <dlse, tlse>; (to, tlse): the tangent along t."""
     grads = Gradients(q, k, v, options, need_dbias)
     for tile in tiles(q, k, options):
         if tile.empty:
@@ -68,16 +69,15 @@ def second_backward(
         weights, kept = tile.weights(logits, lse), tile.drop()
         do_rows, k_keys, q_rows = tile.of_queries(do), tile.of_keys(k), tile.of_queries(q)
         ta = raw_tangent(tile, tq, tk)
-        ts = logit_tangent(tile, logits, ta, tbias)
-        tweights = (ts - tile.of_rows(tlse)).mul_(weights)
+        tweights = centred(weights, logit_tangent(tile, logits, ta, tbias))
         tile.add_keys(grads.dv, times(tweights, kept).mT @ do_rows)
-        delta = (do_rows * tile.of_queries(o)).sum(-1, keepdim=True)
+        dp = times(do_rows @ tile.of_keys(v).mT, kept)
+        dp -= (weights * dp).sum(-1, keepdim=True)
         if dlse is not None:
-            delta -= tile.of_rows(dlse)
-        tdelta = (do_rows * tile.of_queries(to)).sum(-1, keepdim=True)
-        centred = times(do_rows @ tile.of_keys(v).mT, kept).sub_(delta)
-        tcentred = times(do_rows @ tile.of_keys(tv).mT, kept).sub_(tdelta)
-        ds, tds = weights * centred, (tweights * centred).add_(weights * tcentred)
+            dp += tile.of_rows(dlse)
+        ds, tds = weights * dp, tweights * dp
+        tds -= weights * tds.sum(-1, keepdim=True)
+        tds += centred(weights, times(do_rows @ tile.of_keys(tv).mT, kept))
         if grads.dbias is not None:
             tile.add_bias(grads.dbias, tds)
         da, tda = times(ds, logits.slope), times(tds, logits.slope)
@@ -102,15 +102,12 @@ def second_tangent(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    o: Tensor,
     lse: Tensor,
-    tlse: Tensor,
-    uo: Tensor,
-    ulse: Tensor,
     options: Options,
 ) -> tuple[Tensor, Tensor]:
-    """Derivative along u of the tangent along t, t held fixed; (uo, ulse): the tangent along u."""
-    uto, utlse = empty_tokens_first(q, *o.shape), torch.empty_like(lse)
+    """Derivative along u of the tangent along t, t held fixed."""
+    uto = empty_tokens_first(q, *q.shape[:3], v.shape[3])
+    utlse = torch.empty_like(lse)
     for tile in tiles(q, k, options):
         if tile.empty:
             tile.clear(uto, utlse)
@@ -125,15 +122,13 @@ def second_tangent(
         if bend is not None:
             uts = uts + bend * ua * ta
         ts = logit_tangent(tile, logits, ta, tbias)
-        us = logit_tangent(tile, logits, ua, ubias)
-        tlse_rows, ulse_rows = tile.of_rows(tlse), tile.of_rows(ulse)
-        uweights = (us - ulse_rows) * weights
-        pw = uweights * ts + weights * uts
-        utlse_rows = pw.sum(-1, keepdim=True)
+        ts -= (weights * ts).sum(-1, keepdim=True)
+        uweights = centred(weights, logit_tangent(tile, logits, ua, ubias))
+        moved = uts.mul_(weights).addcmul_(uweights, ts)
+        utlse_rows = moved.sum(-1, keepdim=True)
         tile.put_rows(utlse, utlse_rows)
-        value = times(pw, kept) @ tile.of_keys(v)
+        value = times(moved.sub_(weights * utlse_rows), kept) @ tile.of_keys(v)
         value += times(weights * ts, kept) @ tile.of_keys(uv)
         value += times(uweights, kept) @ tile.of_keys(tv)
-        value -= utlse_rows * tile.of_queries(o) + tlse_rows * tile.of_queries(uo)
         tile.put_queries(uto, value)
     return uto, utlse

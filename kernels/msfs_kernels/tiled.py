@@ -2,14 +2,14 @@
 
 With logits s, weights P = exp(s - lse), dropout factors Z and o = (P Z) v (products elementwise):
 
-    backward   dv = (P Z)^T do      dP = Z (do v^T)     ds = P (dP - rowsum(do o) + dlse)     dbias
-    = ds
-               da = ds * slope      dq = scale da k     dk = scale da^T q
+    backward   dv = (P Z)^T do      dP = Z (do v^T)     ds = P (dP - rowsum(P dP) + dlse)
+               da = ds * slope      dq = scale da k     dk = scale da^T q     dbias = ds
     tangent    ts = slope * scale (tq k^T + q tk^T) + tbias     tlse = rowsum(P ts)
                to = (P Z (ts - tlse)) v + (P Z) tv
 
 `slope` is the derivative of the soft cap. The backward recomputes P from q, k and lse instead of
-keeping it.
+keeping it, and sums rowsum(P dP), which is rowsum(do o) but for rounding, from the dP that it is
+subtracted from.
 """
 
 import torch
@@ -58,10 +58,9 @@ def backward(
         weights, kept = tile.weights(logits, lse), tile.drop()
         do_rows, k_keys = tile.of_queries(do), tile.of_keys(k)
         tile.add_keys(grads.dv, times(weights, kept).mT @ do_rows)
-        delta = (do_rows * tile.of_queries(o)).sum(-1, keepdim=True)
+        ds = centred(weights, times(do_rows @ tile.of_keys(v).mT, kept))
         if dlse is not None:
-            delta -= tile.of_rows(dlse)
-        ds = times(do_rows @ tile.of_keys(v).mT, kept).sub_(delta).mul_(weights)
+            ds.addcmul_(weights, tile.of_rows(dlse))
         if grads.dbias is not None:
             tile.add_bias(grads.dbias, ds)
         da = times(ds, logits.slope).mul_(options.scale)
@@ -97,6 +96,11 @@ def tangent(
         value = ts.sub_(tlse_rows).mul_(kept_weights) @ tile.of_keys(v)
         tile.put_queries(to, value.add_(kept_weights @ tile.of_keys(tv)))
     return to, tlse
+
+
+def centred(weights: Tensor, x: Tensor) -> Tensor:
+    """C(x) = P (x - rowsum(P x)): how P moves with its logits, and by symmetry its gradient."""
+    return torch.ops.aten._softmax_backward_data(x, weights, -1, weights.dtype)
 
 
 def raw_tangent(tile: Tile, tq: Tensor, tk: Tensor) -> Tensor:

@@ -15,7 +15,14 @@ walks over query blocks (Algorithm 2, lines 6 to 18); the heads of a group share
 walks over all of them. dQ is a sum over keys: `query_kernel` owns a query block and walks over
 keys, recomputing S and dP, 7 products of tiles in all, and every sum has one owner and one order:
 the result is deterministic. `key_kernel` with FUSED computes each dS once, 5 products, and adds its
-share of dQ to float32 memory atomically, in whatever order programs arrive.
+share of dQ to float32 memory atomically, in whatever order programs arrive. Where one tile holds
+all keys (sentences, image patches), that share is all of dQ: with OWN it is stored, not added.
+
+**Float32.** dP - delta is a difference of near-equal numbers where few keys share a row, and P
+rebuilt from a rounded lse sums to 1 only nearly. Beside products of bfloat16 neither shows; in full
+float32 they double the error of the gradients. There `mean_kernel` walks over the keys once more
+and takes delta = sum_j P_ij dP_ij / sum_j P_ij from the very numbers it is subtracted from, and
+1 / sum_j P_ij, `share`, corrects P: 7 products instead of 5.
 
 Scores are transposed in the key-owning kernels (keys along rows), so that P^T and dS^T feed the
 next product from registers.
@@ -93,14 +100,25 @@ def load_log_sums(lse, flat_head, row, T, BM: tl.constexpr):
 
 
 @triton.jit
-def tile_gradient(products, dp, log_sums, delta, i, j, batch, head, T, S, facts, masks, scale_log2,
-                  CAUSAL: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+def load_shares(share, flat_head, row, T, BM: tl.constexpr):
+    """share of BM rows, or the constant 1, which compiles to nothing."""
+    if share is None:
+        return tl.full([BM], 1.0, tl.float32)
+    else:
+        return load_rows(share, flat_head, row, T, 1.0, BM)
+
+
+@triton.jit
+def tile_gradient(
+    products, dp, log_sums, delta, share, i, j, batch, head, T, S, facts, masks, scale_log2,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """(P with dropout, dS by scores, dS by products / scale) of one tile, in either orientation.
 
-    log_sums and delta broadcast along the key dim of the tile.
+    log_sums, delta and share broadcast along the key dim of the tile.
     """
     scores, derivative = tile_scores(products, i, j, batch, head, T, S, facts, masks, scale_log2)
-    p = tl.exp2(scores - log_sums)
+    p = tl.exp2(scores - log_sums) * share
     if MASKED:
         p = tl.where(tile_visible(i, j, batch, head, T, S, facts, masks, CAUSAL), p, 0.0)
     kept_p = p
@@ -117,11 +135,11 @@ def tile_gradient(products, dp, log_sums, delta, i, j, batch, head, T, S, facts,
 
 @triton.jit
 def key_blocks(
-    dk, dv, keys, values, q, do, lse, delta, dq, q_strides, do_strides, column, low, high, batch,
-    head, flat_head, H, T, S, facts, masks, scale, scale_log2, K: tl.constexpr, V: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, CAUSAL: tl.constexpr,
-    MASKED: tl.constexpr, FUSED: tl.constexpr, TMA: tl.constexpr, BULK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    dk, dv, keys, values, q, do, lse, delta, share, dq, q_strides, do_strides, dq_strides, column,
+    low, high, batch, head, flat_head, H, T, S, facts, masks, scale, scale_log2, K: tl.constexpr,
+    V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, FUSED: tl.constexpr, OWN: tl.constexpr,
+    TMA: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Algorithm 2, lines 8 to 16, over the query blocks of [low, high) of one head; tiles of scores
     are (BN, BM).
@@ -135,38 +153,44 @@ def key_blocks(
         products = tl.dot(keys, queries.T, input_precision=PRECISION)
         grads = load_tile(do, do_strides, batch, head, start, T, BM, VP, V, True, TMA)
         row_delta = load_rows(delta, flat_head, start, T, 0.0, BM)
+        shares = load_shares(share, flat_head, start, T, BM)
         dp = tl.dot(values, grads.T, input_precision=PRECISION)
         p, _, ds = tile_gradient(
-            products, dp, log_sums[None, :], row_delta[None, :], i, j, batch, head, T, S, facts,
-            masks, scale_log2, CAUSAL, MASKED,
+            products, dp, log_sums[None, :], row_delta[None, :], shares[None, :], i, j, batch, head,
+            T, S, facts, masks, scale_log2, CAUSAL, MASKED,
         )  # fmt: skip
         dv = tl.dot(p.to(grads.dtype), grads, dv, input_precision=PRECISION)
         ds = ds.to(queries.dtype)
         dk = tl.dot(ds, queries, dk, input_precision=PRECISION)
         if FUSED:
-            share = tl.dot(ds.T, keys, input_precision=PRECISION) * scale
-            if BULK:
-                dq.atomic_add([batch, head, start, 0], share.reshape([1, 1, BM, KP]))
+            part = tl.dot(ds.T, keys, input_precision=PRECISION) * scale
+            if OWN:
+                store_tile(dq, dq_strides, part, batch, head, start, T, BM, KP, K)
+            elif BULK:
+                dq.atomic_add([batch, head, start, 0], part.reshape([1, 1, BM, KP]))
             else:
                 d = tl.arange(0, KP)
                 rows = start + tl.arange(0, BM)
                 pointers = dq + (tl.cast(flat_head, tl.int64) * T + start) * K
                 pointers += tl.arange(0, BM)[:, None] * K + d[None, :]
                 tl.atomic_add(
-                    pointers, share, mask=(rows < T)[:, None] & (d < K)[None, :], sem="relaxed"
+                    pointers, part, mask=(rows < T)[:, None] & (d < K)[None, :], sem="relaxed"
                 )
     return dk, dv
 
 
 @triton.jit
 def key_kernel(
-    q, k, v, do, lse, delta, dk, dv, dq, q_strides, k_strides, v_strides, do_strides, dk_strides,
-    dv_strides, masks, heads, H, T, S, scale, scale_log2, wave, GROUP: tl.constexpr,
-    K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, KP: tl.constexpr,
-    VP: tl.constexpr, CAUSAL: tl.constexpr, EVEN: tl.constexpr, FUSED: tl.constexpr,
-    TMA: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, v, do, lse, delta, share, dk, dv, dq, q_strides, k_strides, v_strides, do_strides,
+    dk_strides, dv_strides, dq_strides, masks, heads, H, T, S, scale, scale_log2, wave,
+    GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    KP: tl.constexpr, VP: tl.constexpr, CAUSAL: tl.constexpr, EVEN: tl.constexpr,
+    FUSED: tl.constexpr, OWN: tl.constexpr, TMA: tl.constexpr, BULK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of BN keys of one kv head (heads = B * G); FUSED adds the shares of dq."""
+    """dK and dV of BN keys of one kv head (heads = B * G); FUSED adds the shares of dq, and with
+    OWN, where these are all keys, stores dq.
+    """
     blocks = tl.cdiv(S, BN)
     block, flat_kv_head = longest_first(tl.program_id(0), blocks, heads, wave)
     if CAUSAL:  # the first keys are seen by the most queries
@@ -196,23 +220,31 @@ def key_kernel(
             full_high = tl.maximum(full_high, full_low)
         if not EVEN and masks.q_segments is None and masks.mask is None:
             dk_sum, dv_sum = key_blocks(
-                dk_sum, dv_sum, keys, values, q, do, lse, delta, dq, q_strides, do_strides, column,
-                low, tl.minimum(full_low, high), batch, head, flat_head, H, T, S, facts, masks,
-                scale, scale_log2, K, V, BM, BN, KP, VP, CAUSAL, True, FUSED, TMA, BULK, PRECISION,
+                dk_sum, dv_sum, keys, values, q, do, lse, delta, share, dq, q_strides, do_strides,
+                dq_strides, column, low, tl.minimum(full_low, high), batch, head, flat_head, H, T,
+                S, facts, masks, scale, scale_log2, K, V, BM, BN, KP, VP, CAUSAL, True, FUSED, OWN,
+                TMA, BULK, PRECISION,
             )  # fmt: skip
         if masks.q_segments is None and masks.mask is None:
             dk_sum, dv_sum = key_blocks(
-                dk_sum, dv_sum, keys, values, q, do, lse, delta, dq, q_strides, do_strides, column,
-                full_low, tl.minimum(full_high, high), batch, head, flat_head, H, T, S, facts,
-                masks, scale, scale_log2, K, V, BM, BN, KP, VP, CAUSAL, False, FUSED, TMA, BULK,
-                PRECISION,
+                dk_sum, dv_sum, keys, values, q, do, lse, delta, share, dq, q_strides, do_strides,
+                dq_strides, column, full_low, tl.minimum(full_high, high), batch, head, flat_head,
+                H, T, S, facts, masks, scale, scale_log2, K, V, BM, BN, KP, VP, CAUSAL, False,
+                FUSED, OWN, TMA, BULK, PRECISION,
             )  # fmt: skip
         if masks.window is not None or masks.q_segments is not None or masks.mask is not None:
             dk_sum, dv_sum = key_blocks(
-                dk_sum, dv_sum, keys, values, q, do, lse, delta, dq, q_strides, do_strides, column,
-                full_high, high, batch, head, flat_head, H, T, S, facts, masks, scale, scale_log2,
-                K, V, BM, BN, KP, VP, CAUSAL, True, FUSED, TMA, BULK, PRECISION,
+                dk_sum, dv_sum, keys, values, q, do, lse, delta, share, dq, q_strides, do_strides,
+                dq_strides, column, full_high, high, batch, head, flat_head, H, T, S, facts, masks,
+                scale, scale_log2, K, V, BM, BN, KP, VP, CAUSAL, True, FUSED, OWN, TMA, BULK,
+                PRECISION,
             )  # fmt: skip
+        if OWN:  # queries that see none of the keys
+            zeros = tl.zeros([BM, KP], tl.float32)
+            for start in range(0, tl.minimum(low, T), BM):
+                store_tile(dq, dq_strides, zeros, batch, head, start, T, BM, KP, K)
+            for start in range(tl.cdiv(high, BM) * BM, T, BM):
+                store_tile(dq, dq_strides, zeros, batch, head, start, T, BM, KP, K)
     if masks.key_lengths is not None:
         hidden = (column + tl.arange(0, BN) >= length)[:, None]
         dk_sum = tl.where(hidden, 0.0, dk_sum)
@@ -223,9 +255,9 @@ def key_kernel(
 
 @triton.jit
 def query_blocks(
-    dq, queries, grads, log_sums, delta, k, v, k_strides, v_strides, row, low, high, batch, head,
-    kv_head, H, T, S, facts, masks, scale_log2, K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, CAUSAL: tl.constexpr,
+    dq, queries, grads, log_sums, delta, shares, k, v, k_strides, v_strides, row, low, high, batch,
+    head, kv_head, H, T, S, facts, masks, scale_log2, K: tl.constexpr, V: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, CAUSAL: tl.constexpr,
     MASKED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i = (row + tl.arange(0, BM))[:, None]
@@ -237,8 +269,8 @@ def query_blocks(
         products = tl.dot(queries, keys.T, input_precision=PRECISION)
         dp = tl.dot(grads, values.T, input_precision=PRECISION)
         _, _, ds = tile_gradient(
-            products, dp, log_sums[:, None], delta[:, None], i, j, batch, head, T, S, facts, masks,
-            scale_log2, CAUSAL, MASKED,
+            products, dp, log_sums[:, None], delta[:, None], shares[:, None], i, j, batch, head, T,
+            S, facts, masks, scale_log2, CAUSAL, MASKED,
         )  # fmt: skip
         dq = tl.dot(ds.to(keys.dtype), keys, dq, input_precision=PRECISION)
     return dq
@@ -246,8 +278,8 @@ def query_blocks(
 
 @triton.jit
 def query_kernel(
-    q, k, v, do, lse, delta, dq, q_strides, k_strides, v_strides, do_strides, dq_strides, masks,
-    heads, H, T, S, scale, scale_log2, wave,
+    q, k, v, do, lse, delta, share, dq, q_strides, k_strides, v_strides, do_strides, dq_strides,
+    masks, heads, H, T, S, scale, scale_log2, wave,
     GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     KP: tl.constexpr, VP: tl.constexpr, CAUSAL: tl.constexpr, EVEN: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr,
@@ -264,34 +296,109 @@ def query_kernel(
     grads = load_tile(do, do_strides, batch, head, row, T, BM, VP, V, True, TMA)
     log_sums = load_log_sums(lse, flat_head, row, T, BM)
     row_delta = load_rows(delta, flat_head, row, T, 0.0, BM)
+    shares = load_shares(share, flat_head, row, T, BM)
     dq_sum = tl.zeros([BM, KP], tl.float32)
     if masks.window is not None and masks.q_segments is None and masks.mask is None:
         dq_sum = query_blocks(
-            dq_sum, queries, grads, log_sums, row_delta, k, v, k_strides, v_strides, row, low,
-            tl.minimum(full_low, high), batch, head, kv_head, H, T, S, facts, masks, scale_log2, K,
-            V, BM, BN, KP, VP, CAUSAL, True, TMA, PRECISION,
+            dq_sum, queries, grads, log_sums, row_delta, shares, k, v, k_strides, v_strides, row,
+            low, tl.minimum(full_low, high), batch, head, kv_head, H, T, S, facts, masks,
+            scale_log2, K, V, BM, BN, KP, VP, CAUSAL, True, TMA, PRECISION,
         )  # fmt: skip
     if masks.q_segments is None and masks.mask is None:
         dq_sum = query_blocks(
-            dq_sum, queries, grads, log_sums, row_delta, k, v, k_strides, v_strides, row, full_low,
-            full_high, batch, head, kv_head, H, T, S, facts, masks, scale_log2, K, V, BM, BN, KP,
-            VP, CAUSAL, False, TMA, PRECISION,
+            dq_sum, queries, grads, log_sums, row_delta, shares, k, v, k_strides, v_strides, row,
+            full_low, full_high, batch, head, kv_head, H, T, S, facts, masks, scale_log2, K, V, BM,
+            BN, KP, VP, CAUSAL, False, TMA, PRECISION,
         )  # fmt: skip
     if not EVEN:
         dq_sum = query_blocks(
-            dq_sum, queries, grads, log_sums, row_delta, k, v, k_strides, v_strides, row, full_high,
-            high, batch, head, kv_head, H, T, S, facts, masks, scale_log2, K, V, BM, BN, KP, VP,
-            CAUSAL, True, TMA, PRECISION,
+            dq_sum, queries, grads, log_sums, row_delta, shares, k, v, k_strides, v_strides, row,
+            full_high, high, batch, head, kv_head, H, T, S, facts, masks, scale_log2, K, V, BM, BN,
+            KP, VP, CAUSAL, True, TMA, PRECISION,
         )  # fmt: skip
     store_tile(dq, dq_strides, dq_sum * scale, batch, head, row, T, BM, KP, K)
 
 
 @triton.jit
-def bias_kernel(
-    q, k, v, do, lse, delta, dbias, q_strides, k_strides, v_strides, do_strides, dbias_strides,
-    masks, B, H, T, S, scale_log2, b_step, h_step, GROUP: tl.constexpr, K: tl.constexpr,
+def mean_blocks(
+    mean, total, queries, grads, log_sums, k, v, k_strides, v_strides, row, low, high, batch, head,
+    kv_head, H, T, S, facts, masks, scale_log2, K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, CAUSAL: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    i = (row + tl.arange(0, BM))[:, None]
+    for start in range(low, high, BN):
+        start = tl.multiple_of(start, BN)
+        j = (start + tl.arange(0, BN))[None, :]
+        keys = load_tile(k, k_strides, batch, kv_head, start, S, BN, KP, K, MASKED, False)
+        values = load_tile(v, v_strides, batch, kv_head, start, S, BN, VP, V, MASKED, False)
+        products = tl.dot(queries, keys.T, input_precision=PRECISION)
+        dp = tl.dot(grads, values.T, input_precision=PRECISION)
+        scores, _ = tile_scores(products, i, j, batch, head, T, S, facts, masks, scale_log2)
+        p = tl.exp2(scores - log_sums[:, None])
+        if MASKED:
+            p = tl.where(tile_visible(i, j, batch, head, T, S, facts, masks, CAUSAL), p, 0.0)
+        if masks.rng is not None:
+            dp = tl.where(tile_kept(i, j, head, facts, masks), dp * masks.keep_scale, 0.0)
+        total += tl.sum(p, 1)
+        mean += tl.sum(p * dp, 1)
+    return mean, total
+
+
+@triton.jit
+def mean_kernel(
+    q, k, v, do, lse, dlse, delta, share, q_strides, k_strides, v_strides, do_strides,
+    dlse_strides, masks, heads, H, T, S, scale_log2, wave, GROUP: tl.constexpr, K: tl.constexpr,
     V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
-    SUM_T: tl.constexpr, SUM_S: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """delta = sum_j P dP / sum_j P - dlse and share = 1 / sum_j P of BM queries of one head."""
+    block, flat_head = longest_first(tl.program_id(0), tl.cdiv(T, BM), heads, wave)
+    batch = flat_head // H
+    head = flat_head % H
+    row = block * BM
+    facts = row_facts(masks, batch, head, H, S)
+    low, full_low, full_high, high = key_range(row, facts, masks, batch, T, S, CAUSAL, BM, BN)
+    queries = load_tile(q, q_strides, batch, head, row, T, BM, KP, K, True, False)
+    grads = load_tile(do, do_strides, batch, head, row, T, BM, VP, V, True, False)
+    log_sums = load_log_sums(lse, flat_head, row, T, BM)
+    mean = tl.zeros([BM], tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    mean, total = mean_blocks(
+        mean, total, queries, grads, log_sums, k, v, k_strides, v_strides, row, low,
+        tl.minimum(full_low, high), batch, head, head // GROUP, H, T, S, facts, masks, scale_log2,
+        K, V, BM, BN, KP, VP, CAUSAL, True, PRECISION,
+    )  # fmt: skip
+    mean, total = mean_blocks(
+        mean, total, queries, grads, log_sums, k, v, k_strides, v_strides, row, full_low, full_high,
+        batch, head, head // GROUP, H, T, S, facts, masks, scale_log2, K, V, BM, BN, KP, VP, CAUSAL,
+        False, PRECISION,
+    )  # fmt: skip
+    mean, total = mean_blocks(
+        mean, total, queries, grads, log_sums, k, v, k_strides, v_strides, row, full_high, high,
+        batch, head, head // GROUP, H, T, S, facts, masks, scale_log2, K, V, BM, BN, KP, VP, CAUSAL,
+        True, PRECISION,
+    )  # fmt: skip
+    shares = 1.0 / tl.where(total != 0.0, total, 1.0)
+    mean *= shares
+    i = row + tl.arange(0, BM)
+    if dlse is not None:
+        start = (
+            tl.cast(batch, tl.int64) * dlse_strides[0] + tl.cast(head, tl.int64) * dlse_strides[1]
+        )
+        mean -= tl.load(dlse + start + i.to(tl.int64) * dlse_strides[2], mask=i < T, other=0.0)
+    rows = tl.cast(flat_head, tl.int64) * T + i
+    tl.store(delta + rows, mean, mask=i < T)
+    tl.store(share + rows, shares, mask=i < T)
+
+
+@triton.jit
+def bias_kernel(
+    q, k, v, do, lse, delta, share, dbias, q_strides, k_strides, v_strides, do_strides,
+    dbias_strides, masks, B, H, T, S, scale_log2, b_step, h_step, GROUP: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, KP: tl.constexpr,
+    VP: tl.constexpr, SUM_T: tl.constexpr, SUM_S: tl.constexpr, CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dBias = dS, summed over the dims that the bias broadcasts; one program walks a tile's sums.
 
@@ -329,9 +436,10 @@ def bias_kernel(
                     row_delta = load_rows(delta, flat_head, row, T, 0.0, BM)
                     products = tl.dot(queries, keys.T, input_precision=PRECISION)
                     dp = tl.dot(grads, values.T, input_precision=PRECISION)
+                    shares = load_shares(share, flat_head, row, T, BM)
                     _, ds, _ = tile_gradient(
-                        products, dp, log_sums[:, None], row_delta[:, None], i, j, batch, head, T,
-                        S, facts, masks, scale_log2, CAUSAL, True,
+                        products, dp, log_sums[:, None], row_delta[:, None], shares[:, None], i, j,
+                        batch, head, T, S, facts, masks, scale_log2, CAUSAL, True,
                     )  # fmt: skip
                     total += ds
     start = (
@@ -385,6 +493,52 @@ def plan_delta(do: Tensor, o: Tensor, dlse: Tensor | None, delta: Tensor, _: Opt
     )
 
 
+def in_full_float32(q: Tensor, options: Options) -> bool:
+    return q.dtype == torch.float32 and options.precision == "ieee"
+
+
+def plan_mean(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, dlse: Tensor | None, delta: Tensor,
+    share: Tensor, options: Options, config: Config | None = None,
+) -> Launch:  # fmt: skip
+    """delta and share in full float32."""
+    (B, H, T, K), (_, G, S, V) = q.shape, v.shape
+    config = config or choose("mean", q.dtype, padded(max(K, V)), options.causal, max(T, S))
+    return Launch(
+        mean_kernel,
+        (triton.cdiv(T, config.block_m) * B * H,),
+        (
+            q,
+            k,
+            v,
+            do,
+            lse,
+            dlse,
+            delta,
+            share,
+            q.stride(),
+            k.stride(),
+            v.stride(),
+            do.stride(),
+            None if dlse is None else dlse.stride(),
+            masks_of(options, (B, H, T, S)),
+            B * H,
+            H,
+            T,
+            S,
+            options.scale * LOG2E.value,
+            heads_in_cache(k, v, H // G) if options.causal else 1,
+        ),
+        common(q, k, v, options)
+        | dict(
+            BM=config.block_m,
+            BN=config.block_n,
+            num_warps=config.warps,
+            num_stages=config.stages,
+        ),
+    )
+
+
 def common(q: Tensor, k: Tensor, v: Tensor, options: Options) -> dict:
     return dict(
         GROUP=q.shape[1] // k.shape[1],
@@ -397,23 +551,30 @@ def common(q: Tensor, k: Tensor, v: Tensor, options: Options) -> dict:
     )
 
 
+def choose_keys(q: Tensor, k: Tensor, v: Tensor, options: Options, *, fused: bool) -> Config:
+    """The configuration of `key_kernel`; of few keys one whose tile holds them all, if there is."""
+    head_dim, length = max(padded(q.shape[3]), padded(v.shape[3])), max(q.shape[2], k.shape[2])
+    names = ("fused", "own", "keys") if fused else ("keys",)
+    found = [choose(name, q.dtype, head_dim, options.causal, length) for name in names]
+    return next((config for config in found if k.shape[2] <= config.block_n), found[0])
+
+
 def plan_keys(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor,
-    dq: Tensor | None, options: Options, config: Config | None = None,
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, share: Tensor | None,
+    dk: Tensor, dv: Tensor, dq: Tensor | None, options: Options, config: Config | None = None,
 ) -> Launch:  # fmt: skip
-    """dk and dv; with dq, a zeroed contiguous float32 (B, H, T, K), the fused kernel that adds the
-    queries' gradient too.
+    """dk and dv; with dq the fused kernel, which gives the queries' gradient too: added to a zeroed
+    contiguous float32 (B, H, T, K), or stored into dq of any strides if one tile holds all keys.
     """
     (B, H, T, K), (_, G, S, V) = q.shape, v.shape
     masks = masks_of(options, (B, H, T, S))
     KP, VP = padded(K), padded(V)
-    config = config or choose(
-        "keys" if dq is None else "fused", q.dtype, max(KP, VP), options.causal, max(T, S)
-    )
+    config = config or choose_keys(q, k, v, options, fused=dq is not None)
     BM, BN = config.block_m, config.block_n
+    own = dq is not None and S <= BN
     tma = config.tma and tma_ready(q, k, v, do)
     bulk = (
-        tma and K % 4 == 0 and not triton.knobs.runtime.interpret
+        tma and K % 4 == 0 and not own and not triton.knobs.runtime.interpret
     )  # the interpreter has no bulk sums
     return Launch(
         key_kernel,
@@ -425,6 +586,7 @@ def plan_keys(
             tiles(do, BM, VP, tma),
             lse,
             delta,
+            share,
             dk,
             dv,
             None if dq is None else tiles(dq, BM, KP, bulk),
@@ -434,6 +596,7 @@ def plan_keys(
             do.stride(),
             dk.stride(),
             dv.stride(),
+            None if dq is None else dq.stride(),
             masks,
             B * G,
             H,
@@ -449,6 +612,7 @@ def plan_keys(
             BN=BN,
             EVEN=is_even(masks, options.causal, S, BN),
             FUSED=dq is not None,
+            OWN=own,
             TMA=tma,
             BULK=bulk,
             num_warps=config.warps,
@@ -458,8 +622,8 @@ def plan_keys(
 
 
 def plan_queries(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, dq: Tensor,
-    options: Options, config: Config | None = None,
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, share: Tensor | None,
+    dq: Tensor, options: Options, config: Config | None = None,
 ) -> Launch:  # fmt: skip
     (B, H, T, K), (_, G, S, V) = q.shape, v.shape
     masks = masks_of(options, (B, H, T, S))
@@ -477,6 +641,7 @@ def plan_queries(
             tiles(do, BM, VP, tma),
             lse,
             delta,
+            share,
             dq,
             q.stride(),
             k.stride(),
@@ -505,8 +670,8 @@ def plan_queries(
 
 
 def plan_bias(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, options: Options,
-    config: Config | None = None,
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, share: Tensor | None,
+    options: Options, config: Config | None = None,
 ) -> tuple[Launch, Tensor]:  # fmt: skip
     """The launch and the (b, h, T or blocks, S or blocks) float32 tensor of partial sums that it
     fills.
@@ -530,6 +695,7 @@ def plan_bias(
             do,
             lse,
             delta,
+            share,
             partial,
             q.stride(),
             k.stride(),
@@ -577,16 +743,23 @@ def backward(
         return dq.zero_(), dk.zero_(), dv.zero_(), dbias
     lse = lse.contiguous()
     delta = torch.empty_like(lse)
-    launch(plan_delta, (do, o, dlse, delta), Options())
-    if options.deterministic:
-        launch(plan_keys, (q, k, v, do, lse, delta, dk, dv, None), options)
-        launch(plan_queries, (q, k, v, do, lse, delta, dq), options)
+    share = None
+    if in_full_float32(q, options):
+        share = torch.empty_like(lse)
+        launch(plan_mean, (q, k, v, do, lse, dlse, delta, share), options)
+    else:
+        launch(plan_delta, (do, o, dlse, delta), Options())
+    if choose_keys(q, k, v, options, fused=True).block_n >= S:
+        launch(plan_keys, (q, k, v, do, lse, delta, share, dk, dv, dq), options)
+    elif options.deterministic:
+        launch(plan_keys, (q, k, v, do, lse, delta, share, dk, dv, None), options)
+        launch(plan_queries, (q, k, v, do, lse, delta, share, dq), options)
     else:
         sums = q.new_zeros((B, H, T, K), dtype=torch.float32)
-        launch(plan_keys, (q, k, v, do, lse, delta, dk, dv, sums), options)
+        launch(plan_keys, (q, k, v, do, lse, delta, share, dk, dv, sums), options)
         dq.copy_(sums)
     if not need_dbias or options.bias is None:
         return dq, dk, dv, None
-    described, partial = plan_bias(q, k, v, do, lse, delta, options)
+    described, partial = plan_bias(q, k, v, do, lse, delta, share, options)
     described.run()
     return dq, dk, dv, partial.sum_to_size(options.bias.shape).to(options.bias.dtype)

@@ -10,8 +10,11 @@ With the forward done, P = e^{s - lse} is at hand, so no running maximum is need
 
 Five products of tiles against the forward's two. Both products into tO share one accumulator, and
 tLse is summed alongside. Dropout's factors Z multiply P in tO (o is (P * Z) V), but not in tLse; a
-soft-cap multiplies tS by its slope before the bias. In float32 the rounding of lse would be the
-largest error of all: sum_j P_ij, which it moves away from 1, is summed too and divided out. The
+soft-cap multiplies tS by its slope before the bias.
+
+**Float32.** In full float32 the rounding of lse, which leaves sum_j P_ij a little beside 1, and the
+difference between the two sums of tO would be the largest errors of all. There a first pass sums
+P and P * tS, and a second one sums P (tS - tLse) v with P divided by its sum: 8 products. The
 rule is the derivative of Dao 2023, Algorithm 1, written out; memory is linear in T.
 """
 
@@ -27,7 +30,7 @@ from torch import Tensor
 
 from msfs_kernels.configs import Config, choose
 from msfs_kernels.options import Options, empty_tokens_first
-from msfs_kernels.triton_backward import common, load_log_sums
+from msfs_kernels.triton_backward import common, in_full_float32, load_log_sums
 from msfs_kernels.triton_common import (
     LOG2E,
     Launch,
@@ -52,12 +55,15 @@ from msfs_kernels.triton_forward import heads_in_cache, is_even
 
 @triton.jit
 def tangent_blocks(
-    out, mean, total, queries, t_queries, log_sums, k, v, tk, tv, tbias, k_strides, v_strides,
-    tk_strides, tv_strides, tbias_strides, row, low, high, batch, head, kv_head, H, T, S, facts,
-    masks, scale, scale_log2, K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    KP: tl.constexpr, VP: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr, RENORMALIZED: tl.constexpr,
+    out, mean, total, centre, share, queries, t_queries, log_sums, k, v, tk, tv, tbias, k_strides,
+    v_strides, tk_strides, tv_strides, tbias_strides, row, low, high, batch, head, kv_head, H, T, S,
+    facts, masks, scale, scale_log2, K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, CAUSAL: tl.constexpr,
+    MASKED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, PASS: tl.constexpr,
 ):  # fmt: skip
+    """PASS "means" sums P and P tS, "centred" sums tO from tS - centre and P share, "only" P tS and
+    tO.
+    """
     i = (row + tl.arange(0, BM))[:, None]
     for start in range(low, high, BN):
         start = tl.multiple_of(start, BN)
@@ -85,18 +91,60 @@ def tangent_blocks(
                 tbias_strides[3],
             )
             moves += tl.load(tbias + offsets, mask=(i < T) & (j < S), other=0.0).to(tl.float32)
+        if PASS == "centred":
+            p *= share[:, None]
+            moves -= centre[:, None]
         moved = p * moves
-        mean += tl.sum(moved, 1)
-        if RENORMALIZED:
+        if PASS == "means":
             total += tl.sum(p, 1)
-        if masks.rng is not None:
-            kept = tile_kept(i, j, head, facts, masks)
-            p = tl.where(kept, p * masks.keep_scale, 0.0)
-            moved = tl.where(kept, moved * masks.keep_scale, 0.0)
-        values = load_tile(v, v_strides, batch, kv_head, start, S, BN, VP, V, MASKED, TMA)
-        t_values = load_tile(tv, tv_strides, batch, kv_head, start, S, BN, VP, V, MASKED, TMA)
-        out = tl.dot(moved.to(values.dtype), values, out, input_precision=PRECISION)
-        out = tl.dot(p.to(t_values.dtype), t_values, out, input_precision=PRECISION)
+        if PASS != "centred":
+            mean += tl.sum(moved, 1)
+        if PASS != "means":
+            if masks.rng is not None:
+                kept = tile_kept(i, j, head, facts, masks)
+                p = tl.where(kept, p * masks.keep_scale, 0.0)
+                moved = tl.where(kept, moved * masks.keep_scale, 0.0)
+            values = load_tile(v, v_strides, batch, kv_head, start, S, BN, VP, V, MASKED, TMA)
+            t_values = load_tile(tv, tv_strides, batch, kv_head, start, S, BN, VP, V, MASKED, TMA)
+            out = tl.dot(moved.to(values.dtype), values, out, input_precision=PRECISION)
+            out = tl.dot(p.to(t_values.dtype), t_values, out, input_precision=PRECISION)
+    return out, mean, total
+
+
+@triton.jit
+def tangent_pass(
+    centre, share, queries, t_queries, log_sums, k, v, tk, tv, tbias, k_strides, v_strides,
+    tk_strides, tv_strides, tbias_strides, row, batch, head, kv_head, H, T, S, facts, masks, scale,
+    scale_log2, K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    KP: tl.constexpr, VP: tl.constexpr, CAUSAL: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, PASS: tl.constexpr,
+):  # fmt: skip
+    """(sum for tO, sum of P tS, sum of P) over all keys that the queries can see."""
+    low, full_low, full_high, high = key_range(row, facts, masks, batch, T, S, CAUSAL, BM, BN)
+    out = tl.zeros([BM, VP], tl.float32)
+    mean = tl.zeros([BM], tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    if masks.window is not None and masks.q_segments is None and masks.mask is None:
+        out, mean, total = tangent_blocks(
+            out, mean, total, centre, share, queries, t_queries, log_sums, k, v, tk, tv, tbias,
+            k_strides, v_strides, tk_strides, tv_strides, tbias_strides, row, low,
+            tl.minimum(full_low, high), batch, head, kv_head, H, T, S, facts, masks, scale,
+            scale_log2, K, V, BM, BN, KP, VP, CAUSAL, True, TMA, PRECISION, PASS,
+        )  # fmt: skip
+    if masks.q_segments is None and masks.mask is None:
+        out, mean, total = tangent_blocks(
+            out, mean, total, centre, share, queries, t_queries, log_sums, k, v, tk, tv, tbias,
+            k_strides, v_strides, tk_strides, tv_strides, tbias_strides, row, full_low, full_high,
+            batch, head, kv_head, H, T, S, facts, masks, scale, scale_log2, K, V, BM, BN, KP, VP,
+            CAUSAL, False, TMA, PRECISION, PASS,
+        )  # fmt: skip
+    if not EVEN:
+        out, mean, total = tangent_blocks(
+            out, mean, total, centre, share, queries, t_queries, log_sums, k, v, tk, tv, tbias,
+            k_strides, v_strides, tk_strides, tv_strides, tbias_strides, row, full_high, high,
+            batch, head, kv_head, H, T, S, facts, masks, scale, scale_log2, K, V, BM, BN, KP, VP,
+            CAUSAL, True, TMA, PRECISION, PASS,
+        )  # fmt: skip
     return out, mean, total
 
 
@@ -106,7 +154,7 @@ def tangent_kernel(
     tk_strides, tv_strides, tbias_strides, o_strides, to_strides, masks, heads, H, T, S, scale,
     scale_log2, wave, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, CAUSAL: tl.constexpr, EVEN: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr, RENORMALIZED: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One program: BM queries of one head against all keys that they can see. heads = B * H."""
     block, flat_head = longest_first(tl.program_id(0), tl.cdiv(T, BM), heads, wave)
@@ -115,40 +163,32 @@ def tangent_kernel(
     kv_head = head // GROUP
     row = block * BM
     facts = row_facts(masks, batch, head, H, S)
-    low, full_low, full_high, high = key_range(row, facts, masks, batch, T, S, CAUSAL, BM, BN)
     queries = load_tile(q, q_strides, batch, head, row, T, BM, KP, K, True, TMA)
     t_queries = load_tile(tq, tq_strides, batch, head, row, T, BM, KP, K, True, TMA)
     log_sums = load_log_sums(lse, flat_head, row, T, BM)
-    out = tl.zeros([BM, VP], tl.float32)
-    mean = tl.zeros([BM], tl.float32)
-    total = tl.zeros([BM], tl.float32)
-    if masks.window is not None and masks.q_segments is None and masks.mask is None:
-        out, mean, total = tangent_blocks(
-            out, mean, total, queries, t_queries, log_sums, k, v, tk, tv, tbias, k_strides,
-            v_strides, tk_strides, tv_strides, tbias_strides, row, low, tl.minimum(full_low, high),
-            batch, head, kv_head, H, T, S, facts, masks, scale, scale_log2, K, V, BM, BN, KP, VP,
-            CAUSAL, True, TMA, PRECISION, RENORMALIZED,
+    if EXACT:
+        _, mean, total = tangent_pass(
+            log_sums, log_sums, queries, t_queries, log_sums, k, v, tk, tv, tbias, k_strides,
+            v_strides, tk_strides, tv_strides, tbias_strides, row, batch, head, kv_head, H, T, S,
+            facts, masks, scale, scale_log2, K, V, BM, BN, KP, VP, CAUSAL, EVEN, TMA, PRECISION,
+            "means",
         )  # fmt: skip
-    if masks.q_segments is None and masks.mask is None:
-        out, mean, total = tangent_blocks(
-            out, mean, total, queries, t_queries, log_sums, k, v, tk, tv, tbias,
-            k_strides, v_strides, tk_strides, tv_strides, tbias_strides, row, full_low, full_high,
-            batch, head, kv_head, H, T, S, facts, masks, scale, scale_log2, K, V, BM, BN, KP, VP,
-            CAUSAL, False, TMA, PRECISION, RENORMALIZED,
-        )  # fmt: skip
-    if not EVEN:
-        out, mean, total = tangent_blocks(
-            out, mean, total, queries, t_queries, log_sums, k, v, tk, tv, tbias,
-            k_strides, v_strides, tk_strides, tv_strides, tbias_strides, row, full_high, high,
-            batch, head, kv_head, H, T, S, facts, masks, scale, scale_log2, K, V, BM, BN, KP, VP,
-            CAUSAL, True, TMA, PRECISION, RENORMALIZED,
-        )  # fmt: skip
-    if RENORMALIZED:
         share = 1.0 / tl.where(total != 0.0, total, 1.0)
-        out *= share[:, None]
         mean *= share
-    outputs = load_tile(o, o_strides, batch, head, row, T, BM, VP, V, True, False)
-    out -= mean[:, None] * outputs.to(tl.float32)
+        out, _, _ = tangent_pass(
+            mean, share, queries, t_queries, log_sums, k, v, tk, tv, tbias, k_strides, v_strides,
+            tk_strides, tv_strides, tbias_strides, row, batch, head, kv_head, H, T, S, facts, masks,
+            scale, scale_log2, K, V, BM, BN, KP, VP, CAUSAL, EVEN, TMA, PRECISION, "centred",
+        )  # fmt: skip
+    else:
+        out, mean, _ = tangent_pass(
+            log_sums, log_sums, queries, t_queries, log_sums, k, v, tk, tv, tbias, k_strides,
+            v_strides, tk_strides, tv_strides, tbias_strides, row, batch, head, kv_head, H, T, S,
+            facts, masks, scale, scale_log2, K, V, BM, BN, KP, VP, CAUSAL, EVEN, TMA, PRECISION,
+            "only",
+        )  # fmt: skip
+        outputs = load_tile(o, o_strides, batch, head, row, T, BM, VP, V, True, False)
+        out -= mean[:, None] * outputs.to(tl.float32)
     store_tile(to, to_strides, out, batch, head, row, T, BM, VP, V)
     i = row + tl.arange(0, BM)
     tl.store(tlse + tl.cast(flat_head, tl.int64) * T + i, mean, mask=i < T)
@@ -204,7 +244,7 @@ def plan_tangent(
             BN=BN,
             EVEN=is_even(masks, options.causal, S, BN),
             TMA=tma,
-            RENORMALIZED=q.dtype == torch.float32,
+            EXACT=in_full_float32(q, options),
             num_warps=config.warps,
             num_stages=config.stages,
         ),

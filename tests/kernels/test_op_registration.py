@@ -43,15 +43,14 @@ def samples(bias: Tensor | None) -> dict[str, tuple]:
     x, t, u = (q, k, v, bias), inputs(10), inputs(20)
     o, lse = (y.detach() for y in OPS.attention(*x, *rest))
     do, dlse = randn(*o.shape, seed=5), randn(*lse.shape, seed=6)
-    to, tlse = (y.detach() for y in OPS.attention_tangent(*t, *x, o, lse, *rest))
     need = bias is not None and bias.is_floating_point()
-    second = (do, dlse, *t, *x, o, lse, to, tlse, *rest, need)
+    second = (do, dlse, *t, *x, lse, *rest, need)
     return {
         "attention": (*x, *rest),
         "attention_backward": (do, dlse, *x, o, lse, *rest, need),
         "attention_tangent": (*t, *x, o, lse, *rest),
         "attention_second_backward": detached(second),
-        "attention_second_tangent": detached((*t, *u, *x, o, lse, tlse, to, tlse, *rest)),
+        "attention_second_tangent": detached((*t, *u, *x, lse, *rest)),
     }
 
 

@@ -25,11 +25,13 @@ def launch_of(
     kernel: str, K: int, options: Options, config: Config | None, dtype=torch.bfloat16
 ) -> Launch:
     B, H, G, T = 2, 4, 2, 256
+    exact = dtype == torch.float32 and options.precision == "ieee"
 
     def tensor(heads: int) -> torch.Tensor:
         return torch.empty(B, T, heads, K, dtype=dtype).transpose(1, 2)
 
     q, k, v, o, lse = tensor(H), tensor(G), tensor(G), tensor(H), torch.empty(B, H, T)
+    share = lse if exact else None
     if kernel == "forward":
         return triton_forward.plan_forward(q, k, v, o, lse, options, config)
     if kernel == "decode":
@@ -40,14 +42,15 @@ def launch_of(
             q, k, v, options.bias, q, k, v, o, lse, o, lse, options, config
         )
     if kernel == "queries":
-        return triton_backward.plan_queries(q, k, v, o, lse, lse, q, options, config)
+        return triton_backward.plan_queries(q, k, v, o, lse, lse, share, q, options, config)
+    if kernel == "mean":
+        return triton_backward.plan_mean(q, k, v, o, lse, lse, lse, lse, options, config)
     if kernel == "bias":
         bias = torch.empty(1, H, T, T, dtype=dtype)
-        return triton_backward.plan_bias(q, k, v, o, lse, lse, options._replace(bias=bias), config)[
-            0
-        ]
+        options = options._replace(bias=bias)
+        return triton_backward.plan_bias(q, k, v, o, lse, lse, share, options, config)[0]
     sums = torch.empty(B, H, T, K) if kernel == "fused" else None
-    return triton_backward.plan_keys(q, k, v, o, lse, lse, k, v, sums, options, config)
+    return triton_backward.plan_keys(q, k, v, o, lse, lse, share, k, v, sums, options, config)
 
 
 def everything() -> Options:
@@ -98,9 +101,12 @@ def test_padded_head_dims_fit_the_smallest_chip(K):
         )
 
 
-@pytest.mark.parametrize("precision", ["ieee", "tf32"])
-def test_float32_compiles_in_both_precisions(precision):
-    config = configs.default("fused", torch.float32, 64)
+@pytest.mark.parametrize(
+    "kernel, precision",
+    [("fused", "ieee"), ("fused", "tf32"), ("mean", "ieee"), ("tangent", "ieee")],
+)
+def test_float32_compiles_in_both_precisions(kernel, precision):
+    config = configs.default(kernel, torch.float32, 64)
     options = Options(scale=0.1, precision=precision)
-    used = took(launch_of("fused", 64, options, config, torch.float32), 90)
+    used = took(launch_of(kernel, 64, options, config, torch.float32), 90)
     assert used.shared <= SHARED[90] * 1024
