@@ -718,7 +718,9 @@ def main(config: Config) -> None:
     }
     if config.mode == "train" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         kind = torch.device(config.device).type if config.device else None
-        meshes.join(kind, timeout=2 * max(config.mesh.timeout, 1.0))  # the watchdog comes first
+        meshes.join(
+            kind, timeout=60 + 2 * max(config.mesh.timeout, 0.0)
+        )  # the watchdog comes first
     with agreement.said_once() if not config.debug else contextlib.nullcontext():
         modes[config.mode](config)
     if dist.is_initialized():
