@@ -30,7 +30,7 @@ class Watchdog:
     """Ends the process, and so by its launcher the whole job, when `at` is not called in time.
 
     Args:
-        timeout: seconds, > 0.
+        timeout: seconds, > 0; math.inf for a watchdog that sleeps.
         remedy: how to go on; ends the message.
         traces: a directory for `stack-<rank>.txt`, where each thread of a hanging rank stands.
     """
@@ -53,6 +53,10 @@ class Watchdog:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """From now on anything may take as long as it likes."""
         self.closed.set()
 
     def _watch(self) -> None:

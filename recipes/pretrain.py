@@ -395,12 +395,13 @@ def validate(
     return {"valid/loss": nats / count, "valid/bits_per_byte": nats / math.log(2) / size}
 
 
-def prepare(config: Config) -> tuple[Config, Path, list[str], list[str], Any]:
+def prepare(config: Config, watchdog: Watchdog) -> tuple[Config, Path, list[str], list[str], Any]:
     """(config, run, documents, documents of validation, the checkpoint to go on from or None).
 
     What is wrong with any process is told here, and every process then ends.
     """
     several = agreement.world() > 1
+    watchdog.at("reading the data")
     with agreement.together():
         config = checked(config)
     config = replace(config, name=agreement.from_all(config.name)[0])
@@ -417,16 +418,18 @@ def prepare(config: Config) -> tuple[Config, Path, list[str], list[str], Any]:
         text = "\0".join([*documents, "", *held_out])
         corpus = hashlib.sha256(text.encode()).hexdigest()
         agreement.start_alike({"configuration": own, "sha256 of the corpus": corpus})
+    watchdog.at("looking for a checkpoint")
     resume = agreement.from_all(bool(found))[0]
     saved = checkpoints.load(run / CHECKPOINTS) if resume else None
     config = replace(config, overwrite=config.overwrite or restarts > 0)
     return config, run, documents, held_out, saved
 
 
-def train(config: Config) -> None:
+def train(config: Config, watchdog: Watchdog) -> None:
     """data -> model -> loss -> step -> loop -> report"""
     begin = time.perf_counter()
-    config, run, documents, held_out, saved = prepare(config)
+    config, run, documents, held_out, saved = prepare(config, watchdog)
+    watchdog.at("building the model")
     settings, device = config.train, str(config.device)
     rank, world = agreement.rank(), agreement.world()
     with agreement.together():
@@ -460,6 +463,7 @@ def train(config: Config) -> None:
     params = model.init(config.seed, device=torch.device(device).type if world > 1 else device)
     state = init_state(params, optimizer, random.key(config.seed, device=device))
     if saved:
+        watchdog.at("loading the checkpoint")
         state = checkpoints.load(saved.path, state).state
         batches.restore(saved.extra["batches"])
     first = int(state.step)
@@ -471,7 +475,8 @@ def train(config: Config) -> None:
 
     flops = flops_per_token(plain, config.data.length) / (peak_flops(device) * world)
     resume = resume_command(config, run)
-    watchdog = Watchdog(config.mesh.timeout, remedy=f"; go on with: {resume}", traces=run)
+    watchdog.remedy, watchdog.traces = f"; go on with: {resume}", run
+    watchdog.at("opening the run")
     writer = checkpoints.Writer(run / CHECKPOINTS, keep_last=settings.keep)
     tracker = Tracker(
         run, settings.steps, name="pretrain", step=first, every=settings.log_every, rank=rank
@@ -492,7 +497,7 @@ def train(config: Config) -> None:
 
     with tracker:
         tracker.note(about)
-        with watchdog, writer, errors.interruptible() as stop, profiled(config, run) as traced:
+        with writer, errors.interruptible() as stop, profiled(config, run) as traced:
             tokens, busy, waited = 0, 0.0, 0.0
             for count in range(first + 1, settings.steps + 1):
                 start = time.perf_counter()
@@ -528,6 +533,7 @@ def train(config: Config) -> None:
             watchdog.at("gathering the parameters")
             writer.wait()
             params = whole(state.params)
+        watchdog.close()
         if not rank:
             report(config, plain, tokenizer, params, held_out, tracker)
             draw(tracker)
@@ -711,19 +717,19 @@ def checked(config: Config) -> Config:
 
 
 def main(config: Config) -> None:
-    modes: dict[str, Callable[[Config], None]] = {
-        "train": train,
-        "sample": sample,
-        "export": export,
-    }
-    if config.mode == "train" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        kind = torch.device(config.device).type if config.device else None
-        meshes.join(
-            kind, timeout=60 + 2 * max(config.mesh.timeout, 0.0)
-        )  # the watchdog comes first
-    with agreement.said_once() if not config.debug else contextlib.nullcontext():
-        modes[config.mode](config)
-    if dist.is_initialized():
+    modes: dict[str, Callable[[Config], None]] = {"sample": sample, "export": export}
+    if config.mode != "train":
+        return modes[config.mode](config)
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    timeout = max(config.mesh.timeout, 1.0) if several else math.inf
+    with Watchdog(timeout) as watchdog:
+        if several:
+            watchdog.at("joining the other processes")
+            kind = torch.device(config.device).type if config.device else None
+            meshes.join(kind, timeout=60 + 2 * timeout)  # the watchdog, which says more, is first
+        with agreement.said_once() if not config.debug else contextlib.nullcontext():
+            train(config, watchdog)
+    if several:
         dist.destroy_process_group()
 
 
