@@ -11,6 +11,7 @@ they cost nothing and need no process group.
 
 import contextlib
 import json
+import secrets
 import sys
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
@@ -37,6 +38,12 @@ def from_all(value: Any) -> list[Any]:
     values: list[Any] = [None] * world()
     dist.all_gather_object(values, value)
     return values
+
+
+def token() -> str:
+    """A name that all ranks get together and no ranks got before, for what they put into a store:
+    it may outlive them."""
+    return from_all(secrets.token_hex(8))[0]
 
 
 def highest(value: int) -> int:
@@ -80,6 +87,7 @@ def said_once(seconds: float = 5.0) -> Iterator[None]:
     The others exit with the code that `errors.friendly` would give them. One that rank 0 does not
     have within these seconds is raised under its rank's name.
     """
+    failed = f"{token()}: rank 0 has failed"
     try:
         yield
     except Exception as error:
@@ -87,10 +95,10 @@ def said_once(seconds: float = 5.0) -> Iterator[None]:
             raise
         store = dist.distributed_c10d._get_default_store()
         if rank() == 0:
-            store.set("rank 0 has failed", "")
+            store.set(failed, "")
             raise
         try:
-            store.wait(["rank 0 has failed"], timedelta(seconds=seconds))
+            store.wait([failed], timedelta(seconds=seconds))
         except dist.DistError:
             raise ValueError(f"rank {rank()}: {errors.one_line(error)}") from error
         raise SystemExit(errors.EXPECTED) from None

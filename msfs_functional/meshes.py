@@ -126,8 +126,27 @@ def join(device: str | None = None, *, timeout: float = 600.0) -> str:
         if int(os.environ.get("WORLD_SIZE", 1)) == 1 and "MASTER_ADDR" not in os.environ:
             dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, **options)
         else:
+            store = store_of_attempt(timedelta(seconds=timeout))
+            if store is not None:
+                rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+                options |= {"store": store, "rank": rank, "world_size": world}
             dist.init_process_group(**options)
     return device
+
+
+def store_of_attempt(timeout: timedelta) -> dist.Store | None:
+    """The store of torchrun's node, seen through a prefix for this attempt; None elsewhere.
+
+    torchrun keeps one store for all restarts, in which processes that start again may find the
+    addresses of those that have died, and wait for them. Nodes of several may count restarts
+    differently: start them with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, a store for each attempt.
+    """
+    of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not of_agent or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, timeout=timeout)
+    return dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def active(mesh: DeviceMesh) -> DeviceMesh:

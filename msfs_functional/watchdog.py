@@ -1,6 +1,7 @@
 """A run in which nothing happens any more ends with a message, not in silence.
 
     with Watchdog(600) as watchdog:
+        watchdog.joined()
         for step in range(steps):
             watchdog.at(f"step {step}")      # within 600 seconds it must come here again
             ...
@@ -39,13 +40,17 @@ class Watchdog:
         if not timeout > 0:
             raise ValueError(f"timeout ({timeout}) must be positive [seconds]")
         self.timeout, self.remedy, self.traces = timeout, remedy, traces
-        self.note, self.since = "the start", time.monotonic()
+        self.note, self.since, self.token = "the start", time.monotonic(), ""
         self.closed = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def at(self, note: str) -> None:
         """What the process does from now on."""
         self.note, self.since = note, time.monotonic()
+
+    def joined(self) -> None:
+        """To be called by all ranks together, once they can talk: they will tell one another."""
+        self.token = agreement.token()
 
     def __enter__(self) -> "Watchdog":
         self.since = time.monotonic()
@@ -73,8 +78,8 @@ class Watchdog:
             with (self.traces / f"stack-{rank}.txt").open("w") as file:
                 faulthandler.dump_traceback(file)
         notes = {rank: self.note}
-        if world > 1:
-            store = dist.distributed_c10d._get_default_store()
+        if self.token and world > 1:
+            store = dist.PrefixStore(self.token, dist.distributed_c10d._get_default_store())
             store.set(f"note of {rank}", self.note)
             first = store.add("ranks that found nothing to happen", 1) == 1
             time.sleep(ANSWER if first else 2 * ANSWER)  # the first one ends the others

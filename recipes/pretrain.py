@@ -14,6 +14,7 @@ Several processes: the same step, its parameters in shards over a mesh of these 
     torchrun --nproc-per-node 4 recipes/pretrain.py --mesh.dp-shard 2 --mesh.tp 2
 
     # two nodes, the same command on each (node-a is the first one's address):
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1      # restarts do not find addresses of the dead
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint node-a:29500 \
         --rdzv-id 1 --max-restarts 3 recipes/pretrain.py --mesh.dp-replicate 2 --mesh.dp-shard 8 \
         --name big
@@ -727,6 +728,7 @@ def main(config: Config) -> None:
             watchdog.at("joining the other processes")
             kind = torch.device(config.device).type if config.device else None
             meshes.join(kind, timeout=60 + 2 * timeout)  # the watchdog, which says more, is first
+            watchdog.joined()
         with agreement.said_once() if not config.debug else contextlib.nullcontext():
             train(config, watchdog)
     if several:
