@@ -36,10 +36,11 @@ def key(
 
 
 @functools.cache
-def table() -> dict[str, Config]:
+def table() -> dict[str, Config | None]:
     if not TABLE.exists():
         return {}
-    return {name: Config(*values) for name, values in json.loads(TABLE.read_text()).items()}
+    entries = json.loads(TABLE.read_text()).items()
+    return {name: None if values is None else Config(*values) for name, values in entries}
 
 
 @functools.cache
@@ -56,6 +57,14 @@ def choose(kernel: str, dtype: torch.dtype, head_dim: int, causal: bool, length:
     """The configuration for a launch; head_dim is the padded one (a power of two)."""
     found = table().get(key(kernel, chip(), dtype, head_dim, causal, length))
     return found or default(kernel, dtype, head_dim)
+
+
+def fuses(dtype: torch.dtype, head_dim: int, causal: bool, length: int) -> bool:
+    """Whether one kernel that adds dq atomically is the fastest backward: where the table has null
+    for it, two kernels (keys, then queries) are.
+    """
+    name = key("fused", chip(), dtype, head_dim, causal, length)
+    return table().get(name, default("fused", dtype, head_dim)) is not None
 
 
 def default(kernel: str, dtype: torch.dtype, head_dim: int) -> Config:

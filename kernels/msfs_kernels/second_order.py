@@ -106,7 +106,8 @@ def second_tangent(
     options: Options,
 ) -> tuple[Tensor, Tensor]:
     """Derivative along u of the tangent along t, t held fixed."""
-    uto = empty_tokens_first(q, *q.shape[:3], v.shape[3])
+    B, H, T, _ = q.shape
+    uto = empty_tokens_first(q, B, H, T, v.shape[3])
     utlse = torch.empty_like(lse)
     for tile in tiles(q, k, options):
         if tile.empty:

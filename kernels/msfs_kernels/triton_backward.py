@@ -38,7 +38,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msfs_kernels.configs import Config, choose
+from msfs_kernels.configs import Config, choose, fuses
 from msfs_kernels.options import Options, empty_tokens_first
 from msfs_kernels.triton_common import (
     LOG2E,
@@ -551,12 +551,18 @@ def common(q: Tensor, k: Tensor, v: Tensor, options: Options) -> dict:
     )
 
 
-def choose_keys(q: Tensor, k: Tensor, v: Tensor, options: Options, *, fused: bool) -> Config:
-    """The configuration of `key_kernel`; of few keys one whose tile holds them all, if there is."""
+def fused_is_fastest(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
     head_dim, length = max(padded(q.shape[3]), padded(v.shape[3])), max(q.shape[2], k.shape[2])
-    names = ("fused", "own", "keys") if fused else ("keys",)
+    return fuses(q.dtype, head_dim, options.causal, length)
+
+
+def choose_keys(q: Tensor, k: Tensor, v: Tensor, options: Options, *, fused: bool) -> Config:
+    """The configuration of `key_kernel`; with dq, the least tile that holds all keys, if any."""
+    head_dim, length = max(padded(q.shape[3]), padded(v.shape[3])), max(q.shape[2], k.shape[2])
+    names = ("fused", "keys", "own") if fused else ("keys",)
     found = [choose(name, q.dtype, head_dim, options.causal, length) for name in names]
-    return next((config for config in found if k.shape[2] <= config.block_n), found[0])
+    holding = [config for config in found if k.shape[2] <= config.block_n]
+    return min(holding, key=lambda config: config.block_n) if fused and holding else found[0]
 
 
 def plan_keys(
@@ -751,7 +757,7 @@ def backward(
         launch(plan_delta, (do, o, dlse, delta), Options())
     if choose_keys(q, k, v, options, fused=True).block_n >= S:
         launch(plan_keys, (q, k, v, do, lse, delta, share, dk, dv, dq), options)
-    elif options.deterministic:
+    elif options.deterministic or not fused_is_fastest(q, k, v, options):
         launch(plan_keys, (q, k, v, do, lse, delta, share, dk, dv, None), options)
         launch(plan_queries, (q, k, v, do, lse, delta, share, dq), options)
     else:

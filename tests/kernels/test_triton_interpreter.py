@@ -158,6 +158,33 @@ def test_gradients_of_queries_whose_keys_fit_one_tile_agree_with_the_formula(
     assert interpreter(failures_with, name, False, False, T, S, 32) == []
 
 
+def failures_with_two_kernels():
+    from unittest import mock
+
+    from msfs_kernels import configs, triton_backward
+
+    chosen = configs.key("fused", configs.chip(), torch.float16, 16, False, 39)
+    launched, launch = [], triton_backward.launch
+
+    def watched(plan, *args):
+        launched.append(plan.__name__)
+        launch(plan, *args)
+
+    with (
+        mock.patch.object(configs, "table", lambda: {chosen: None}),
+        mock.patch.object(triton_backward, "launch", watched),
+    ):
+        assert configs.fuses(torch.float16, 16, True, 39)
+        return failures_with("plain", False, False), launched
+
+
+def test_null_in_the_table_means_two_kernels_in_place_of_the_fused_one(interpreter):
+    assert interpreter(failures_with_two_kernels) == (
+        [],
+        ["plan_delta", "plan_keys", "plan_queries"],
+    )
+
+
 @pytest.mark.parametrize("name", ["plain", "causal window"])
 def test_tiles_through_the_copy_engine_agree_with_the_formula(interpreter, name):
     assert interpreter(failures_with, name, True, False) == []
@@ -343,3 +370,19 @@ def decoding_errors(T, S, heads, options):
 def test_decoding_over_slices_of_the_keys_equals_the_formula(interpreter, T, S, heads, options):
     error, lse_error = interpreter(decoding_errors, T, S, heads, options)
     assert error < 1e-3 and lse_error < 1e-5
+
+
+def words_of_strided_keys() -> tuple[torch.Tensor, ...]:
+    from msfs_kernels import philox, philox_triton
+
+    keys = torch.arange(12).view(3, 4)[:, :2]  # as `split` makes them
+    words, bits = torch.empty(3, 5, 4, dtype=torch.int64), torch.empty(3, 2, dtype=torch.uint8)
+    philox_triton.words(lambda kernel: kernel, keys, torch.arange(5)[None], 3, words)
+    philox_triton.bits(lambda kernel: kernel, keys, 2**14, bits, philox.DROPOUT)
+    expected = philox.philox_words(keys, torch.arange(5), 3)
+    return words, expected, bits, philox.dropout_bits(keys, 16, 2**14)
+
+
+def test_random_words_of_keys_of_any_strides_are_those_of_the_cpu(interpreter):
+    words, expected, bits, expected_bits = interpreter(words_of_strided_keys)
+    assert torch.equal(words, expected) and torch.equal(bits, expected_bits)
