@@ -73,24 +73,34 @@ class Watchdog:
                     os._exit(errors.EXPECTED)
 
     def _tell(self) -> None:
-        rank, world = agreement.rank(), agreement.world()
+        rank = int(os.environ.get("RANK", 0))
         if self.traces is not None:
             with (self.traces / f"stack-{rank}.txt").open("w") as file:
                 faulthandler.dump_traceback(file)
-        notes = {rank: self.note}
-        if self.token and world > 1:
-            store = dist.PrefixStore(self.token, dist.distributed_c10d._get_default_store())
-            store.set(f"note of {rank}", self.note)
-            first = store.add("ranks that found nothing to happen", 1) == 1
-            time.sleep(ANSWER if first else 2 * ANSWER)  # the first one ends the others
-            if not first:
+        notes, world = {rank: self.note}, 0
+        if self.token:
+            world = agreement.world()
+            try:
+                found = self._exchange(rank, world)
+            except dist.DistError:  # the store is gone, too: each rank speaks for itself
+                found = notes
+            if found is None:
                 return
-            for other in range(world):
-                if store.check([f"note of {other}"]):
-                    notes[other] = store.get(f"note of {other}").decode()
+            notes = found
         told = describe(notes, world)
         text = f"error: nothing has happened for {self.timeout:g} s: {told}{self.remedy}\n"
         os.write(sys.stderr.fileno(), text.encode())
+
+    def _exchange(self, rank: int, world: int) -> dict[int, str] | None:
+        """All notes for the rank that asks first, which will tell them; None for the others."""
+        store = dist.PrefixStore(self.token, dist.distributed_c10d._get_default_store())
+        store.set(str(rank), self.note)
+        if store.add("asked", 1) > 1:
+            time.sleep(2 * ANSWER)  # the first one, which speaks, is to be the first to end
+            return None
+        time.sleep(ANSWER)
+        there = [other for other in range(world) if store.check([str(other)])]
+        return {other: store.get(str(other)).decode() for other in there}
 
 
 def describe(notes: dict[int, str], world: int) -> str:

@@ -90,6 +90,21 @@ def test_a_preempted_run_of_two_nodes_saves_and_exits_with_0(tmp_path):
     assert list(losses(tmp_path / "preempted")) == [1, 2, 3]
 
 
+def test_a_process_in_which_nothing_happens_ends_in_time(tmp_path):
+    """The main thread sleeps; its stack is left behind."""
+    program = (
+        "import pathlib, time\nfrom msfs_functional.watchdog import Watchdog\n"
+        f"with Watchdog(0.5, remedy='; bye', traces=pathlib.Path({str(tmp_path)!r})) as watchdog:\n"
+        "    watchdog.at('a dream')\n    time.sleep(60)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{HERE.parent}:{HERE.parent / 'kernels'}"}
+    command = [sys.executable, "-c", program]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert ended.returncode == 2
+    assert ended.stderr == "error: nothing has happened for 0.5 s: rank 0 in a dream; bye\n"
+    assert "line 5 in <module>" in (tmp_path / "stack-0.txt").read_text()
+
+
 def test_the_watchdog_says_who_is_where():
     notes = {0: "step 7", 1: "step 7", 3: "the data of step 8"}
     said = "no answer from rank 2; rank 3 in the data of step 8; ranks 0, 1 in step 7"
