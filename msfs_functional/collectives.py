@@ -31,10 +31,12 @@ FUNCTIONAL = torch.ops._c10d_functional
 LIBRARY = torch.library.Library("msfs_functional", "DEF")
 
 
+@torch.compiler.assume_constant_result
 def group_size(group: str) -> int:
     return dist.distributed_c10d._resolve_process_group(group).size()  # pyright: ignore[reportArgumentType]
 
 
+@torch.compiler.assume_constant_result
 def group_rank(group: str) -> int:
     return dist.distributed_c10d._resolve_process_group(group).rank()  # pyright: ignore[reportArgumentType]
 

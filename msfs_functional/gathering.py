@@ -18,7 +18,7 @@ are right too; compiled, all collectives stand in one graph and overlap with wha
 import copy
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -34,10 +34,11 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from msfs_functional import random, sharding
-from msfs_functional.collectives import chunk_bounds, collective, psum
+from msfs_functional.collectives import KINDS, chunk_bounds, collective, psum
 from msfs_functional.meshes import DATA_AXES, active, axis_rank, axis_size, data_rank
 from msfs_functional.params import Functional, Methods, Params, Rules
 from msfs_functional.sharding import Cuts, placements
+from msfs_functional.transforms import add_terms, value_and_grad
 
 Gather = tuple[tuple[str, int, int, str], ...]  # collectives as (kind, dim, size, group), in order
 LossFn = Callable[[Any, Any, Tensor], tuple[Tensor, dict[str, Tensor]]]
@@ -134,11 +135,23 @@ def gather_steps(
     return (*first, *then)
 
 
+def tp_shape(shape: torch.Size, placed: tuple[Placement, ...], mesh: DeviceMesh) -> torch.Size:
+    """What tp leaves to this rank of a whole parameter's shape."""
+    sizes = list(shape)
+    for axis, placement in zip(mesh.mesh_dim_names or (), placed, strict=True):
+        if axis == "tp" and isinstance(placement, Shard):
+            start, stop = chunk_bounds(
+                sizes[placement.dim], axis_size(mesh, axis), axis_rank(mesh, axis)
+            )
+            sizes[placement.dim] = stop - start
+    return torch.Size(sizes)
+
+
 def gathered_param(
     x: Tensor, steps: Gather, dtype: torch.dtype | None, reduce_dtype: torch.dtype | None
 ) -> Tensor:
     """The whole tensor of a sharded parameter, in `dtype`; its gradient is summed over ranks."""
-    x = local(x) if is_sharded(x) else x
+    x = local(x)
     if reduce_dtype is not None:
         x = x.to(reduce_dtype)
     dtype = dtype or x.dtype
@@ -158,13 +171,18 @@ class Plan:
     def whole(self, params: Params) -> Params:
         return {
             name: gathered_param(p, self.steps[name], self.dtype, self.reduce_dtype)
-            if name in self.steps
+            if name in self.steps and is_sharded(p)
             else p
             for name, p in params.items()
         }
 
     def run(self, fn: Callable[..., Any], params: Params, *args: Any) -> Any:
-        """fn(whole params, *args), whose backward gathers again what fn saves of them."""
+        """fn(whole params, *args), whose backward gathers again what fn saves of them.
+
+        Params that are whole already are taken as they are.
+        """
+        if not any(is_sharded(params[name]) for name in self.steps if name in params):
+            return fn(params, *args)
         if torch.compiler.is_compiling():
             whole = checkpoint(self.whole, params, use_reentrant=False, preserve_rng_state=False)
             return fn(whole, *args)
@@ -225,13 +243,17 @@ class Sharded(Functional):
     Attributes:
         mesh, layout: as given.
         placements: {parameter name: a placement for each axis of `active(mesh)`}.
-        root: the plan of the parameters outside of blocks.
+        plan: how all parameters become whole.
+        root: the same of those outside of blocks.
+        inner: the model of whole parameters, as tp cuts them; the same with blocks in shards.
     """
 
     mesh: DeviceMesh
     layout: Layout
     placements: dict[str, tuple[Placement, ...]]
+    plan: Plan
     root: Plan
+    inner: tuple[Functional, Functional]
 
     def init(
         self,
@@ -247,11 +269,38 @@ class Sharded(Functional):
 
     def apply(self, params: Params, /, *args: Any, method: str = "forward", **kwargs: Any) -> Any:
         def run(whole: Params, *args: Any) -> Any:
-            return Functional.apply(self, whole, *args, method=method, **kwargs)
+            inner = self.inner[any(map(is_sharded, whole.values()))]
+            return inner.apply(whole, *args, method=method, **kwargs)
 
-        if any(is_sharded(params[name]) for name in self.root.steps if name in params):
-            return self.root.run(run, params, *args)
-        return run(params, *args)
+        return self.root.run(run, params, *args)
+
+    @torch.no_grad()
+    def gradient(self, fn: Callable[..., Any], params: Params, calls: Iterable[tuple]) -> Any:
+        """As `transforms.accumulate`, with one gather and one sum over ranks for all calls.
+
+        For `train.make_step(..., accumulation=n, gradient=model.gradient)`. Each rank holds whole
+        parameters and whole gradients meanwhile, where `accumulate` gathers and reduces block by
+        block, n times over. Gradients are added up in `reduce_dtype`.
+        """
+        whole, total, sums = self.plan.whole(params), None, {}
+        one = value_and_grad(fn, has_aux=True)
+        for call in calls:
+            with torch.enable_grad():
+                terms, grads = one(whole, *call)
+            total = add_terms(total, terms)
+            for name, g in grads.items():
+                if name in sums:
+                    sums[name] += g
+                else:
+                    sums[name] = g.to(self.plan.reduce_dtype or params[name].dtype, copy=True)
+        for name, p in params.items():
+            assert isinstance(p, DTensor)
+            g = sums.pop(name)
+            for kind, dim, size, group in reversed(self.plan.steps[name]):
+                g = collective(g, KINDS[kind][1], dim, size, group, g.dtype)
+            spec = (p.device_mesh, p.placements, p.shape)
+            sums[name] = Distributed.apply(g.to(p.dtype), spec)
+        return total, {name: sums[name] for name in params}
 
 
 def sharded(
@@ -292,10 +341,22 @@ def sharded(
             gather_in(
                 module, layout.methods, plan({slot: steps[name] for slot, name in own.items()})
             )
-    root = plan({name: s for name, s in steps.items() if name not in in_blocks})
     inherited = {f.name: getattr(model, f.name) for f in fields(Functional)}
     inherited |= {"skeleton": skeleton, "_methods": Methods(skeleton)}
-    return Sharded(**inherited, mesh=mesh, layout=layout, placements=placed, root=root)
+    parts = {n: tp_shape(shape, placed[n], active(mesh)) for n, shape in model.shapes.items()}
+    mixed = {n: model.shapes[n] if n in in_blocks else part for n, part in parts.items()}
+    return Sharded(
+        **inherited,
+        mesh=mesh,
+        layout=layout,
+        placements=placed,
+        plan=plan(steps),
+        root=plan({name: s for name, s in steps.items() if name not in in_blocks}),
+        inner=(
+            Functional(**{**inherited, "shapes": parts}),
+            Functional(**{**inherited, "shapes": mixed}),
+        ),
+    )
 
 
 def split_model(skeleton: nn.Module, layout: Layout, tp: int, group: str) -> None:

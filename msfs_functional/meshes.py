@@ -90,6 +90,26 @@ def mesh(
     """
     world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
     size = degrees(world, dp_replicate=dp_replicate, dp_shard=dp_shard, tp=tp, cp=cp)
+    device = join(device, timeout=timeout)
+    ranks = torch.arange(world).reshape([size[axis] for axis in NEAREST_LAST])
+    ranks = ranks.permute([NEAREST_LAST.index(axis) for axis in AXES]).contiguous()
+    return DeviceMesh(device, ranks, mesh_dim_names=AXES)
+
+
+def join(device: str | None = None, *, timeout: float = 600.0) -> str:
+    """Takes part in the process group, and takes a GPU of one's own; what `mesh` begins with.
+
+    A program that calls it first can let its ranks agree on mistakes before there is a mesh.
+
+    Args:
+        device, timeout: as in `mesh`.
+
+    Returns:
+        The kind of device, "cuda" or "cpu".
+
+    Raises:
+        ValueError: no device for every process of this machine.
+    """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda":
         local, devices = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
@@ -103,13 +123,30 @@ def mesh(
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         options = {"backend": backend, "timeout": timedelta(seconds=timeout)}
-        if world == 1 and "MASTER_ADDR" not in os.environ:
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1 and "MASTER_ADDR" not in os.environ:
             dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, **options)
         else:
+            store = store_of_attempt(timedelta(seconds=timeout))
+            if store is not None:
+                rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+                options |= {"store": store, "rank": rank, "world_size": world}
             dist.init_process_group(**options)
-    ranks = torch.arange(world).reshape([size[axis] for axis in NEAREST_LAST])
-    ranks = ranks.permute([NEAREST_LAST.index(axis) for axis in AXES]).contiguous()
-    return DeviceMesh(device, ranks, mesh_dim_names=AXES)
+    return device
+
+
+def store_of_attempt(timeout: timedelta) -> dist.Store | None:
+    """The store of torchrun's node, seen through a prefix for this attempt; None elsewhere.
+
+    torchrun keeps one store for all restarts, in which processes that start again may find the
+    addresses of those that have died, and wait for them. Nodes of several may count restarts
+    differently: start them with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, a store for each attempt.
+    """
+    of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not of_agent or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, timeout=timeout)
+    return dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def active(mesh: DeviceMesh) -> DeviceMesh:

@@ -17,13 +17,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import optree
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import (
     DTensor,
-    Partial,
     Placement,
     Replicate,
     Shard,
@@ -32,8 +32,11 @@ from torch.distributed.tensor import (
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from msfs_functional import random
+from msfs_functional.collectives import psum
 from msfs_functional.meshes import active
 from msfs_functional.params import Functional, Params, Rules, Window, by_rules, parameter_key
+from msfs_functional.transforms import NAMESPACE
+from msfs_functional.updates import Transformation
 
 Cuts = Mapping[str, Placement]  # {axis: placement}; axes left out replicate
 
@@ -133,7 +136,7 @@ def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
 def sum_of_squares(leaves: Sequence[Tensor]) -> Tensor:
     """Over all elements of all shards, each counted once: 0-d, plain and equal on every rank.
 
-    One all-reduce for each way of being cut, however many tensors there are.
+    An all-reduce for each way and each axis of being cut, however many tensors there are.
     """
     sums: dict[Any, list[Tensor]] = {}
     for x in leaves:
@@ -147,10 +150,36 @@ def sum_of_squares(leaves: Sequence[Tensor]) -> Tensor:
         total = torch.stack(terms).sum()
         if where is not None:
             mesh, cut = where
-            partial = [Partial() if yes else Replicate() for yes in cut]
-            total = DTensor.from_local(total, mesh, partial, run_check=False).full_tensor()
+            for axis, yes in zip(mesh.mesh_dim_names or (), cut, strict=True):
+                total = psum(total, mesh.get_group(axis).group_name) if yes else total
         totals.append(total)
     return torch.stack(totals).sum()
+
+
+def over_whole(transformation: Transformation) -> Transformation:
+    """An optimizer that needs whole tensors, such as Muon, over shards cut in whatever way.
+
+    Every rank gathers gradients, state and parameters, makes the same update, and keeps its shards
+    of it. To be given those parameters only that need it (`optim.by_group`).
+    """
+
+    def full(tree: Any) -> Any:
+        whole = lambda x: x.full_tensor() if isinstance(x, DTensor) else x  # noqa: E731
+        return optree.tree_map(whole, tree, namespace=NAMESPACE)
+
+    def cut(like: Any, x: Any) -> Any:
+        if not isinstance(like, DTensor):
+            return x
+        mesh = like.device_mesh
+        whole = DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        return whole.redistribute(placements=like.placements)
+
+    def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        updates, new = transformation.update(full(grads), full(state), full(params))
+        updates = {name: cut(params[name], value) for name, value in updates.items()}
+        return updates, optree.tree_map(cut, state, new, namespace=NAMESPACE)
+
+    return transformation._replace(update=update)
 
 
 def describe(params: Params) -> str:

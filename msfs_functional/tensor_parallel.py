@@ -4,10 +4,17 @@
                   rows:    o, down, which give every rank a summand -> leave -> sum
 
 Between `enter` and `leave` no rank needs anything from another, as heads and hidden units are
-independent. What is added to x is the same on all ranks. These functions make a skeleton, whose
-parameters are then the rank's parts, compute in this way; `sharded` gives them a copy.
+independent. What is added to x is the same on all ranks. Sequence parallelism has the ranks hold
+parts of x in between, by tokens, where norms and residuals then take a part of the memory and time:
 
-Source: Shoeybi et al. 2019, section 3 (whose f is `enter`, a pvary, and g is `leave`, a psum).
+    enter   pvary (backward: sum)          or all_gather of tokens (backward: reduce_scatter)
+    leave   sum (backward: nothing)        or reduce_scatter of tokens (backward: all_gather)
+
+which is the same amount of communication. These functions make a skeleton, whose parameters are
+then the rank's parts, compute in this way; `sharded` gives them a copy.
+
+Source: Shoeybi et al. 2019, section 3 (whose f is `enter` and g is `leave`); Korthikanti et al.
+2022, section 4.2.2.
 """
 
 import functools
@@ -18,8 +25,21 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from msfs_functional.collectives import psum, pvary
+from msfs_functional import random
+from msfs_functional.collectives import (
+    all_gather,
+    group_rank,
+    group_size,
+    join,
+    psum,
+    pvary,
+    reduce_scatter,
+    split,
+)
 from msfs_functional.params import Params
+from msfs_functional.vocabulary_parallel import lookup
+
+Leave = Callable[[Params, str, Tensor], Tensor]
 
 
 def split_transformer(skeleton: nn.Module, group: str) -> None:
@@ -35,13 +55,40 @@ def split_transformer(skeleton: nn.Module, group: str) -> None:
 
 
 def split_decoder(skeleton: nn.Module, group: str) -> None:
-    """For `models.decoder`: the matrices of its blocks."""
+    """For `models.decoder`: the matrices of its blocks, the embedding and the output matrix."""
+    split_blocks(skeleton, enter_over(group), leave_over(group))
+    split_vocabulary(skeleton, group)
 
-    enter, leave = enter_over(group), leave_over(group)
+
+def split_decoder_and_tokens(skeleton: nn.Module, group: str) -> None:
+    """`split_decoder` with x cut by tokens between the matrices, from the first block to the norm.
+
+    Tokens of a sequence must be a multiple of the ranks; dropout differs from that of one process.
+    """
+    number = group_rank(group)
+    split_blocks(skeleton, gather_over(group), scatter_over(group), number)
+    split_vocabulary(skeleton, group)
+
+    def start(kind: type) -> Any:
+        return lambda self, *args: part_of_tokens(kind._start(self, *args), group)
+
+    def final(kind: type) -> Any:
+        def run(self: nn.Module, x: Tensor) -> Tensor:
+            return join(kind._final(self, x), x.ndim - 2, x.shape[-2] * group_size(group), group)
+
+        return run
+
+    replace(skeleton, _start=start, _final=final)
+
+
+def split_blocks(skeleton: nn.Module, enter: Any, leave: Any, number: int | None = None) -> None:
+    """Blocks enter and leave their sublayers so; a number sets their dropout apart."""
 
     def around(kind: type) -> Any:
         def forward(self: nn.Module, x: Tensor, key: Any, context: Any, *rest: Any, **options: Any):
             context = context._replace(enter=enter, leave=leave)
+            if number is not None and key is not None:
+                key = random.fold_in(key, number)
             return kind.forward(self, x, key, context, *rest, **options)
 
         return forward
@@ -49,6 +96,33 @@ def split_decoder(skeleton: nn.Module, group: str) -> None:
     for path, module in skeleton.named_modules():
         if re.search(r"^blocks\.\d+$", path):
             replace(module, forward=around)
+
+
+def split_vocabulary(skeleton: Any, group: str) -> None:
+    """Each rank holds its rows of the embedding and the output matrix; logits come out whole."""
+    vocab = skeleton.config.vocab
+
+    def logits(kind: type) -> Any:
+        def run(self: nn.Module, states: Tensor) -> Tensor:
+            part = kind.logits(self, pvary(states, group))
+            return join(part, part.ndim - 1, vocab, group)
+
+        return run
+
+    replace(skeleton, logits=logits)
+    replace(
+        skeleton.embedding,
+        forward=lambda kind: lambda self, ids: lookup(ids, self.weight, vocab, group),
+    )
+
+
+def part_of_tokens(x: Tensor, group: str) -> Tensor:
+    if x.shape[-2] % group_size(group):
+        raise ValueError(
+            f"tp ({group_size(group)}) must divide the tokens of a sequence ({x.shape[-2]}) where "
+            f"it cuts them: pad it, or use a layout that does not cut tokens"
+        )
+    return split(x, x.ndim - 2, group)
 
 
 def replace(module: nn.Module, **methods: Any) -> None:
@@ -79,9 +153,28 @@ def enter_over(group: str) -> Callable[[Tensor], Tensor]:
 
 
 @functools.cache
-def leave_over(group: str) -> Callable[[Params, str, Tensor], Tensor]:
+def leave_over(group: str) -> Leave:
+    return lambda params, name, x: biased(params, name, psum(partial(params, name, x), group))
+
+
+@functools.cache
+def gather_over(group: str) -> Callable[[Tensor], Tensor]:
+    return lambda x: all_gather(x, x.ndim - 2, x.shape[-2] * group_size(group), group)
+
+
+@functools.cache
+def scatter_over(group: str) -> Leave:
     def leave(params: Params, name: str, x: Tensor) -> Tensor:
-        y, bias = psum(F.linear(x, params[f"{name}.weight"]), group), params.get(f"{name}.bias")
-        return y if bias is None else y + bias
+        return biased(params, name, reduce_scatter(partial(params, name, x), x.ndim - 2, group))
 
     return leave
+
+
+def partial(params: Params, name: str, x: Tensor) -> Tensor:
+    """This rank's summand of a matrix product whose inputs are cut."""
+    return F.linear(x, params[f"{name}.weight"])
+
+
+def biased(params: Params, name: str, x: Tensor) -> Tensor:
+    bias = params.get(f"{name}.bias")
+    return x if bias is None else x + bias

@@ -5,8 +5,9 @@
     torchrun --nproc-per-node 4 recipes/bench_mesh.py --mesh.tp 2 --paths functional
 
 Each path trains the same decoder on the same random tokens: bf16 products, fp32 shards, fp32 sums
-of gradients, AdamW, blocks recomputed if asked. It prints the first step's seconds, tokens/s a rank
-(median of the steps after two), peak memory of rank 0 and the loss, which must agree.
+of gradients, AdamW, blocks recomputed if asked; tp also cuts tokens and vocabulary. It prints the
+first step's seconds, tokens/s a rank (median of the steps after two), peak memory of rank 0 and the
+loss, which must agree.
 """
 
 import functools
@@ -22,12 +23,13 @@ import tyro
 from msfs_functional import errors, optim, random
 from msfs_functional.fsdp import fully_sharded
 from msfs_functional.gathering import gathered, sharded
-from msfs_functional.layouts import DECODER
+from msfs_functional.layouts import DECODER_BY_TOKENS
 from msfs_functional.losses import cross_entropy
 from msfs_functional.meshes import data_rank, mesh
 from msfs_functional.models import decoder as models
 from msfs_functional.train import init_state, make_step
 from msfs_functional.transforms import remat
+from msfs_functional.vocabulary_parallel import sharded_linear_cross_entropy
 
 Path = Literal["functional", "regions", "fsdp2"]
 
@@ -59,12 +61,19 @@ def run(path: Path, config: Config) -> str:
     options = {} if config.depth is None else {"depth": config.depth}
     plain = models.decoder(models.PRESETS[config.preset](config.vocab, **options))
     make = fully_sharded if path == "fsdp2" else sharded
-    model = make(plain, DECODER, on, dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = make(plain, DECODER_BY_TOKENS, on, dtype=torch.bfloat16, reduce_dtype=torch.float32)
     around: dict[str, Any] = {"around_block": remat} if config.recompute else {}
 
+    loss_of = sharded_linear_cross_entropy(on, config.vocab)
+
     def loss_fn(params, tokens, key):
-        logits = model.apply(params, tokens[:, :-1], **around)
-        loss, count = cross_entropy(logits, tokens[:, 1:], ignore_index=-1)
+        if config.mesh.tp > 1:
+            states = model.apply(params, tokens[:, :-1], method="hidden", **around)
+            weight = models.output_weight(params)
+            loss, count = loss_of(states, weight, tokens[:, 1:], ignore_index=-1)
+        else:
+            logits = model.apply(params, tokens[:, :-1], **around)
+            loss, count = cross_entropy(logits, tokens[:, 1:], ignore_index=-1)
         return loss / count, {}
 
     optimizer = optim.adamw(3e-4)

@@ -4,6 +4,8 @@ r"""Pretrain a decoder-only Transformer to predict the next token, on a laptop o
 
     python recipes/pretrain.py sample --sample.prompt "One cold day, Mia and Tom were on the farm."
 
+    python recipes/pretrain.py export --name big                # a folder that transformers loads
+
     python recipes/pretrain.py --data.files a.txt b.jsonl       # documents of your own
 
 Several processes: the same step, its parameters in shards over a mesh of these degrees.
@@ -12,14 +14,24 @@ Several processes: the same step, its parameters in shards over a mesh of these 
     torchrun --nproc-per-node 4 recipes/pretrain.py --mesh.dp-shard 2 --mesh.tp 2
 
     # two nodes, the same command on each (node-a is the first one's address):
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1      # restarts do not find addresses of the dead
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint node-a:29500 \
-        --rdzv-id 1 recipes/pretrain.py --mesh.dp-replicate 2 --mesh.dp-shard 8 --name big
+        --rdzv-id 1 --max-restarts 3 recipes/pretrain.py --mesh.dp-replicate 2 --mesh.dp-shard 8 \
+        --name big
 
     # Slurm:
     sbatch --nodes 2 --ntasks-per-node 1 --gpus-per-node 8 --wrap 'srun torchrun --nnodes 2 \
         --nproc-per-node 8 --rdzv-backend c10d --rdzv-id $SLURM_JOB_ID --rdzv-endpoint \
-        $(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1):29500 \
+        $(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1):29500 --max-restarts 3 \
         recipes/pretrain.py --mesh.dp-shard 16 --name big'
+
+Checkpoints hold all that the run is, are written in the background by all processes, and are read
+by any number of them in any mesh: --resume --name big goes on, with other degrees if they are
+given. The same degrees give the same bits as a run that never stopped, others what another order
+of fp32 sums gives. With --max-restarts torchrun starts all processes again when one dies, and they
+go on from the last checkpoint. When nothing happens for --mesh.timeout seconds the job ends and
+says which process was doing what. SIGTERM, which a preempted job gets, makes a checkpoint after
+the step, prints the command to go on with, and exits with 0.
 
 Without arguments it learns small stories that the project makes itself, and a judge says how many
 of its samples hold together: who gives a thing has it, she is not he, the red ball stays red.
@@ -40,13 +52,16 @@ forward and four in the backward pass, and scores and values of attention, causa
 The peak is that of the data sheet for known GPUs, else of a matrix product measured at the start.
 """
 
+import contextlib
 import gzip
+import hashlib
 import json
 import math
 import os
+import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -61,13 +76,26 @@ import tyro
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from msfs_functional import checkpoint, errors, meshes, optim, pictures, random, schedules, tracking
+from msfs_functional import (
+    agreement,
+    checkpoint,
+    errors,
+    meshes,
+    optim,
+    pictures,
+    random,
+    schedules,
+    sharding,
+    tracking,
+)
 from msfs_functional import config as configs
+from msfs_functional import distributed_checkpoint as checkpoints
 from msfs_functional.gathering import Sharded, gathered, sharded
 from msfs_functional.generation import Generator, Sampling, Settings
-from msfs_functional.layouts import DECODER
+from msfs_functional.layouts import DECODER, DECODER_BY_TOKENS
 from msfs_functional.losses import linear_cross_entropy
 from msfs_functional.models import decoder as models
+from msfs_functional.models import pretrained
 from msfs_functional.packing import PackedBatches, batch_of, pack
 from msfs_functional.params import Functional, Params, cast
 from msfs_functional.synthetic.stories import RULES, beginning, judge, stories
@@ -75,8 +103,10 @@ from msfs_functional.tokenizer import BOS, EOS, PAD, Tokenizer, train_bpe
 from msfs_functional.tracking import Tracker
 from msfs_functional.train import init_state, make_step
 from msfs_functional.transforms import NAMESPACE
+from msfs_functional.vocabulary_parallel import sharded_linear_cross_entropy
+from msfs_functional.watchdog import Watchdog
 
-MAY_BE_ZERO = ("seed", "warmup")
+MAY_BE_ZERO = ("seed", "warmup", "profile")
 CHECKPOINTS, TOKENIZER = "checkpoints", "tokenizer.json"
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bfloat16 [FLOP/s]
 
@@ -146,6 +176,8 @@ class Train:
     eval_every: int = 175  # validation loss and a checkpoint [steps]
     keep: int = 2  # checkpoints to keep besides the best
     compile: bool | None = None  # compile the step; None: on a GPU
+    # steps to trace with torch's profiler, after three others; leaves trace-<rank>.json.gz
+    profile: int = 0
 
 
 @dataclass(frozen=True)
@@ -154,7 +186,10 @@ class Mesh:
 
     dp_replicate: int = 1  # processes with equal parameters and other rows
     dp_shard: int = -1  # processes with a shard of each parameter and other rows
-    tp: int = 1  # processes that share each layer
+    tp: int = 1  # processes that share each layer and the vocabulary
+    # processes that share layers hold parts of the tokens between them; tp must divide the length
+    sequence: bool = True
+    timeout: float = 600.0  # the run ends when nothing has happened for so long [s]
 
 
 @dataclass(frozen=True)
@@ -173,11 +208,11 @@ class Config:
     """Everything a run needs; frozen, and written to runs/<name>/config.json."""
 
     # what to do; must come first
-    mode: tyro.conf.Positional[Literal["train", "sample"]] = "train"
+    mode: tyro.conf.Positional[Literal["train", "sample", "export"]] = "train"
     # of the run, its folder is <out>/<name>; None: a new number to train, the newest to use
     name: str | None = None
     out: Path = Path("runs")  # folder of the runs
-    # go on with the run from its latest checkpoint; one process only, also after a run of several
+    # go on with the run from its latest checkpoint, also with other processes and degrees
     resume: bool = False
     overwrite: bool = False  # delete the run of this name first
     seed: int = 0  # of initial parameters, dropout and samples
@@ -265,7 +300,10 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Functional:
 
 def make_loss(config: Config, model: Functional, *, dropout: bool = True):
     """The mean cross-entropy of the next token [nats/token]; padding does not count."""
-    dtype = getattr(torch, str(config.dtype))
+    dtype, loss_of = getattr(torch, str(config.dtype)), linear_cross_entropy
+    if isinstance(model, Sharded):
+        vocab = model.shapes["embedding.weight"][0]
+        loss_of = sharded_linear_cross_entropy(model.mesh, vocab)
 
     def loss_fn(params: Params, batch: dict[str, Tensor], key: Tensor | None):
         if not isinstance(model, Sharded):  # which casts what it gathers
@@ -280,7 +318,7 @@ def make_loss(config: Config, model: Functional, *, dropout: bool = True):
             method="hidden",
         )
         weight = models.output_weight(params)
-        total, count = linear_cross_entropy(states, weight, batch["labels"], ignore_index=PAD)
+        total, count = loss_of(states, weight, batch["labels"], ignore_index=PAD)
         return total / count.clamp(min=1), {"weight": count}
 
     return gathered(loss_fn, model) if isinstance(model, Sharded) else loss_fn
@@ -293,9 +331,10 @@ def make_optimizer(config: Optimizer, steps: int) -> optim.Transformation:
     if config.kind == "adamw":
         return adamw
     rate = schedules.cosine(config.muon_rate, steps, warmup=config.warmup)
-    blocks = [(r"norm|bias|embedding|positions|^output", False), (r"", True)]
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    return optim.muon(rate, weight_decay=decay, matrices=blocks, rest=adamw, dtype=dtype)
+    muon = optim.muon(rate, weight_decay=decay, matrices=[(r"", True)], dtype=dtype)
+    rest = r"norm|bias|embedding|positions|^output"
+    return optim.by_group([(rest, adamw), (r"", sharding.over_whole(muon))])
 
 
 def flops_per_token(model: Functional, length: int) -> float:
@@ -323,6 +362,10 @@ def peak_flops(device: str) -> float:
         (x @ x).sum().item()
         best = min(best, time.perf_counter() - begin)
     return 2 * len(x) ** 3 / best
+
+
+def degrees(mesh: Mesh) -> dict[str, int]:
+    return {axis: n for axis, n in asdict(mesh).items() if axis in meshes.AXES}
 
 
 def whole(tree: Any) -> Any:
@@ -353,117 +396,173 @@ def validate(
     return {"valid/loss": nats / count, "valid/bits_per_byte": nats / math.log(2) / size}
 
 
-def agreed(stop: errors.Interrupt, device: str) -> bool:
-    """Whether any process was asked to stop."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return bool(stop)
-    flag = torch.tensor(int(bool(stop)), device=device)
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag)
+def prepare(config: Config, watchdog: Watchdog) -> tuple[Config, Path, list[str], list[str], Any]:
+    """(config, run, documents, documents of validation, the checkpoint to go on from or None).
+
+    What is wrong with any process is told here, and every process then ends.
+    """
+    several = agreement.world() > 1
+    watchdog.at("reading the data")
+    with agreement.together():
+        config = checked(config)
+    config = replace(config, name=agreement.from_all(config.name)[0])
+    run = config.out / str(config.name)
+    restarts = agreement.highest(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+    with agreement.together():
+        meshes.degrees(agreement.world(), **degrees(config.mesh))
+        documents, held_out = read_data(config.data)
+        found = config.resume or (restarts and checkpoint.checkpoints(run / CHECKPOINTS))
+        if not found and not restarts and agreement.rank() == 0:
+            configs.check_free(run, overwrite=config.overwrite)
+    if several:
+        own = {**asdict(config), "device": torch.device(str(config.device)).type}
+        text = "\0".join([*documents, "", *held_out])
+        corpus = hashlib.sha256(text.encode()).hexdigest()
+        agreement.start_alike({"configuration": own, "sha256 of the corpus": corpus})
+    watchdog.at("looking for a checkpoint")
+    resume = agreement.from_all(bool(found))[0]
+    saved = checkpoints.load(run / CHECKPOINTS) if resume else None
+    config = replace(config, overwrite=config.overwrite or restarts > 0)
+    return config, run, documents, held_out, saved
 
 
-def train(config: Config) -> None:
+def train(config: Config, watchdog: Watchdog) -> None:
     """data -> model -> loss -> step -> loop -> report"""
-    begin, settings, device = time.perf_counter(), config.train, str(config.device)
-    run, world = config.out / str(config.name), int(os.environ.get("WORLD_SIZE", 1))
-    rank = int(os.environ.get("RANK", 0))
-    if not config.resume and not rank:
-        configs.check_free(run, overwrite=config.overwrite)
-    meshes.degrees(world, **asdict(config.mesh))
-    saved = checkpoint.load(run / CHECKPOINTS) if config.resume else None
-    documents, held_out = read_data(config.data)
-    tokenizer = (
-        Tokenizer.from_json(saved.files[TOKENIZER].decode())
-        if saved
-        else learn_tokenizer(config.vocabulary, documents)
-    )
-    plain = model = make_model(config, tokenizer)
+    begin = time.perf_counter()
+    config, run, documents, held_out, saved = prepare(config, watchdog)
+    watchdog.at("building the model")
+    settings, device = config.train, str(config.device)
+    rank, world = agreement.rank(), agreement.world()
+    with agreement.together():
+        tokenizer = (
+            Tokenizer.from_json(saved.files[TOKENIZER].decode())
+            if saved
+            else learn_tokenizer(config.vocabulary, documents)
+        )
+        plain = model = make_model(config, tokenizer)
     share = (0, 1)
     if world > 1:
-        on = meshes.mesh(**asdict(config.mesh), device=torch.device(device).type)
+        on = meshes.mesh(**degrees(config.mesh), device=torch.device(device).type)
         share = meshes.data_rank(on)
-        model = sharded(
-            plain, DECODER, on, dtype=getattr(torch, str(config.dtype)), reduce_dtype=torch.float32
-        )
+        layout = DECODER_BY_TOKENS if config.mesh.sequence else DECODER
+        dtype = getattr(torch, str(config.dtype))
+        model = sharded(plain, layout, on, dtype=dtype, reduce_dtype=torch.float32)
     ids = tokenizer.encode(documents, bos=True, eos=True)
     batches = PackedBatches(ids, config.data.length, config.data.batch, config.data.seed, share)
 
-    optimizer = make_optimizer(config.optimizer, settings.steps)
+    optimizer, gradient = make_optimizer(config.optimizer, settings.steps), None
+    if settings.accumulation > 1 and isinstance(model, Sharded):
+        gradient = model.gradient  # gathers and reduces once for all microbatches
     step = make_step(
         make_loss(config, model),
         optimizer,
         accumulation=settings.accumulation,
         clip_norm=config.optimizer.clip or None,
         compile="regions" if settings.compile else False,
+        gradient=gradient,
     )
     params = model.init(config.seed, device=torch.device(device).type if world > 1 else device)
     state = init_state(params, optimizer, random.key(config.seed, device=device))
     if saved:
-        state = checkpoint.load(saved.path, state).state
+        watchdog.at("loading the checkpoint")
+        state = checkpoints.load(saved.path, state).state
         batches.restore(saved.extra["batches"])
-        (run / configs.FILE).write_text(configs.to_json(config), encoding="utf-8")
-    elif not rank:
-        configs.new_run(run, config, overwrite=config.overwrite)
     first = int(state.step)
-
-    def save(count: int, score: float | None) -> None:
-        full = whole(state)
-        if not rank:
-            checkpoint.save(
-                run / CHECKPOINTS,
-                count,
-                full,
-                extra={"batches": batches.state()},
-                files={TOKENIZER: tokenizer.to_json()},
-                metric=score,
-                keep_last=settings.keep,
-            )
+    with agreement.together():
+        if saved and not rank:
+            (run / configs.FILE).write_text(configs.to_json(config), encoding="utf-8")
+        elif not rank:
+            configs.new_run(run, config, overwrite=config.overwrite)
 
     flops = flops_per_token(plain, config.data.length) / (peak_flops(device) * world)
-    options: dict[str, Any] = {"step": first, "every": settings.log_every, "rank": rank}
-    tracker = Tracker(run, settings.steps, name="pretrain", **options)
-    with tracker, errors.interruptible() as stop:
-        tracker.note(
-            f"{len(documents)} documents of {sum(map(len, ids)) / len(ids):.0f} tokens to train, "
-            f"{len(held_out)} to validate, {tokenizer.vocab_size} ids\n"
-            f"{sum(math.prod(shape) for shape in plain.shapes.values()):,} parameters, {device}, "
-            f"{config.dtype}, {'compiled' if settings.compile else 'eager'}, {world} processes"
-        )
-        tokens, busy, waited = 0, 0.0, 0.0
-        for count in range(first + 1, settings.steps + 1):
-            start = time.perf_counter()
-            batch = next(batches)
-            seen = int((batch["labels"] != PAD).sum()) * share[1]
-            batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-            waited += time.perf_counter() - start
-            state, values = step(state, batch)
-            tokens += seen
-            tracker.log(count, values, tokens=values.pop("weight"))
-            halt = agreed(stop, device)
-            if count % settings.eval_every == 0 or count == settings.steps:
-                float(values["loss"])  # waits for the device
-                busy += time.perf_counter() - start
-                with tracker.paused():
-                    scores = validate(config, model, state.params, tokenizer, held_out, share)
-                    speed = {"mfu": tokens / busy * flops, "data_wait": waited / busy}
-                    tracker.record(count, {**scores, **speed})
-                    save(count, -scores["valid/loss"])
-                tokens, busy, waited = 0, 0.0, 0.0
-            else:
-                busy += time.perf_counter() - start
-                if halt:
-                    save(count, None)
-            if halt and count < settings.steps:
-                resume = f"python recipes/pretrain.py --resume --out {config.out} --name {run.name}"
-                tracker.note(f"saved after step {count}; go on with: {resume}")
-                raise SystemExit(128 + (stop.received or 0))
-        params = whole(state.params)
+    resume = resume_command(config, run)
+    watchdog.remedy, watchdog.traces = f"; go on with: {resume}", run
+    watchdog.at("opening the run")
+    writer = checkpoints.Writer(run / CHECKPOINTS, keep_last=settings.keep)
+    tracker = Tracker(
+        run, settings.steps, name="pretrain", step=first, every=settings.log_every, rank=rank
+    )
+
+    size = sum(math.prod(shape) for shape in plain.shapes.values())
+    about = (
+        f"{len(documents)} documents of {sum(map(len, ids)) / len(ids):.0f} tokens to train, "
+        f"{len(held_out)} to validate, {tokenizer.vocab_size} ids\n{size:,} parameters, {device}, "
+        f"{config.dtype}, {'compiled' if settings.compile else 'eager'}, {world} processes"
+    )
+
+    def save(count: int, score: float | None) -> None:
+        watchdog.at(f"saving step {count}")
+        tracker.flush()
+        files = {TOKENIZER: tokenizer.to_json(), configs.FILE: configs.to_json(config)}
+        writer.save(count, state, extra={"batches": batches.state()}, files=files, metric=score)
+
+    with tracker:
+        tracker.note(about)
+        with writer, errors.interruptible() as stop, profiled(config, run) as traced:
+            tokens, busy, waited = 0, 0.0, 0.0
+            for count in range(first + 1, settings.steps + 1):
+                start = time.perf_counter()
+                watchdog.at(f"the data of step {count}")
+                batch = next(batches)
+                seen = int((batch["labels"] != PAD).sum()) * share[1]
+                batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+                waited += time.perf_counter() - start
+                watchdog.at(f"step {count}")
+                state, values = step(state, batch)
+                tokens += seen
+                tracker.log(count, values, tokens=values.pop("weight"))
+                traced()
+                halt = agreement.highest(stop.received or 0)
+                if count % settings.eval_every == 0 or count == settings.steps:
+                    float(values["loss"])  # waits for the device
+                    busy += time.perf_counter() - start
+                    watchdog.at(f"validation after step {count}")
+                    with tracker.paused():
+                        scores = validate(config, model, state.params, tokenizer, held_out, share)
+                        speed = {"mfu": tokens / busy * flops, "data_wait": waited / busy}
+                        tracker.record(count, {**scores, **speed})
+                        save(count, -scores["valid/loss"])
+                    tokens, busy, waited = 0, 0.0, 0.0
+                else:
+                    busy += time.perf_counter() - start
+                    if halt:
+                        save(count, None)
+                if halt and count < settings.steps:
+                    writer.wait()
+                    tracker.note(f"saved after step {count}; go on with: {resume}")
+                    raise SystemExit(0 if halt == signal.SIGTERM else 128 + halt)
+            watchdog.at("gathering the parameters")
+            writer.wait()
+            params = whole(state.params)
+        watchdog.close()
         if not rank:
             report(config, plain, tokenizer, params, held_out, tracker)
             draw(tracker)
             tracker.note(f"{time.perf_counter() - begin:.0f} seconds; everything is in {run}")
-    if world > 1:
-        dist.destroy_process_group()
+
+
+def resume_command(config: Config, run: Path) -> str:
+    """The same launch again, from the checkpoint; every node of several gives it."""
+    launch = "python"
+    if agreement.world() > 1:
+        local = os.environ.get("LOCAL_WORLD_SIZE", agreement.world())
+        nodes = agreement.world() // int(local)
+        launch = f"torchrun --nnodes {nodes} --nproc-per-node {local}"
+    return f"{launch} recipes/pretrain.py --resume --out {config.out} --name {run.name}"
+
+
+@contextlib.contextmanager
+def profiled(config: Config, run: Path) -> Iterator[Callable[[], None]]:
+    """What to call after each step, so that some are traced (chrome://tracing, perfetto.dev)."""
+    if not config.train.profile:
+        yield lambda: None
+        return
+    path = run / f"trace-{agreement.rank()}.json.gz"
+    plan = torch.profiler.schedule(wait=2, warmup=1, active=config.train.profile, repeat=1)
+    with torch.profiler.profile(
+        schedule=plan, on_trace_ready=lambda profile: profile.export_chrome_trace(str(path))
+    ) as profile:
+        yield profile.step
 
 
 def continuations(
@@ -544,17 +643,37 @@ def draw(tracker: Tracker) -> None:
     tracker.figure("curves", pictures.training_curves(records, panels))
 
 
-def sample(config: Config) -> None:
-    """Prints samples of a trained run, one a line."""
+def trained(config: Config) -> tuple[Functional, Params, Tokenizer]:
+    """What the run `config` names has learned, from its latest checkpoint."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"{config.mode} works with one process: start it without torchrun")
     root = config.out / str(config.name) / CHECKPOINTS
-    found = checkpoint.load(root)
+    found = checkpoints.load(root)
     tokenizer = Tokenizer.from_json(found.files[TOKENIZER].decode())
     model = make_model(config, tokenizer)
     like = {"params": dict(model.shapes)}
-    loaded = checkpoint.load(found.path, like, partial=True, device=config.device).state["params"]
+    params = checkpoints.load(found.path, like, partial=True).state["params"]
+    return model, {name: p.to(config.device) for name, p in params.items()}, tokenizer
+
+
+def sample(config: Config) -> None:
+    """Prints samples of a trained run, one a line."""
+    config = checked(config)
+    model, params, tokenizer = trained(config)
     prompts, number = [config.sample.prompt or ""], config.sample.number
-    for text in continuations(config, model, tokenizer, loaded, prompts, number):
+    for text in continuations(config, model, tokenizer, params, prompts, number):
         print(text)
+
+
+def export(config: Config) -> None:
+    """Writes model.safetensors, config.json and tokenizer.json into the run's folder `export`."""
+    config = checked(config)
+    model, params, tokenizer = trained(config)
+    folder = config.out / str(config.name) / "export"
+    settings: Any = model.skeleton.config
+    ids: dict[str, Any] = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
+    pretrained.save(folder, settings, params, tokenizer=tokenizer.to_json(), **ids)
+    print(f"{len(params)} tensors in {folder}")
 
 
 def checked(config: Config) -> Config:
@@ -569,8 +688,17 @@ def checked(config: Config) -> Config:
         raise ValueError(f"--name ({config.name}) must be a plain name: put folders into --out")
     if config.resume and config.overwrite:
         raise ValueError("--resume goes on with a run, --overwrite deletes it: give one of them")
-    if config.resume and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("--resume works with one process: start it without torchrun")
+    if not config.name and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        raise ValueError(
+            "--max-restarts needs a --name: processes that start again find their run by it"
+        )
+    if config.mesh.sequence and config.mesh.tp > 1 and config.data.length % config.mesh.tp:
+        raise ValueError(
+            f"--mesh.tp ({config.mesh.tp}) must divide --data.length ({config.data.length}): change"
+            f" one, or pass --mesh.no-sequence"
+        )
+    if not config.mesh.timeout > 0:
+        raise ValueError(f"--mesh.timeout ({config.mesh.timeout}) must be positive [s]")
     if not 0 < config.data.valid_share < 1:
         raise ValueError(f"--data.valid-share ({config.data.valid_share}) must be in (0, 1)")
     machine = configs.machine(config.device, config.dtype, config.train.compile)
@@ -590,17 +718,25 @@ def checked(config: Config) -> Config:
 
 
 def main(config: Config) -> None:
-    modes: dict[str, Callable[[Config], None]] = {"train": train, "sample": sample}
-    try:
-        modes[config.mode](checked(config))
-    except ValueError:
-        if int(os.environ.get("RANK", 0)) and not config.debug:
-            raise SystemExit(errors.EXPECTED) from None  # rank 0 says it
-        raise
+    modes: dict[str, Callable[[Config], None]] = {"sample": sample, "export": export}
+    if config.mode != "train":
+        return modes[config.mode](config)
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    timeout = max(config.mesh.timeout, 1.0) if several else math.inf
+    with Watchdog(timeout) as watchdog:
+        if several:
+            watchdog.at("joining the other processes")
+            kind = torch.device(config.device).type if config.device else None
+            meshes.join(kind, timeout=60 + 2 * timeout)  # the watchdog, which says more, is first
+            watchdog.joined()
+        with agreement.said_once() if not config.debug else contextlib.nullcontext():
+            train(config, watchdog)
+    if several:
+        dist.destroy_process_group()
 
 
 def command_line(args: Sequence[str]) -> Config:
-    start = configs.starting_point(args, {"default": Config()}, modes=("sample",))
+    start = configs.starting_point(args, {"default": Config()}, modes=("sample", "export"))
     return configs.parse(start, args, description=str(__doc__), prog="pretrain.py")
 
 

@@ -18,11 +18,16 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def check_claims(claims: list[Callable[[], None]], world: int) -> None:
-    """Every claim on `world` ranks, one after another; fails with the names of those that do not
-    hold."""
+def check_claims(*stages: tuple[list[Callable[[], None]], int]) -> None:
+    """Every claim of a stage (claims, ranks), one after another, stage after stage; fails with the
+    names of those that do not hold.
+
+    Processes take most of the time to start: later stages run on some of those of the largest one.
+    """
     results = mp.get_context("spawn").SimpleQueue()
-    processes = mp.spawn(_rank, (world, free_port(), claims, results), world, join=False)
+    world = max(ranks for _, ranks in stages)
+    planned = [(claims, ranks, free_port()) for claims, ranks in stages]
+    processes = mp.spawn(_rank, (planned, results), world, join=False)
     failed = ""
     while not processes.join():
         pass
@@ -31,11 +36,17 @@ def check_claims(claims: list[Callable[[], None]], world: int) -> None:
     assert not failed, failed
 
 
-def _rank(rank: int, world: int, port: int, claims: list, results) -> None:
+def _rank(rank: int, stages: list, results) -> None:
     torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
+    for claims, world, port in stages:
+        if rank < world:
+            given = {"RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
+            os.environ.update({name: str(value) for name, value in given.items()})
+            os.environ["MASTER_ADDR"] = "127.0.0.1"
+            _stage(rank, world, claims, results)
+
+
+def _stage(rank: int, world: int, claims: list, results) -> None:
     for claim in claims:
         start = time.perf_counter()
         torch._dynamo.reset()

@@ -1,5 +1,6 @@
 """The pretraining recipe through its command line: training, resuming, ranks, refusing."""
 
+import gzip
 import json
 import os
 import re
@@ -9,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import check_claims
-from safetensors.torch import load_file
 
-from msfs_functional import checkpoint, config, errors, tracking
+from msfs_functional import checkpoint, config, distributed_checkpoint, errors, tracking
+from msfs_functional.models import pretrained
 from msfs_functional.models.decoder import DecoderConfig, decoder
 from msfs_functional.synthetic.stories import judge, stories
-from msfs_functional.tokenizer import train_bpe
+from msfs_functional.tokenizer import Tokenizer, train_bpe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path.insert(0, str(RECIPES))
@@ -59,7 +60,10 @@ def trained(tmp_path_factory) -> Path:
 
 
 def final_state(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(checkpoint.checkpoints(run / "checkpoints")[-1].path / "state.safetensors")
+    newest = checkpoint.checkpoints(run / "checkpoints")[-1].path
+    records = distributed_checkpoint._metadata(newest).state_dict_metadata
+    like = {name: torch.empty(r.size, dtype=r.properties.dtype) for name, r in records.items()}
+    return distributed_checkpoint.load(newest, like).state
 
 
 def metrics_without_time(run: Path) -> list[dict]:
@@ -85,15 +89,16 @@ def test_run_leaves_config_metrics_checkpoints_samples_and_curves(trained):
 
 
 def test_killed_and_resumed_run_is_bit_equal_to_one_that_was_not(trained, tmp_path, monkeypatch):
-    save = checkpoint.save
+    save = distributed_checkpoint.Writer.save
 
-    def save_and_die(*args, **kwargs):
-        save(*args, **kwargs)
+    def save_and_die(self, *args, **kwargs):
+        save(self, *args, **kwargs)
+        self.wait()
         raise ValueError("killed")
 
     args = [*TINY, "--model.dropout", 0.1, "--out", tmp_path, "--name", "killed"]
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(pretrain.checkpoint, "save", save_and_die)
+        patch.setattr(distributed_checkpoint.Writer, "save", save_and_die)
         recipe(*args)
     assert [c.step for c in checkpoint.checkpoints(tmp_path / "killed/checkpoints")] == [3]
     recipe("--resume", "--out", tmp_path, "--name", "killed")
@@ -108,6 +113,22 @@ def test_samples_of_a_trained_run_go_on_with_the_prompt(trained, capsys):
     where = ["--out", trained.parent, "--name", trained.name]
     recipe("sample", *where, "--sample.prompt", prompt, "--sample.temperature", 0.5)
     assert capsys.readouterr().out.count(prompt) == 2
+
+
+def test_a_trained_run_is_exported_as_a_folder_that_others_load(trained, capsys):
+    recipe("export", "--out", trained.parent, "--name", trained.name)
+    assert capsys.readouterr().out.endswith(f"tensors in {trained / 'export'}\n")
+    config, params, hub, tokenizer = pretrained.load(trained / "export")
+    state = final_state(trained)
+    assert params.keys() == decoder(config).shapes.keys() and hub["model_type"] == "qwen3"
+    assert all(torch.equal(value, state[f"params/{name}"]) for name, value in params.items())
+    assert Tokenizer.from_json(str(tokenizer)).vocab_size == config.vocab
+
+
+def test_a_profiled_run_leaves_a_trace(tmp_path):
+    recipe(*TINY, "--train.profile", 1, "--out", tmp_path, "--name", "traced")
+    with gzip.open(tmp_path / "traced/trace-0.json.gz", "rt") as file:
+        assert any("aten::mm" in event["name"] for event in json.load(file)["traceEvents"])
 
 
 def test_a_model_that_knows_one_story_by_heart_is_confirmed(tmp_path):
@@ -158,18 +179,23 @@ def two_ranks() -> None:
     recipe(*TINY, "--out", out, "--name", "two", "--mesh.dp-shard", 2)
 
 
+def two_ranks_of_one_layer() -> None:
+    out = os.environ["PRETRAIN_OUT"]
+    recipe(*TINY, "--out", out, "--name", "tp", "--mesh.tp", 2, "--train.accumulation", 2)
+
+
 @pytest.mark.ranks
 def test_two_processes_train_what_one_does(tmp_path, monkeypatch):
     recipe(*TINY, "--out", tmp_path, "--name", "one")
     monkeypatch.setenv("PRETRAIN_OUT", str(tmp_path))
-    check_claims([two_ranks], 2)
-    one, two = (metrics_without_time(tmp_path / name) for name in ("one", "two"))
+    check_claims(([two_ranks], 2), ([two_ranks_of_one_layer], 2))
+    one, two, tp = (metrics_without_time(tmp_path / name) for name in ("one", "two", "tp"))
     assert [r["tokens"] for r in one if "tokens" in r] == [
         r["tokens"] for r in two if "tokens" in r
     ]
     for name in ("loss", "grad_norm", "valid/loss"):
-        a, b = ([record[name] for record in run if name in record] for run in (one, two))
-        assert a == pytest.approx(b, rel=2e-5)
+        a, b, c = ([record[name] for record in run if name in record] for run in (one, two, tp))
+        assert a == pytest.approx(b, rel=2e-5) and a == pytest.approx(c, rel=2e-5)
     a, b = final_state(tmp_path / "one"), final_state(tmp_path / "two")
     assert a.keys() == b.keys()
     for name in a:
@@ -182,6 +208,8 @@ def test_two_processes_train_what_one_does(tmp_path, monkeypatch):
         ("--model.vocab 300", r"the vocabulary has \d+ ids, more than .*--model.vocab \(300\)"),
         ("--data.batch 500", "fewer than one batch of 500 x 200"),
         ("--mesh.dp-shard 3", "multiply to 3, but 1 processes run"),
+        ("--mesh.tp 3", r"--mesh.tp \(3\) must divide --data.length \(200\)"),
+        ("--mesh.timeout 0", r"--mesh.timeout \(0.0\) must be positive"),
         ("--model.heads 3", r"heads \(3\) must divide width"),
         ("--vocabulary.size 100", r"vocab_size \(100\) must exceed 260"),
         ("--vocabulary.file nowhere.json", "no tokenizer at nowhere.json"),
@@ -213,12 +241,6 @@ def test_bad_files_end_with_one_line(content, said, tmp_path, capsys):
     path = tmp_path / ("a.jsonl" if content.startswith(b"{") else "a.txt")
     path.write_bytes(content)
     assert said in refused(capsys, *TINY, "--out", tmp_path, "--data.files", path)
-
-
-def test_resuming_several_processes_is_refused(trained, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    where = ["--out", trained.parent, "--name", trained.name]
-    assert "--resume works with one process" in refused(capsys, "--resume", *where)
 
 
 def test_a_run_is_not_overwritten_unasked(trained, capsys):

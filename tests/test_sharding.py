@@ -1,28 +1,35 @@
-"""Sharded training on several ranks equals one process; bad degrees and rules are told."""
+"""Sharded training on several ranks equals one process; bad degrees and rules are told.
 
+test_ranks.py runs the claims of TWO and FOUR on as many ranks.
+"""
+
+import collections
 import dataclasses
 import functools
 
 import pytest
 import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
-from ranks import check_claims
 from torch._dynamo.backends.common import aot_autograd
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.func import grad, jvp, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from msfs_functional import context_parallel, optim, random, sharding
+from msfs_functional import vocabulary_parallel as vocabulary
 from msfs_functional.attention import attention
 from msfs_functional.collectives import psum
 from msfs_functional.fsdp import fully_sharded
-from msfs_functional.gathering import gathered, sharded
-from msfs_functional.layouts import DECODER, TRANSFORMER
-from msfs_functional.losses import cross_entropy
+from msfs_functional.gathering import Sharded, gathered, sharded
+from msfs_functional.layouts import DECODER, DECODER_BY_TOKENS, TRANSFORMER
+from msfs_functional.losses import cross_entropy, linear_cross_entropy
 from msfs_functional.meshes import data_rank, degrees, mesh
-from msfs_functional.models.decoder import DecoderConfig, decoder
+from msfs_functional.models import decoder as decoders
+from msfs_functional.models.decoder import DecoderConfig, decoder, output_weight
 from msfs_functional.models.transformer import TransformerConfig, transformer
 from msfs_functional.train import init_state, make_step
 from msfs_functional.transforms import hvp, value_and_grad
+from msfs_functional.vocabulary_parallel import sharded_linear_cross_entropy
 
 # Vocabulary, hidden units and widths that two and four ranks do not divide.
 CONFIG = DecoderConfig(
@@ -38,6 +45,8 @@ CONFIG = DecoderConfig(
     qkv_bias=True,
     output_bias=True,
 )
+UNTIED = dataclasses.replace(CONFIG, tied=False, depth=1)
+UNNORMED = dataclasses.replace(CONFIG, qk_norm=False, depth=1)
 PAIRS = TransformerConfig(29, width=12, depth=1, heads=2, hidden=18, dropout=0.0)
 # Without eps Adam inflates gradients that are rounding alone, such as those of a key's bias.
 OPTIMIZER = optim.chain(optim.clip_by_global_norm(0.5), optim.adamw(1e-2, eps=1e-3))
@@ -98,6 +107,8 @@ def equal_one_process(
     one, want = on_one_process(build, config, loss, optimizer, **accumulation)
     model = sharded(build(config), layout, on)
     loss_fn = gathered(functools.partial(loss, model), model)
+    if options.pop("deferred", False):
+        options["gradient"] = model.gradient
     data = [share(tokens, on) for tokens in batches()]
     state, got = train(loss_fn, model.init(0), data, optimizer, **options)
     torch.testing.assert_close(got, want, **CLOSE)
@@ -150,6 +161,75 @@ def tensor_parallel():
     assert state.params["blocks.0.attention.q.weight"].to_local().shape == (12, 18)
 
 
+def fused_loss(model, params, tokens, key):
+    """With the loss that holds no logits; its options, too."""
+    states = model.apply(params, tokens[:, :-1], method="hidden")
+    loss_of = linear_cross_entropy
+    if isinstance(model, Sharded):
+        loss_of = sharded_linear_cross_entropy(model.mesh, 29)
+    options = {"label_smoothing": 0.1, "z_loss": 1e-3}
+    loss, count = loss_of(states, output_weight(params), tokens[:, 1:], **options)
+    return loss / count, {"weight": count}
+
+
+def sequence_parallel():
+    """Norms and residuals of a part of the tokens each; a vocabulary that nothing divides."""
+    for loss in (next_token, fused_loss):
+        equal_one_process({"tp": 2}, layout=DECODER_BY_TOKENS, loss=loss)
+    norms, normalize = [], decoders.normalize
+
+    def seen(params, name, x, config):
+        norms.append(x.shape)
+        return normalize(params, name, x, config)
+
+    model = sharded(decoder(UNNORMED), DECODER_BY_TOKENS, mesh(tp=2))
+    params, tokens = model.init(0), batches(1)[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoders, "normalize", seen)
+        gathered(functools.partial(next_token, model), model)(params, tokens, random.key(0))
+    assert norms == [(8, 3, 18)] * 3
+    with pytest.raises(ValueError, match=r"tp \(2\) must divide the tokens of a sequence \(7\)"):
+        model.apply(params, tokens)
+
+
+def vocabulary_parallel():
+    equal_one_process({"tp": 2}, loss=fused_loss)
+    state, _ = equal_one_process({"tp": 2}, config=UNTIED, loss=fused_loss)
+    rank = torch.distributed.get_rank()
+    for name in ("embedding.weight", "output.weight"):
+        assert state.params[name].to_local().shape == ((15, 14)[rank], 18)
+
+
+def fused_loss_in_chunks():
+    """A chunk of the items at a time, in float64, with a bias, under every transform."""
+    group = mesh(tp=2).get_group("tp").group_name
+    rank = torch.distributed.get_rank()
+    g = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, generator=g, dtype=torch.float64)  # noqa: E731
+    h, w, b, labels = draw(4, 5, 6), draw(29, 6), draw(29), torch.arange(20).reshape(4, 5)
+    options = {"ignore_index": 3, "label_smoothing": 0.1, "z_loss": 0.01}
+    rows = slice(0, 15) if rank == 0 else slice(15, 29)
+    own = sharded_linear_cross_entropy(mesh(tp=2), 29)
+
+    def whole(h, w, b):
+        return cross_entropy(h @ w.T + b, labels, **options)[0]
+
+    def part(h, w, b):
+        return own(h, w[rows], labels, bias=b[rows], **options)[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vocabulary, "CHUNK", {"cpu": 60, "cuda": 60})  # 5 chunks of the 20 items
+        torch.testing.assert_close(part(h, w, b), whole(h, w, b))
+        for i in range(3):
+            want = grad(whole, i)(h, w, b)
+            for got in (grad(part, i)(h, w, b), value_and_grad(part, i)(h, w, b)[1]):
+                got = got if i == 0 else psum(got, group)  # of its rows, zero elsewhere
+                torch.testing.assert_close(got, want)
+        tangents = draw(4, 5, 6), draw(29, 6), draw(29)
+        want = jvp(lambda *x: grad(whole)(*x), (h, w, b), tangents)
+        torch.testing.assert_close(jvp(lambda *x: grad(part)(*x), (h, w, b), tangents), want)
+
+
 def translation_model():
     options = {"build": transformer, "config": PAIRS, "layout": TRANSFORMER, "loss": translation}
     equal_one_process({"dp_shard": 2}, **options)
@@ -158,6 +238,41 @@ def translation_model():
 
 def accumulated_microbatches():
     equal_one_process({"dp_shard": 2}, accumulation=2)
+    for given in ({"dp_shard": 2}, {"tp": 2}):
+        equal_one_process(given, accumulation=2, deferred=True)
+
+
+class Counted(TorchDispatchMode):
+    """Counts operations by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def gradients_are_reduced_once_a_step():
+    """Four microbatches: each parameter is gathered once and its gradient scattered once."""
+    on = mesh(dp_shard=2)
+    model = sharded(decoder(CONFIG), DECODER, on)
+    loss_fn = gathered(functools.partial(next_token, model), model)
+    tokens = share(batches(1)[0], on)
+    n = len(model.shapes)
+    for gradient, times in ((model.gradient, 1), (None, 4)):
+        state = init_state(model.init(0), OPTIMIZER, random.key(1))
+        options = {"accumulation": 4, "compile": False}
+        step = make_step(loss_fn, OPTIMIZER, gradient=gradient, **options)
+        with Counted() as counted:
+            step(state, tokens)
+        counts = counted.names
+        assert counts["reduce_scatter_tensor"] == n * times, counts
+        assert counts["all_gather_into_tensor"] >= n * times, counts
+        assert counts["all_reduce"] == 6, counts  # a loss for each microbatch, two norms
+        if times == 1:
+            assert counts["all_gather_into_tensor"] == n, counts
 
 
 def compiled_step():
@@ -191,9 +306,34 @@ def compiled_step():
     assert backward.count(gather) >= len(matrices)
 
 
+def compiled_sequence_parallel_loss():
+    on, one = mesh(tp=2), UNNORMED
+    model = sharded(decoder(one), DECODER_BY_TOKENS, on)
+    loss_fn = gathered(functools.partial(fused_loss, model), model)
+    compiled = torch.compile(
+        lambda p, x: loss_fn(p, x, random.key(0))[0], backend="aot_eager", fullgraph=True
+    )
+    params, tokens = model.init(0), batches(1)[0]
+    value, grads = value_and_grad(compiled)(params, tokens)
+    whole = decoder(one).init(0)
+    want = value_and_grad(lambda p: fused_loss(decoder(one), p, tokens, None)[0])(whole)
+    torch.testing.assert_close(value, want[0])
+    for name, gradient in sharding.gather(grads).items():
+        torch.testing.assert_close(gradient, want[1][name], **CLOSE)
+
+
 def whole_tree_optimizers():
     for optimizer in (optim.muon(1e-2, dtype=torch.float32), optim.adafactor(1e-2)):
         equal_one_process({"dp_shard": 2}, optimizer=optimizer)
+
+
+def muon_on_every_mesh():
+    """Its matrices are whole for the update, however they are cut."""
+    muon = sharding.over_whole(optim.muon(1e-2, dtype=torch.float32))
+    for given in ({"tp": 2, "dp_shard": 2}, {"dp_replicate": 2, "dp_shard": 2}):
+        state, _ = equal_one_process(given, config=UNNORMED, optimizer=muon)
+        moment = state.opt_state[0][0].mu["blocks.0.attention.q.weight"]
+        assert moment.placements == state.params["blocks.0.attention.q.weight"].placements
 
 
 def fsdp2(build, config, layout, loss, accumulation=1, **given):
@@ -240,15 +380,16 @@ def guard_agrees_on_all_ranks():
 def transforms():
     """torch.func over DTensor parameters, in float64: exact to rounding."""
     for given in ({"dp_shard": 2}, {"dp_replicate": 2}, {"tp": 2}):
-        transforms_on(mesh(**given))
+        transforms_on(mesh(**given), DECODER)
+    transforms_on(mesh(tp=2), DECODER_BY_TOKENS)
 
 
-def transforms_on(on):
-    plain, model = decoder(CONFIG), sharded(decoder(CONFIG), DECODER, on)
+def transforms_on(on, layout):
+    plain, model = decoder(CONFIG), sharded(decoder(CONFIG), layout, on)
     tokens, key = batches(1)[0], random.key(0)
     whole = plain.init(0, dtype=torch.float64)
     v = {name: p.cos() * 0.3 for name, p in plain.init(1, dtype=torch.float64).items()}
-    params, tv = (sharding.shard(x, DECODER.rules, on) for x in (whole, v))
+    params, tv = (sharding.shard(x, layout.rules, on) for x in (whole, v))
     sharded_loss = gathered(functools.partial(next_token, model), model)
 
     def f(params, tokens=tokens):
@@ -370,12 +511,17 @@ TWO = [
     data_parallel,
     replicated_data_parallel,
     tensor_parallel,
+    sequence_parallel,
+    vocabulary_parallel,
+    fused_loss_in_chunks,
     translation_model,
     accumulated_microbatches,
+    gradients_are_reduced_once_a_step,
     whole_tree_optimizers,
     guard_agrees_on_all_ranks,
     transforms,
     compiled_step,
+    compiled_sequence_parallel_loss,
     fsdp2_path,
     context_parallelism,
     ring_attention_has_every_derivative,
@@ -403,6 +549,7 @@ def hybrid():
 
 def tensor_and_data_parallel():
     equal_one_process({"tp": 2, "dp_shard": 2})
+    equal_one_process({"tp": 2, "dp_shard": 2}, layout=DECODER_BY_TOKENS, loss=fused_loss)
 
 
 def tensor_parallel_that_does_not_divide_heads_is_refused():
@@ -421,19 +568,10 @@ FOUR = [
     hybrid,
     tensor_and_data_parallel,
     context_and_other_parallelism,
+    muon_on_every_mesh,
     fsdp2_path_on_a_hybrid_mesh,
     tensor_parallel_that_does_not_divide_heads_is_refused,
 ]
-
-
-@pytest.mark.ranks
-def test_two_ranks_equal_one_process():
-    check_claims(TWO, 2)
-
-
-@pytest.mark.ranks
-def test_four_ranks_equal_one_process():
-    check_claims(FOUR, 4)
 
 
 # One process.
