@@ -2,6 +2,8 @@
 
     python recipes/bench_attention.py               # the grid, forward and backward
     python recipes/bench_attention.py --check       # ours against float64, random options (< 70 s)
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
+        python recipes/bench_attention.py --check --launch-only    # after the line above: < 60 s
     python recipes/bench_attention.py --device cpu --lengths 128 1024     # beside torch on the CPU
     python recipes/bench_attention.py --tangent     # torch.func.jvp beside jvp_flash_attention
     python recipes/bench_attention.py --overhead    # the host's time a call, beside torch's
@@ -402,27 +404,27 @@ def host_microseconds(call: Callable[[], object], args: argparse.Namespace) -> f
 
 def bench_second_order(args: argparse.Namespace) -> None:
     """Peak memory of second derivatives above the inputs, causal, 8 heads of 64: linear in T."""
-    half = torch.bfloat16 if args.device == "cuda" else torch.float32
+
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ours(q, k, v, True).float().sin().sum()
+
+    gradient = torch.func.grad(loss, (0, 1, 2))
+
+    def size_of_gradient(*x: Tensor) -> Tensor:
+        return torch.stack([g.float().square().sum() for g in gradient(*x)]).sum()
+
+    gradient_of_gradient = torch.func.grad(size_of_gradient, (0, 1, 2))
+
+    def tangent_of_gradient(*x: Tensor) -> object:
+        return torch.func.jvp(gradient, x, x)
+
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     rows = []
     for length in args.lengths or (4096, 8192, 16_384):
-        x = tuple(torch.randn(1, 8, length, 64, device=args.device, dtype=half) for _ in range(3))
-
-        def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return ours(q, k, v, True).float().sin().sum()
-
-        gradient = torch.func.grad(loss, (0, 1, 2))
-
-        def size_of_gradient(*x: Tensor) -> Tensor:
-            return torch.stack([g.float().square().sum() for g in gradient(*x)]).sum()
-
-        gradient_of_gradient = torch.func.grad(size_of_gradient, (0, 1, 2))
-
-        def tangent_of_gradient(*x: Tensor) -> object:
-            return torch.func.jvp(gradient, x, x)
-
+        x = tuple(torch.randn(1, 8, length, 64, device=args.device, dtype=dtype) for _ in range(3))
         cells = []
         for fn in (gradient_of_gradient, tangent_of_gradient):
-            peak, seconds = peak_mib(lambda: fn(*x), args.device)  # noqa: B023
+            peak, seconds = peak_mib(functools.partial(fn, *x), args.device)
             cells.append(f"{peak:9.0f} {1e3 * seconds:9.1f}")
         matrix = 8 * length * length * 4 / 2**20
         rows.append(f"{length:7d}   {cells[0]}      {cells[1]}    {matrix:12.0f}")
@@ -507,12 +509,18 @@ def compile_ahead(job: tuple[int, int, int, int, int]) -> str | None:
 
 def check_case(seed: int, sibling: int, args: argparse.Namespace, results: list) -> None:
     """Appends (features, worst ratio of each pass), and prints what is wrong."""
-    from msfs_kernels.triton_check import random_case, ratios
+    from msfs_kernels.triton_check import by_kernels, directions, random_case, ratios
 
     dtypes = None if args.device == "cuda" else (torch.float16, torch.float32)
     case = random_case(seed, args.device, args.largest, dtypes, sibling)
     try:
-        found = ratios(case, sibling)
+        if args.launch_only:
+            by_kernels(case, *directions(case, sibling))
+            if args.device == "cuda":
+                torch.cuda.synchronize()
+            found = {}
+        else:
+            found = ratios(case, sibling)
     except Exception as problem:
         print(f"{case.name}\n    {type(problem).__name__}: {' '.join(str(problem).split())[:200]}")
         found = dict.fromkeys(("o", "dq", "to"), float("inf"))
@@ -528,12 +536,13 @@ def check_case(seed: int, sibling: int, args: argparse.Namespace, results: list)
 
 def compiled_cases(seeds: list[int], args: argparse.Namespace, start: float):
     """(seed, sibling) in the order in which their kernels are there; on the CPU, where the
-    interpreter runs them, at once.
+    interpreter runs them, and for a memory checker, which takes its kernels from Triton's cache, as
+    they come.
 
     Processes fork before CUDA starts: they have the imports, and compile for a chip they never
     open.
     """
-    if args.device == "cpu":
+    if args.device == "cpu" or args.launch_only:
         for seed in seeds:
             if time.time() - start < args.seconds:
                 yield seed, 0
@@ -764,6 +773,9 @@ def main() -> None:
     parser.add_argument("--rep", type=int, default=100, help="milliseconds of measurement a cell")
     parser.add_argument(
         "--seconds", type=float, default=60.0, help="limit for --check, and for compiling in --tune"
+    )
+    parser.add_argument(
+        "--launch-only", action="store_true", help="--check without comparing, for a memory checker"
     )
     parser.add_argument("--cases", type=int, default=48, help="draws for --check")
     parser.add_argument("--largest", type=int, default=300, help="tokens, for --check")

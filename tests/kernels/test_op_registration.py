@@ -119,7 +119,7 @@ def test_aot_inductor_runs_the_op(tmp_path):
     path = torch._inductor.aoti_compile_and_package(
         program,
         package_path=str(tmp_path / "block.pt2"),
-        inductor_configs={"aot_inductor.compile_wrapper_opt_level": "O0"},  # half the time
+        inductor_configs={"aot_inductor.compile_wrapper_opt_level": "O0"},  # compiles sooner
     )
     loaded = torch._inductor.aoti_load_package(path)
     torch.testing.assert_close(loaded(*inputs), Block()(*inputs))
