@@ -610,6 +610,7 @@ def candidates(kernel: str) -> list[Config]:
         "forward": [(128, 128), (128, 64), (64, 128), (64, 64), (256, 64)],
         "keys": [(64, 128), (64, 64), (128, 128), (32, 128), (128, 64)],
         "fused": [(64, 128), (64, 64), (128, 128), (32, 128), (128, 64), (64, 256)],
+        "own": [(64, 128), (32, 128), (128, 128), (16, 128)],
         "queries": [(128, 128), (128, 64), (64, 128), (64, 64)],
         "tangent": [(128, 64), (128, 128), (64, 64), (64, 128), (128, 32)],
     }[kernel]
@@ -617,8 +618,8 @@ def candidates(kernel: str) -> list[Config]:
         Config(m, n, warps, stages, tma)
         for m, n in tiles
         for warps in (4, 8)
-        for stages in (2, 3, 4)
-        for tma in ((True, False) if stages == 2 else (True,))
+        for stages in ((1, 2, 3) if kernel == "own" else (2, 3, 4))
+        for tma in ((True, False) if stages <= 2 else (True,))
     ]
 
 
@@ -642,6 +643,7 @@ def tuned_launch(
     if kernel == "queries":
         return triton_backward.plan_queries(q, k, v, do, lse, lse, None, q, options, config)
     sums = torch.zeros(q.shape, device=device) if kernel == "fused" else None
+    sums = torch.empty_like(q) if kernel == "own" else sums
     return triton_backward.plan_keys(q, k, v, do, lse, lse, None, k, v, sums, options, config)
 
 
@@ -675,15 +677,15 @@ def tune(args: argparse.Namespace) -> None:
     target = driver.active.get_current_target()
     assert isinstance(target, GPUTarget)
     lengths = {"short": 1024, "long": 8192}
-    cells = [
-        (kernel, head_dim, causal, size)
+    cells = [  # (kernel, head dim, causal, length); one tile of "own" holds all keys
+        (kernel, head_dim, causal, 128 if kernel == "own" else lengths[size])
         for kernel in args.kernels
         for head_dim in args.head_dims
         for causal in args.causal
-        for size in args.sizes
+        for size in (["short"] if kernel == "own" else args.sizes)
     ]
     jobs = {
-        (cell, config): (*cell[:3], lengths[cell[3]], config, int(target.arch))
+        (cell, config): (*cell, config, int(target.arch))
         for cell in cells
         for config in candidates(cell[0])
     }
@@ -702,23 +704,23 @@ def tune(args: argparse.Namespace) -> None:
     print(f"compiled {len(notes)} of {len(jobs)} in {time.time() - start:.0f} s")
     table = json.loads(configs.TABLE.read_text()) if configs.TABLE.exists() else {}
     for cell in cells:
-        kernel, head_dim, causal, size = cell
+        kernel, head_dim, causal, length = cell
         ranking = []
         for config in candidates(kernel):
             note = notes.get((cell, config), "not compiled in time")
             if "reg" not in note:
                 continue
             try:
-                launch = tuned_launch(kernel, head_dim, causal, lengths[size], config, "cuda")
+                launch = tuned_launch(*cell, config, "cuda")
                 launch.run()
                 torch.cuda.synchronize()
                 ranking.append((median_ms(launch.run, args.rep // 4), config, note))
             except Exception as problem:
                 print(f"  {config}: {type(problem).__name__}")
         ranking.sort()
-        products = {"forward": 2, "keys": 4, "fused": 5, "queries": 3, "tangent": 5}[kernel]
-        flops = products * 2 * TOKENS * lengths[size] * WIDTH / (2 if causal else 1)
-        name = configs.key(kernel, configs.chip(), torch.bfloat16, head_dim, causal, lengths[size])
+        products = {"forward": 2, "keys": 4, "fused": 5, "own": 5, "queries": 3, "tangent": 5}
+        flops = products[kernel] * 2 * TOKENS * length * WIDTH / (2 if causal else 1)
+        name = configs.key(kernel, configs.chip(), torch.bfloat16, head_dim, causal, length)
         print(name)
         for ms, config, note in ranking[: args.show]:
             print(
@@ -767,7 +769,7 @@ def main() -> None:
         default=["ours", "flash2", "flex", "cudnn", "flash4"],
     )
     parser.add_argument(
-        "--kernels", nargs="+", default=["forward", "fused", "keys", "queries", "tangent"]
+        "--kernels", nargs="+", default=["forward", "fused", "own", "keys", "queries", "tangent"]
     )
     parser.add_argument("--sizes", nargs="+", choices=["short", "long"], default=["short", "long"])
     parser.add_argument("--rep", type=int, default=100, help="milliseconds of measurement a cell")

@@ -32,6 +32,17 @@ from msfs_functional.params import cast
 from msfs_functional.train import init_state, make_step
 
 
+def tiny30k() -> translate.Config:
+    """The tiny model on Multi30k, in few shapes: what an ensemble has members of."""
+    preset = translate.PRESETS["multi30k"]
+    return replace(
+        preset,
+        data=replace(preset.data, buckets=2),
+        model=translate.Model("tiny", dropout=0.3),
+        train=replace(preset.train, consistency=0.0),
+    )
+
+
 @dataclass(frozen=True)
 class Config:
     """What to measure, and for how long."""
@@ -47,7 +58,7 @@ class Config:
     """steps before, compiling included"""
     members: int = 8
     """of the ensemble"""
-    recipe: translate.Config = field(default_factory=lambda: translate.PRESETS["multi30k"])
+    recipe: translate.Config = field(default_factory=tiny30k)
     """data and ensemble: the training to take the step from"""
     debug: bool = False
     """show tracebacks"""

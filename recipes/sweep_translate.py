@@ -2,7 +2,7 @@
 
     python recipes/sweep_translate.py --data ../multi30k --jobs 4
 
-    python recipes/sweep_translate.py --data ../multi30k --variants small ensemble --steps 4000
+    python recipes/sweep_translate.py --data ../multi30k --variants small tiny-ensemble --steps 4000
 
 Each variant is `recipes/translate.py --preset multi30k` with its own options, so every line of the
 table can be repeated alone. The validation set chooses, the test set (test_2016_flickr) is shown.
@@ -23,20 +23,21 @@ import tyro
 from msfs_functional import config as configs
 from msfs_functional import errors, metrics, tracking
 
-SMALL = "--model.width 256 --model.depth 3 --model.hidden 1024 --optimizer.learning-rate 2e-3"
-VARIANTS = {
-    "tiny": "",
-    "tiny-consistent": "--train.consistency 3",
-    "small": SMALL,
-    "small-bpe4k": f"{SMALL} --vocabulary.size 4000",
-    "small-bpe10k": f"{SMALL} --vocabulary.size 10000",
-    "small-consistent": f"{SMALL} --train.consistency 3",
-    "small-dropout4": f"{SMALL} --model.dropout 0.4",
-    "small-dropout4-consistent": f"{SMALL} --model.dropout 0.4 --train.consistency 3",
-    "deep-consistent": f"{SMALL} --model.depth 6 --train.consistency 3",
-    "wide-consistent": "--model.width 512 --model.depth 3 --model.hidden 1024 --model.heads 8 "
-    "--model.dropout 0.4 --optimizer.learning-rate 1e-3 --train.consistency 3",
-    "ensemble": "--members 8",
+TINY = "--model.width 128 --model.depth 4 --model.hidden 256 --optimizer.learning-rate 5e-3"
+SINGLE = "--train.consistency 0"
+WIDE = "--model.width 512 --model.hidden 1024 --model.heads 8 --optimizer.learning-rate 1e-3"
+VARIANTS = {  # what differs from the preset
+    "preset": "",
+    "tiny": f"{TINY} {SINGLE}",
+    "tiny-consistent": TINY,
+    "small": SINGLE,
+    "small-dropout4": f"{SINGLE} --model.dropout 0.4",
+    "bpe4k": "--vocabulary.size 4000",
+    "bpe10k": "--vocabulary.size 10000",
+    "dropout4": "--model.dropout 0.4",
+    "deep": "--model.depth 6",
+    "wide": f"{WIDE} --model.dropout 0.4",
+    "tiny-ensemble": f"{TINY} {SINGLE} --members 8 --data.buckets 3",
 }
 FILES = {
     "train": ("train.en.gz", "train.de.gz"),
@@ -51,7 +52,7 @@ class Config:
 
     data: Path
     """folder of Multi30k task 1, raw: train, val and test_2016_flickr as .en.gz and .de.gz"""
-    variants: tuple[str, ...] = tuple(name for name in VARIANTS if name != "ensemble")
+    variants: tuple[str, ...] = tuple(name for name in VARIANTS if name != "tiny-ensemble")
     """which of the settings in VARIANTS to try"""
     steps: int | None = None
     """optimizer steps of each; None: the preset's"""

@@ -220,9 +220,9 @@ MULTI30K = Config(
     preset="multi30k",
     data=Data("bentrevett/multi30k", None, HUB_SPLITS, batch=8192, buckets=8),
     vocabulary=Vocabulary(size=8000),
-    model=Model("tiny", dropout=0.3),
-    optimizer=Optimizer(schedule="inverse_square_root", learning_rate=5e-3, warmup=2000),
-    train=Train(steps=8000, ema=0.999, eval_every=500, valid_sentences=200),
+    model=Model("tiny", width=256, depth=3, hidden=1024, dropout=0.3),
+    optimizer=Optimizer(schedule="inverse_square_root", learning_rate=2e-3, warmup=2000),
+    train=Train(steps=8000, ema=0.999, consistency=3.0, eval_every=1000, valid_sentences=200),
     decode=Decode(beam=5),
 )
 CLASSIC = Config(

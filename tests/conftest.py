@@ -22,3 +22,17 @@ def fresh_compiler():
     """Compiled graphs of one test never count against another test's recompile limit."""
     torch._dynamo.reset()
     yield
+
+
+@pytest.fixture
+def compile_with(monkeypatch: pytest.MonkeyPatch):
+    """compile_with(backend): torch.compile is by that backend, without options for Inductor."""
+    plain = torch.compile
+
+    def set_backend(backend):
+        monkeypatch.setattr(
+            torch, "compile", lambda fn, options=None, **rest: plain(fn, backend=backend, **rest)
+        )
+        return backend
+
+    return set_backend

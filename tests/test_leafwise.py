@@ -1,7 +1,5 @@
 """Claims of msfs_functional.leafwise, through the training step that runs it."""
 
-import functools
-
 import optree
 import pytest
 import torch
@@ -22,11 +20,9 @@ EVERY = {
 
 
 @pytest.fixture
-def counter(monkeypatch):
-    backend = CompileCounterWithBackend("eager")
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+def counter(monkeypatch, compile_with):
     monkeypatch.setattr(random, "fold_in", lambda key, data: key + data)
-    return backend
+    return compile_with(CompileCounterWithBackend("eager"))
 
 
 def draw(layers=2, dtype=torch.float32):

@@ -454,11 +454,12 @@ def test_cuda_draws_the_numbers_of_the_cpu():
 
 @pytest.mark.gpu
 def test_cuda_draws_are_mapped_over_keys_and_differentiable():
-    keys = random.split(random.key(11), 3)
-    expected = torch.vmap(draw_all)(keys)
+    expected = torch.vmap(draw_all)(random.split(random.key(11), 3))
+    keys = random.split(random.key(11, device="cuda"), 3)  # made there, 4 words apart
     for draw in (torch.vmap(draw_all), torch.compile(torch.vmap(draw_all), fullgraph=True)):
-        assert not differing({name: x.cpu() for name, x in draw(keys.cuda()).items()}, expected)
-    key, x = keys[0].cuda(), torch.randn(64, 33, device="cuda")
+        assert not differing({name: x.cpu() for name, x in draw(keys).items()}, expected)
+        assert not differing({name: x.cpu() for name, x in draw(keys.clone()).items()}, expected)
+    key, x = keys[0], torch.randn(64, 33, device="cuda")
     mask = random.dropout(key, torch.ones_like(x), 0.3)
     slope = torch.func.grad(lambda x: (random.dropout(key, x, 0.3) ** 2).sum())
     for wrapped in (slope, torch.compile(slope, fullgraph=True)):

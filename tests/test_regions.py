@@ -1,7 +1,5 @@
 """Claims of msfs_functional.regions: blocks compiled once, and nothing but faster."""
 
-import functools
-
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -15,10 +13,8 @@ from msfs_functional.train import init_state, make_step
 
 
 @pytest.fixture
-def counter(monkeypatch):
-    backend = CompileCounterWithBackend("eager")
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    return backend
+def counter(compile_with):
+    return compile_with(CompileCounterWithBackend("eager"))
 
 
 def training(depth, compile, lengths=((5, 6),), **options):

@@ -85,18 +85,16 @@ def assert_trees(a, b, **tolerance):
 
 
 @pytest.fixture
-def quick_compile(monkeypatch):
+def quick_compile(compile_with):
     """torch.compile without code generation: everything but Inductor, in a tenth of the time."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    compile_with("aot_eager")
 
 
 @pytest.fixture
-def counter(monkeypatch):
+def counter(monkeypatch, compile_with):
     """Counts compiled graphs; keys are folded by an addition, which traces in no time."""
     monkeypatch.setattr(random, "fold_in", lambda key, data: key + data)
-    backend = CompileCounterWithBackend("eager")
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    return backend
+    return compile_with(CompileCounterWithBackend("eager"))
 
 
 def test_step_equals_the_loop_written_out():

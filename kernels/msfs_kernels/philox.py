@@ -197,7 +197,7 @@ def _cuda_words(key: Tensor, counter: Tensor, domain: int) -> Tensor:
     lead, keys, counters = _rows(key, counter)
     rows, n = len(keys), counters.shape[1]
     out = keys.new_empty(rows, n, 4)
-    philox_triton.words(torch.library.wrap_triton, keys, counters.contiguous(), domain, out)
+    philox_triton.words(torch.library.wrap_triton, keys, counters, domain, out)
     return out.view(*lead, n, 4)
 
 

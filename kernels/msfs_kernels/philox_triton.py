@@ -61,7 +61,11 @@ def bits_kernel(keys, out, n, threshold, blocks, DOMAIN: tl.constexpr, BLOCK: tl
 
 
 def words(wrap: Callable[[Any], Any], keys: Tensor, counters: Tensor, domain: int, out: Tensor):
-    """Fills out (R, N, 4). `wrap` is torch.library.wrap_triton: torch.compile sees the launch."""
+    """Fills out (R, N, 4). `wrap` is torch.library.wrap_triton: torch.compile sees the launch.
+
+    keys (R, 2), counters (R or 1, N) of any strides: keys made by `split` are 4 words apart.
+    """
+    keys, counters = keys.contiguous(), counters.contiguous()
     rows, n = out.shape[0], out.shape[1]
     row_stride = n if counters.shape[0] > 1 else 0
     blocks = triton.cdiv(n, BLOCK)
@@ -72,7 +76,8 @@ def words(wrap: Callable[[Any], Any], keys: Tensor, counters: Tensor, domain: in
 
 
 def bits(wrap: Callable[[Any], Any], keys: Tensor, threshold: int, out: Tensor, domain: int):
-    """Fills out (R, ceil(count / 8))."""
+    """Fills out (R, ceil(count / 8)); keys (R, 2) of any strides."""
+    keys = keys.contiguous()
     rows, n = out.shape
     blocks = triton.cdiv(n, BLOCK)
     if rows * blocks:

@@ -557,12 +557,12 @@ def fused_is_fastest(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
 
 
 def choose_keys(q: Tensor, k: Tensor, v: Tensor, options: Options, *, fused: bool) -> Config:
-    """The configuration of `key_kernel`; of few keys one whose tile holds them all, if there is."""
+    """The configuration of `key_kernel`; with dq, the least tile that holds all keys, if any."""
     head_dim, length = max(padded(q.shape[3]), padded(v.shape[3])), max(q.shape[2], k.shape[2])
-    fused = fused and fused_is_fastest(q, k, v, options)
-    names = ("fused", "keys") if fused else ("keys",)
+    names = ("fused", "keys", "own") if fused else ("keys",)
     found = [choose(name, q.dtype, head_dim, options.causal, length) for name in names]
-    return next((config for config in found if k.shape[2] <= config.block_n), found[0])
+    holding = [config for config in found if k.shape[2] <= config.block_n]
+    return min(holding, key=lambda config: config.block_n) if fused and holding else found[0]
 
 
 def plan_keys(

@@ -25,8 +25,8 @@ from torch import Tensor
 from msfs_kernels.options import Options
 from msfs_kernels.philox import philox_4x32
 from msfs_kernels.triton_backend import backward, forward, tangent
-from msfs_kernels.triton_common import Launch, launches_of
-from msfs_kernels.triton_decode import MOST_QUERIES, suits
+from msfs_kernels.triton_common import MOST_QUERIES, Launch, launches_of
+from msfs_kernels.triton_decode import suits
 
 
 class Case(NamedTuple):

@@ -31,6 +31,7 @@ from msfs_kernels.options import Options
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2.0))
+MOST_QUERIES = 16  # that count as decoding
 
 
 INTERPRETED = triton.knobs.runtime.interpret  # decided when the kernels below are decorated

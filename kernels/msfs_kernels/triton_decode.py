@@ -27,6 +27,7 @@ from msfs_kernels.options import Options, empty_tokens_first
 from msfs_kernels.triton_common import (
     LN2,
     LOG2E,
+    MOST_QUERIES,
     Launch,
     key_range,
     launch,
@@ -36,7 +37,6 @@ from msfs_kernels.triton_common import (
 )
 from msfs_kernels.triton_forward import forward_blocks
 
-MOST_QUERIES = 16
 SHORTEST_SLICE = 256  # keys
 PROGRAMS = 264  # two for each of a large chip's multiprocessors
 

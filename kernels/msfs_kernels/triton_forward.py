@@ -37,6 +37,7 @@ from msfs_kernels.options import Options, empty_tokens_first
 from msfs_kernels.triton_common import (
     LN2,
     LOG2E,
+    MOST_QUERIES,
     Launch,
     Masks,
     key_range,
@@ -188,7 +189,8 @@ def plan_forward(
     (B, H, T, K), (_, G, S, V) = q.shape, v.shape
     masks = masks_of(options, (B, H, T, S))
     KP, VP = padded(K), padded(V)
-    config = config or choose("forward", q.dtype, max(KP, VP), options.causal, max(T, S))
+    kind = "decode" if T <= MOST_QUERIES else "forward"  # a tall tile would be empty but for them
+    config = config or choose(kind, q.dtype, max(KP, VP), options.causal, max(T, S))
     BM, BN = config.block_m, config.block_n
     tma = config.tma and tma_ready(q, k, v)
     simple = (

@@ -370,3 +370,19 @@ def decoding_errors(T, S, heads, options):
 def test_decoding_over_slices_of_the_keys_equals_the_formula(interpreter, T, S, heads, options):
     error, lse_error = interpreter(decoding_errors, T, S, heads, options)
     assert error < 1e-3 and lse_error < 1e-5
+
+
+def words_of_strided_keys() -> tuple[torch.Tensor, ...]:
+    from msfs_kernels import philox, philox_triton
+
+    keys = torch.arange(12).view(3, 4)[:, :2]  # as `split` makes them
+    words, bits = torch.empty(3, 5, 4, dtype=torch.int64), torch.empty(3, 2, dtype=torch.uint8)
+    philox_triton.words(lambda kernel: kernel, keys, torch.arange(5)[None], 3, words)
+    philox_triton.bits(lambda kernel: kernel, keys, 2**14, bits, philox.DROPOUT)
+    expected = philox.philox_words(keys, torch.arange(5), 3)
+    return words, expected, bits, philox.dropout_bits(keys, 16, 2**14)
+
+
+def test_random_words_of_keys_of_any_strides_are_those_of_the_cpu(interpreter):
+    words, expected, bits, expected_bits = interpreter(words_of_strided_keys)
+    assert torch.equal(words, expected) and torch.equal(bits, expected_bits)
