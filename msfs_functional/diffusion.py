@@ -163,6 +163,46 @@ def denoiser(
     return denoise_fn
 
 
+def edm_denoiser(
+    model_fn: Callable[[Tensor, Tensor], Tensor], *, sigma_data: float = 0.5
+) -> DenoiseFn:
+    """EDM's denoise_fn over sigma: c_skip x + c_out F(c_in x, c_noise), F's input and target of
+    variance 1 at every sigma.
+
+        c_skip = sigma_data ** 2 / (sigma ** 2 + sigma_data ** 2)     c_noise = ln(sigma) / 4
+        c_out = sigma sigma_data / sqrt(sigma ** 2 + sigma_data ** 2)
+        c_in = 1 / sqrt(sigma ** 2 + sigma_data ** 2)
+
+    Train it on x_0 itself: weighted_mse(denoise_fn(x, sigma), x_0, edm_weight(sigma)).
+
+    Args:
+        model_fn: (x (B, ...), c_noise (B,) in x's dtype) -> F (B, ...).
+        sigma_data: standard deviation of the data.
+
+    Raises:
+        ValueError: sigma_data that is not positive.
+
+    Source: Karras et al. 2022, table 1.
+    """
+    if not sigma_data > 0:
+        raise ValueError(f"sigma_data ({sigma_data}) must be positive: the data's std")
+
+    def denoise_fn(x: Tensor, sigma: Tensor) -> Tensor:
+        total = (sigma**2 + sigma_data**2).sqrt()
+        time = (sigma.log() / 4).to(x.device, x.dtype).expand(x.shape[0])
+        y = model_fn(x * per_example(1 / total, x), time)
+        skip, out = sigma_data**2 / total**2, sigma * sigma_data / total
+        return per_example(skip, x) * x + per_example(out, x) * y
+
+    return denoise_fn
+
+
+def edm_weight(sigma: Tensor, *, sigma_data: float = 0.5) -> Tensor:
+    """(sigma ** 2 + sigma_data ** 2) / (sigma sigma_data) ** 2, on the squared error of x_0: each
+    sigma then counts the same for F, as 1 / c_out ** 2. Source: Karras et al. 2022, table 1."""
+    return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+
+
 def preserving_to_exploding(denoise_fn: DenoiseFn) -> DenoiseFn:
     """A denoise_fn over alpha_bar, for samplers over sigma: it sees x / sqrt(1 + sigma ** 2)."""
 

@@ -1,4 +1,4 @@
-"""What a sampler is steered by: prompts, gradients, known pixels, an image to start from.
+"""What a sampler is steered by: prompts, gradients, bounds, known pixels, an image to start from.
 
     guided_fn = classifier_free_guidance(denoise_fn, prompt, negative_prompt, 7.5)
     x, rest = image_to_image(image, grid, 0.6, noise_key, variance_exploding)
@@ -124,6 +124,36 @@ def inpaint(
         return torch.lerp(denoise_fn(x, level), known.to(x.dtype), mask.to(x.dtype))
 
     return inpaint_fn
+
+
+def clip_x0(
+    denoise_fn: DenoiseFn, most: float = 1.0, *, quantile: float | None = None
+) -> DenoiseFn:
+    """Keeps every prediction of x_0 in [-most, most]: pixels cannot be brighter than white.
+
+    Args:
+        quantile: of |x_0| in an example, in (0, 1]: where it exceeds `most`, the example is clamped
+            there and scaled back to `most` (dynamic thresholding), which strong guidance needs.
+
+    Raises:
+        ValueError: most that is not positive; a quantile outside (0, 1].
+
+    Source: Ho et al. 2020 (their code); Saharia et al. 2022, section 2.3.
+    """
+    if not most > 0:
+        raise ValueError(f"most ({most}) must be positive: 1 for images in [-1, 1]")
+    if quantile is not None and not 0 < quantile <= 1:
+        raise ValueError(f"quantile ({quantile}) must be in (0, 1], or None to clamp alone")
+
+    def clipped_fn(x: Tensor, level: Tensor) -> Tensor:
+        x_0 = denoise_fn(x, level)
+        if quantile is None:
+            return x_0.clamp(-most, most)
+        edge = torch.quantile(x_0.abs().flatten(1), quantile, dim=1).clamp(min=most)
+        edge = per_example(edge, x_0)
+        return torch.minimum(torch.maximum(x_0, -edge), edge) * (most / edge)
+
+    return clipped_fn
 
 
 def image_to_image(

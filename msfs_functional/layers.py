@@ -19,11 +19,12 @@ from msfs_functional import random
 from msfs_functional.attention import Implementation, attention, attention_weights
 from msfs_functional.regions import region
 
-Activation = Literal["relu", "gelu", "gelu_tanh", "swish"]
+Activation = Literal["relu", "gelu", "gelu_tanh", "quick_gelu", "swish"]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # Hendrycks and Gimpel 2016, CLIP's
     "swish": F.silu,
 }
 

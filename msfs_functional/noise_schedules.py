@@ -227,6 +227,23 @@ def logit_normal_times(
     return torch.sigmoid(mean + std * random.normal(key, shape, dtype=dtype))
 
 
+def log_normal_sigmas(
+    key: Int64[Tensor, "2"],
+    shape: tuple[int, ...],
+    *,
+    mean: float = -1.2,
+    std: float = 1.2,
+    dtype: torch.dtype = torch.float32,
+) -> Float[Tensor, "..."]:
+    """Training noise levels of EDM: ln sigma is normal.
+
+    Source: Karras et al. 2022, table 1.
+    """
+    if std <= 0:
+        raise ValueError(f"std ({std}) must be positive")
+    return torch.exp(mean + std * random.normal(key, shape, dtype=dtype))
+
+
 def _from_betas(betas: Float[Tensor, "N"]) -> Float[Tensor, "N"]:
     return torch.cumprod(1 - betas, 0)
 

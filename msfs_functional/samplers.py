@@ -22,7 +22,7 @@ Python floats (float64) and handed to denoise_fn as 0-d tensors. x is float32 or
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
@@ -153,24 +153,81 @@ def ddim(
     return x
 
 
+class Churn(NamedTuple):
+    """Noise that EDM's stochastic sampler adds before each step, and takes away by it.
+
+    Before step i of n the level rises from sigma to (1 + gamma) sigma, with
+    gamma = min(amount / n, sqrt(2) - 1) for low <= sigma <= high, else 0.
+    """
+
+    amount: float  # S_churn: 0 is the ODE; published settings are 5 to 80
+    low: float = 0.0  # S_tmin
+    high: float = math.inf  # S_tmax
+    noise: float = 1.0  # S_noise: std of what is added; slightly above 1 keeps detail
+
+
+def _edm(
+    denoise_fn: DenoiseFn,
+    x: Tensor,
+    sigmas: Tensor,
+    key: Key | None,
+    churn: Churn | None,
+    *,
+    correct: bool,
+) -> Tensor:
+    levels = check_grid(sigmas, "sigmas")
+    if churn is not None and (churn.amount < 0 or churn.noise < 0):
+        raise ValueError(f"amount and noise of {churn} must not be negative: 0 adds nothing")
+    for i, (sigma, sigma_next) in enumerate(itertools.pairwise(levels)):
+        level = level_at(sigmas, i, x)
+        if churn is not None and churn.amount > 0 and churn.low <= sigma <= churn.high:
+            rise = 1 + min(churn.amount / (len(levels) - 1), math.sqrt(2) - 1)
+            noise = churn.noise * sigma * math.sqrt(rise**2 - 1)
+            x = x + noise * step_noise(need_key(key, "churn"), i, x)
+            sigma, level = rise * sigma, rise * level
+        d = (x - denoise_fn(x, level)) / sigma
+        ahead = x + (sigma_next - sigma) * d
+        if correct and sigma_next > 0:
+            d_next = (ahead - denoise_fn(ahead, level_at(sigmas, i + 1, x))) / sigma_next
+            ahead = x + (sigma_next - sigma) * (d + d_next) / 2
+        x = ahead
+    return x
+
+
 def euler(
     denoise_fn: DenoiseFn,
     x: Float[Tensor, "B ..."],
     sigmas: Float[Tensor, "n+1"],
     key: Key | None = None,
+    *,
+    churn: Churn | None = None,
 ) -> Float[Tensor, "B ..."]:
     """Euler steps of the probability-flow ODE dx/dsigma = (x - x_0) / sigma; order 1.
 
-    key is not used. Source: Karras et al. 2022, equation 1.
+    key is for churn. Source: Karras et al. 2022, equation 1.
 
     Raises:
-        ValueError: a grid of no steps, or not falling to at least 0.
+        ValueError: a grid of no steps, or not falling to at least 0; churn and no key.
     """
-    levels = check_grid(sigmas, "sigmas")
-    for i, (sigma, sigma_next) in enumerate(itertools.pairwise(levels)):
-        d = (x - denoise_fn(x, level_at(sigmas, i, x))) / sigma
-        x = x + (sigma_next - sigma) * d
-    return x
+    return _edm(denoise_fn, x, sigmas, key, churn, correct=False)
+
+
+def heun(
+    denoise_fn: DenoiseFn,
+    x: Float[Tensor, "B ..."],
+    sigmas: Float[Tensor, "n+1"],
+    key: Key | None = None,
+    *,
+    churn: Churn | None = None,
+) -> Float[Tensor, "B ..."]:
+    """Heun steps of the probability-flow ODE; order 2, two calls a step, one for a step to 0.
+
+    key is for churn. Source: Karras et al. 2022, algorithms 1 and (with churn) 2.
+
+    Raises:
+        ValueError: a grid of no steps, or not falling to at least 0; churn and no key.
+    """
+    return _edm(denoise_fn, x, sigmas, key, churn, correct=True)
 
 
 def euler_ancestral(
@@ -199,30 +256,6 @@ def euler_ancestral(
         x = x + (down - sigma) * d
         if up > 0:
             x = x + up * step_noise(key, i, x)
-    return x
-
-
-def heun(
-    denoise_fn: DenoiseFn,
-    x: Float[Tensor, "B ..."],
-    sigmas: Float[Tensor, "n+1"],
-    key: Key | None = None,
-) -> Float[Tensor, "B ..."]:
-    """Heun steps of the probability-flow ODE; order 2, two calls a step, one for a step to 0.
-
-    key is not used. Source: Karras et al. 2022, algorithm 1.
-
-    Raises:
-        ValueError: a grid of no steps, or not falling to at least 0.
-    """
-    levels = check_grid(sigmas, "sigmas")
-    for i, (sigma, sigma_next) in enumerate(itertools.pairwise(levels)):
-        d = (x - denoise_fn(x, level_at(sigmas, i, x))) / sigma
-        ahead = x + (sigma_next - sigma) * d
-        if sigma_next > 0:
-            d_next = (ahead - denoise_fn(ahead, level_at(sigmas, i + 1, x))) / sigma_next
-            ahead = x + (sigma_next - sigma) * (d + d_next) / 2
-        x = ahead
     return x
 
 

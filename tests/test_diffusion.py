@@ -103,6 +103,44 @@ def test_min_snr_weights_by_hand():
     close(df.min_snr_weight(ends, "x0"), torch.tensor([0.0, 5.0]))
 
 
+# EDM
+
+
+def test_edm_s_network_sees_and_learns_variance_1_at_every_sigma():
+    sigma = torch.tensor([0.01, 0.5, 3.0, 80.0], dtype=torch.float64)
+    x_0 = 0.5 * normal(1, 4, 20000)
+    x = x_0 + sigma[:, None] * normal(2, 4, 20000)
+    seen = {}
+
+    def model_fn(x: Tensor, time: Tensor) -> Tensor:
+        seen["x"], seen["time"] = x, time
+        return torch.zeros_like(x)
+
+    skipped = df.edm_denoiser(model_fn)(x, sigma)
+    torch.testing.assert_close(seen["x"].std(1), torch.ones(4).double(), rtol=0.02, atol=0)
+    torch.testing.assert_close(seen["time"], sigma.log() / 4)
+    # Where F is 0 the error of x_0 is c_out F's target, whose variance is to be 1.
+    weighted = (x_0 - skipped).square().mean(1) * df.edm_weight(sigma)
+    torch.testing.assert_close(weighted, torch.ones(4).double(), rtol=0.03, atol=0)
+    ones = df.edm_denoiser(lambda x, time: torch.ones_like(x))(x, sigma)
+    torch.testing.assert_close(
+        (ones - skipped)[:, 0].square() * df.edm_weight(sigma), torch.ones(4).double()
+    )
+
+
+def test_edm_s_denoiser_of_a_perfect_network_samples_the_gaussian():
+    def model_fn(x: Tensor, time: Tensor) -> Tensor:
+        sigma = (4 * time).exp()[:, None]
+        total = (sigma**2 + 0.25).sqrt()
+        x = x * total
+        return (exploding(x, sigma) - 0.25 / total**2 * x) / (0.5 * sigma / total)
+
+    x, sigma = normal(1, 3, 5), torch.tensor(0.7, dtype=torch.float64)
+    torch.testing.assert_close(df.edm_denoiser(model_fn)(x, sigma), exploding(x, sigma))
+    each = torch.tensor([0.1, 1.0, 9.0], dtype=torch.float64)
+    torch.testing.assert_close(df.edm_denoiser(model_fn)(x, each), exploding(x, each[:, None]))
+
+
 # Schedules
 
 
@@ -135,6 +173,9 @@ def test_grids_by_hand():
     assert 0 < t.min() and t.max() < 1
     assert logits.mean().item() == pytest.approx(1.0, abs=0.02)
     assert logits.std().item() == pytest.approx(0.5, abs=0.02)
+    logs = ns.log_normal_sigmas(KEY, (20000,)).log()
+    assert logs.mean().item() == pytest.approx(-1.2, abs=0.03)
+    assert logs.std().item() == pytest.approx(1.2, abs=0.03)
 
 
 # Samplers on a Gaussian
@@ -208,6 +249,8 @@ STOCHASTIC = (
     (samplers.ddpm, {"variance": "large"}, 1),
     (samplers.ddim, {"eta": 1.0}, 1),
     (samplers.ddim, {"eta": 0.5}, 1),
+    (samplers.euler, {"churn": samplers.Churn(15.0)}, 1),
+    (samplers.heun, {"churn": samplers.Churn(15.0)}, 2),
 )
 
 
@@ -228,6 +271,26 @@ def test_stochastic_samplers_converge_to_the_distribution(sampler, options, orde
         errors.append(abs(variance - exact) / exact)
     assert errors[-1] < 0.07
     assert min(orders(errors)) > order - 0.3
+
+
+def test_a_step_with_churn_by_hand(monkeypatch):
+    """sigma 1 rises to 1.25, 3 of variance 9/16 are added, and one Euler step goes down to 0.5."""
+    monkeypatch.setattr(samplers, "step_noise", lambda key, i, x: torch.full_like(x, 4.0))
+    seen = []
+
+    def denoise_fn(x: Tensor, level: Tensor) -> Tensor:
+        seen.append((x.item(), level.item()))
+        return torch.zeros_like(x)
+
+    grid, x = torch.tensor([1.0, 0.5]).double(), torch.ones(1).double()
+    out = samplers.euler(denoise_fn, x, grid, KEY, churn=samplers.Churn(0.25))
+    assert seen == [pytest.approx((1 + 4 * 0.75, 1.25))]
+    assert out.item() == pytest.approx(4.0 * 0.5 / 1.25)
+    for churn in (samplers.Churn(0.0), samplers.Churn(9.0, low=1.1), samplers.Churn(9.0, high=0.9)):
+        assert torch.equal(
+            samplers.heun(exploding, x, grid, KEY, churn=churn),
+            samplers.heun(exploding, x, grid),
+        )
 
 
 def test_ddim_at_eta_1_is_ddpm():
@@ -313,6 +376,37 @@ def test_guidance_is_the_same_around_any_target():
         outs.append(df.denoiser(network_fn, ns.variance_preserving, target)(x, level))
     for out in outs[1:]:
         torch.testing.assert_close(out, outs[0])
+
+
+def test_clipping_by_hand():
+    x_0 = torch.tensor([[0.5, -2.0, 1.0, -4.0], [0.1, 0.2, -0.3, 0.9]])
+    level = torch.tensor(0.3)
+    clipped = guidance.clip_x0(lambda x, level: x)(x_0, level)
+    assert clipped.tolist() == x_0.clamp(-1, 1).tolist()
+    dynamic = guidance.clip_x0(lambda x, level: x, quantile=2 / 3)(x_0, level)
+    torch.testing.assert_close(dynamic[0], torch.tensor([0.25, -1.0, 0.5, -1.0]))
+    assert torch.equal(dynamic[1], x_0[1])
+
+
+@pytest.mark.parametrize("dynamic", (False, True))
+@pytest.mark.parametrize("sampler", (samplers.ddpm, samplers.ddim))
+def test_clipped_samplers_walk_as_diffusers(sampler, dynamic, monkeypatch):
+    diffusers = pytest.importorskip("diffusers")
+    theirs = {"thresholding": dynamic, "sample_max_value": 100.0, "clip_sample_range": 0.7}
+    name = "DDPMScheduler" if sampler is samplers.ddpm else "DDIMScheduler"
+    scheduler = getattr(diffusers, name)(
+        **SCHEDULE, **theirs, dynamic_thresholding_ratio=0.8, clip_sample=not dynamic
+    )
+    scheduler.set_timesteps(20)
+    alpha_bar = ns.scaled_linear()
+    denoise_fn = df.denoiser(network, ns.variance_preserving, "eps", alpha_bar=alpha_bar)
+    most, quantile = (1.0, 0.8) if dynamic else (0.7, None)
+    clipped = guidance.clip_x0(denoise_fn, most, quantile=quantile)
+    x = normal(1, 3, 4, 5, dtype=torch.float32)
+    options = {} if sampler is samplers.ddpm else {"use_clipped_model_output": True}
+    grid = ns.alpha_bars_at(alpha_bar, ns.spaced_steps(1000, 20, "leading"))
+    ours = walk(sampler, clipped, x, grid)
+    check_walks(ours, walk_diffusers(scheduler, x, monkeypatch, **options))
 
 
 def test_gradient_guidance_on_a_gaussian_is_the_gradient_written_out():
@@ -643,6 +737,22 @@ def test_karras_sigmas_equal_diffusers():
         (lambda: ns.spaced_steps(10, 11), r"steps \(11\) must not exceed the 10 .* take fewer"),
         (lambda: ns.spaced_steps(10, 10, "leading", offset=1), r"offset 1.*smaller offset"),
         (lambda: ns.linear(10, 0.5, 0.1), "beta_start"),
+        (lambda: ns.log_normal_sigmas(KEY, (2,), std=0.0), r"std \(0.0\) must be positive"),
+        (lambda: df.edm_denoiser(network, sigma_data=0.0), r"sigma_data \(0.0\)"),
+        (lambda: guidance.clip_x0(exploding, 0.0), r"most \(0.0\) must be positive"),
+        (lambda: guidance.clip_x0(exploding, quantile=1.5), r"quantile \(1.5\)"),
+        (
+            lambda: samplers.heun(
+                exploding, torch.ones(1), ns.karras_sigmas(3), churn=samplers.Churn(5.0)
+            ),
+            r"key \(None\) must be given: churn",
+        ),
+        (
+            lambda: samplers.heun(
+                exploding, torch.ones(1), ns.karras_sigmas(3), KEY, churn=samplers.Churn(-5.0)
+            ),
+            "must not be negative",
+        ),
         (lambda: ns.zero_terminal_snr(torch.tensor([0.1, 0.9])), "alpha_bar must fall"),
         (lambda: ns.karras_sigmas(3, sigma_min=2.0, sigma_max=1.0), "sigma_min"),
         (lambda: ns.shift_times(torch.ones(1), 0.0), r"shift \(0.0\) must be positive"),

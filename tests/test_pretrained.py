@@ -68,6 +68,7 @@ CASES = {
         {**SLIDING, "layer_types": LAYERS, "head_dim": 6, "attention_bias": True}
         | {"tie_word_embeddings": True},
     ),
+    "gemma": ("gemma", {"head_dim": 8, "num_key_value_heads": 1}),
     "gemma2": ("gemma2", {"sliding_window": 5, "head_dim": 8, "query_pre_attn_scalar": 12}),
     "gemma2 without caps": (
         "gemma2",

@@ -16,7 +16,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -184,10 +184,17 @@ def unchanged(x: Tensor) -> Tensor:
     return x
 
 
-@functools.lru_cache
-def attention_by(implementation: Implementation) -> AttentionFn:
-    """`attention` with the implementation bound: one object for all calls."""
-    return functools.partial(attention, implementation=implementation)
+# One object for all calls: compiled code is guarded on which one it is.
+ATTENTIONS: dict[str, AttentionFn] = {
+    name: functools.partial(attention, implementation=name) for name in get_args(Implementation)
+}
+
+
+def attention_by(implementation: str) -> AttentionFn:
+    """`attention` with the implementation bound."""
+    if implementation not in ATTENTIONS:
+        raise ValueError(f"implementation ({implementation!r}) must be one of {list(ATTENTIONS)}")
+    return ATTENTIONS[implementation]
 
 
 class Context(NamedTuple):

@@ -3,7 +3,7 @@
     config.json + model.safetensors (or shards and their index) (+ tokenizer.json)
 
 Names, shapes and options are mapped, once for each family: GPT-2, Llama (SmolLM2 too), Mistral,
-Qwen 2 and 3, Gemma 2. Nothing of transformers' code is used.
+Qwen 2 and 3, Gemma 1 and 2. Nothing of transformers' code is used.
 """
 
 import json
@@ -29,6 +29,7 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
     "gelu": "gelu",
+    "quick_gelu": "quick_gelu",
     "relu": "relu",
 }
 LLAMA_NAMES = {
@@ -163,6 +164,18 @@ def read_llama(hub: Hub, **options: Any) -> DecoderConfig:
         "attention_dropout": hub.get("attention_dropout", 0.0),
     }
     return DecoderConfig(hub["vocab_size"], **{**shared, **options})
+
+
+def read_gemma(hub: Hub) -> DecoderConfig:
+    if hub.get("use_bidirectional_attention"):
+        raise ValueError("use_bidirectional_attention must be off: a decoder sees the past only")
+    return read_llama(
+        hub,
+        norm_offset=True,
+        embedding_scale=hub["hidden_size"] ** 0.5,
+        activation=_activation(hub.get("hidden_activation") or hub["hidden_act"]),
+        tied=hub.get("tie_word_embeddings", True),
+    )
 
 
 def read_gemma2(hub: Hub) -> DecoderConfig:
@@ -300,6 +313,7 @@ FAMILIES = {
     "qwen3": Family(
         "Qwen3ForCausalLM", lambda hub: read_llama(hub, qk_norm=True), write_llama, LLAMA_NAMES
     ),
+    "gemma": Family("GemmaForCausalLM", read_gemma, write_llama, LLAMA_NAMES),
     "gemma2": Family("Gemma2ForCausalLM", read_gemma2, write_gemma2, GEMMA2_NAMES),
 }
 
@@ -436,19 +450,13 @@ class Pretrained(NamedTuple):
     tokenizer: str | None  # tokenizer.json as text, for tokenizers.Tokenizer.from_str
 
 
-def load(
-    folder: str | Path,
-    *,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-) -> Pretrained:
-    """A local Hugging Face folder as configuration and parameters.
-
-    Args:
-        dtype: of the parameters; default: as stored.
+def read_folder(
+    folder: str | Path, device: torch.device | str = "cpu"
+) -> tuple[dict[str, Any], dict[str, Tensor], str | None]:
+    """config.json, the weights by name, and tokenizer.json's text (if any) of a local folder.
 
     Raises:
-        ValueError: a missing or broken file, a family or option this decoder does not have.
+        ValueError: a missing or broken file.
     """
     folder = Path(folder)
     hub = _json(folder / "config.json")
@@ -466,11 +474,42 @@ def load(
                 weights |= {key: file.get_tensor(key) for key in file.keys()}
         except SafetensorError as error:
             raise ValueError(f"{path} is no safetensors file ({error}): fetch it again") from None
+    path = folder / "tokenizer.json"
+    return hub, weights, path.read_text(encoding="utf-8") if path.exists() else None
+
+
+def write_folder(
+    folder: str | Path, hub: Hub, weights: dict[str, Tensor], tokenizer: str | None = None
+) -> None:
+    """Writes what `read_folder` and transformers' from_pretrained read."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(hub, indent=2) + "\n", encoding="utf-8")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    if tokenizer is not None:
+        (folder / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+        settings = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"})
+        (folder / "tokenizer_config.json").write_text(settings, encoding="utf-8")
+
+
+def load(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> Pretrained:
+    """A local Hugging Face folder as configuration and parameters.
+
+    Args:
+        dtype: of the parameters; default: as stored.
+
+    Raises:
+        ValueError: a missing or broken file, a family or option this decoder does not have.
+    """
+    hub, weights, tokenizer = read_folder(folder, device)
     config, params = from_hub(hub, weights)
     if dtype is not None:
         params = {name: value.to(dtype) for name, value in params.items()}
-    path = folder / "tokenizer.json"
-    tokenizer = path.read_text(encoding="utf-8") if path.exists() else None
     return Pretrained(config, params, hub, tokenizer)
 
 
@@ -493,19 +532,11 @@ def save(
     Raises:
         ValueError: a configuration that no published family has; parameters of another one.
     """
-    folder = Path(folder)
     expected = decoder(config).shapes
     if {name: value.shape for name, value in params.items()} != expected:
         raise ValueError("params are not of this configuration; fused ones cannot be exported")
     hub, weights = to_hub(config, params, family)
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**hub, **extra}, indent=2)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    if tokenizer is not None:
-        (folder / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
-        settings = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"})
-        (folder / "tokenizer_config.json").write_text(settings, encoding="utf-8")
+    write_folder(folder, {**hub, **extra}, weights, tokenizer)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -1,0 +1,321 @@
+"""Text to images with published Stable Diffusion weights: load, then one pure function of a key.
+
+model = load(folder)                              # diffusers' layout
+model = load_file("v1-5.safetensors", tokenizer)  # one file in the original layout
+images = text_to_image(model, ["a cat on the moon"], random.key(0))    # uint8 (B, H, W, 3)
+
+prompts -> token ids -> text tower -> context
+noise -> sampler(UNet(x, t, context), guided) -> latents -> autoencoder -> images
+"""
+
+import functools
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor
+
+from msfs_functional import noise_schedules as ns
+from msfs_functional import random, samplers
+from msfs_functional.attention import Implementation
+from msfs_functional.clip_tokenizer import ClipTokenizer
+from msfs_functional.diffusion import Target, denoiser, preserving_to_exploding
+from msfs_functional.guidance import classifier_free_guidance, clip_x0
+from msfs_functional.models import diffusers_format, single_file, vision_format
+from msfs_functional.models.autoencoder import AutoencoderConfig, autoencoder
+from msfs_functional.models.clip import TextConfig, text_tower
+from msfs_functional.models.unet import UNetConfig, unet
+from msfs_functional.models.weight_files import read_json, read_tensors
+from msfs_functional.params import Params, cast
+
+Sampler = Literal["ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde"]
+Spacing = Literal["leading", "linspace", "trailing"]
+TARGETS: dict[str, Target] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+
+
+@dataclass(frozen=True)
+class Process:
+    """How the UNet was trained, and which steps its authors sample at."""
+
+    alpha_bar: Float[Tensor, "N"]
+    target: Target
+    spacing: Spacing = "leading"
+    offset: int = 1
+    final: float = 1.0  # alpha_bar of what comes out of the last step
+    clip: float | None = None  # bound of every prediction of x_0
+
+
+class StableDiffusion(NamedTuple):
+    """Configurations and parameters of the parts."""
+
+    unet: tuple[UNetConfig, Params]
+    autoencoder: tuple[AutoencoderConfig, Params]
+    text: tuple[TextConfig, Params]
+    tokenizer: ClipTokenizer
+    process: Process
+    pad: int  # id that fills up short prompts
+
+
+def read_process(hub: dict[str, Any]) -> Process:
+    """What a scheduler_config.json says.
+
+    Raises:
+        ValueError: a schedule, target or spacing that is not known here.
+    """
+    start, end = hub.get("beta_start", 1e-4), hub.get("beta_end", 0.02)
+    steps, name = hub.get("num_train_timesteps", 1000), hub.get("beta_schedule", "linear")
+    schedules = {"linear": ns.linear, "scaled_linear": ns.scaled_linear}
+    if name not in schedules or hub.get("trained_betas") is not None:
+        raise ValueError(f"beta_schedule ({name!r}) must be one of {list(schedules)}")
+    alpha_bar = schedules[name](steps, start, end)
+    if hub.get("rescale_betas_zero_snr", False):
+        alpha_bar = ns.zero_terminal_snr(alpha_bar)
+    target = hub.get("prediction_type", "epsilon")
+    if target not in TARGETS:
+        raise ValueError(f"prediction_type ({target!r}) must be one of {list(TARGETS)}")
+    return Process(
+        alpha_bar,
+        TARGETS[target],
+        hub.get("timestep_spacing", "leading"),
+        hub.get("steps_offset", 0),
+        1.0 if hub.get("set_alpha_to_one", True) else float(alpha_bar[0]),
+        hub.get("clip_sample_range", 1.0) if hub.get("clip_sample", False) else None,
+    )
+
+
+def load(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> StableDiffusion:
+    """A local folder in diffusers' layout: unet/, vae/, text_encoder/, tokenizer/, scheduler/.
+
+    Raises:
+        ValueError: not such a folder; a part or option that is not known here.
+    """
+    folder = Path(folder)
+    index = read_json(folder / "model_index.json")
+    missing = [part for part in PARTS if not (folder / part).is_dir()]
+    if missing:
+        raise ValueError(f"no {missing} in {folder} ({index.get('_class_name')}): fetch them, too")
+    text = vision_format.load(folder / "text_encoder")
+    tokenizer = ClipTokenizer.load(folder / "tokenizer")
+    model = StableDiffusion(
+        diffusers_format.load_unet(folder / "unet"),
+        diffusers_format.load_autoencoder(folder / "vae"),
+        (text.config, text.params),
+        tokenizer,
+        read_process(read_json(folder / "scheduler" / "scheduler_config.json")),
+        _pad(folder / "tokenizer", tokenizer),
+    )
+    return place(model, dtype, device)
+
+
+def load_file(
+    path: str | Path,
+    tokenizer: str | Path,
+    *,
+    target: Target | None = None,
+    heads: tuple[int, ...] | None = None,
+    text_heads: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> StableDiffusion:
+    """A single file in the original latent-diffusion layout: .safetensors, or .ckpt as data alone.
+
+    Args:
+        tokenizer: CLIP's merges, which the file does not hold: a file or folder.
+        target: what the UNet predicts, which it does not hold either; default: eps for version 1.
+        heads, text_heads: of other sizes than the published, see `single_file.read_unet`.
+
+    Raises:
+        ValueError: a broken file, or another layout; version 2 without a target.
+    """
+    weights = read_tensors(path)
+    found = single_file.inside(weights, single_file.UNET)
+    config = single_file.read_unet(found, heads)
+    text = single_file.text_from(weights, text_heads)
+    open_clip = text[0].activation == "gelu"
+    if target is None and open_clip:
+        raise ValueError(
+            "target (None) must be given for version 2: 'v' for models of 768 x 768, 'eps' for "
+            "those of 512 x 512"
+        )
+    words = ClipTokenizer.load(tokenizer)
+    model = StableDiffusion(
+        single_file.unet_from(weights, config),
+        single_file.autoencoder_from(weights),
+        text,
+        words,
+        Process(ns.scaled_linear(), target or "eps", final=float(ns.scaled_linear()[0])),
+        0 if open_clip else words.end,
+    )
+    return place(model, dtype, device)
+
+
+def place(
+    model: StableDiffusion, dtype: torch.dtype, device: torch.device | str
+) -> StableDiffusion:
+    """The same model with its parameters in this dtype and on this device."""
+
+    def moved(params: Params) -> Params:
+        return {name: value.to(device) for name, value in cast(params, dtype).items()}
+
+    return model._replace(
+        unet=(model.unet[0], moved(model.unet[1])),
+        autoencoder=(model.autoencoder[0], moved(model.autoencoder[1])),
+        text=(model.text[0], moved(model.text[1])),
+    )
+
+
+def encode_prompts(
+    model: StableDiffusion, prompts: Sequence[str], implementation: Implementation = "flash"
+) -> Float[Tensor, "B S X"]:
+    """The context of each prompt; an empty one is the unconditional context.
+
+    Warns of every prompt that is longer than the text tower's context, and of what is cut.
+    """
+    config, params = model.text
+    for prompt, ids in zip(prompts, model.tokenizer.encode(prompts), strict=True):
+        if len(ids) > config.max_length:
+            lost = model.tokenizer.decode([ids[config.max_length - 1 : -1]])[0]
+            warnings.warn(
+                f"the prompt {prompt[:40]!r}... has {len(ids)} tokens, the context "
+                f"{config.max_length}: cut off is {lost!r}",
+                stacklevel=2,
+            )
+    ids = model.tokenizer.batch(prompts, config.max_length, model.pad)
+    ids = ids.to(next(iter(params.values())).device)
+    tower = text_tower(config)
+    return tower.apply(params, ids, method="hidden_states", implementation=implementation)
+
+
+@functools.lru_cache
+def _predict_fn(config: UNetConfig, implementation: Implementation, compile: bool) -> Any:
+    """(params, x, t, context) -> prediction; one object for all calls, compiled once a shape."""
+    network = unet(config)
+
+    def predict(params: Params, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        return network.apply(params, x, t, context, implementation=implementation)
+
+    return torch.compile(predict, dynamic=False, fullgraph=True) if compile else predict
+
+
+@functools.lru_cache
+def _images_fn(config: AutoencoderConfig, implementation: Implementation, compile: bool) -> Any:
+    network = autoencoder(config)
+
+    def images(params: Params, latents: Tensor) -> Tensor:
+        return network.apply(params, latents, method="images", implementation=implementation)
+
+    return torch.compile(images, dynamic=False, fullgraph=True) if compile else images
+
+
+@torch.no_grad()
+def images_of(
+    model: StableDiffusion,
+    context: Float[Tensor, "B S X"],
+    negative: Float[Tensor, "B S X"],
+    key: Int64[Tensor, "2"],
+    *,
+    steps: int = 30,
+    guidance: float = 7.5,
+    rescale: float = 0.0,
+    height: int = 512,
+    width: int = 512,
+    sampler: Sampler = "dpmpp_2m",
+    spacing: Spacing | None = None,
+    implementation: Implementation = "flash",
+    compile: bool = False,
+) -> UInt8[Tensor, "B H W 3"]:
+    """An image for each context; image i depends on fold_in(key, i), not on the batch it is in.
+
+    Args:
+        negative: the contexts to keep away from, as of an empty prompt.
+        guidance: 1 is the context alone; see `classifier_free_guidance`, for rescale, too.
+        spacing: of the steps; default: the published scheduler's.
+        compile: UNet and decoder, once for each shape: minutes, which pay for many images on a GPU.
+
+    Raises:
+        ValueError: a size that the autoencoder cannot make; steps, guidance or rescale out of
+            range; an unknown sampler.
+    """
+    if sampler not in get_args(Sampler):
+        raise ValueError(f"sampler ({sampler!r}) must be one of {list(get_args(Sampler))}")
+    (unet_config, unet_params), (config, params) = model.unet, model.autoencoder
+    if height % config.factor or width % config.factor or min(height, width) < 1:
+        raise ValueError(
+            f"height ({height}) and width ({width}) must be multiples of {config.factor}"
+        )
+    some, process = next(iter(unet_params.values())), model.process
+    predict_fn = _predict_fn(unet_config, implementation, compile)
+
+    def predict(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        return predict_fn(unet_params, x.to(some.dtype), t, context).float()
+
+    guided_fn = classifier_free_guidance(predict, context, negative, guidance, rescale=rescale)
+    denoise_fn = denoiser(
+        guided_fn, ns.variance_preserving, process.target, alpha_bar=process.alpha_bar
+    )
+    if process.clip is not None:
+        denoise_fn = clip_x0(denoise_fn, process.clip)
+    chosen = ns.spaced_steps(
+        len(process.alpha_bar), steps, spacing or process.spacing, offset=process.offset
+    )
+    keys = torch.stack([random.fold_in(key, i) for i in range(len(context))]).to(some.device)
+    noise_keys, step_keys = torch.func.vmap(random.split)(keys).unbind(1)
+    shape = (len(context), config.latent, height // config.factor, width // config.factor)
+    x = samplers.draw(noise_keys, torch.empty(shape, device=some.device))
+    sample_fn = getattr(samplers, sampler)
+    if sampler in ("ddpm", "ddim"):
+        grid = ns.alpha_bars_at(process.alpha_bar, chosen, final=process.final)
+        latents = sample_fn(denoise_fn, x, grid, step_keys)
+    else:
+        grid = ns.sigmas_at(process.alpha_bar, chosen)
+        x = float(grid[0].square().add(1).sqrt()) * x  # data of variance 1 and the noise
+        latents = sample_fn(preserving_to_exploding(denoise_fn), x, grid, step_keys)
+    images = _images_fn(config, implementation, compile)(params, latents.to(some.dtype))
+    images = ((images.float() + 1) / 2).clamp(0, 1)
+    return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def text_to_image(
+    model: StableDiffusion,
+    prompts: Sequence[str],
+    key: Int64[Tensor, "2"],
+    *,
+    negative: str = "",
+    **options: Any,
+) -> UInt8[Tensor, "B H W 3"]:
+    """An image for each prompt, kept away from what `negative` says; options as in `images_of`.
+
+    Raises:
+        ValueError: no prompts; an option out of range.
+    """
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError(f"prompts ({prompts!r}) must be a list of at least one text")
+    with torch.no_grad():
+        states = encode_prompts(model, [*prompts, *[negative] * len(prompts)])
+    context, other = states.chunk(2)
+    return images_of(model, context, other, key, **options)
+
+
+def _pad(folder: Path, tokenizer: ClipTokenizer) -> int:
+    """The id of the padding token that the folder names; the end mark where it names none."""
+    path = folder / "special_tokens_map.json"
+    if not path.exists():
+        path = folder / "tokenizer_config.json"
+    token = read_json(path).get("pad_token") if path.exists() else None
+    token = token.get("content") if isinstance(token, dict) else token
+    if token is None or not (folder / "vocab.json").exists():
+        return tokenizer.end
+    vocab = read_json(folder / "vocab.json")
+    if token not in vocab:
+        raise ValueError(f"pad_token ({token!r}) of {path} must be in vocab.json")
+    return vocab[token]

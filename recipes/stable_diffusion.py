@@ -1,0 +1,105 @@
+"""Images from text with published Stable Diffusion weights (1.x and 2.x) from this disk.
+
+What it shows: a folder in diffusers' layout, or a single file in the original one, as parameters of
+this project's UNet, autoencoder and text tower; image i is a pure function of the seed and i.
+
+    python recipes/stable_diffusion.py --folder ~/models/stable-diffusion-v1-5 \\
+        --prompts "a lighthouse in a storm, oil on canvas"
+    python recipes/stable_diffusion.py --file v1-5-pruned-emaonly.safetensors \\
+        --tokenizer ~/models/clip --prompts "a cat" "a dog" --seed 7
+    python recipes/stable_diffusion.py --folder F --dtype bfloat16 --compile   # one GPU
+
+Writes OUT/000.png, OUT/001.png, ... in the order of the prompts.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from PIL import Image
+
+from msfs_functional import errors, random
+from msfs_functional import stable_diffusion as sd
+from msfs_functional.config import device
+from msfs_functional.diffusion import Target
+
+
+@dataclass(frozen=True)
+class Config:
+    folder: Path | None = None
+    """In diffusers' layout: unet/, vae/, text_encoder/, tokenizer/, scheduler/."""
+    file: Path | None = None
+    """In the original layout, .safetensors or .ckpt; instead of a folder."""
+    tokenizer: Path | None = None
+    """CLIP's merges, for a file."""
+    target: Target | None = None
+    """What a file's UNet predicts: version 1 eps, version 2 v (768 x 768) or eps (512 x 512)."""
+    prompts: tuple[str, ...] = ("a photograph of an astronaut riding a horse",)
+    negative: str = ""
+    """What to keep away from."""
+    steps: int = 30
+    guidance: float = 7.5
+    """1 is the prompt alone."""
+    rescale: float = 0.0
+    """Of guided predictions to the spread of the others, in [0, 1]; 0.7 for zero terminal SNR."""
+    height: int = 512
+    width: int = 512
+    sampler: sd.Sampler = "dpmpp_2m"
+    seed: int = 0
+    device: str | None = None
+    """Default: cuda where there is one."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    compile: bool = False
+    """Minutes at the start, for many images on a GPU."""
+    out: Path = Path("runs/stable_diffusion")
+    debug: bool = False
+    """Show where an error came from."""
+
+
+def load(config: Config) -> sd.StableDiffusion:
+    """The model that the configuration names.
+
+    Raises:
+        ValueError: neither or both of folder and file; a file without a tokenizer.
+    """
+    if (config.folder is None) == (config.file is None):
+        raise ValueError("give --folder or --file, one of them: where the weights lie on this disk")
+    where = {"dtype": getattr(torch, config.dtype), "device": device(config.device)}
+    if config.folder is not None:
+        return sd.load(config.folder, **where)
+    if config.tokenizer is None:
+        raise ValueError("--file needs --tokenizer: a folder with CLIP's merges.txt")
+    assert config.file is not None
+    return sd.load_file(config.file, config.tokenizer, target=config.target, **where)
+
+
+def main(config: Config) -> None:
+    model = load(config)
+    start = time.perf_counter()
+    images = sd.text_to_image(
+        model,
+        config.prompts,
+        random.key(config.seed),
+        negative=config.negative,
+        steps=config.steps,
+        guidance=config.guidance,
+        rescale=config.rescale,
+        height=config.height,
+        width=config.width,
+        sampler=config.sampler,
+        compile=config.compile,
+    ).cpu()
+    seconds = time.perf_counter() - start
+    config.out.mkdir(parents=True, exist_ok=True)
+    for i, (prompt, image) in enumerate(zip(config.prompts, images, strict=True)):
+        path = config.out / f"{i:03d}.png"
+        Image.fromarray(image.numpy()).save(path)
+        print(f"{path}  {prompt}")
+    print(f"{len(images)} images in {seconds:.1f} s, {config.steps} steps each")
+
+
+if __name__ == "__main__":
+    errors.run(main, lambda: tyro.cli(Config, description=__doc__))
