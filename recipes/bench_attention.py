@@ -2,9 +2,13 @@
 
     python recipes/bench_attention.py               # the grid, forward and backward
     python recipes/bench_attention.py --check       # ours against float64, random options (< 70 s)
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
+        python recipes/bench_attention.py --check --launch-only    # after the line above: < 60 s
     python recipes/bench_attention.py --device cpu --lengths 128 1024     # beside torch on the CPU
     python recipes/bench_attention.py --tangent     # torch.func.jvp beside jvp_flash_attention
-    python recipes/bench_attention.py --overhead    # the host's time a call
+    python recipes/bench_attention.py --overhead    # the host's time a call, beside torch's
+    python recipes/bench_attention.py --decode      # few queries against a long cache, beside torch
+    python recipes/bench_attention.py --second-order      # peak memory of second derivatives
     python recipes/bench_attention.py --tune        # measures tile sizes, rewrites configs.json
     python recipes/bench_attention.py --head-dims 128 --lengths 4096 --peers ours cudnn   # a part
 
@@ -194,7 +198,7 @@ def bench(args: argparse.Namespace) -> None:
     )
     for head_dim in args.head_dims:
         for causal in args.causal:
-            for length in args.lengths:
+            for length in args.lengths or (1024, 4096, 16_384):
                 tensors = inputs(head_dim, length)
                 exact = exact_head(*tensors, causal) if length <= 4096 else None
                 flops = 4 * TOKENS * length * WIDTH / (2 if causal else 1)
@@ -286,7 +290,7 @@ def interleaved_ms(calls: list[Callable[[], object]], rep_ms: int) -> list[float
 def bench_cpu(args: argparse.Namespace) -> None:
     """Forward and backward in float32 on the CPU beside torch's own attention there."""
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; B 2, H 8, K 64, float32")
-    for length in args.lengths:
+    for length in args.lengths or (128, 1024):
         for causal in args.causal:
             q, k, v = (torch.randn(2, 8, length, 64, requires_grad=True) for _ in range(3))
             do = torch.randn(2, 8, length, 64)
@@ -310,54 +314,140 @@ def bench_cpu(args: argparse.Namespace) -> None:
             )
 
 
-def bench_decode(args: argparse.Namespace) -> None:
-    """One new token of 8 rows, 32 heads over 8 kv heads of 128, against a cache of keys."""
-    from msfs_kernels import triton_backend
+def milliseconds(calls: list[Callable[[], object]], args: argparse.Namespace) -> list[float]:
+    """Median milliseconds of each call on the device at hand."""
+    if args.device == "cpu":
+        return interleaved_ms(calls, args.rep)
+    return [median_ms(call, args.rep) for call in calls]
 
-    for length in (1024, 4096, 16_384, 65_536):
-        q = torch.randn(8, 32, 1, 128, device="cuda", dtype=torch.bfloat16)
+
+def bench_decode(args: argparse.Namespace) -> None:
+    """A few new tokens of 8 rows, 32 heads over 8 kv heads of 128, against a cache of keys."""
+    kernel: Callable[..., tuple[Tensor, Tensor]]
+    if args.device == "cuda":
+        from msfs_kernels.triton_backend import forward as kernel
+    else:
+        from msfs_kernels.cpu import forward as kernel
+    options = Options(scale=128**-0.5)
+    rows = []
+    for length in args.lengths or (8192, 16_384, 32_768, 65_536):
         k, v = (
-            torch.randn(8, 8, length, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2)
+            torch.randn(8, 8, length, 128, device=args.device, dtype=torch.bfloat16)
+            for _ in range(2)
         )
-        options = Options(scale=128**-0.5)
-        both = 2 * k.numel() * 2
-        with torch.no_grad():
-            ms = median_ms(functools.partial(triton_backend.forward, q, k, v, options), args.rep)
+        gigabytes = 2 * k.numel() * k.element_size() / 1e9
+        for T in (1, 4, 16):
+            q = torch.randn(8, 32, T, 128, device=args.device, dtype=torch.bfloat16)
+            mine = functools.partial(kernel, q, k, v, options)
             peer = functools.partial(F.scaled_dot_product_attention, q, k, v, enable_gqa=True)
-            peer_ms = median_ms(peer, args.rep)
-            error = (triton_backend.forward(q, k, v, options)[0] - peer()).abs().max()
-        print(
-            f"decode over {length}: ours {ms:.3f} ms, {both / ms / 1e6:.0f} GB/s; "
-            f"sdpa {peer_ms:.3f} ms; largest difference {error:.2g}",
-            flush=True,
-        )
+            with torch.no_grad():
+                ms, peer_ms = milliseconds([mine, peer], args)
+                error = (mine()[0] - peer()).abs().max()
+            rows.append(
+                f"{T:4d} {length:7d} {ms:9.3f} {gigabytes / ms * 1e3:7.0f} {peer_ms:9.3f}"
+                f" {peer_ms / ms:9.2f} {float(error):12.2g}"
+            )
+    print("   T    keys   ours ms    GB/s   sdpa ms  faster by  difference")
+    print("\n".join(rows))
 
 
 def bench_overhead(args: argparse.Namespace) -> None:
     """Time that the host takes to start a tiny attention, in microseconds a call."""
-    q, k, v = (torch.randn(1, 2, 16, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    lse, options = q.new_empty((1, 2, 16), dtype=torch.float32), Options(scale=0.125)
-    calls = {
-        "sdpa": lambda: F.scaled_dot_product_attention(q, k, v),
-        "ours": lambda: ours(q, k, v, False),
-        "ours below the op": lambda: triton_forward.forward(q, k, v, options),
-        "backward below the op": lambda: triton_backward.backward(
-            q, None, q, k, v, q, lse, options, False
-        ),
-        "tangent below the op": lambda: triton_tangent.tangent(
-            q, k, v, None, q, k, v, q, lse, options
-        ),
-        "jvp": lambda: torch.func.jvp(lambda x, y, z: ours(x, y, z, False), (q, k, v), (q, k, v)),
+    q, k, v = (
+        torch.randn(1, 2, 16, 64, device=args.device, dtype=torch.bfloat16) for _ in range(3)
+    )
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+
+    def torchs(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+    def with_backward(attention: Attention) -> object:
+        return torch.autograd.grad(attention(leaves[0], leaves[1], leaves[2], False), leaves, q)
+
+    calls: dict[str, list[Callable[[], object]]] = {
+        "forward": [lambda: ours(q, k, v, False), lambda: torchs(q, k, v, False)],
+        "forward that records": [
+            lambda: ours(leaves[0], leaves[1], leaves[2], False),
+            lambda: torchs(leaves[0], leaves[1], leaves[2], False),
+        ],
+        "forward and backward": [lambda: with_backward(ours), lambda: with_backward(torchs)],
+        "jvp": [lambda: torch.func.jvp(lambda x, y, z: ours(x, y, z, False), (q, k, v), (q, k, v))],
     }
-    for name, call in calls.items():
-        for _ in range(20):
-            call()
-        torch.cuda.synchronize()
+    if args.device == "cuda":
+        lse, options = q.new_empty((1, 2, 16), dtype=torch.float32), Options(scale=0.125)
+        point = (q, k, v, q, lse, options)
+        calls["forward, kernel alone"] = [lambda: triton_forward.forward(q, k, v, options)]
+        calls["backward, kernel alone"] = [lambda: triton_backward.backward(q, None, *point, False)]
+        calls["tangent, kernel alone"] = [lambda: triton_tangent.tangent(q, k, v, None, *point)]
+    print(f"{'microseconds a call':24s}   ours   sdpa  ratio")
+    for name, pair in calls.items():
+        taken = [host_microseconds(call, args) for call in pair]
+        peer = f" {taken[1]:6.1f} {taken[0] / taken[1]:6.2f}" if len(taken) > 1 else ""
+        print(f"{name:24s} {taken[0]:6.1f}{peer}", flush=True)
+
+
+def host_microseconds(call: Callable[[], object], args: argparse.Namespace) -> float:
+    """Of a call whose work on the device is not waited for."""
+    wait = torch.cuda.synchronize if args.device == "cuda" else lambda: None
+    for _ in range(20):
+        call()
+    groups = []
+    for _ in range(5):
+        wait()
         start = time.perf_counter()
-        for _ in range(500):
+        for _ in range(100):
             call()
-        print(f"{name}: {(time.perf_counter() - start) / 500 * 1e6:.1f} us a call", flush=True)
-        torch.cuda.synchronize()
+        groups.append((time.perf_counter() - start) / 100 * 1e6)
+        wait()
+    return sorted(groups)[2]
+
+
+def bench_second_order(args: argparse.Namespace) -> None:
+    """Peak memory of second derivatives above the inputs, causal, 8 heads of 64: linear in T."""
+
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ours(q, k, v, True).float().sin().sum()
+
+    gradient = torch.func.grad(loss, (0, 1, 2))
+
+    def size_of_gradient(*x: Tensor) -> Tensor:
+        return torch.stack([g.float().square().sum() for g in gradient(*x)]).sum()
+
+    gradient_of_gradient = torch.func.grad(size_of_gradient, (0, 1, 2))
+
+    def tangent_of_gradient(*x: Tensor) -> object:
+        return torch.func.jvp(gradient, x, x)
+
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    rows = []
+    for length in args.lengths or (4096, 8192, 16_384):
+        x = tuple(torch.randn(1, 8, length, 64, device=args.device, dtype=dtype) for _ in range(3))
+        cells = []
+        for fn in (gradient_of_gradient, tangent_of_gradient):
+            peak, seconds = peak_mib(functools.partial(fn, *x), args.device)
+            cells.append(f"{peak:9.0f} {1e3 * seconds:9.1f}")
+        matrix = 8 * length * length * 4 / 2**20
+        rows.append(f"{length:7d}   {cells[0]}      {cells[1]}    {matrix:12.0f}")
+    print(" tokens  grad(grad) MiB     ms  jvp(grad) MiB     ms  one T x T float32 MiB")
+    print("\n".join(rows))
+
+
+def peak_mib(call: Callable[[], object], device: str) -> tuple[float, float]:
+    """Peak memory above what is held before, and seconds; on the CPU the growth of the process."""
+    if device == "cpu":
+        import resource
+
+        before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+        call()
+        taken = time.perf_counter() - start
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, taken
+    call()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before, start = torch.cuda.memory_allocated(), time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20, time.perf_counter() - start
 
 
 def time_tangent(attention: Attention, primals: tuple, tangents: tuple, causal: bool, rep: int):
@@ -419,12 +509,18 @@ def compile_ahead(job: tuple[int, int, int, int, int]) -> str | None:
 
 def check_case(seed: int, sibling: int, args: argparse.Namespace, results: list) -> None:
     """Appends (features, worst ratio of each pass), and prints what is wrong."""
-    from msfs_kernels.triton_check import random_case, ratios
+    from msfs_kernels.triton_check import by_kernels, directions, random_case, ratios
 
     dtypes = None if args.device == "cuda" else (torch.float16, torch.float32)
     case = random_case(seed, args.device, args.largest, dtypes, sibling)
     try:
-        found = ratios(case, sibling)
+        if args.launch_only:
+            by_kernels(case, *directions(case, sibling))
+            if args.device == "cuda":
+                torch.cuda.synchronize()
+            found = {}
+        else:
+            found = ratios(case, sibling)
     except Exception as problem:
         print(f"{case.name}\n    {type(problem).__name__}: {' '.join(str(problem).split())[:200]}")
         found = dict.fromkeys(("o", "dq", "to"), float("inf"))
@@ -440,12 +536,13 @@ def check_case(seed: int, sibling: int, args: argparse.Namespace, results: list)
 
 def compiled_cases(seeds: list[int], args: argparse.Namespace, start: float):
     """(seed, sibling) in the order in which their kernels are there; on the CPU, where the
-    interpreter runs them, at once.
+    interpreter runs them, and for a memory checker, which takes its kernels from Triton's cache, as
+    they come.
 
     Processes fork before CUDA starts: they have the imports, and compile for a chip they never
     open.
     """
-    if args.device == "cpu":
+    if args.device == "cpu" or args.launch_only:
         for seed in seeds:
             if time.time() - start < args.seconds:
                 yield seed, 0
@@ -650,16 +747,19 @@ def main() -> None:
     )
     parser.add_argument("--tangent", action="store_true", help="measure torch.func.jvp")
     parser.add_argument("--overhead", action="store_true", help="measure the host's time a call")
-    parser.add_argument("--decode", action="store_true", help="measure one token against a cache")
+    parser.add_argument("--decode", action="store_true", help="measure few tokens against a cache")
+    parser.add_argument(
+        "--second-order", action="store_true", help="peak memory of second derivatives"
+    )
     parser.add_argument("--tune", action="store_true", help="measure tile sizes, rewrite the table")
     parser.add_argument(
         "--bench",
         action="store_true",
-        help="measure the grid (the default without the three above)",
+        help="measure the grid (the default without any of these)",
     )
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
     parser.add_argument(
-        "--lengths", type=int, nargs="+", default=[1024, 4096, 16_384], help="tokens"
+        "--lengths", type=int, nargs="+", help="tokens; the default is each measurement's own"
     )
     parser.add_argument("--causal", type=int, nargs="+", choices=[0, 1], default=[0, 1])
     parser.add_argument(
@@ -676,6 +776,9 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=60.0, help="limit for --check, and for compiling in --tune"
     )
+    parser.add_argument(
+        "--launch-only", action="store_true", help="--check without comparing, for a memory checker"
+    )
     parser.add_argument("--cases", type=int, default=48, help="draws for --check")
     parser.add_argument("--largest", type=int, default=300, help="tokens, for --check")
     parser.add_argument("--seed", type=int, default=0)
@@ -688,21 +791,20 @@ def main() -> None:
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # looks, and does not start CUDA
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("bench_attention measures a GPU: torch.cuda.is_available() is False here")
-    if args.check:
-        check(args)
-    elif args.device == "cpu":
-        bench_cpu(args)
-        return
     if args.tune:
         tune(args)
-    if args.overhead:
-        bench_overhead(args)
-    if args.decode:
-        bench_decode(args)
-    if args.tangent:
-        bench_tangent(args)
-    if args.bench or not (args.check or args.tune or args.tangent or args.overhead or args.decode):
-        bench(args)
+    modes = {
+        "check": check,
+        "overhead": bench_overhead,
+        "decode": bench_decode,
+        "second_order": bench_second_order,
+        "tangent": bench_tangent,
+    }
+    chosen = [run for name, run in modes.items() if getattr(args, name)]
+    for run in chosen:
+        run(args)
+    if args.bench or not (chosen or args.tune):
+        bench_cpu(args) if args.device == "cpu" else bench(args)
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def test_padded_head_dims_fit_the_smallest_chip(K):
     [("fused", "ieee"), ("fused", "tf32"), ("mean", "ieee"), ("tangent", "ieee")],
 )
 def test_float32_compiles_in_both_precisions(kernel, precision):
-    config = configs.default(kernel, torch.float32, 64)
+    config = configs.default(kernel, torch.float32, 32)
     options = Options(scale=0.1, precision=precision)
-    used = took(launch_of(kernel, 64, options, config, torch.float32), 90)
+    used = took(launch_of(kernel, 32, options, config, torch.float32), 90)
     assert used.shared <= SHARED[90] * 1024

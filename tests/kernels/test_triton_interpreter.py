@@ -243,7 +243,7 @@ def test_a_query_without_keys_gives_zeros_and_zero_gradients(interpreter):
 
 
 def with_lengths(field, lengths, T):
-    return results(T, 24, B=3, **{field: torch.tensor(lengths, dtype=torch.int32)})
+    return results(T, 24, B=3, H=1, **{field: torch.tensor(lengths, dtype=torch.int32)})
 
 
 @pytest.mark.parametrize("field", ["key_lengths", "prefix_lengths"])
