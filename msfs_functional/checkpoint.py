@@ -110,7 +110,8 @@ def _split_leaves(state: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, values
 
 
-def _to_json(what: str, value: Any) -> str:
+def json_text(what: str, value: Any) -> str:
+    """`value` as JSON; a ValueError says of `what` why it is none."""
     for accessor in optree.tree_accessors(value):
         for entry in accessor:
             if isinstance(entry, optree.MappingEntry) and not isinstance(entry.entry, str):
@@ -152,7 +153,7 @@ def verified(root: str | Path) -> list[Checkpoint]:
     return [checkpoint for checkpoint in checkpoints(root) if passes(checkpoint)]
 
 
-def _by_metric(found: list[Checkpoint]) -> list[Checkpoint]:
+def best_first(found: list[Checkpoint]) -> list[Checkpoint]:
     """Those that carry a metric, the best first, the newer first among equals."""
 
     def score(checkpoint: Checkpoint) -> tuple[float, int]:
@@ -163,7 +164,8 @@ def _by_metric(found: list[Checkpoint]) -> list[Checkpoint]:
     return sorted((c for c in found if c.metric is not None), key=score, reverse=True)
 
 
-def _disk_error(error: Exception, target: Path) -> Exception:
+def disk_error(error: Exception, target: Path) -> Exception:
+    """The error of a full or failing disk, with what became of checkpoints; others as they are."""
     number = getattr(error, "errno", None)
     if number is None:  # safetensors keeps the number in its text only
         match = re.search(r"os error (\d+)", str(error))
@@ -221,7 +223,7 @@ def save(
         if name != Path(name).name or name.startswith(".") or taken:
             raise ValueError(f"file name {name!r} must be plain, visible and not one of our own")
     tensors, values = _split_leaves(state)
-    meta = _to_json("extra", {"leaves": values, "extra": extra})
+    meta = json_text("extra", {"leaves": values, "extra": extra})
 
     def fill(directory: Path) -> None:
         save_file(tensors, directory / STATE)
@@ -241,16 +243,17 @@ def save(
             }
             durable.publish(target, fill, about)
             intact = [checkpoint for checkpoint in checkpoints(root) if checkpoint.intact]
-            kept = {c.path for c in intact[-keep_last:] + _by_metric(intact)[:keep_best]}
+            kept = {c.path for c in intact[-keep_last:] + best_first(intact)[:keep_best]}
             for checkpoint in intact:
                 if checkpoint.path not in kept:
                     durable.delete(checkpoint.path)
     except (OSError, SafetensorError) as error:
-        raise _disk_error(error, target) from error
+        raise disk_error(error, target) from error
     return target
 
 
-def _find(place: Path, which: Which) -> Path:
+def find(place: Path, which: Which) -> Path:
+    """The directory of the checkpoint that `load` is to read."""
     if (place / durable.MANIFEST).is_file() or _NAME.fullmatch(place.name):
         return place
     found = checkpoints(place)
@@ -260,7 +263,7 @@ def _find(place: Path, which: Which) -> Path:
         return found[-1].path
     if which == "best":
         damaged = [checkpoint for checkpoint in found if not checkpoint.intact]
-        ranked = damaged or _by_metric(found)  # a damaged one may be the best: say so, not guess
+        ranked = damaged or best_first(found)  # a damaged one may be the best: say so, not guess
         if not ranked:
             raise ValueError(f"no checkpoint in {place} carries a metric: load the latest instead")
         return ranked[0].path
@@ -285,7 +288,8 @@ def _fits(like: Any, saved: Any) -> bool:
     return type(like) is type(saved)
 
 
-def _compare(path: Path, like: dict[str, Any], saved: dict[str, Any], partial: bool) -> None:
+def compare(path: Path, like: dict[str, Any], saved: dict[str, Any], partial: bool) -> None:
+    """Raises a ValueError that names the leaves in which `like` and the checkpoint differ."""
     missing = [name for name in like if name not in saved]
     extra = [] if partial else [name for name in saved if name not in like]
     other = [name for name in like if name in saved and not _fits(like[name], saved[name])]
@@ -344,7 +348,7 @@ def load(
         ValueError: a file is truncated or altered (names it and the newest checkpoint that is not),
             or the checkpoint is of another model (names the first leaves that differ).
     """
-    path = _find(Path(place), which)
+    path = find(Path(place), which)
     try:
         manifest = verify(path)
     except ValueError as error:
@@ -363,7 +367,7 @@ def load(
         with safe_open(path / STATE, framework="pt") as file:
             saved = {**meta["leaves"], **{name: file.get_tensor(name) for name in file.keys()}}
             wanted = named_leaves(like)
-            _compare(path, wanted, saved, partial)
+            compare(path, wanted, saved, partial)
             leaves = [_place(leaf, saved[name], device) for name, leaf in wanted.items()]
         structure = optree.tree_structure(like, namespace=NAMESPACE)
         state = optree.tree_unflatten(structure, leaves)

@@ -119,7 +119,7 @@ class Writer:
         """
         self.wait()
         tensors = _tensors(state)
-        meta = checkpoint._to_json("extra", {"leaves": {}, "extra": dict(extra or {})})
+        meta = checkpoint.json_text("extra", {"leaves": {}, "extra": dict(extra or {})})
         self.target = self.root / f"step_{step:08d}"
         parts = self.target.with_name(f".{self.target.name}{PARTS}")
         contents = {META: meta, **(files or {})}
@@ -173,7 +173,7 @@ class Writer:
             durable.publish(target, fill, about)
             shutil.rmtree(parts)
             intact = [c for c in checkpoint.checkpoints(self.root) if c.intact]
-            best = checkpoint._by_metric(intact)[: self.keep_best]
+            best = checkpoint.best_first(intact)[: self.keep_best]
             kept = {c.path for c in intact[-self.keep_last :] + best}
             for old in intact:
                 if old.path not in kept:
@@ -206,7 +206,7 @@ def load(
     path = Path(place)
     with agreement.together():
         if agreement.rank() == 0:
-            path = _checked(checkpoint._find(path, which), every_byte=like is not None)
+            path = _checked(checkpoint.find(path, which), every_byte=like is not None)
     path = agreement.from_all(path)[0]
     with agreement.together():
         manifest = durable.read_manifest(path)
@@ -252,7 +252,7 @@ def _read(path: Path, saved: metadata.Metadata, like: Any, partial: bool) -> Any
     for name, entry in saved.state_dict_metadata.items():
         assert isinstance(entry, metadata.TensorStorageMetadata)
         there[name] = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
-    checkpoint._compare(path, wanted, there, partial)
+    checkpoint.compare(path, wanted, there, partial)
     into = {
         name: torch.empty(leaf, dtype=there[name].dtype) if isinstance(leaf, torch.Size) else leaf
         for name, leaf in wanted.items()
@@ -270,7 +270,7 @@ def _raise(error: CheckpointException, target: Path) -> NoReturn:
     """The first rank's own error, in the place of all their tracebacks."""
     rank, (first, _) = min(error.failures.items(), key=lambda item: item[0])
     if isinstance(first, OSError):
-        first = checkpoint._disk_error(first, target)
+        first = checkpoint.disk_error(first, target)
     elif not isinstance(first, ValueError):
         first = RuntimeError(f"rank {rank}, {target}: {type(first).__name__}: {first}")
     raise first from error

@@ -347,12 +347,15 @@ class _Cast(torch.autograd.Function):
     """Each tensor in its new dtype; on a GPU one kernel for all instead of one for each."""
 
     @staticmethod
-    def forward(ctx: Any, dtypes: Sequence[torch.dtype], *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.dtypes = [x.dtype for x in tensors]
+    def forward(dtypes: Sequence[torch.dtype], *tensors: Tensor) -> tuple[Tensor, ...]:
         copies = [torch.empty_like(x, dtype=to) for x, to in zip(tensors, dtypes, strict=True)]
         torch._foreach_copy_(copies, list(tensors))
         return tuple(copies)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.dtypes = [x.dtype for x in inputs[1:]]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -361,17 +364,28 @@ class _Cast(torch.autograd.Function):
         back = dict(zip(found, casts, strict=True))
         return None, *[back.get(i) for i in range(len(grads))]
 
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, dtypes: Sequence[torch.dtype], *tensors: Tensor) -> Any:
+        return _Cast.apply(dtypes, *tensors), tuple(in_dims[1:])
+
+
+def _forward_mode() -> bool:
+    """Whether tangents may be on their way, for which `_Cast` has no rule."""
+    stack = torch._C._functorch.get_interpreter_stack() or []  # pyright: ignore
+    jvp = torch._C._functorch.TransformType.Jvp  # pyright: ignore
+    return forward_ad._current_level >= 0 or any(level.key() == jvp for level in stack)
+
 
 def cast(params: Params, dtype: torch.dtype) -> Params:
     """`params` with every floating-point tensor in `dtype`; differentiable, for use in losses."""
     changed = {k: v for k, v in params.items() if v.is_floating_point() and v.dtype != dtype}
     together = (
-        not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
+        changed
+        and not torch.compiler.is_compiling()
+        and not _forward_mode()
         and all(type(x) in (Tensor, nn.Parameter) for x in changed.values())
     )
-    if changed and together:
+    if together:
         casts: Any = _Cast.apply([dtype] * len(changed), *changed.values())
         changed = dict(zip(changed, casts, strict=True))
     else:

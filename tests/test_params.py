@@ -294,11 +294,13 @@ def test_cast_is_the_same_function_under_every_transform():
             dual = forward_ad.unpack_dual(fn(*duals)).tangent
         func = torch.func.jvp(torch.func.grad(fn), ab, tuple(tangents.values()))
         mapped = torch.vmap(torch.func.grad(fn), in_dims=(0, None))(torch.stack([ab[0]] * 2), ab[1])
+        hessian = torch.func.jacrev(torch.func.grad(fn))(*ab)
+        forward = torch.func.grad(lambda a: torch.func.jvp(fn, (a, ab[1]), ab)[1])(ab[0])
         compiled = torch.compile(fn, backend="aot_eager")(*ab)
         unused = torch.autograd.grad(
             cast(dict(zip("ab", leaves, strict=True)))["a"].float().sum(), leaves[0]
         )
-        return [*grads, *second, dual, func, mapped, compiled, *unused]
+        return [*grads, *second, dual, func, mapped, hessian, forward, compiled, *unused]
 
     torch.testing.assert_close(answers(together), answers(one_by_one), atol=0, rtol=0)
 

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from msfs_functional.models.decoder import DecoderConfig, decoder, gpt2
+from msfs_functional.models.weight_files import read_json
 from msfs_functional.params import Params
 from msfs_functional.rotary import Scaling
 
@@ -459,11 +460,11 @@ def read_folder(
         ValueError: a missing or broken file.
     """
     folder = Path(folder)
-    hub = _json(folder / "config.json")
+    hub = read_json(folder / "config.json")
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.exists():
-        names = sorted(set(_json(index)["weight_map"].values()))
+        names = sorted(set(read_json(index)["weight_map"].values()))
     weights: dict[str, Tensor] = {}
     for name in names:
         path = folder / name
@@ -537,12 +538,3 @@ def save(
         raise ValueError("params are not of this configuration; fused ones cannot be exported")
     hub, weights = to_hub(config, params, family)
     write_folder(folder, {**hub, **extra}, weights, tokenizer)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"no {path.name} in {path.parent}: is it a model's folder?") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}): fetch it again") from None
