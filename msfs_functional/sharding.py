@@ -141,6 +141,8 @@ def sum_of_squares(leaves: Sequence[Tensor]) -> Tensor:
     sums: dict[Any, list[Tensor]] = {}
     for x in leaves:
         if isinstance(x, DTensor):
+            summed = [Replicate() if p.is_partial() else p for p in x.placements]
+            x = x.redistribute(placements=summed) if summed != list(x.placements) else x
             cut = tuple(isinstance(p, Shard) for p in x.placements)
             sums.setdefault((x.device_mesh, cut), []).append(x.to_local().square().sum())
         else:
@@ -150,7 +152,7 @@ def sum_of_squares(leaves: Sequence[Tensor]) -> Tensor:
         total = torch.stack(terms).sum()
         if where is not None:
             mesh, cut = where
-            for axis, yes in zip(mesh.mesh_dim_names or (), cut, strict=True):
+            for axis, yes in enumerate(cut):
                 total = psum(total, mesh.get_group(axis).group_name) if yes else total
         totals.append(total)
     return torch.stack(totals).sum()

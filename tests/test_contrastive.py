@@ -197,7 +197,7 @@ def shares_equal_the_whole():
 
 @pytest.mark.ranks
 def test_shares_of_two_ranks_equal_the_whole_batch():
-    check_claims([shares_equal_the_whole], 2)
+    check_claims(([shares_equal_the_whole], 2))
 
 
 @pytest.mark.parametrize(
