@@ -15,7 +15,7 @@ from msfs_functional import checkpoint
 from msfs_functional.watchdog import describe
 
 HERE = Path(__file__).parent
-SHORT = [*TINY, "--train.steps", "8", "--train.eval-every", "2", "--mesh.timeout", "20"]
+SHORT = [*TINY, "--train.steps", "8", "--train.eval-every", "2", "--mesh.timeout", "14"]
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +67,7 @@ def test_killed_processes_are_started_again_and_a_hanging_one_ends_the_job(tmp_p
     [(code, _, told)] = torchrun(faults, *SHORT, *where, restarts=2)
     assert code != 0 and time.monotonic() - start < 280
     assert [told.count(f"attempt {i} of rank 0") for i in range(4)] == [1, 1, 1, 0], told[-3000:]
-    message = "nothing has happened for 20 s: ranks 0, 1 in step 7; go on with: torchrun"
+    message = "nothing has happened for 14 s: ranks 0, 1 in step 7; go on with: torchrun"
     assert told.count(f"error: {message}") == 1, told[-5000:]
     # The save of step 4 was cut short in the second attempt, and done in the third.
     assert checkpoint.verified(tmp_path / "faulty/checkpoints")[-1].step == 6

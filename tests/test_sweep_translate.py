@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 TINY = (
     "--model.width 12 --model.depth 1 --model.hidden 16 --vocabulary.size 300"
     " --train.steps 2 --train.eval-every 2 --train.valid-sentences 2 --data.batch 256"
-    " --train.keep 3 --device cpu --train.compile False"
+    " --train.keep 3 --decode.extra-length 2 --device cpu --train.compile False"
 )
 
 
