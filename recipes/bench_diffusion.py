@@ -12,12 +12,10 @@ Caches of compiled code are off, so that the first step is a first one.
 `--small` shows on a CPU that all of it works; its figures mean nothing.
 """
 
-import gc
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")  # must stand before torch
 
@@ -25,6 +23,7 @@ import diffusers
 import torch
 import torch.nn.functional as F
 import tyro
+from measuring import fresh, measure
 from torch import Tensor
 
 from msfs_functional import errors, optim, random
@@ -60,46 +59,6 @@ class Config:
     """timed calls, of sampling"""
     debug: bool = False
     """show tracebacks"""
-
-
-class Figures(NamedTuple):
-    """What one side of a comparison took."""
-
-    first: float  # seconds until the first step or call was done, compilation included
-    seconds: float  # of one after the warm-up
-    memory: float  # GiB at the peak
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def measure(step: Callable[[], object], warmup: int, steps: int) -> Figures:
-    """Runs `step` warmup + steps times; the steps are timed together, without a wait in between."""
-    begin = time.perf_counter()
-    step()
-    synchronize()
-    first = time.perf_counter() - begin
-    for _ in range(warmup - 1):
-        step()
-    synchronize()
-    begin = time.perf_counter()
-    for _ in range(steps):
-        step()
-    synchronize()
-    seconds = (time.perf_counter() - begin) / steps
-    memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
-    return Figures(first, seconds, memory)
-
-
-def fresh() -> None:
-    """Nothing of the side before stays in memory, nor in the count of its peak."""
-    torch._dynamo.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
 
 
 def sizes(small: bool) -> dict[str, Any]:
@@ -188,6 +147,7 @@ def train(config: Config, device: str) -> None:
     builds = {"ours": our_training, "diffusers": their_training}
     rates = {}
     for name in config.sides:
+        torch._dynamo.reset()
         fresh()
         figures = measure(builds[name](config, batch, device), config.warmup, config.steps)
         rates[name] = len(batch["x"]) / figures.seconds

@@ -14,16 +14,16 @@ within the time. Caches of compiled code are off, so that the first step is a fi
 
 import gc
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")  # must stand before torch
 
 import torch
 import transformers
 import tyro
+from measuring import fresh, measure
 from torch import Tensor
 
 from msfs_functional import errors, optim, random
@@ -74,50 +74,11 @@ class Config:
     """show tracebacks"""
 
 
-class Figures(NamedTuple):
-    """What one side of a comparison took."""
-
-    first: float  # seconds until the first step was done, compilation included
-    seconds: float  # of one after the warm-up
-    memory: float  # GiB at the peak
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def measure(step: Callable[[], object], warmup: int, steps: int) -> Figures:
-    """Runs `step` warmup + steps times; the steps are timed together, without a wait in between."""
-    begin = time.perf_counter()
-    step()
-    synchronize()
-    first = time.perf_counter() - begin
-    for _ in range(warmup - 1):
-        step()
-    synchronize()
-    begin = time.perf_counter()
-    for _ in range(steps):
-        step()
-    synchronize()
-    seconds = (time.perf_counter() - begin) / steps
-    memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
-    return Figures(first, seconds, memory)
-
-
-def fresh() -> None:
-    """Nothing of the side before stays in memory, nor in the count of its peak."""
-    torch._dynamo.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-
 def compare(config: Config, builds: dict[str, Callable[[], Any]], items: int, unit: str) -> None:
     """Measures each side on its own and prints items a second."""
     rates = {}
     for name in config.sides:
+        torch._dynamo.reset()
         fresh()
         figures = measure(builds[name](), config.warmup, config.steps)
         rates[name] = items / figures.seconds

@@ -10,17 +10,17 @@
 """
 
 import functools
-import gc
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import translate
 import tyro
+from measuring import fresh, measure, synchronize
 from torch import Tensor
 
 from msfs_functional import errors, optim, random
@@ -62,41 +62,6 @@ class Config:
     """data and ensemble: the training to take the step from"""
     debug: bool = False
     """show tracebacks"""
-
-
-class Figures(NamedTuple):
-    """What one side of a comparison took."""
-
-    first: float  # seconds until the first step was done, compilation included
-    seconds: float  # of one step after the warm-up
-    memory: float  # GiB at the peak
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def measure(step: Callable[[], object], config: Config) -> Figures:
-    """Runs `step` warmup + steps times; the steps are timed together, without a wait in between."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    begin = time.perf_counter()
-    step()
-    synchronize()
-    first = time.perf_counter() - begin
-    for _ in range(config.warmup - 1):
-        step()
-    synchronize()
-    begin = time.perf_counter()
-    for _ in range(config.steps):
-        step()
-    synchronize()
-    seconds = (time.perf_counter() - begin) / config.steps
-    memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
-    return Figures(first, seconds, memory)
 
 
 def hardware() -> str:
@@ -230,7 +195,10 @@ def against_marian(config: Config) -> None:
     ours_graphed = functools.partial(our_step, graph=True)
     sides = {"ours": our_step, "ours, CUDA graph": ours_graphed, "Marian": marian_step}
     for name, make in sides.items():
-        figures[name] = one = measure(make(size, batch, not config.small), config)
+        fresh()
+        compiled = not config.small
+        one = measure(make(size, batch, compiled), config.warmup, config.steps)
+        figures[name] = one
         rate = tokens / one.seconds
         print(
             f"{name:17}  {rate / 1e6:7.3f}M padded tokens/s  {one.memory:6.2f} GiB  "
