@@ -161,7 +161,7 @@ def test_a_window_hides_what_lies_further_back():
 
 @pytest.mark.parametrize("prefix", [None, (2, 6)])
 def test_cached_decode_equals_full_forward_far_beyond_the_window(prefix):
-    """A window of 3 over 24 tokens: prompts of 9 in two calls (a prefix in one), then one by one."""
+    """A window of 3, 24 tokens: prompts of 9 in two calls (a prefix in one), then one by one."""
     model, params, ids = MODELS["everything"], build("everything"), tokens(2, 24)
     given = {} if prefix is None else {"prefix_lengths": torch.tensor(prefix)}
     expected = model.apply(params, ids, implementation="reference", **given)
