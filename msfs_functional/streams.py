@@ -73,7 +73,7 @@ class Lane:
         """The next `number` rows, in parts."""
         parts: list[Packed] = []
         while number:
-            rows = self.rows if self.rows is not None else self._read()
+            rows = self.read()
             start = self.place["taken"]
             part = Packed(*(values[start : start + number] for values in rows))
             size = len(part.tokens)
@@ -84,8 +84,10 @@ class Lane:
                 self._go_on()
         return parts
 
-    def _read(self) -> Packed:
+    def read(self) -> Packed:
         """Rows of the chunk at the lane's place."""
+        if self.rows is not None:
+            return self.rows
         if self.documents is None:
             self.documents = iter(self.stream)
         ids: list[Sequence[int]] = []
@@ -102,7 +104,12 @@ class Lane:
             )
             self.tokens += sum(len(document) - 1 for document in new)
             ids += new
-        self.following = self.stream.state_dict()
+        self.following, seen = self.stream.state_dict(), self.place["seen"] + self.tokens
+        if self.last and seen < self.length:
+            raise ValueError(
+                f"lane {self.number} of {self.lanes} holds {seen} tokens, fewer than one sequence "
+                f"of {self.length}: give more text, fewer lanes or a smaller length"
+            )
         rows = pack(ids, self.length)
         key = (self.seed, self.number, self.place["epoch"], self.place["chunk"])
         order = np.random.default_rng(key).permutation(len(rows.tokens))
@@ -116,11 +123,6 @@ class Lane:
             chunk = self.place["chunk"] + 1
             self.place |= {"chunk": chunk, "taken": 0, "seen": seen, "source": self.following}
             return
-        if seen < self.length:
-            raise ValueError(
-                f"lane {self.number} of {self.lanes} holds {seen} tokens, fewer than one sequence "
-                f"of {self.length}: give more text, fewer lanes or a smaller length"
-            )
         self.restore(self._beginning(self.place["epoch"] + 1))
 
 
@@ -178,6 +180,11 @@ class StreamedBatches:
         parts = [part for lane in self.lanes for part in lane.take(self.rows)]
         whole = (np.concatenate(values).astype(np.int64) for values in zip(*parts, strict=True))
         return {name: torch.from_numpy(x) for name, x in zip(FIELDS, whole, strict=True)}
+
+    def check(self) -> None:
+        """Reads what the next rows come from: what is wrong with it is raised here already."""
+        for lane in self.lanes:
+            lane.read()
 
     def state(self) -> dict[str, Any]:
         """Where this process's lanes are; those of all processes, merged, are the whole place."""

@@ -9,7 +9,13 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from msfs_functional.documents import held_out, is_held_out, open_stream, read_documents
+from msfs_functional.documents import (
+    held_out,
+    is_held_out,
+    open_stream,
+    read_documents,
+    read_file,
+)
 from msfs_functional.packing import FIELDS
 from msfs_functional.streams import StreamedBatches
 
@@ -140,6 +146,12 @@ def test_lanes_and_corpora_that_do_not_fit_are_told(folder):
     (folder / "numbers.jsonl").write_text('{"text": 1}\n{"text": 2}\n')
     with pytest.raises(ValueError, match="'text' holds 1, not text"):
         next(batches(folder, "numbers.jsonl", lanes=1))
+
+
+def test_documents_of_text_files_stand_between_blank_lines(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("One\ntwo \n\n\n three\n \nfour\n")
+    assert read_file(path) == ["One\ntwo", "three", "four"]
 
 
 def test_documents_of_files_and_their_share_for_validation(folder):
