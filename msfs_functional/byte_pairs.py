@@ -6,8 +6,9 @@
     l ow: 4, e r: 3, ...                  merges: (o, w), then (l, ow), then ...
 
 The rule for ties makes the merges a function of the counts alone. (The trainer of the `tokenizers`
-library, which `tokenizer.train_bpe` uses, takes the pair whose ids are lower: as good a vocabulary,
-other merges.) A merge changes only the pieces that hold its pair, so each costs what they cost.
+library, which `tokenizer.train_bpe` uses unless it is asked for this one, takes the pair whose ids
+are lower: as good a vocabulary, other merges.) A merge changes only the pieces that hold its pair,
+so each costs what they cost.
 """
 
 import heapq
@@ -16,6 +17,14 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 
 Pair = tuple[bytes, bytes]
+
+
+def letters() -> list[str]:
+    """The printable letter of each byte in files of byte-level BPE (Radford et al. 2019): itself
+    where it is visible, the others from U+0100 on."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = iter(range(256, 512))
+    return [chr(byte if byte in visible else next(rest)) for byte in range(256)]
 
 
 class Greatest:

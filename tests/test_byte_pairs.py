@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
-from msfs_functional.byte_pairs import joined, learn_merges, pairs
+from msfs_functional.byte_pairs import joined, learn_merges, letters, pairs
+from msfs_functional.tokenizer import train_bpe
 
 ORACLE = "tokenizers/bpe_oracle"
 
@@ -50,7 +51,7 @@ def test_merges_of_the_oracle():
     if not folder.is_dir():
         pytest.skip(f"no folder {folder}: MSFS_DATA names the one with tokenizers")
     bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    byte_of = {letter: byte for byte, letter in enumerate(letters_of_bytes())}
+    byte_of = {letter: byte for byte, letter in enumerate(letters())}
     decoded = lambda text: bytes(byte_of[letter] for letter in text)  # noqa: E731
     text = (folder / "corpus.en").read_bytes().decode()
     pieces = Counter(decoded(piece) for piece, _ in bytewise.pre_tokenize_str(text))
@@ -63,11 +64,16 @@ def test_merges_of_the_oracle():
     assert {decoded(text) for text in vocabulary if text != "<|endoftext|>"} == learned
 
 
-def letters_of_bytes() -> list[str]:
-    """How GPT-2 writes bytes: as themselves if they are visible, else from U+0100 on."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = iter(range(256, 512))
-    return [chr(byte if byte in visible else next(rest)) for byte in range(256)]
+def test_a_tokenizer_of_these_merges_spells_and_splits_like_them():
+    lines = ["low low low lower newer newer", "new, newest: newer"]
+    tokenizer = train_bpe(lines, 4 + 256 + 7, ties="greater")
+    assert tokenizer.vocab_size == 267 and tokenizer.decode(tokenizer.encode(lines)) == lines
+    pieces = Counter(b" low low low lower newer newer new newest newer".split(b" ")[1:])
+    spaced = Counter({b" " + piece: count for piece, count in pieces.items()})
+    spaced.update([b",", b":"])
+    merges = learn_merges(spaced, 7)
+    tokens = [tokenizer.tokens([id_])[0] for id_ in range(260, 267)]
+    assert tokens == [(a + b).decode().replace(" ", "▁") for a, b in merges]
 
 
 def test_bad_arguments_are_told():
