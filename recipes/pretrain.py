@@ -98,7 +98,7 @@ from msfs_functional.packing import PackedBatches, in_batches, pack, total_loss
 from msfs_functional.params import Functional, Params, cast
 from msfs_functional.streams import StreamedBatches
 from msfs_functional.synthetic.stories import RULES, beginning, shares, stories
-from msfs_functional.tokenizer import BOS, EOS, PAD, Tokenizer, train_bpe
+from msfs_functional.tokenizer import BOS, EOS, PAD, Tokenizer, train_bpe, train_word_level
 from msfs_functional.tracking import Tracker
 from msfs_functional.train import init_state, make_step
 from msfs_functional.utilisation import Meter, flops_per_token, peak_flops, profiled
@@ -137,9 +137,12 @@ class Data:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Byte-level BPE, learned from the training documents only."""
+    """Learned from the training documents only."""
 
-    size: int = 640  # most ids [tokens]: 4 specials, 256 bytes, merges
+    # byte-level BPE, which spells any text, or whole words; None: words for the stories, which have
+    # 200 of them, else bpe
+    kind: Literal["bpe", "words"] | None = None
+    size: int = 8_000  # most ids [tokens]: 4 specials, 256 bytes of bpe, merges or words
     documents: int = 10_000  # of a stream, to learn from
     file: Path | None = None  # a tokenizer that was saved before, in place of learning one
 
@@ -275,7 +278,8 @@ def read_data(config: Config) -> Corpus:
 def learn_tokenizer(vocabulary: Vocabulary, documents: list[str]) -> Tokenizer:
     if vocabulary.file is not None:
         return Tokenizer.load(vocabulary.file)
-    return train_bpe(documents, vocabulary.size)
+    learn = train_word_level if vocabulary.kind == "words" else train_bpe
+    return learn(documents, vocabulary.size)
 
 
 def make_batches(
@@ -676,12 +680,14 @@ def checked(config: Config) -> Config:
         print(f"note: {machine.note}", file=sys.stderr)
     if config.threads:
         torch.set_num_threads(config.threads)
+    kind = "bpe" if config.data.files or config.data.stream else "words"
     attention = config.model.attention or ("flash" if "cuda" in machine.device else "sdpa")
     return replace(
         config,
         device=machine.device,
         dtype=machine.dtype,
         name=config.name or configs.free_name(config.out, "pretrain"),
+        vocabulary=replace(config.vocabulary, kind=config.vocabulary.kind or kind),
         model=replace(config.model, attention=attention),
         train=replace(config.train, compile=machine.compile),
     )

@@ -200,13 +200,13 @@ def test_two_processes_train_what_one_does(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "args, said",
     [
-        ("--model.vocab 300", r"the vocabulary has \d+ ids, more than .*--model.vocab \(300\)"),
+        ("--model.vocab 100", r"the vocabulary has \d+ ids, more than .*--model.vocab \(100\)"),
         ("--data.batch 500", "fewer than one batch of 500 x 200"),
         ("--mesh.dp-shard 3", "multiply to 3, but 1 processes run"),
         ("--mesh.tp 3", r"--mesh.tp \(3\) must divide --data.length \(200\)"),
         ("--mesh.timeout 0", r"--mesh.timeout \(0.0\) must be positive"),
         ("--model.heads 3", r"heads \(3\) must divide width"),
-        ("--vocabulary.size 100", r"vocab_size \(100\) must exceed 260"),
+        ("--vocabulary.kind bpe --vocabulary.size 100", r"vocab_size \(100\) must exceed 260"),
         ("--vocabulary.file nowhere.json", "no tokenizer at nowhere.json"),
         ("--data.files nowhere.txt", "nowhere.txt"),
         ("--data.files table.csv", "must be .txt or .jsonl"),
