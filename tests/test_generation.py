@@ -3,6 +3,7 @@
 import functools
 import itertools
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from msfs_functional.generation import (
     right_padded,
 )
 from msfs_functional.models import llama2c, pretrained
-from msfs_functional.models.decoder import DecoderConfig, decoder, gpt2, language_model
+from msfs_functional.models.decoder import DecoderConfig, decoder, fuse, gpt2, language_model
 
 CONFIG = DecoderConfig(
     37, width=16, depth=2, heads=4, kv_heads=2, hidden=24, windows=(5, None), tied=False
@@ -204,6 +205,30 @@ def test_greedy_tokens_equal_transformers_generate():
     generate = Generator(language_model(decoder(config), params))
     out = generate(tokens, Settings(20, GREEDY, stop_tokens=(50256,)), mask=mask)
     assert torch.equal(out.tokens, expected) and out.tokens.unique().numel() > 4
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "neither"])
+def test_a_single_row_by_fewer_launches_gives_the_same(kind, fused):
+    sizes = {"width": 16, "depth": 2, "heads": 4, "max_length": 64}
+    config = {
+        "llama": DecoderConfig(37, kv_heads=2, hidden=24, windows=(5, None), **sizes),
+        "gpt2": gpt2(37, hidden=24, **sizes),
+        "neither": DecoderConfig(37, hidden=24, qk_norm=True, logit_softcap=3.0, **sizes),
+    }[kind]
+    model = decoder(config)
+    params = {
+        name: 0.5 * random.normal(random.key(i), shape, dtype=torch.float64) + ("norm" in name)
+        for i, (name, shape) in enumerate(model.shapes.items())
+    }
+    if fused:
+        model, params = decoder(replace(config, fused=True)), fuse(params)
+    fast = Generator(language_model(model, params, fast_row=True))
+    plain = Generator(language_model(model, params))
+    for prompts in (PROMPTS[:1], PROMPTS[1:]):  # the latter are two rows, which it leaves alone
+        out, expected = (g(prompts, Settings(20, GREEDY)) for g in (fast, plain))
+        assert torch.equal(out.tokens, expected.tokens) and out.logps.unique().numel() > 9
+        torch.testing.assert_close(out.logps, expected.logps)
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Int64
+from msfs_kernels import one_row as rows
 from torch import Tensor, nn
 
 from msfs_functional import random
@@ -207,6 +208,7 @@ class Context(NamedTuple):
     fresh: bool = False  # the cache holds nothing but these tokens: they attend to each other
     enter: Callable[[Tensor], Tensor] = unchanged  # before the first matrices of a sublayer
     leave: LinearFn = linear  # the last one: both know of other devices that share the work
+    window: int | None = None  # keys that a token sees, itself included: `mask` says it, too
 
 
 def within(window: int, prefix_lengths: Int[Tensor, "B"], tokens: int) -> Bool[Tensor, "B 1 T T"]:
@@ -627,7 +629,7 @@ class Decoder(nn.Module):
             options = {name: value for name, value in mask(window).items() if value is not None}
             if window is not None and "is_causal" in options:
                 options["window"] = window
-            contexts[window] = Context(options, attention_fn, rotary, slots, fresh)
+            contexts[window] = Context(options, attention_fn, rotary, slots, fresh, window=window)
         return contexts
 
 
@@ -672,14 +674,77 @@ def fuse(params: Params) -> Params:
     return fused
 
 
+def one_row(config: DecoderConfig) -> Callable[[BlockFn], BlockFn] | None:
+    """For `around_block`: the block for one new token of one sequence, in five launches.
+
+    The cache it is given is written IN PLACE. None for a config that it does not know (norms of
+    heads or of what a sublayer adds).
+    """
+    if config.qk_norm or config.post_norm or config.activation not in rows.ACTIVATIONS:
+        return None
+    norm = {
+        "norm": config.norm,
+        "eps": config.norm_eps,
+        "offset": 1.0 if config.norm_offset else 0.0,
+    }
+    scale = config.attention_scale or config.size_of_head**-0.5
+
+    def product(params: Params, name: str, x: Tensor, normed: str = "", **options: Any) -> Tensor:
+        if normed:
+            gain, shift = params[f"{normed}.weight"], params.get(f"{normed}.bias")
+            options |= {"gain": gain, "shift": shift, **norm}
+        return rows.row_linear(x, params[f"{name}.weight"], params.get(f"{name}.bias"), **options)
+
+    def run(
+        params: Params, x: Tensor, key: None, context: Context, cache: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        assert context.slots is not None
+        parts = ["qkv"] if config.fused else ["q", "k", "v"]
+        parts = [product(params, f"attention.{part}", x, "attention_norm") for part in parts]
+        heads = rows.row_attention(
+            torch.cat(parts, -1) if len(parts) > 1 else parts[0],
+            *cache,
+            context.slots[:, 0],
+            context.rotary,
+            heads=config.heads,
+            scale=scale,
+            softcap=config.attention_softcap,
+            window=context.window,
+        )
+        x = product(params, "attention.o", heads, residual=x)
+        options: dict[str, Any] = {"normed": "feed_forward_norm", "activation": config.activation}
+        if not config.gated:
+            y = product(params, "feed_forward.up", x, **options)
+        elif config.fused:
+            y = product(params, "feed_forward.gate_up", x, gated=True, **options)
+        else:
+            y = product(params, "feed_forward.gate", x, **options)
+            y = y * product(params, "feed_forward.up", x, "feed_forward_norm")
+        return product(params, "feed_forward.down", y, residual=x), cache
+
+    return lambda fn: run
+
+
 def language_model(
-    model: Functional, params: Params, *, implementation: Implementation | AttentionFn = "flash"
+    model: Functional,
+    params: Params,
+    *,
+    implementation: Implementation | AttentionFn = "flash",
+    fast_row: bool | None = None,
 ) -> LanguageModel:
     """The model with these parameters in the form of module `generation`.
 
     Prefill takes `embeddings` and `prefix_lengths` as further inputs, see `Decoder.extend`.
+
+    Args:
+        fast_row: steps of a single row by `one_row`, where the config allows; default: with flash
+            attention on a GPU.
     """
     some = params["norm.weight"]
+    config = cast(Decoder, model.skeleton).config
+    if fast_row is None:
+        fast_row = implementation == "flash" and some.is_cuda
+    around = one_row(config) if fast_row else None
 
     def init_cache(rows: int, length: int) -> Cache:
         kind = {"dtype": some.dtype, "device": some.device}
@@ -695,9 +760,13 @@ def language_model(
         return model.apply(params, last, method="logits"), cache
 
     def step(tokens: Tensor, cache: Cache, positions: Tensor) -> tuple[Tensor, Cache]:
-        options = {"implementation": implementation, "method": "decode"}
-        logits, cache = model.apply(params, tokens[:, None], cache, positions, **options)
-        return logits[:, 0], cache
+        fast = around is not None and tokens.shape[0] == 1
+        options = {"implementation": implementation, "around_block": around if fast else None}
+        states, cache = model.apply(
+            params, tokens[:, None], cache, positions, method="extend", **options
+        )
+        if fast and config.logit_softcap is None:
+            return rows.row_linear(states[:, 0], output_weight(params)), cache
+        return model.apply(params, states[:, 0], method="logits"), cache
 
-    length = cast(Decoder, model.skeleton).config.max_length
-    return LanguageModel(init_cache, prefill, step, length, some.device)
+    return LanguageModel(init_cache, prefill, step, config.max_length, some.device)
