@@ -136,8 +136,7 @@ def test_kernels_equal_the_formulas_on_a_gpu(dtype):
     qkv, cache = make(24 * 64), make(2, 1, 6, 200, 64)
     own, theirs = cache.clone(), cache.clone()
     rest = (torch.tensor([150], device="cuda"), None, None, 12, 0.125, 0.0, 0)
-    got = torch.ops.msfs_kernels.row_attention(qkv, *own, *rest)
-    torch.testing.assert_close(
-        got, one_row.plain_attention(qkv, *theirs, *rest), rtol=error, atol=error
-    )
+    got = torch.ops.msfs_kernels.row_attention(qkv, own[0], own[1], *rest)
+    expected = one_row.plain_attention(qkv, theirs[0], theirs[1], *rest)
+    torch.testing.assert_close(got, expected, rtol=error, atol=error)
     assert torch.equal(own, theirs)
