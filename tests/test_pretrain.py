@@ -23,9 +23,9 @@ sys.path.insert(0, str(RECIPES))
 import pretrain  # noqa: E402
 
 TINY = """--model.width 16 --model.heads 2 --model.kv-heads 2 --model.hidden 24 --model.depth 1
-    --vocabulary.size 400 --data.stories 60 --data.length 200 --data.batch 4 --train.steps 6
-    --train.eval-every 3 --train.log-every 1 --optimizer.warmup 2 --sample.number 2 --device cpu
-    --threads 1""".split()
+    --vocabulary.size 400 --data.stories 60 --data.valid-documents 8 --data.length 200
+    --data.batch 4 --train.steps 6 --train.eval-every 3 --train.log-every 1 --optimizer.warmup 2
+    --sample.number 2 --device cpu --threads 1""".split()
 
 
 @pytest.fixture(autouse=True)
