@@ -84,6 +84,7 @@ from msfs_functional import (
 )
 from msfs_functional import config as configs
 from msfs_functional import distributed_checkpoint as checkpoints
+from msfs_functional.compiling import graphed
 from msfs_functional.data import Prefetch
 from msfs_functional.documents import Corpus, is_held_out, read_documents, stream_documents
 from msfs_functional.gathering import Sharded, gathered, sharded
@@ -404,14 +405,17 @@ def make_train_step(config: Config, model: Functional, optimizer: optim.Transfor
     gradient = None
     if config.train.accumulation > 1 and isinstance(model, Sharded):
         gradient = model.gradient  # gathers and reduces once for all microbatches
-    return make_step(
+    step = make_step(
         make_loss(config, model),
         optimizer,
         accumulation=config.train.accumulation,
         clip_norm=config.optimizer.clip or None,
         compile="regions" if config.train.compile else False,
+        dynamic=False,  # all batches have one shape
         gradient=gradient,
     )
+    one_gpu = str(config.device).startswith("cuda") and agreement.world() == 1
+    return graphed(step) if one_gpu and config.train.compile else step
 
 
 def train(config: Config, watchdog: Watchdog) -> None:
