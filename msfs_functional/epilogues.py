@@ -23,7 +23,13 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph, Node
 
 aten = torch.ops.aten
-VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.alias.default)
+VIEWS = (
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.alias.default,
+    aten.detach.default,
+)
 
 
 class ReluInProducts(CustomGraphPass):
@@ -51,19 +57,21 @@ class ReluInProducts(CustomGraphPass):
         product = alone(relu.args[0], aten.addmm.default)
         if product is None or product.kwargs or not self.suits(product):
             return
-        bias: Any = product.args[0]
+        bias = arguments(product)[0]
         if bias.meta["val"].ndim != 1:
             return
         with graph.inserting_before(product):
             active = insert(graph, product, aten._addmm_activation.default, *product.args)
         product.replace_all_uses_with(active)
-        relu.replace_all_uses_with(relu.args[0])  # pyright: ignore[reportArgumentType]
+        relu.replace_all_uses_with(arguments(relu)[0])
 
     def backward(self, graph: Graph, where: Node) -> None:
-        condition, zero, grad = where.args
-        if not (is_call(condition, aten.le.Scalar) and is_zero(zero) and condition.args[1] == 0):
+        condition, zero, grad = arguments(where)
+        if not (
+            is_call(condition, aten.le.Scalar) and is_zero(zero) and arguments(condition)[1] == 0
+        ):
             return
-        y, product = behind_views(condition.args[0]), alone(grad, aten.mm.default)
+        y, product = behind_views(arguments(condition)[0]), alone(grad, aten.mm.default)
         if product is None or not self.suits(product) or not comes_before(graph, y, product):
             return
         columns = product.meta["val"].shape[1]
@@ -75,7 +83,7 @@ class ReluInProducts(CustomGraphPass):
                           *product.args, y)  # fmt: skip
             out, sums = (insert(graph, product, operator.getitem, pair, i) for i in (0, 1))
         product.replace_all_uses_with(out)
-        where.replace_all_uses_with(grad)  # pyright: ignore[reportArgumentType]
+        where.replace_all_uses_with(grad)
         for total in sums_over_rows(out, columns):
             with graph.inserting_before(total):
                 dtype = total.meta["val"].dtype
@@ -95,6 +103,10 @@ class ReluInProducts(CustomGraphPass):
         return torch.cuda.get_device_capability(value.device)[0] == 9
 
 
+def arguments(call: Any) -> Any:
+    return call.args
+
+
 def is_call(x: Any, target: Any) -> bool:
     return isinstance(x, Node) and x.op == "call_function" and x.target is target
 
@@ -102,8 +114,8 @@ def is_call(x: Any, target: Any) -> bool:
 def is_zero(x: Any) -> bool:
     """Whether x is a 0-d tensor of 0, however the graph spells it."""
     if is_call(x, aten.scalar_tensor.default):
-        return x.args[0] == 0
-    return is_call(x, aten.full.default) and list(x.args[0]) == [] and x.args[1] == 0
+        return arguments(x)[0] == 0
+    return is_call(x, aten.full.default) and list(arguments(x)[0]) == [] and arguments(x)[1] == 0
 
 
 def behind_views(x: Any) -> Any:
@@ -141,7 +153,7 @@ def sums_over_rows(x: Node, columns: int) -> Iterator[Node]:
             continue
         flat = x.meta["val"].ndim == 2 and x.meta["val"].shape[1] == columns
         if user.target is aten.sum.dim_IntList and flat:
-            if list(user.args[1]) == [0] and not user.kwargs:  # pyright: ignore
+            if list(arguments(user)[1]) == [0] and not user.kwargs:
                 yield user
         elif user.target in VIEWS:
             yield from sums_over_rows(user, columns)

@@ -49,11 +49,13 @@ def fits(a: Tensor, b: Tensor) -> bool:
 
 def tiled(a: Tensor, b: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """The kernel of `triton_masked_product`."""
-    from .triton_masked_product import launch
+    from .triton_masked_product import plan_product
 
     (M, _), N = a.shape, b.shape[1]
     out = torch.empty((M, N), dtype=a.dtype, device=a.device)
     blocks = -(-M // BM)
     sums = torch.empty((blocks, N), dtype=torch.float32, device=a.device)
-    launch(a.contiguous(), b.contiguous(), y.contiguous(), out, sums, BM, BN, BK, WARPS, STAGES)
+    tensors = (a.contiguous(), b.contiguous(), y.contiguous(), out, sums)
+    plan = plan_product(*tensors, BM, BN, BK, WARPS, STAGES)
+    plan.kernel[plan.grid](*plan.args, **plan.constants)
     return out, sums.sum(0, keepdim=True)

@@ -8,6 +8,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from msfs_kernels.triton_common import Launch
+
 GROUP = 8  # rows of tiles that share their columns while these are in the cache
 
 
@@ -34,26 +36,25 @@ def product_kernel(
     tl.store(sums + tile_m * N + column, tl.sum(total, 0), mask=column < N)
 
 
-def launch(
+def plan_product(
     a: Tensor, b: Tensor, y: Tensor, out: Tensor, sums: Tensor,
     BM: int, BN: int, BK: int, warps: int, stages: int,
-) -> None:  # fmt: skip
+) -> Launch:  # fmt: skip
     """Fills out (M, N) and sums (ceil(M / BM), N); all row-major, rows of whole 16 bytes."""
     (M, K), N = a.shape, b.shape[1]
     tile = [BM, BN]
-    product_kernel[(triton.cdiv(M, BM) * triton.cdiv(N, BN),)](
-        TensorDescriptor.from_tensor(a, [BM, BK]),
-        TensorDescriptor.from_tensor(b, [BK, BN]),
-        TensorDescriptor.from_tensor(y, tile),
-        TensorDescriptor.from_tensor(out, tile),
-        sums,
-        M,
-        N,
-        K,
-        BM=BM,
-        BN=BN,
-        BK=BK,
-        GROUP=GROUP,
-        num_warps=warps,
-        num_stages=stages,
+    return Launch(
+        product_kernel,
+        (triton.cdiv(M, BM) * triton.cdiv(N, BN),),
+        (
+            TensorDescriptor.from_tensor(a, [BM, BK]),
+            TensorDescriptor.from_tensor(b, [BK, BN]),
+            TensorDescriptor.from_tensor(y, tile),
+            TensorDescriptor.from_tensor(out, tile),
+            sums,
+            M,
+            N,
+            K,
+        ),
+        dict(BM=BM, BN=BN, BK=BK, GROUP=GROUP, num_warps=warps, num_stages=stages),
     )
