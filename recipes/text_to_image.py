@@ -2,6 +2,7 @@
 
     python recipes/text_to_image.py                      # all stages, then a grid and a score
 
+    python recipes/text_to_image.py --preset gpu         # larger, longer; minutes of one GPU
     python recipes/text_to_image.py sample --prompts "a small red circle above a large blue square"
 
 Stages of one run, each from its own checkpoints (--resume goes on where it was stopped):
@@ -40,6 +41,7 @@ from msfs_functional import checkpoint, errors, optim, random, samplers, schedul
 from msfs_functional import config as configs
 from msfs_functional import diffusion as df
 from msfs_functional import noise_schedules as ns
+from msfs_functional.compiling import graphed
 from msfs_functional.guidance import classifier_free_guidance
 from msfs_functional.models.clip import TextConfig, text_tower
 from msfs_functional.models.dit import DiTConfig, dit
@@ -69,6 +71,8 @@ class Config:
 
     # what to do; must come first
     mode: tyro.conf.Positional[Literal["train", "sample"]] = "train"
+    # settings that the other options start from: default, gpu
+    preset: Literal["default", "gpu"] = "default"
     # of the run, its folder is <out>/<name>; None: a new number to train, the newest to use
     name: str | None = None
     out: Path = Path("runs")  # folder of the runs
@@ -84,6 +88,7 @@ class Config:
     pictures: int = 12_000  # to train on
     width: int = 128  # of the transformer and the text tower
     depth: int = 4  # blocks of the transformer
+    patch: int = 2  # latents along one side of its tokens
     pixels: int = 32  # channels of the autoencoder
     autoencoder: Stage = field(default_factory=lambda: Stage(500, 32, 2e-3))
     denoiser: Stage = field(default_factory=lambda: Stage(1000, 64, 2e-3))
@@ -94,6 +99,25 @@ class Config:
     sample_steps: int = 25
     samples: int = 64  # captions of each split that are checked
     prompts: tuple[str, ...] = ()  # sample: captions to draw
+
+
+PRESETS = {
+    "default": Config(),
+    "gpu": Config(
+        preset="gpu",
+        pictures=50_000,
+        width=256,
+        depth=8,
+        patch=1,
+        pixels=64,
+        autoencoder=Stage(3000, 128, 1e-3, warmup=200),
+        denoiser=Stage(12_000, 256, 1e-3, warmup=500),
+        ema=0.999,
+        save_every=1000,
+        sample_steps=50,
+        samples=256,
+    ),
+}
 
 
 class Models(NamedTuple):
@@ -127,6 +151,7 @@ def make_models(config: Config) -> Models:
     )
     network = DiTConfig(
         channels=LATENT,
+        patch=config.patch,
         width=config.width,
         depth=config.depth,
         heads=4,
@@ -227,7 +252,12 @@ def train_stage(
     first = int(state.step)
     if first >= stage.steps:
         return state
-    step = make_step(loss_fn, optimizer, clip_norm=1.0, ema_decay=ema, compile=bool(config.compile))
+    how = "regions" if config.compile else False  # a block is compiled once, not once for each
+    step = make_step(loss_fn, optimizer, clip_norm=1.0, ema_decay=ema, compile=how, dynamic=False)
+    if config.compile and device.startswith("cuda"):
+        step = graphed(
+            step
+        )  # hundreds of small kernels: launching them one by one would take longer
     size = len(next(iter(data.values())))
     with (
         Tracker(run, stage.steps, name=name, step=first) as tracker,
@@ -418,7 +448,7 @@ def main(config: Config) -> None:
 
 
 def command_line(args: Sequence[str]) -> Config:
-    start = configs.starting_point(args, {"default": Config()}, modes=("sample",))
+    start = configs.starting_point(args, PRESETS, modes=("sample",))
     return configs.parse(start, args, description=str(__doc__), prog="text_to_image.py")
 
 
