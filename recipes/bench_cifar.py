@@ -229,7 +229,7 @@ def training(config: Config, step: Callable[[int], Tensor]) -> Iterator[tuple[in
         begin = time.perf_counter()
         loss = math.nan
         while spent + time.perf_counter() - begin < until:
-            losses = [step(count + j) for j in range(20)]
+            losses = [step(count + j) for j in range(2 if config.small else 20)]
             count += len(losses)
             loss = float(torch.stack(losses).mean())  # waits for the device
         synchronize()
