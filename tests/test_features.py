@@ -36,21 +36,21 @@ def pictures_and_words(count: int):
 
 
 def test_a_trained_extractor_measures_how_far_pictures_are_spoilt():
-    pictures, words = pictures_and_words(300)
-    extractor = features.trained(pictures, words, "words of the captions", steps=60, batch=16)
-    again = features.trained(pictures, words, "words of the captions", steps=60, batch=16)
-    assert "64 features of a classifier of" in extractor.name and "60 steps" in extractor.name
-    real = features_of(pictures[:150], extractor.feature_fn)
-    assert real.shape == (150, 64)
-    assert torch.equal(real, features_of(pictures[:150], again.feature_fn))
-    noise = torch.randint(-60, 60, pictures.shape, generator=torch.Generator().manual_seed(0))
+    pictures, words = pictures_and_words(200)
+    extractor, again = (
+        features.trained(pictures, words, "words of the captions", steps=20, batch=8) for _ in "ab"
+    )
+    assert "64 features of a classifier of" in extractor.name and "20 steps" in extractor.name
+    real = features_of(pictures[:100], extractor.feature_fn)
+    assert real.shape == (100, 64)
+    assert torch.equal(real, features_of(pictures[:100], again.feature_fn))
+    noise = torch.randint(-120, 120, pictures.shape, generator=torch.Generator().manual_seed(0))
     spoilt = (pictures + noise).clamp(0, 255).to(torch.uint8)
 
     def far(rows: torch.Tensor) -> float:
         return frechet_distance(real, features_of(rows, extractor.feature_fn))
 
-    assert far(pictures[150:]) < far(spoilt[150:]) / 2
-    assert far(spoilt[150:]) < far(torch.zeros_like(spoilt[150:]) + noise[150:].byte())
+    assert far(pictures[100:]) < far(spoilt[100:]) < far(noise[100:].byte())
 
 
 def test_words_are_those_that_tell_captions_apart_commonest_first():

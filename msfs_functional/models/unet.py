@@ -159,7 +159,7 @@ def transformer(
     implementation: Implementation = "flash",
 ) -> Float[Tensor, "B D H W"]:
     """x plus what `depth` transformer blocks over its pixels, or attention alone, make of it."""
-    y = group_norm(params, "norm", x, groups, 1e-6)
+    y = group_norm(params, "norm", x, groups, 1e-6 if depth else 1e-5)  # as published, both
     y = y.flatten(2).transpose(1, 2)  # (B, T, D); a 1 x 1 convolution of pixels is linear, too
     if depth == 0:
         y = attend(params, "attention", y, None, heads, implementation)
