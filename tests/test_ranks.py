@@ -3,6 +3,7 @@
 import pytest
 import test_distributed_checkpoint as checkpoints
 import test_sharding as sharding
+import test_text_to_image as pictures
 from ranks import check_claims
 
 
@@ -10,6 +11,7 @@ from ranks import check_claims
 @pytest.mark.timeout(900)
 def test_several_ranks_equal_one_process_and_go_on_for_one_another(tmp_path, monkeypatch):
     monkeypatch.setenv("CHECKPOINT_TEST", str(tmp_path))
-    four, two = sharding.FOUR + checkpoints.FOUR, sharding.TWO + checkpoints.TWO
+    four, two = sharding.FOUR + checkpoints.FOUR, sharding.TWO + checkpoints.TWO + pictures.TWO
     check_claims((four, 4), (two, 2))
     checkpoints.resumed_on_one()
+    pictures.as_on_one_process(tmp_path)
