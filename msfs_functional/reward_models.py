@@ -1,16 +1,26 @@
-"""Reward models: losses on comparisons and rankings of answers.
+"""Reward models: losses on comparisons and rankings of answers, the model, ensembles of it.
 
-Dimension key: B examples, K ranked answers to one prompt.
+    params = with_head(model.init(seed), width, seed)          # a decoder's and one vector
+    rewards = last_rewards(model, params, tokens, lengths)
+    loss = bradley_terry(*rewards.chunk(2), centring=0.01).mean()
+
+An ensemble is stacked params (`train.make_step(members=...)`), its rewards (E, B) become one by
+`aggregate`.
+
+Dimension key: B examples, T tokens, K ranked answers to one prompt, E members of an ensemble.
 """
 
 import math
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from msfs_functional import random
 from msfs_functional.checks import check_mask, not_negative, same_shape
+from msfs_functional.params import Functional, Params
 
 
 def bradley_terry(
@@ -80,3 +90,60 @@ def plackett_luce(
     terms = F.softplus(scores.logsumexp(-1) + margin - rewards)
     loss = torch.where(contested[..., 0], terms, 0.0).sum(-1)
     return loss + centring * rewards.sum(-1).square() if centring else loss
+
+
+# --------------------------------------------------------------------------------------- the model
+
+HEAD = "reward.weight"
+
+
+def with_head(params: Params, width: int, seed: int) -> Params:
+    """The parameters of a decoder and of a reward head, which starts as N(0, 1 / (width + 1))."""
+    key = random.key(seed, device=next(iter(params.values())).device)
+    return {**params, HEAD: random.normal(key, (width,)) / math.sqrt(width + 1)}
+
+
+def last_rewards(
+    model: Functional,
+    params: Params,
+    tokens: Int[Tensor, "B T"],
+    lengths: Int[Tensor, "B"],
+    **options: Any,
+) -> Float[Tensor, "B"]:
+    """The reward of each row, read off the state of its last token; float32.
+
+    Args:
+        model: a decoder; params: `with_head`'s.
+        tokens: prompt and answer, padded on the right.
+        lengths: tokens of each row, at least 1.
+        options: of the decoder's `hidden`.
+
+    Source: Stiennon et al. 2020; Ouyang et al. 2022, section 3.5.
+    """
+    body = {name: value for name, value in params.items() if name != HEAD}
+    states = model.apply(body, tokens, method="hidden", **options)
+    last = states.take_along_dim(lengths[:, None, None] - 1, 1)[:, 0]
+    return (last.float() * params[HEAD].float()).sum(-1)
+
+
+def aggregate(
+    rewards: Float[Tensor, "E B"],
+    how: Literal["mean", "min", "uncertainty"] = "mean",
+    *,
+    penalty: float = 1.0,
+) -> Float[Tensor, "B"]:
+    """One reward from those of E members: their mean, their least, or mean - penalty variance.
+
+    Raises:
+        ValueError: an unknown way, a negative penalty.
+
+    Source: Coste et al. 2024, "Reward model ensembles help mitigate overoptimization", section 3.
+    """
+    not_negative("penalty", penalty)
+    if how == "mean":
+        return rewards.mean(0)
+    if how == "min":
+        return rewards.amin(0)
+    if how == "uncertainty":
+        return rewards.mean(0) - penalty * rewards.var(0, correction=0)
+    raise ValueError(f'how ({how!r}) must be "mean", "min" or "uncertainty"')
