@@ -1,29 +1,70 @@
-"""What the alignment recipes share: the task's data, the policy's first training, what it answers.
+"""What the alignment recipes share: the task, the policy's first training, its answers, figures.
 
-    task = read_task(...)                    # prompts and demonstrations as ids, a checker
-    params = fine-tuned on task.demonstrations
-    answers = answer(model, params, task, prompts, key)       # texts, ids, log-probabilities
+    task = built_in(Data(), seed)                # prompts and demonstrations as ids
+    setup = set_up(Model(), task, machine)       # the decoder and how it is computed
+    params = fine_tune(setup, task, Stage(...), seed, folder)
+    answers = answer(setup, params, task, prompts, key)       # texts, ids, log-probabilities
+    figures = assess(setup, params, params, task, seed)       # what the checker finds right
 
 Dimension key: N rows, T tokens.
 """
 
+import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from msfs_functional import random
+from msfs_functional import optim, random, schedules, tracking
+from msfs_functional.config import Machine
 from msfs_functional.generation import GREEDY, Sampling, Settings
 from msfs_functional.losses import linear_cross_entropy
-from msfs_functional.models.decoder import output_weight
+from msfs_functional.models import decoder as models
 from msfs_functional.pairs import Ids, Pair
 from msfs_functional.params import Functional, Params, cast
+from msfs_functional.pictures import save_png, training_curves
+from msfs_functional.rewards import RewardFn, called
 from msfs_functional.rollouts import Roller, Rollout
 from msfs_functional.scoring import answer_logps
+from msfs_functional.sft import AnswerBatches
+from msfs_functional.stages import run_stage
 from msfs_functional.synthetic import instructions as synthetic
 from msfs_functional.tokenizer import EOS, PAD, Tokenizer, train_word_level
+from msfs_functional.train import init_state, make_step
+
+
+@dataclass(frozen=True)
+class Data:
+    """How much of the embedded task."""
+
+    demonstrations: int = 12_000  # to imitate
+    prompts: int = 3000  # to answer while learning
+    held_out: int = 400  # prompts that nothing is trained on
+    new: int = 12  # longest answer [tokens]
+
+
+@dataclass(frozen=True)
+class Model:
+    """Size of the decoder."""
+
+    width: int = 128
+    depth: int = 3  # blocks
+    heads: int = 4
+    length: int = 64  # tokens of a packed row, the most that a prompt and its answer have
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Training of one stage; the learning rate warms up and falls to 0 as a cosine."""
+
+    steps: int
+    batch: int  # rows: packed ones of fine-tuning, pairs of preferences
+    rate: float  # peak learning rate
+    warmup: int = 30  # steps
 
 
 class Prompt(NamedTuple):
@@ -42,11 +83,14 @@ class Task:
     prompts: list[Prompt]  # to train on
     held_out: list[Prompt]
     demonstrations: list[tuple[Ids, Ids]]  # (prompt, answer) to imitate
+    new: int  # longest answer [tokens]
+    right: RewardFn  # 1 for a right answer, 0 for others; on texts
+    graded: RewardFn  # the same with shades
 
 
-def built_in(seed: int, demonstrations: int, prompts: int, held_out: int) -> Task:
+def built_in(data: Data, seed: int) -> Task:
     """The task of `synthetic.instructions`."""
-    shown = synthetic.demonstrations(seed, demonstrations)
+    shown = synthetic.demonstrations(seed, data.demonstrations)
     tokenizer = train_word_level([text for pair in shown for text in pair], 1000)
 
     def encoded(split: synthetic.Split, count: int) -> list[Prompt]:
@@ -56,28 +100,104 @@ def built_in(seed: int, demonstrations: int, prompts: int, held_out: int) -> Tas
 
     asked, given = zip(*shown, strict=True)
     pairs = zip(tokenizer.encode(asked, bos=True), tokenizer.encode(given, eos=True), strict=True)
-    train, valid = encoded("train", prompts), encoded("valid", held_out)
-    return Task(tokenizer, train, valid, list(pairs))
+    return Task(
+        tokenizer,
+        encoded("train", data.prompts),
+        encoded("valid", data.held_out),
+        list(pairs),
+        data.new,
+        synthetic.right,
+        synthetic.graded,
+    )
 
 
-def fine_tuning_loss(model: Functional, dtype: torch.dtype, implementation: str):
+class Setup(NamedTuple):
+    """A decoder and how it is computed."""
+
+    model: Functional
+    device: str
+    dtype: torch.dtype  # of the computation
+    compile: bool
+    implementation: str  # of attention
+    length: int  # most tokens of a row
+
+
+def set_up(own: Model, task: Task, machine: Machine) -> Setup:
+    """A decoder for the task's vocabulary."""
+    config = models.tiny(
+        task.tokenizer.vocab_size,
+        width=own.width,
+        depth=own.depth,
+        heads=own.heads,
+        kv_heads=own.heads,
+        hidden=3 * own.width,
+        max_length=own.length,
+        qk_norm=True,
+    )
+    attention = "flash" if machine.device.startswith("cuda") else "sdpa"
+    dtype = getattr(torch, machine.dtype)
+    return Setup(
+        models.decoder(config), machine.device, dtype, machine.compile, attention, own.length
+    )
+
+
+# ------------------------------------------------------------------------------------- fine-tuning
+
+
+def optimizer_of(stage: Stage) -> optim.Transformation:
+    warmup = min(stage.warmup, stage.steps // 2)
+    rate = schedules.cosine(stage.rate, stage.steps, warmup=warmup)
+    return optim.adamw(rate, 0.9, 0.98, weight_decay=0.1, decay=models.DECAY)
+
+
+def step_of(setup: Setup, loss_fn: Any, optimizer: optim.Transformation, **options: Any) -> Any:
+    """The compiled step that this machine can have."""
+    compile = "regions" if setup.compile else False
+    return make_step(loss_fn, optimizer, clip_norm=1.0, compile=compile, **options)
+
+
+def fine_tuning_loss(setup: Setup):
     """Mean cross-entropy of the answers' tokens in packed rows [nats/token]."""
 
     def loss_fn(params: Params, batch: dict[str, Tensor], key: Tensor):
-        params = cast(params, dtype)
-        states = model.apply(
+        params = cast(params, setup.dtype)
+        states = setup.model.apply(
             params,
             batch["tokens"],
             segment_ids=batch["segments"],
             positions=batch["positions"],
-            implementation=implementation,
+            implementation=setup.implementation,
             method="hidden",
         )
-        weight = output_weight(params)
+        weight = models.output_weight(params)
         total, count = linear_cross_entropy(states, weight, batch["labels"], ignore_index=PAD)
         return total / count.clamp(min=1), {"weight": count}
 
     return loss_fn
+
+
+def fine_tune(
+    setup: Setup, task: Task, stage: Stage, seed: int, folder: Path, resume: str
+) -> Params:
+    """A policy that imitates the demonstrations, from random parameters."""
+    documents = [[*prompt, *answer] for prompt, answer in task.demonstrations]
+    prompts = [len(prompt) for prompt, _ in task.demonstrations]
+    batches = AnswerBatches(documents, setup.length, stage.batch, seed, prompts=prompts)
+    optimizer = optimizer_of(stage)
+    params = setup.model.init(seed, device=setup.device)
+    return run_stage(
+        folder,
+        stage.steps,
+        init_state(params, optimizer, random.key(seed, device=setup.device)),
+        step_of(setup, fine_tuning_loss(setup), optimizer),
+        batches,
+        device=setup.device,
+        resume=resume,
+        tokens=lambda batch: (batch["labels"] != PAD).sum(),
+    ).params
+
+
+# ------------------------------------------------------------------------------------- answers
 
 
 class Answers(NamedTuple):
@@ -89,26 +209,20 @@ class Answers(NamedTuple):
 
 
 def answer(
-    model: Functional,
+    setup: Setup,
     params: Params,
-    tokenizer: Tokenizer,
+    task: Task,
     prompts: Sequence[Prompt],
     key: Tensor,
     *,
-    new: int,
     samples: int = 1,
     temperature: float = 1.0,
     batch: int = 256,
-    dtype: torch.dtype | None = None,
-    implementation: str = "flash",
-    compile: bool | None = None,
 ) -> Answers:
     """Answers of a policy; every batch has `batch` rows of prompts, the last one filled up."""
     kind = Sampling(temperature) if temperature else GREEDY
-    settings = Settings(new, kind, samples=samples, stop_tokens=(EOS,), pad=PAD)
-    roll = Roller(
-        model, params, settings, dtype=dtype, compile=compile, implementation=implementation
-    )
+    settings = Settings(task.new, kind, samples=samples, stop_tokens=(EOS,), pad=PAD)
+    roll = roller(setup, params, settings)
     batch = min(batch, len(prompts))
     ids: list[list[int]] = []
     rollouts = []
@@ -118,32 +232,62 @@ def answer(
         rollouts.append(roll([prompts[i].ids for i in rows], keys))
         ids += rollouts[-1].completions()
     ids = ids[: len(prompts) * samples]
-    return Answers(tokenizer.decode(ids), ids, rollouts)
+    return Answers(task.tokenizer.decode(ids), ids, rollouts)
+
+
+def roller(setup: Setup, params: Params, settings: Settings, **options: Any) -> Roller:
+    return Roller(
+        setup.model,
+        params,
+        settings,
+        dtype=setup.dtype,
+        compile=setup.compile,
+        implementation=setup.implementation,
+        **options,
+    )
 
 
 def drift(
-    model: Functional,
-    params: Params,
-    reference: Params,
-    rollouts: Sequence[Rollout],
-    rows: int,
-    *,
-    dtype: torch.dtype,
-    implementation: str,
+    setup: Setup, params: Params, reference: Params, rollouts: Sequence[Rollout], rows: int
 ) -> float:
-    """KL(policy || reference) [nats an answer], estimated from the policy's own answers (k1)."""
-    total = 0.0
+    """KL(policy || reference) [nats an answer], from `rows` of the policy's own answers (k1)."""
+    total, left = 0.0, rows
     with torch.no_grad():
-        policy, before = cast(params, dtype), cast(reference, dtype)
+        both = cast(params, setup.dtype), cast(reference, setup.dtype)
         for rollout in rollouts:
-            part = Rollout(*(x[:rows] for x in rollout))
-            rows -= len(part.tokens)
-            both = [
-                answer_logps(model, p, part.tokens, part.mask, implementation=implementation)
-                for p in (policy, before)
-            ]
-            total += float((both[0] - both[1]).sum())
-    return total
+            part = Rollout(*(x[:left] for x in rollout))
+            left -= len(part.tokens)
+            after, before = (
+                answer_logps(
+                    setup.model, p, part.tokens, part.mask, implementation=setup.implementation
+                )
+                for p in both
+            )
+            total += float((after - before).sum())
+    return total / rows
+
+
+class Figures(NamedTuple):
+    """Of a policy on held-out prompts."""
+
+    sampled: float  # share of right answers at temperature 1
+    greedy: float
+    kl: float  # nats an answer, to the policy before
+    length: float  # tokens of a sampled answer
+    texts: list[str]  # greedy
+
+
+def assess(setup: Setup, params: Params, reference: Params, task: Task, seed: int) -> Figures:
+    """The checker's verdict on answers to held-out prompts."""
+    key, asked = random.key(seed + 1000, device=setup.device), task.held_out
+    both = [
+        answer(setup, params, task, asked, key, temperature=temperature)
+        for temperature in (1.0, 0.0)
+    ]
+    texts, metadata = [p.text for p in asked], [p.metadata for p in asked]
+    shares = [float(called(task.right, texts, each.texts, metadata).mean()) for each in both]
+    kl = drift(setup, params, reference, both[0].rollouts, len(asked))
+    return Figures(*shares, kl, sum(map(len, both[0].ids)) / len(asked), both[1].texts)
 
 
 def sampled_pairs(
@@ -168,3 +312,83 @@ def sampled_pairs(
             if scores[high] > scores[low]:
                 pairs.append(Pair(prompt.ids, answers.ids[high], answers.ids[low]))
     return pairs
+
+
+# ------------------------------------------------------------------------------------- the report
+
+
+class Result(NamedTuple):
+    """Of one seed."""
+
+    seed: int
+    before: Figures
+    after: Figures
+    prompts: list[str]
+    notes: dict[str, float]  # further figures of the run
+
+
+def tell(result: Result) -> str:
+    """One line of a seed."""
+    before, after = result.before, result.after
+    notes = "".join(f", {name} {value:g}" for name, value in result.notes.items())
+    return (
+        f"seed {result.seed}: right before {before.sampled:.1%} sampled, {before.greedy:.1%} "
+        f"greedy; after {after.sampled:.1%} sampled, {after.greedy:.1%} greedy; KL {after.kl:.2f} nats an "
+        f"answer{notes}"
+    )
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    mean = sum(values) / len(values)
+    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1))
+    return f"{mean:.1%} ± {spread:.1%}"
+
+
+def table(results: Sequence[Result]) -> str:
+    """The figures over all seeds, with the standard deviation from seed to seed."""
+    lines = []
+    for kind in ("sampled", "greedy"):
+        before = [getattr(r.before, kind) for r in results]
+        after = [getattr(r.after, kind) for r in results]
+        gain = 100 * (sum(after) - sum(before)) / len(results)
+        lines.append(
+            f"right answers to held-out prompts, {kind}: {mean_and_spread(before)} before, "
+            f"{mean_and_spread(after)} after, {gain:+.1f} points, {len(results)} seeds"
+        )
+    kl = sum(r.after.kl for r in results) / len(results)
+    return "\n".join([*lines, f"KL to the reference: {kl:.2f} nats an answer"])
+
+
+def leave(
+    run: Path, results: Sequence[Result], stage: str, panels: dict[str, str], show: int = 8
+) -> None:
+    """Prints the table and samples; leaves results.json, samples.txt and curves.png in the run.
+
+    Args:
+        stage: whose metrics are drawn, a line for each seed.
+        panels: {label of the y axis: metric}.
+    """
+    print(table(results))
+    first = results[0]
+    rows = zip(first.prompts, first.before.texts, first.after.texts, strict=True)
+    lines = [f"{prompt}  before: {a!r}  after: {b!r}" for prompt, a, b in rows]
+    print("\n".join(lines[:show]))
+    (run / "samples.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    kept = []
+    for r in results:
+        one: dict[str, Any] = {"seed": r.seed, **r.notes}
+        for when, figures in (("before", r.before), ("after", r.after)):
+            own = figures._asdict()
+            one |= {f"{when}/{name}": v for name, v in own.items() if name != "texts"}
+        kept.append(one)
+    (run / "results.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    curves: list[dict[str, Any]] = []
+    for r in results:
+        for record in tracking.read_metrics(run / f"seed-{r.seed}" / stage / tracking.METRICS):
+            values = {f"{name}/{r.seed}": v for name, v in record.items() if name != "step"}
+            curves.append({"step": record["step"], **values})
+    lines_of = {
+        unit: {f"{name}/{r.seed}": f"seed {r.seed}" for r in results}
+        for unit, name in panels.items()
+    }
+    save_png(training_curves(curves, lines_of), run / "curves.png")

@@ -13,15 +13,13 @@ Stages of each seed, in folders of their own (--resume goes on where it was stop
 The report says how many answers to held-out prompts the checker finds right before and after.
 """
 
-import json
-import math
 import os
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in translate.py; must stand before torch
 
@@ -30,61 +28,37 @@ import tyro
 from torch import Tensor
 
 from msfs_functional import config as configs
-from msfs_functional import errors, optim, pictures, random, schedules, tracking
+from msfs_functional import errors, random
 from msfs_functional.aligning import (
+    Data,
+    Model,
+    Result,
+    Setup,
+    Stage,
     Task,
     answer,
+    assess,
     built_in,
-    drift,
-    fine_tuning_loss,
+    fine_tune,
+    leave,
+    optimizer_of,
     sampled_pairs,
+    set_up,
+    step_of,
+    tell,
 )
 from msfs_functional.logps import sequence_logps
-from msfs_functional.models import decoder as models
-from msfs_functional.pairs import Shuffled, encode_pairs
-from msfs_functional.params import Functional, Params, cast
+from msfs_functional.pairs import Shuffled, encode_pairs, padded
+from msfs_functional.params import Params, cast
 from msfs_functional.preference import dpo, dpo_hinge, ipo, kto, kto_kl, orpo, robust_dpo, simpo
+from msfs_functional.rewards import called
 from msfs_functional.scoring import answer_logps, in_parts
-from msfs_functional.sft import AnswerBatches
 from msfs_functional.stages import run_stage
-from msfs_functional.synthetic import instructions as synthetic
-from msfs_functional.tokenizer import PAD
-from msfs_functional.train import init_state, make_step
+from msfs_functional.train import init_state
 
 MAY_BE_ZERO = ("seed", "warmup")
 Loss = Literal["sigmoid", "hinge", "ipo", "cdpo", "robust", "simpo", "orpo", "kto"]
 BETAS = {"ipo": 0.1, "simpo": 2.0, "orpo": 1.0}  # of losses that are not on the scale of DPO
-
-
-@dataclass(frozen=True)
-class Data:
-    """The task, and how much of it."""
-
-    demonstrations: int = 12_000  # to imitate
-    prompts: int = 3000  # to answer, for pairs
-    held_out: int = 400  # prompts that nothing is trained on
-    samples: int = 4  # answers to each prompt
-    new: int = 12  # longest answer [tokens]
-
-
-@dataclass(frozen=True)
-class Model:
-    """Size of the decoder."""
-
-    width: int = 128
-    depth: int = 3  # blocks
-    heads: int = 4
-    length: int = 64  # tokens of a packed row, the most that a prompt and its answer have
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Training of one stage; the learning rate warms up and falls to 0 as a cosine."""
-
-    steps: int
-    batch: int  # rows: packed ones in sft, pairs in dpo
-    rate: float  # peak learning rate
-    warmup: int = 30  # steps
 
 
 @dataclass(frozen=True)
@@ -95,6 +69,7 @@ class Preferences(Stage):
     beta: float | None = None  # strength of the pull to the reference; None: one that suits
     label_smoothing: float = 0.1  # cdpo, robust: share of preferences believed to be flipped
     margin: float = 1.0  # simpo: between mean log-probabilities, times beta
+    samples: int = 4  # answers to each prompt, which pairs are made of
 
 
 @dataclass(frozen=True)
@@ -166,32 +141,30 @@ def preference_loss(
     return out.losses, out.margins
 
 
-def make_loss(config: Config, model: Functional):
+def make_loss(config: Preferences, setup: Setup):
     """Mean loss of a batch of pairs, whose reference log-probabilities are part of the data."""
-    dtype = getattr(torch, str(config.dtype))
 
     def loss_fn(params: Params, batch: dict[str, Tensor], key: Tensor):
-        params, tokens, mask = cast(params, dtype), batch["tokens"], batch["mask"]
-        pairs = len(tokens)
-        rows, answers = tokens.flatten(0, 1), mask.flatten(0, 1)
-        if config.dpo.loss == "kto":
+        params, pairs = cast(params, setup.dtype), len(batch["tokens"])
+        rows, mask = batch["tokens"].flatten(0, 1), batch["mask"].flatten(0, 1)
+        if config.loss == "kto":
             rows = torch.cat([rows, batch["wrong"]])
-            answers = torch.cat([answers, batch["wrong_mask"]])
-        logps = answer_logps(model, params, rows, answers, implementation=attention(config))
-        sums, lengths = sequence_logps(logps, answers)
+            mask = torch.cat([mask, batch["wrong_mask"]])
+        logps = answer_logps(setup.model, params, rows, mask, implementation=setup.implementation)
+        sums, lengths = sequence_logps(logps, mask)
+        sides = sums[: 2 * pairs].unflatten(0, (-1, 2))
         losses, margins = preference_loss(
-            config.dpo,
-            sums[: 2 * pairs].unflatten(0, (-1, 2)),
+            config,
+            sides,
             lengths[: 2 * pairs].unflatten(0, (-1, 2)),
             batch["reference"],
             sums[2 * pairs :],
             batch.get("wrong_reference"),
         )
-        chosen = sums[: 2 * pairs].unflatten(0, (-1, 2))[:, 0] - batch["reference"][:, 0]
         return losses.mean(), {
             "margin": margins.mean(),
             "accuracy": (margins > 0).float().mean(),
-            "chosen_logratio": chosen.mean().detach(),
+            "chosen_logratio": (sides - batch["reference"])[:, 0].mean().detach(),
         }
 
     return loss_fn
@@ -200,100 +173,34 @@ def make_loss(config: Config, model: Functional):
 # ------------------------------------------------------------------------------------------ stages
 
 
-def attention(config: Config) -> str:
-    return "flash" if str(config.device).startswith("cuda") else "sdpa"
-
-
-def make_model(config: Config, task: Task) -> Functional:
-    own = config.model
-    return models.decoder(
-        models.tiny(
-            task.tokenizer.vocab_size,
-            width=own.width,
-            depth=own.depth,
-            heads=own.heads,
-            kv_heads=own.heads,
-            hidden=3 * own.width,
-            max_length=own.length,
-            qk_norm=True,
-        )
-    )
-
-
-def optimizer_of(stage: Stage) -> optim.Transformation:
-    warmup = min(stage.warmup, stage.steps // 2)
-    rate = schedules.cosine(stage.rate, stage.steps, warmup=warmup)
-    return optim.adamw(rate, 0.9, 0.98, weight_decay=0.1, decay=models.DECAY)
-
-
-def compiled(config: Config) -> Any:
-    return "regions" if config.compile else False
-
-
-def fine_tune(config: Config, task: Task, model: Functional, seed: int, folder: Path) -> Params:
-    """Stage 1: the policy that imitates the demonstrations."""
-    documents = [[*prompt, *answer] for prompt, answer in task.demonstrations]
-    prompts = [len(prompt) for prompt, _ in task.demonstrations]
-    batches = AnswerBatches(documents, config.model.length, config.sft.batch, seed, prompts=prompts)
-    optimizer, device = optimizer_of(config.sft), str(config.device)
-    dtype = getattr(torch, str(config.dtype))
-    loss_fn = fine_tuning_loss(model, dtype, attention(config))
-    step = make_step(loss_fn, optimizer, clip_norm=1.0, compile=compiled(config))
-    state = init_state(model.init(seed, device=device), optimizer, random.key(seed, device=device))
-    return run_stage(
-        folder / "sft",
-        config.sft.steps,
-        state,
-        step,
-        batches,
-        device=device,
-        resume=resume_command(config),
-        tokens=lambda batch: (batch["labels"] != PAD).sum(),
-    ).params
-
-
-def make_pairs(config: Config, task: Task, model: Functional, params: Params, seed: int):
-    """Stage 2: pairs of the policy's own answers as tensors, with reference log-probabilities."""
-    answers = answer(
-        model,
-        params,
-        task.tokenizer,
-        task.prompts,
-        random.key(seed, device=config.device),
-        new=config.data.new,
-        samples=config.data.samples,
-        **how(config),
-    )
-    texts = [prompt.text for prompt in task.prompts for _ in range(config.data.samples)]
-    scores = synthetic.graded(texts, answers.texts)
+def make_pairs(
+    config: Preferences, setup: Setup, task: Task, params: Params, seed: int
+) -> dict[str, Tensor]:
+    """Pairs of the policy's own answers as tensors, with reference log-probabilities."""
+    key = random.key(seed, device=setup.device)
+    answers = answer(setup, params, task, task.prompts, key, samples=config.samples)
+    asked = [prompt for prompt in task.prompts for _ in range(config.samples)]
+    texts, metadata = [p.text for p in asked], [p.metadata for p in asked]
+    scores = called(task.graded, texts, answers.texts, metadata).tolist()
     pairs = sampled_pairs(task.prompts, answers, scores, most=2)
-    encoded = encode_pairs(pairs, longest=config.model.length)
+    encoded = encode_pairs(pairs, longest=setup.length)
     data = {"tokens": encoded.tokens, "mask": encoded.mask}
-    if config.dpo.loss == "kto":  # each prompt with the chosen answer of the next pair
+    if config.loss == "kto":  # each prompt with the chosen answer of the next pair
         wrong = [
-            replace_answer(pair.prompt, other.chosen, encoded.tokens.shape[-1])
-            for pair, other in zip(pairs, [*pairs[1:], pairs[0]], strict=True)
+            (one.prompt, other.chosen[: encoded.tokens.shape[-1] - len(one.prompt)])
+            for one, other in zip(pairs, [*pairs[1:], pairs[0]], strict=True)
         ]
-        data["wrong"] = torch.stack([tokens for tokens, _ in wrong])
-        data["wrong_mask"] = torch.stack([mask for _, mask in wrong])
-    return with_reference(config, model, params, data), len(pairs)
+        data["wrong"], data["wrong_mask"] = padded(wrong, encoded.tokens.shape[-1])
+    return with_reference(setup, params, data)
 
 
-def replace_answer(prompt: Sequence[int], answer: Sequence[int], width: int):
-    tokens, mask = torch.full((width,), PAD), torch.zeros(width, dtype=torch.bool)
-    ids = [*prompt, *answer][:width]
-    tokens[: len(ids)] = torch.tensor(ids)
-    mask[len(prompt) : len(ids)] = True
-    return tokens, mask
-
-
-def with_reference(config: Config, model: Functional, params: Params, data: dict[str, Tensor]):
+def with_reference(setup: Setup, params: Params, data: dict[str, Tensor]) -> dict[str, Tensor]:
     """The data with the sums of the reference's log-probabilities, computed once."""
-    data = {name: x.to(str(config.device)) for name, x in data.items()}
-    frozen = cast(params, getattr(torch, str(config.dtype)))
+    data = {name: x.to(setup.device) for name, x in data.items()}
+    frozen = cast(params, setup.dtype)
 
     def sums(tokens: Tensor, mask: Tensor) -> Tensor:
-        logps = answer_logps(model, frozen, tokens, mask, implementation=attention(config))
+        logps = answer_logps(setup.model, frozen, tokens, mask, implementation=setup.implementation)
         return sequence_logps(logps, mask)[0]
 
     flat = {name: data[name].flatten(0, 1) for name in ("tokens", "mask")}
@@ -305,154 +212,48 @@ def with_reference(config: Config, model: Functional, params: Params, data: dict
 
 
 def optimise(
-    config: Config, model: Functional, params: Params, data: dict[str, Tensor], seed: int, to: Path
+    config: Config, setup: Setup, params: Params, data: dict[str, Tensor], seed: int, folder: Path
 ) -> Params:
-    """Stage 3: the parameters move, the reference stays in the data."""
-    optimizer, device = optimizer_of(config.dpo), str(config.device)
-    step = make_step(make_loss(config, model), optimizer, clip_norm=1.0, compile=compiled(config))
-    copies = {name: value.clone() for name, value in params.items()}
-    state = init_state(copies, optimizer, random.key(seed, device=device))
+    """The parameters move, the reference stays in the data."""
+    optimizer = optimizer_of(config.dpo)
+    own = {name: value.clone() for name, value in params.items()}  # the step writes into them
     return run_stage(
-        to / "dpo",
+        folder,
         config.dpo.steps,
-        state,
-        step,
+        init_state(own, optimizer, random.key(seed, device=setup.device)),
+        step_of(setup, make_loss(config.dpo, setup), optimizer),
         Shuffled(data, config.dpo.batch, seed),
-        device=device,
+        device=setup.device,
         resume=resume_command(config),
         tokens=lambda batch: batch["mask"].sum(),
     ).params
 
 
-# ------------------------------------------------------------------------------------------ report
-
-
-class Figures(NamedTuple):
-    """Of a policy on held-out prompts."""
-
-    sampled: float  # share of right answers at temperature 1
-    greedy: float
-    kl: float  # nats an answer, to the policy before
-    length: float  # tokens of a sampled answer
-    texts: list[str]  # greedy
-
-
-def how(config: Config) -> dict[str, Any]:
-    return {
-        "dtype": getattr(torch, str(config.dtype)),
-        "implementation": attention(config),
-        "compile": config.compile,
-    }
-
-
-def assess(
-    config: Config, task: Task, model: Functional, params: Params, reference: Params, seed: int
-) -> Figures:
-    """The checker's verdict on answers to held-out prompts."""
-    texts = [prompt.text for prompt in task.held_out]
-    key = random.key(seed + 1000, device=config.device)
-    both = [
-        answer(
-            model,
-            params,
-            task.tokenizer,
-            task.held_out,
-            key,
-            new=config.data.new,
-            temperature=temperature,
-            **how(config),
-        )
-        for temperature in (1.0, 0.0)
-    ]
-    shares = [sum(synthetic.right(texts, each.texts)) / len(texts) for each in both]
-    kl = drift(
-        model,
-        params,
-        reference,
-        both[0].rollouts,
-        len(texts),
-        dtype=getattr(torch, str(config.dtype)),
-        implementation=attention(config),
-    )
-    length = sum(map(len, both[0].ids)) / len(texts)
-    return Figures(*shares, kl / len(texts), length, both[1].texts)
-
-
-def run_seed(config: Config, seed: int, run: Path) -> dict[str, Any]:
+def run_seed(config: Config, machine: configs.Machine, seed: int, run: Path) -> Result:
     """All stages of one seed; figures before and after."""
-    folder, data = run / f"seed-{seed}", config.data
-    task = built_in(seed, data.demonstrations, data.prompts, data.held_out)
-    model = make_model(config, task)
-    reference = fine_tune(config, task, model, seed, folder)
-    before = assess(config, task, model, reference, reference, seed)
-    pairs, count = make_pairs(config, task, model, reference, seed)
-    params = optimise(config, model, reference, pairs, seed, folder)
-    after = assess(config, task, model, params, reference, seed)
-    print(
-        f"seed {seed}: {count} pairs; right before {before.sampled:.1%} sampled, "
-        f"{before.greedy:.1%} greedy; after {after.sampled:.1%} sampled, {after.greedy:.1%} "
-        f"greedy; KL {after.kl:.2f} nats an answer",
-        flush=True,
-    )
-    samples = [
-        {"prompt": prompt.text, "before": a, "after": b}
-        for prompt, a, b in zip(task.held_out, before.texts, after.texts, strict=True)
-    ]
-    named = {"before": before._asdict(), "after": after._asdict()}
-    figures = {
-        f"{name}/{key}": value
-        for name, each in named.items()
-        for key, value in each.items()
-        if key != "texts"
-    }
-    return {"seed": seed, "pairs": count, **figures, "samples": samples}
+    folder, task = run / f"seed-{seed}", built_in(config.data, seed)
+    setup, resume = set_up(config.model, task, machine), resume_command(config)
+    reference = fine_tune(setup, task, config.sft, seed, folder / "sft", resume)
+    before = assess(setup, reference, reference, task, seed)
+    pairs = make_pairs(config.dpo, setup, task, reference, seed)
+    params = optimise(config, setup, reference, pairs, seed, folder / "dpo")
+    after = assess(setup, params, reference, task, seed)
+    prompts = [prompt.text for prompt in task.held_out]
+    result = Result(seed, before, after, prompts, {"pairs": len(pairs["tokens"])})
+    print(tell(result), flush=True)
+    return result
+
+
+PANELS = {
+    "loss": "loss",
+    "margin of implicit rewards": "margin",
+    "share of pairs agreed with": "accuracy",
+    "log-ratio of the chosen [nats]": "chosen_logratio",
+}
 
 
 def resume_command(config: Config) -> str:
     return f"python recipes/align_dpo.py --resume --out {config.out} --name {config.name}"
-
-
-def mean_and_spread(values: Sequence[float]) -> str:
-    mean = sum(values) / len(values)
-    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1))
-    return f"{mean:.1%} ± {spread:.1%}"
-
-
-def report(config: Config, run: Path, results: list[dict[str, Any]]) -> None:
-    """The table over seeds, samples, curves."""
-    for kind in ("sampled", "greedy"):
-        before, after = ([r[f"{when}/{kind}"] for r in results] for when in ("before", "after"))
-        gain = 100 * (sum(after) - sum(before)) / len(results)
-        print(
-            f"right answers to held-out prompts, {kind}: {mean_and_spread(before)} before, "
-            f"{mean_and_spread(after)} after, {gain:+.1f} points, {len(results)} seeds"
-        )
-    kl = sum(r["after/kl"] for r in results) / len(results)
-    print(f"KL to the reference: {kl:.2f} nats an answer")
-    lines = [
-        f"{one['prompt']}  before: {one['before']!r}  after: {one['after']!r}"
-        for one in results[0]["samples"]
-    ]
-    print("\n".join(lines[:8]))
-    (run / "samples.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    kept = [{k: v for k, v in r.items() if k != "samples"} for r in results]
-    (run / "results.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-    seeds = [f"seed-{r['seed']}" for r in results]
-    curves: list[dict[str, Any]] = []
-    for seed in seeds:
-        for record in tracking.read_metrics(run / seed / "dpo" / tracking.METRICS):
-            values = {f"{name}/{seed}": value for name, value in record.items() if name != "step"}
-            curves.append({"step": record["step"], **values})
-    panels = {
-        unit: {f"{name}/{seed}": seed for seed in seeds}
-        for unit, name in {
-            "loss": "loss",
-            "margin of implicit rewards": "margin",
-            "share of pairs agreed with": "accuracy",
-            "log-ratio of the chosen [nats]": "chosen_logratio",
-        }.items()
-    }
-    pictures.save_png(pictures.training_curves(curves, panels), run / "curves.png")
 
 
 def checked(config: Config) -> Config:
@@ -466,27 +267,21 @@ def checked(config: Config) -> Config:
         raise ValueError(f"--name ({config.name}) must be a plain name: put folders into --out")
     if config.resume and config.overwrite:
         raise ValueError("--resume goes on with a run, --overwrite deletes it: give one of them")
-    machine = configs.machine(config.device, config.dtype, config.compile)
-    if machine.note:
-        print(f"note: {machine.note}", file=sys.stderr)
     if config.threads:
         torch.set_num_threads(config.threads)
-    return replace(
-        config,
-        name=config.name or configs.free_name(config.out, "align_dpo"),
-        device=machine.device,
-        dtype=machine.dtype,
-        compile=machine.compile,
-    )
+    return replace(config, name=config.name or configs.free_name(config.out, "align_dpo"))
 
 
 def main(config: Config) -> None:
     begin, config = time.perf_counter(), checked(config)
+    machine = configs.machine(config.device, config.dtype, config.compile)
+    if machine.note:
+        print(f"note: {machine.note}", file=sys.stderr)
     run = config.out / str(config.name)
     if not config.resume:
         configs.new_run(run, config, overwrite=config.overwrite)
     seeds = range(config.seed, config.seed + config.seeds)
-    report(config, run, [run_seed(config, seed, run) for seed in seeds])
+    leave(run, [run_seed(config, machine, seed, run) for seed in seeds], "dpo", PANELS)
     print(f"{time.perf_counter() - begin:.0f} seconds; everything is in {run}")
 
 
