@@ -333,7 +333,8 @@ def tell(result: Result) -> str:
     notes = "".join(f", {name} {value:g}" for name, value in result.notes.items())
     return (
         f"seed {result.seed}: right before {before.sampled:.1%} sampled, {before.greedy:.1%} "
-        f"greedy; after {after.sampled:.1%} sampled, {after.greedy:.1%} greedy; KL {after.kl:.2f} nats an "
+        f"greedy; after {after.sampled:.1%} sampled, {after.greedy:.1%} greedy; "
+        f"KL {after.kl:.2f} nats an "
         f"answer{notes}"
     )
 
