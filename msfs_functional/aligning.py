@@ -290,12 +290,20 @@ def assess(setup: Setup, params: Params, reference: Params, task: Task, seed: in
     return Figures(*shares, kl, sum(map(len, both[0].ids)) / len(asked), both[1].texts)
 
 
-def sampled_pairs(
-    prompts: Sequence[Prompt],
-    answers: Answers,
-    scores: Sequence[float],
-    *,
-    most: int = 1,
+def own_pairs(
+    setup: Setup, task: Task, params: Params, prompts: Sequence[Prompt], seed: int, samples: int
+) -> list[Pair]:
+    """Pairs of a policy's answers to each prompt, of which the checker's grades prefer one."""
+    key = random.key(seed, device=setup.device)
+    answers = answer(setup, params, task, prompts, key, samples=samples)
+    asked = [prompt for prompt in prompts for _ in range(samples)]
+    texts, metadata = [p.text for p in asked], [p.metadata for p in asked]
+    scores = called(task.graded, texts, answers.texts, metadata).tolist()
+    return best_with_worst(prompts, answers, scores)
+
+
+def best_with_worst(
+    prompts: Sequence[Prompt], answers: Answers, scores: Sequence[float], most: int = 2
 ) -> list[Pair]:
     """Pairs of answers to one prompt whose scores differ: the best with the worst, then the next.
 

@@ -11,8 +11,10 @@ what the data says of each prompt, or None. A rule, a program check, a trained r
 mixture of them are such functions alike.
 """
 
+import runpy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -114,3 +116,34 @@ class Patience:
 
     def fine(self) -> None:
         self.failed = 0
+
+
+def on_tokens(reward: RewardFn) -> RewardFn:
+    """Marks a reward that takes lists of ids in place of texts."""
+    reward.on_tokens = True  # pyright: ignore[reportFunctionMemberAccess]
+    return reward
+
+
+def takes_tokens(reward: RewardFn) -> bool:
+    return bool(getattr(reward, "on_tokens", False))
+
+
+def load(place: str) -> RewardFn:
+    """The function of a Python file: load("my_rewards.py:polite").
+
+    Raises:
+        ValueError: no such file or function, or an error in the file.
+    """
+    path, _, name = place.rpartition(":")
+    if not path.endswith(".py") or not name:
+        raise ValueError(f"reward ({place!r}) must be FILE.py:FUNCTION")
+    if not Path(path).is_file():
+        raise ValueError(f"reward ({place!r}): there is no file {path}; check the path")
+    try:
+        found = runpy.run_path(path)
+    except Exception as error:  # whatever the user's file does
+        raise ValueError(f"{path} raised {type(error).__name__}: {error}; mend the file") from error
+    if not callable(found.get(name)):
+        known = sorted(n for n, v in found.items() if callable(v) and not n.startswith("_"))
+        raise ValueError(f"{path} has no function {name!r}; it has {known}")
+    return found[name]

@@ -16,8 +16,10 @@ Widths are rounded up, so that few shapes occur:
 Dimension key: B prompts, N = B * samples rows, T tokens.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -52,6 +54,7 @@ class Roller:
         dtype: of the computation; None: that of the parameters.
         multiple: widths of prompts are rounded up to it [tokens].
         compile: as `Generator`.
+        longest: tokens of the longest prompt there is: all rollouts then have one `width`.
 
     Raises:
         ValueError: settings without a stop token, unless `endless`: completions would never end.
@@ -68,6 +71,7 @@ class Roller:
         compile: bool | None = None,
         implementation: str = "flash",
         endless: bool = False,
+        longest: int | None = None,
     ):
         if not settings.stop_tokens and not endless:
             raise ValueError(
@@ -81,6 +85,7 @@ class Roller:
                 for name, value in params.items()
             }
         self.params, self.settings, self.multiple = params, settings, multiple
+        self.width = None if longest is None else self._width(longest)
         self.generate = Generator(
             language_model(model, self.cast, implementation=implementation),  # pyright: ignore
             compile=compile,
@@ -108,8 +113,7 @@ class Roller:
         with torch.no_grad():
             made = self.generate(prompts, self.settings, key=key)
         samples, new = self.settings.samples, self.settings.max_new_tokens
-        longest = max(map(len, prompts))
-        width = -(-longest // self.multiple) * self.multiple + new
+        width = self.width or self._width(max(map(len, prompts)))
         tokens = torch.full((len(prompts) * samples, width), self.settings.pad)
         for i, prompt in enumerate(prompts):
             tokens[i * samples : (i + 1) * samples, : len(prompt)] = torch.tensor(prompt)
@@ -125,7 +129,34 @@ class Roller:
         logps = logps.scatter(1, places, torch.where(inside, made.logps, 0.0))
         return Rollout(tokens, mask, logps, made.ended)
 
+    def _width(self, longest: int) -> int:
+        return -(-longest // self.multiple) * self.multiple + self.settings.max_new_tokens
+
     def _refresh(self, params: Params) -> None:
         for name, own in self.cast.items():
             if own is not params[name]:
                 own.copy_(params[name])
+
+
+class SampleTable:
+    """Rows of a JSON lines file, each with the iteration it is of; later ones, which a run that was
+    killed may have left, are dropped when it goes on.
+
+    Args:
+        path: of the file.
+        iteration: the last one that is kept.
+        every: iterations from one entry to the next.
+    """
+
+    def __init__(self, path: Path, iteration: int = 0, every: int = 5):
+        self.path, self.every = path, every
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        kept = [line for line in lines if json.loads(line)["iteration"] <= iteration]
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def add(self, iteration: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        if iteration % self.every == 1 or self.every == 1:
+            with self.path.open("a", encoding="utf-8") as file:
+                for row in rows:
+                    line = json.dumps({"iteration": iteration, **row}, ensure_ascii=False)
+                    file.write(f"{line}\n")

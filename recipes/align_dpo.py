@@ -36,13 +36,12 @@ from msfs_functional.aligning import (
     Setup,
     Stage,
     Task,
-    answer,
     assess,
     built_in,
     fine_tune,
     leave,
     optimizer_of,
-    sampled_pairs,
+    own_pairs,
     set_up,
     step_of,
     tell,
@@ -51,7 +50,6 @@ from msfs_functional.logps import sequence_logps
 from msfs_functional.pairs import Shuffled, encode_pairs, padded
 from msfs_functional.params import Params, cast
 from msfs_functional.preference import dpo, dpo_hinge, ipo, kto, kto_kl, orpo, robust_dpo, simpo
-from msfs_functional.rewards import called
 from msfs_functional.scoring import answer_logps, in_parts
 from msfs_functional.stages import run_stage
 from msfs_functional.train import init_state
@@ -177,12 +175,7 @@ def make_pairs(
     config: Preferences, setup: Setup, task: Task, params: Params, seed: int
 ) -> dict[str, Tensor]:
     """Pairs of the policy's own answers as tensors, with reference log-probabilities."""
-    key = random.key(seed, device=setup.device)
-    answers = answer(setup, params, task, task.prompts, key, samples=config.samples)
-    asked = [prompt for prompt in task.prompts for _ in range(config.samples)]
-    texts, metadata = [p.text for p in asked], [p.metadata for p in asked]
-    scores = called(task.graded, texts, answers.texts, metadata).tolist()
-    pairs = sampled_pairs(task.prompts, answers, scores, most=2)
+    pairs = own_pairs(setup, task, params, task.prompts, seed, config.samples)
     encoded = encode_pairs(pairs, longest=setup.length)
     data = {"tokens": encoded.tokens, "mask": encoded.mask}
     if config.loss == "kto":  # each prompt with the chosen answer of the next pair
