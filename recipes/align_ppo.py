@@ -349,8 +349,6 @@ def learn(
                 )
                 values = told(rollout, buffer, scores, took)
                 values["skipped_rollouts"] = patience.skipped
-                    "skipped_rollouts": patience.skipped
-                }
                 samples.add(loop.iteration, table_rows(task, asked, ids, scores, rl.samples))
                 if rl.target_kl is not None:
                     coefficient = ppo.adaptive_kl_coefficient(
