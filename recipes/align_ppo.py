@@ -205,7 +205,9 @@ def experience(
 
 def make_loss(rl: Learning, setup: Setup, new: int):
     """The clipped surrogate of a minibatch, with what the algorithm adds to it."""
-    over = {"grpo": "sequences", "dr_grpo": "constant"}.get(rl.algorithm, "tokens")
+    over = {"grpo": "sequences", "rloo": "sequences", "dr_grpo": "constant"}.get(
+        rl.algorithm, "tokens"
+    )
     level = "sequence" if rl.algorithm == "rloo" else "token"
 
     def loss_fn(params: Params, batch: Buffer, key: Tensor):
