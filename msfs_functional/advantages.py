@@ -155,6 +155,23 @@ def group_advantages(
     return centred.reshape(-1)
 
 
+def several_advantages(
+    scores: Float[Tensor, "B R"], weights: Float[Tensor, "R"], size: int, *, eps: float = 1e-4
+) -> Float[Tensor, "B"]:
+    """Advantages of several rewards, each scaled within its groups, then summed and scaled again.
+
+    No reward drowns in the spread of another one.
+
+    Args:
+        scores: R rewards of each completion, groups of `size` one after the other.
+
+    Source: Liu et al. 2026 (GDPO).
+    """
+    each = [group_advantages(one, size, eps=eps) for one in scores.unbind(1)]
+    total = torch.stack(each, 1) @ weights.to(scores.dtype)
+    return (total - total.mean()) / (total.std() + eps)
+
+
 def leave_one_out_advantages(scores: Float[Tensor, "B"], size: int) -> Float[Tensor, "B"]:
     """RLOO: score - mean of the group's other scores = size / (size - 1) (score - mean).
 

@@ -25,13 +25,14 @@ def average(
     losses: Float[Tensor, "B T"],
     mask: Bool[Tensor, "B T"],
     *,
-    over: Literal["tokens", "sequences", "constant"] = "tokens",
+    over: Literal["tokens", "sequences", "sums", "constant"] = "tokens",
     length: int | None = None,
 ) -> Float[Tensor, ""]:
     """One number from per-token losses: the choice that decides what a long answer weighs.
 
         tokens      sum / number of tokens: each token weighs the same (Yu et al. 2025, DAPO)
         sequences   mean over rows of the row's mean: each answer weighs the same (GRPO)
+        sums        mean over rows of the row's sum: each answer weighs its length (LUSPO)
         constant    sum / (B length): no length in the denominator, hence no bias towards long wrong
                     answers (Liu et al. 2025, Dr. GRPO)
 
@@ -50,8 +51,10 @@ def average(
     if over == "sequences":
         lengths = mask.sum(-1)
         return (total.sum(-1) / lengths.clamp(min=1)).sum() / (lengths > 0).sum().clamp(min=1)
+    if over == "sums":
+        return total.sum() / mask.any(-1).sum().clamp(min=1)
     if over != "constant":
-        raise ValueError(f'over ({over!r}) must be "tokens", "sequences" or "constant"')
+        raise ValueError(f'over ({over!r}) must be "tokens", "sequences", "sums" or "constant"')
     if length is None or length < 1:
         raise ValueError(
             f'length ({length}) must be above 0 with over="constant": the most tokens a completion '

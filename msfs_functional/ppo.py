@@ -127,6 +127,7 @@ def policy_loss(
     *,
     clip: float | None = 0.2,
     clip_high: float | None = None,
+    most: float | None = None,
     level: Level = "token",
 ) -> PolicyLoss:
     """The clipped surrogate, token by token: -min(ratio A, clip(ratio, 1 - e, 1 + e_high) A).
@@ -136,6 +137,8 @@ def policy_loss(
         advantages: (B, T), or (B,) for one a sequence; no gradient flows into them.
         clip: e in (0, 1); None for the plain ratio-weighted policy gradient.
         clip_high: e_high where it differs (Yu et al. 2025, clip-higher).
+        most: largest ratio of all, above 1 + e_high; bounds the loss of bad answers too, which the
+            clip leaves open (two-sided clipping, Prime Intellect 2025, section 3.4).
         level: of the ratio, see `log_ratio`.
 
     Returns:
@@ -146,7 +149,7 @@ def policy_loss(
 
     Source: Schulman et al. 2017, equation 7.
     """
-    advantages = _per_token(advantages, mask).detach()
+    advantages = per_token(advantages, mask).detach()
     ratio = log_ratio(logps, old_logps.detach(), mask, level=level).exp()
     plain = -ratio * advantages
     if clip is None:
@@ -157,6 +160,10 @@ def policy_loss(
         raise ValueError(
             f"clip ({clip}) must be in (0, 1) and clip_high ({high}) above 0: None for no clipping"
         )
+    if most is not None:
+        if not most > 1 + high:
+            raise ValueError(f"most ({most}) must be above 1 + clip_high ({1 + high}), or None")
+        plain = -ratio.clamp(max=most) * advantages
     bounded = -ratio.clamp(1 - clip, 1 + high) * advantages
     losses = torch.where(mask, torch.maximum(plain, bounded), 0.0)
     return PolicyLoss(losses, ratio.detach(), mask & (bounded > plain).detach())
@@ -200,19 +207,32 @@ def importance_weights(
     mask: Bool[Tensor, "B T"],
     *,
     maximum: float = 2.0,
+    minimum: float = 0.0,
     level: Level = "token",
+    beyond: Literal["truncate", "drop"] = "truncate",
 ) -> Float[Tensor, "B T"]:
-    """min(pi / sampler, maximum), to multiply losses of completions that something else sampled.
+    """pi / sampler in bounds, to multiply losses of completions that something else sampled.
 
-    The sampler is the same policy in other arithmetic, or an older one; truncation bounds the
-    variance at the price of a bias (Ionides 2008; Yao et al. 2025). No gradient.
+    The sampler is the same policy in other arithmetic, or an older one; bounds keep the variance
+    finite at the price of a bias (Ionides 2008; Yao et al. 2025). No gradient.
+
+    Args:
+        maximum, minimum: of the ratio.
+        level: of the ratio, see `log_ratio`.
+        beyond: a ratio out of bounds becomes the bound, or 0 (its tokens are dropped).
 
     Raises:
-        ValueError: shapes that do not fit, a maximum not above 0.
+        ValueError: shapes that do not fit, a maximum not above 0 or the minimum.
     """
-    if not maximum > 0:
-        raise ValueError(f"maximum ({maximum}) must be above 0: inf for no truncation")
-    ratio = log_ratio(logps, sampler_logps, mask, level=level).exp().clamp(max=maximum)
+    if not maximum > 0 or not minimum < maximum:
+        raise ValueError(
+            f"maximum ({maximum}) must be above 0 and above minimum ({minimum}): inf for no bound"
+        )
+    ratio = log_ratio(logps, sampler_logps, mask, level=level).exp()
+    if beyond == "truncate":
+        ratio = ratio.clamp(minimum, maximum)
+    else:
+        ratio = torch.where((ratio < minimum) | (ratio > maximum), 0.0, ratio)
     return torch.where(mask, ratio, 0.0).detach()
 
 
@@ -225,7 +245,8 @@ def entropy(logits: Float[Tensor, "... V"]) -> Float[Tensor, "..."]:
     return -(logp.exp() * logp.masked_fill(logits == -torch.inf, 0.0)).sum(-1)
 
 
-def _per_token(advantages: Tensor, mask: Tensor) -> Tensor:
+def per_token(advantages: Tensor, mask: Tensor) -> Tensor:
+    """Advantages (B,) or (B, T) at every token, zeros where masked."""
     if advantages.shape == mask.shape[:1]:
         advantages = advantages[:, None].expand(mask.shape)
     check_mask(mask, advantages, "advantages")
