@@ -218,7 +218,7 @@ def test_rloo_equals_trl():
     trainer = pytest.importorskip("trl.trainer.rloo_trainer").RLOOTrainer
     logps, old, _, _, entropies, mask, advantages = tensors()
     stand_in = SimpleNamespace(
-        accelerator=SimpleNamespace(gather=lambda x: x, gather_for_metrics=lambda x: x),
+        accelerator=SimpleNamespace(gather=lambda x: x, reduce=lambda x, reduction: x),
         model=SimpleNamespace(training=False),
         aux_loss_enabled=False,
         epsilon_low=0.2,
