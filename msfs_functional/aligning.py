@@ -1,6 +1,6 @@
 """What the alignment recipes share: the task, the policy's first training, its answers, figures.
 
-    task = built_in(Data(), seed)                # prompts and demonstrations as ids
+    task = alignment_tasks.built_in(Data(), seed)             # prompts and demonstrations as ids
     setup = set_up(Model(), task, machine)       # the decoder and how it is computed
     params = fine_tune(setup, task, Stage(...), seed, folder)
     answers = answer(setup, params, task, prompts, key)       # texts, ids, log-probabilities
@@ -20,31 +20,23 @@ import torch
 from torch import Tensor
 
 from msfs_functional import optim, random, schedules, tracking
+from msfs_functional.alignment_tasks import Prompt, Task
+from msfs_functional.compiling import graphed
 from msfs_functional.config import Machine
 from msfs_functional.generation import GREEDY, Sampling, Settings
 from msfs_functional.losses import linear_cross_entropy
 from msfs_functional.models import decoder as models
-from msfs_functional.pairs import Ids, Pair
+from msfs_functional.packing import PackedBatches
+from msfs_functional.pairs import Pair
 from msfs_functional.params import Functional, Params, cast
 from msfs_functional.pictures import save_png, training_curves
-from msfs_functional.rewards import RewardFn, called
+from msfs_functional.rewards import called
 from msfs_functional.rollouts import Roller, Rollout
 from msfs_functional.scoring import answer_logps
 from msfs_functional.sft import AnswerBatches
 from msfs_functional.stages import run_stage
-from msfs_functional.synthetic import instructions as synthetic
-from msfs_functional.tokenizer import EOS, PAD, Tokenizer, train_word_level
+from msfs_functional.tokenizer import EOS, PAD
 from msfs_functional.train import init_state, make_step
-
-
-@dataclass(frozen=True)
-class Data:
-    """How much of the embedded task."""
-
-    demonstrations: int = 12_000  # to imitate
-    prompts: int = 3000  # to answer while learning
-    held_out: int = 400  # prompts that nothing is trained on
-    new: int = 12  # longest answer [tokens]
 
 
 @dataclass(frozen=True)
@@ -55,6 +47,7 @@ class Model:
     depth: int = 3  # blocks
     heads: int = 4
     length: int = 64  # tokens of a packed row, the most that a prompt and its answer have
+    dropout: float = 0.0  # probability, while imitating and in reward models
 
 
 @dataclass(frozen=True)
@@ -67,50 +60,6 @@ class Stage:
     warmup: int = 30  # steps
 
 
-class Prompt(NamedTuple):
-    """One prompt as text and as ids, with what the data knows of it."""
-
-    text: str
-    ids: Ids  # begin token included
-    metadata: Any = None
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is to be learned, and how answers are judged."""
-
-    tokenizer: Tokenizer
-    prompts: list[Prompt]  # to train on
-    held_out: list[Prompt]
-    demonstrations: list[tuple[Ids, Ids]]  # (prompt, answer) to imitate
-    new: int  # longest answer [tokens]
-    right: RewardFn  # 1 for a right answer, 0 for others; on texts
-    graded: RewardFn  # the same with shades
-
-
-def built_in(data: Data, seed: int) -> Task:
-    """The task of `synthetic.instructions`."""
-    shown = synthetic.demonstrations(seed, data.demonstrations)
-    tokenizer = train_word_level([text for pair in shown for text in pair], 1000)
-
-    def encoded(split: synthetic.Split, count: int) -> list[Prompt]:
-        texts = [one.prompt for one in synthetic.instructions(seed + 1, count, split)]
-        ids = tokenizer.encode(texts, bos=True)
-        return [Prompt(*both) for both in zip(texts, ids, strict=True)]
-
-    asked, given = zip(*shown, strict=True)
-    pairs = zip(tokenizer.encode(asked, bos=True), tokenizer.encode(given, eos=True), strict=True)
-    return Task(
-        tokenizer,
-        encoded("train", data.prompts),
-        encoded("valid", data.held_out),
-        list(pairs),
-        data.new,
-        synthetic.right,
-        synthetic.graded,
-    )
-
-
 class Setup(NamedTuple):
     """A decoder and how it is computed."""
 
@@ -120,6 +69,8 @@ class Setup(NamedTuple):
     compile: bool
     implementation: str  # of attention
     length: int  # most tokens of a row
+    dropout: bool
+    rollers: dict[Any, Roller]  # by what they do
 
 
 def set_up(own: Model, task: Task, machine: Machine) -> Setup:
@@ -133,11 +84,19 @@ def set_up(own: Model, task: Task, machine: Machine) -> Setup:
         hidden=3 * own.width,
         max_length=own.length,
         qk_norm=True,
+        dropout=own.dropout,
     )
     attention = "flash" if machine.device.startswith("cuda") else "sdpa"
     dtype = getattr(torch, machine.dtype)
     return Setup(
-        models.decoder(config), machine.device, dtype, machine.compile, attention, own.length
+        models.decoder(config),
+        machine.device,
+        dtype,
+        machine.compile,
+        attention,
+        own.length,
+        own.dropout > 0,
+        {},
     )
 
 
@@ -151,9 +110,10 @@ def optimizer_of(stage: Stage) -> optim.Transformation:
 
 
 def step_of(setup: Setup, loss_fn: Any, optimizer: optim.Transformation, **options: Any) -> Any:
-    """The compiled step that this machine can have."""
+    """The step as this machine runs it best: on a GPU one CUDA graph for each set of shapes."""
     compile = "regions" if setup.compile else False
-    return make_step(loss_fn, optimizer, clip_norm=1.0, compile=compile, **options)
+    step = make_step(loss_fn, optimizer, clip_norm=1.0, compile=compile, dynamic=False, **options)
+    return graphed(step) if setup.compile and setup.device.startswith("cuda") else step
 
 
 def fine_tuning_loss(setup: Setup):
@@ -166,6 +126,7 @@ def fine_tuning_loss(setup: Setup):
             batch["tokens"],
             segment_ids=batch["segments"],
             positions=batch["positions"],
+            key=key if setup.dropout else None,
             implementation=setup.implementation,
             method="hidden",
         )
@@ -176,15 +137,43 @@ def fine_tuning_loss(setup: Setup):
     return loss_fn
 
 
-def fine_tune(
+def pretrain(
     setup: Setup, task: Task, stage: Stage, seed: int, folder: Path, resume: str
+) -> Params | None:
+    """A decoder that has read the task's texts, from random parameters; None if it has none."""
+    if not task.texts:
+        return None
+    batches = PackedBatches(task.texts, setup.length, stage.batch, seed)
+    return imitate(setup, batches, stage, seed, folder, resume, None)
+
+
+def fine_tune(
+    setup: Setup,
+    task: Task,
+    stage: Stage,
+    seed: int,
+    folder: Path,
+    resume: str,
+    start: Params | None = None,
 ) -> Params:
-    """A policy that imitates the demonstrations, from random parameters."""
+    """A policy that imitates the demonstrations, from `start` or from random parameters."""
     documents = [[*prompt, *answer] for prompt, answer in task.demonstrations]
     prompts = [len(prompt) for prompt, _ in task.demonstrations]
     batches = AnswerBatches(documents, setup.length, stage.batch, seed, prompts=prompts)
+    return imitate(setup, batches, stage, seed, folder, resume, start)
+
+
+def imitate(
+    setup: Setup,
+    batches: PackedBatches,
+    stage: Stage,
+    seed: int,
+    folder: Path,
+    resume: str,
+    start: Params | None,
+) -> Params:
     optimizer = optimizer_of(stage)
-    params = setup.model.init(seed, device=setup.device)
+    params = start or setup.model.init(seed, device=setup.device)
     return run_stage(
         folder,
         stage.steps,
@@ -222,14 +211,17 @@ def answer(
     """Answers of a policy; every batch has `batch` rows of prompts, the last one filled up."""
     kind = Sampling(temperature) if temperature else GREEDY
     settings = Settings(task.new, kind, samples=samples, stop_tokens=(EOS,), pad=PAD)
-    roll = roller(setup, params, settings)
     batch = min(batch, len(prompts))
+    name = settings, batch
+    if name not in setup.rollers:  # compiled once for all policies of this shape
+        setup.rollers[name] = roller(setup, params, settings, shared=setup.compile)
+    roll = setup.rollers[name]
     ids: list[list[int]] = []
     rollouts = []
     for start in range(0, len(prompts), batch):
         rows = [min(i, len(prompts) - 1) for i in range(start, start + batch)]
         keys = torch.stack([random.fold_in(key, i) for i in range(start, start + batch)])
-        rollouts.append(roll([prompts[i].ids for i in rows], keys))
+        rollouts.append(roll([prompts[i].ids for i in rows], keys, params))
         ids += rollouts[-1].completions()
     ids = ids[: len(prompts) * samples]
     return Answers(task.tokenizer.decode(ids), ids, rollouts)
@@ -279,6 +271,7 @@ class Figures(NamedTuple):
 
 def assess(setup: Setup, params: Params, reference: Params, task: Task, seed: int) -> Figures:
     """The checker's verdict on answers to held-out prompts."""
+    assert task.right is not None
     key, asked = random.key(seed + 1000, device=setup.device), task.held_out
     both = [
         answer(setup, params, task, asked, key, temperature=temperature)
@@ -298,6 +291,7 @@ def own_pairs(
     answers = answer(setup, params, task, prompts, key, samples=samples)
     asked = [prompt for prompt in prompts for _ in range(samples)]
     texts, metadata = [p.text for p in asked], [p.metadata for p in asked]
+    assert task.graded is not None
     scores = called(task.graded, texts, answers.texts, metadata).tolist()
     return best_with_worst(prompts, answers, scores)
 
@@ -391,13 +385,20 @@ def leave(
             one |= {f"{when}/{name}": v for name, v in own.items() if name != "texts"}
         kept.append(one)
     (run / "results.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    draw_seeds(run, [r.seed for r in results], stage, panels)
+
+
+def draw_seeds(run: Path, seeds: Sequence[int], stage: str, panels: dict[str, str]) -> None:
+    """Leaves curves.png: a panel for each metric that the stages have recorded, a line a seed."""
     curves: list[dict[str, Any]] = []
-    for r in results:
-        for record in tracking.read_metrics(run / f"seed-{r.seed}" / stage / tracking.METRICS):
-            values = {f"{name}/{r.seed}": v for name, v in record.items() if name != "step"}
+    for seed in seeds:
+        for record in tracking.read_metrics(run / f"seed-{seed}" / stage / tracking.METRICS):
+            values = {f"{name}/{seed}": v for name, v in record.items() if name != "step"}
             curves.append({"step": record["step"], **values})
+    known = {name for record in curves for name in record}
     lines_of = {
-        unit: {f"{name}/{r.seed}": f"seed {r.seed}" for r in results}
+        unit: {f"{name}/{seed}": f"seed {seed}" for seed in seeds}
         for unit, name in panels.items()
+        if f"{name}/{seeds[0]}" in known
     }
     save_png(training_curves(curves, lines_of), run / "curves.png")

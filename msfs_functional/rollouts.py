@@ -44,6 +44,11 @@ class Rollout(NamedTuple):
         return [[t for t, kept in zip(*row, strict=True) if kept] for row in rows]
 
 
+def width_of(longest: int, settings: Settings, multiple: int = 16) -> int:
+    """Tokens of a rollout's rows whose longest prompt has so many."""
+    return -(-longest // multiple) * multiple + settings.max_new_tokens
+
+
 class Roller:
     """roll(prompts, key) -> Rollout, compiled where that works.
 
@@ -55,6 +60,7 @@ class Roller:
         multiple: widths of prompts are rounded up to it [tokens].
         compile: as `Generator`.
         longest: tokens of the longest prompt there is: all rollouts then have one `width`.
+        shared: generate from memory of its own, so that a call may bring other parameters.
 
     Raises:
         ValueError: settings without a stop token, unless `endless`: completions would never end.
@@ -72,22 +78,24 @@ class Roller:
         implementation: str = "flash",
         endless: bool = False,
         longest: int | None = None,
+        shared: bool = False,
     ):
         if not settings.stop_tokens and not endless:
             raise ValueError(
                 "stop_tokens () holds no end token, so no completion would end: give the "
                 "tokenizer's, or endless=True for completions of one length"
             )
-        own = dtype or next(iter(params.values())).dtype
+        self.params, self.settings, self.multiple = dict(params), settings, multiple
+        self.dtype = dtype or next(iter(params.values())).dtype
         with torch.no_grad():
-            self.cast = {
-                name: value if value.dtype == own else value.to(own)
+            # what generation reads: the parameters themselves, or one cast set that is kept
+            self.read = {
+                name: value.to(self.dtype, copy=shared) if value.is_floating_point() else value
                 for name, value in params.items()
             }
-        self.params, self.settings, self.multiple = params, settings, multiple
-        self.width = None if longest is None else self._width(longest)
+        self.width = None if longest is None else width_of(longest, settings, multiple)
         self.generate = Generator(
-            language_model(model, self.cast, implementation=implementation),  # pyright: ignore
+            language_model(model, self.read, implementation=implementation),  # pyright: ignore
             compile=compile,
         )
 
@@ -102,10 +110,11 @@ class Roller:
         Args:
             prompts: ids, of any lengths.
             key: for all, or one for each prompt.
-            params: where they are no longer the ones given at first (a restored state).
+            params: in place of those given at first.
 
         Raises:
-            ValueError: an empty prompt, one beyond the context.
+            ValueError: an empty prompt, one beyond the context, other parameters where generation
+                reads the first ones themselves.
         """
         if isinstance(prompts, Tensor):
             prompts = prompts.tolist()
@@ -113,7 +122,7 @@ class Roller:
         with torch.no_grad():
             made = self.generate(prompts, self.settings, key=key)
         samples, new = self.settings.samples, self.settings.max_new_tokens
-        width = self.width or self._width(max(map(len, prompts)))
+        width = self.width or width_of(max(map(len, prompts)), self.settings, self.multiple)
         tokens = torch.full((len(prompts) * samples, width), self.settings.pad)
         for i, prompt in enumerate(prompts):
             tokens[i * samples : (i + 1) * samples, : len(prompt)] = torch.tensor(prompt)
@@ -129,13 +138,20 @@ class Roller:
         logps = logps.scatter(1, places, torch.where(inside, made.logps, 0.0))
         return Rollout(tokens, mask, logps, made.ended)
 
-    def _width(self, longest: int) -> int:
-        return -(-longest // self.multiple) * self.multiple + self.settings.max_new_tokens
-
     def _refresh(self, params: Params) -> None:
-        for name, own in self.cast.items():
-            if own is not params[name]:
-                own.copy_(params[name])
+        for name, own in self.read.items():
+            given = params[name]
+            if own is given:
+                continue
+            if not self.generate.compile and given.dtype == self.dtype:
+                self.read[name] = given
+            elif own is self.params[name]:
+                raise ValueError(
+                    f"generation reads {name!r} where training writes it, and a call brings another"
+                    " tensor: make the Roller with shared=True"
+                )
+            else:
+                own.copy_(given)
 
 
 class SampleTable:

@@ -13,6 +13,7 @@ Stages of each seed, in folders of their own (--resume goes on where it was stop
 The report says how many answers to held-out prompts the checker finds right before and after.
 """
 
+import json
 import os
 import sys
 import time
@@ -30,26 +31,30 @@ from torch import Tensor
 from msfs_functional import config as configs
 from msfs_functional import errors, random
 from msfs_functional.aligning import (
-    Data,
     Model,
     Result,
     Setup,
     Stage,
-    Task,
+    answer,
     assess,
-    built_in,
+    draw_seeds,
     fine_tune,
     leave,
+    mean_and_spread,
     optimizer_of,
     own_pairs,
+    pretrain,
     set_up,
     step_of,
     tell,
 )
+from msfs_functional.alignment_tasks import Data, Task, built_in, from_pairs
 from msfs_functional.logps import sequence_logps
-from msfs_functional.pairs import Shuffled, encode_pairs, padded
+from msfs_functional.pairs import Pair, Shuffled, encode_pairs, padded
 from msfs_functional.params import Params, cast
 from msfs_functional.preference import dpo, dpo_hinge, ipo, kto, kto_kl, orpo, robust_dpo, simpo
+from msfs_functional.reward_models import aggregate
+from msfs_functional.reward_training import RewardModel, accuracy, rewards_of, train_rewards
 from msfs_functional.scoring import answer_logps, in_parts
 from msfs_functional.stages import run_stage
 from msfs_functional.train import init_state
@@ -76,6 +81,8 @@ class Config:
 
     # what to do; must come first
     mode: tyro.conf.Positional[Literal["train"]] = "train"
+    # settings that the other options start from; people: for --data.files on a GPU
+    preset: Literal["default", "people"] = "default"
     # of the run, its folder is <out>/<name>; None: a new number to train, the newest to use
     name: str | None = None
     out: Path = Path("runs")  # folder of the runs
@@ -91,6 +98,10 @@ class Config:
     debug: bool = False  # show tracebacks
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
+    # with --data.files: reading before imitating, reward models, members of their ensemble
+    pretrain: Stage = field(default_factory=lambda: Stage(1000, 64, 2e-3))
+    rewards: Stage = field(default_factory=lambda: Stage(150, 64, 3e-4))
+    members: int = 8
     sft: Stage = field(default_factory=lambda: Stage(600, 24, 3e-3))
     dpo: Preferences = field(default_factory=lambda: Preferences(200, 64, 3e-4))
 
@@ -171,11 +182,10 @@ def make_loss(config: Preferences, setup: Setup):
 # ------------------------------------------------------------------------------------------ stages
 
 
-def make_pairs(
-    config: Preferences, setup: Setup, task: Task, params: Params, seed: int
+def as_data(
+    config: Preferences, setup: Setup, params: Params, pairs: list[Pair]
 ) -> dict[str, Tensor]:
-    """Pairs of the policy's own answers as tensors, with reference log-probabilities."""
-    pairs = own_pairs(setup, task, params, task.prompts, seed, config.samples)
+    """Pairs as tensors, with the reference's log-probabilities."""
     encoded = encode_pairs(pairs, longest=setup.length)
     data = {"tokens": encoded.tokens, "mask": encoded.mask}
     if config.loss == "kto":  # each prompt with the chosen answer of the next pair
@@ -228,13 +238,108 @@ def run_seed(config: Config, machine: configs.Machine, seed: int, run: Path) -> 
     setup, resume = set_up(config.model, task, machine), resume_command(config)
     reference = fine_tune(setup, task, config.sft, seed, folder / "sft", resume)
     before = assess(setup, reference, reference, task, seed)
-    pairs = make_pairs(config.dpo, setup, task, reference, seed)
-    params = optimise(config, setup, reference, pairs, seed, folder / "dpo")
+    pairs = own_pairs(setup, task, reference, task.prompts, seed, config.dpo.samples)
+    data = as_data(config.dpo, setup, reference, pairs)
+    params = optimise(config, setup, reference, data, seed, folder / "dpo")
     after = assess(setup, params, reference, task, seed)
     prompts = [prompt.text for prompt in task.held_out]
-    result = Result(seed, before, after, prompts, {"pairs": len(pairs["tokens"])})
+    result = Result(seed, before, after, prompts, {"pairs": len(data["tokens"])})
     print(tell(result), flush=True)
     return result
+
+
+# ------------------------------------------------------------------------- preferences of people
+
+
+def run_files(config: Config, machine: configs.Machine, run: Path) -> None:
+    """Preferences in files: reward models, single and as an ensemble, and DPO judged by it."""
+    task = from_pairs(config.data, config.model.length)
+    setup, resume = set_up(config.model, task, machine), resume_command(config)
+    print("\n".join(task.notes), flush=True)
+    seed = config.seed
+    start = pretrain(setup, task, config.pretrain, seed, run / "pretrain", resume)
+    reference = fine_tune(setup, task, config.sft, seed, run / "sft", resume, start)
+    figures: dict[str, Any] = reward_models(config, setup, task, reference, run)
+    judge = figures.pop("judge")
+    data = as_data(config.dpo, setup, reference, task.pairs)
+    unseen = as_data(config.dpo, setup, reference, task.held_out_pairs)
+    key = random.key(seed + 1000, device=setup.device)
+    before = answer(setup, reference, task, task.held_out, key)
+    asked = [prompt.ids for prompt in task.held_out]
+    won, agreed = [], []
+    for own in range(seed, seed + config.seeds):
+        params = optimise(config, setup, reference, data, own, run / f"seed-{own}" / "dpo")
+        after = answer(setup, params, task, task.held_out, key)
+        better = judge(asked, after.ids) > judge(asked, before.ids)
+        equal = [a == b for a, b in zip(after.ids, before.ids, strict=True)]
+        won.append(float((better.float() + 0.5 * torch.tensor(equal).to(better)).mean()))
+        agreed.append(implicit_accuracy(config.dpo, setup, params, unseen))
+        print(f"seed {own}: DPO wins {won[-1]:.1%} of {len(asked)} prompts", flush=True)
+        if own == seed:
+            leave_answers(run, task, before.texts, after.texts)
+    print(
+        f"held-out pairs ranked right by DPO's implicit rewards: {mean_and_spread(agreed)}\n"
+        f"DPO's answers beat those before it, by the ensemble: {mean_and_spread(won)} of "
+        f"{len(asked)} held-out prompts, {config.seeds} seeds"
+    )
+    figures |= {"win_rates": won, "implicit_accuracies": agreed}
+    (run / "results.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    draw_seeds(run, range(seed, seed + config.seeds), "dpo", PANELS)
+
+
+def reward_models(
+    config: Config, setup: Setup, task: Task, start: Params, run: Path
+) -> dict[str, Any]:
+    """Held-out accuracy of single reward models and of an ensemble, which comes back as a judge."""
+    pairs, resume = encode_pairs(task.pairs, longest=setup.length), resume_command(config)
+    rows = [(p.prompt, side) for p in task.held_out_pairs for side in (p.chosen, p.rejected)]
+    alone = []
+    for seed in range(config.seed, config.seed + config.seeds):
+        folder = run / f"seed-{seed}" / "rewards"
+        single = train_rewards(setup, start, pairs, config.rewards, seed, 1, folder, resume)
+        alone.append(float(accuracy(rewards_of(setup, single, rows))[0]))
+    members = config.members
+    stacked = train_rewards(
+        setup, start, pairs, config.rewards, config.seed + 100, members, run / "ensemble", resume
+    )
+    every = rewards_of(setup, stacked, rows)
+    ensembles = {
+        how: float(accuracy(aggregate(every, how)[None])[0])  # pyright: ignore[reportArgumentType]
+        for how in ("mean", "min", "uncertainty")
+    }
+    of_members = accuracy(every)
+    shares = ", ".join(f"{how} {share:.1%}" for how, share in ensembles.items())
+    print(
+        f"reward models on {len(rows) // 2} held-out pairs: alone {mean_and_spread(alone)} "
+        f"({len(alone)} seeds); {members} in one step: each {mean_and_spread(of_members.tolist())},"
+        f" together: {shares}",
+        flush=True,
+    )
+    return {
+        "reward_models": alone,
+        "members": of_members.tolist(),
+        "ensemble": ensembles,
+        "judge": RewardModel(setup, stacked, "mean"),
+    }
+
+
+def implicit_accuracy(
+    config: Preferences, setup: Setup, params: Params, data: dict[str, Tensor]
+) -> float:
+    """Share of pairs whose chosen answer the policy has come to prefer more than the reference."""
+    after = with_reference(setup, params, {name: data[name] for name in ("tokens", "mask")})
+    gain = after["reference"] - data["reference"]
+    return float((gain[:, 0] > gain[:, 1]).float().mean())
+
+
+def leave_answers(run: Path, task: Task, before: list[str], after: list[str]) -> None:
+    rows = zip(task.held_out, before, after, strict=True)
+    lines = [
+        json.dumps({"prompt": prompt.text, "before": a, "after": b}, ensure_ascii=False)
+        for prompt, a, b in rows
+    ]
+    (run / "samples.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    print("\n".join(lines[:3]))
 
 
 PANELS = {
@@ -242,6 +347,21 @@ PANELS = {
     "margin of implicit rewards": "margin",
     "share of pairs agreed with": "accuracy",
     "log-ratio of the chosen [nats]": "chosen_logratio",
+}
+
+
+PRESETS = {
+    "default": Config(),
+    # preferences of people, on a GPU: --data.files harmless.jsonl.gz helpful.jsonl.gz
+    "people": Config(
+        preset="people",
+        data=Data(vocabulary=6000, new=96, held_out=256),
+        model=Model(width=512, depth=6, heads=8, length=384, dropout=0.1),
+        pretrain=Stage(1200, 64, 1e-3, 100),
+        sft=Stage(200, 32, 3e-4),
+        rewards=Stage(130, 64, 2e-4),
+        dpo=Preferences(130, 64, 1e-4, samples=1),
+    ),
 }
 
 
@@ -274,12 +394,15 @@ def main(config: Config) -> None:
     if not config.resume:
         configs.new_run(run, config, overwrite=config.overwrite)
     seeds = range(config.seed, config.seed + config.seeds)
-    leave(run, [run_seed(config, machine, seed, run) for seed in seeds], "dpo", PANELS)
+    if config.data.files:
+        run_files(config, machine, run)
+    else:
+        leave(run, [run_seed(config, machine, seed, run) for seed in seeds], "dpo", PANELS)
     print(f"{time.perf_counter() - begin:.0f} seconds; everything is in {run}")
 
 
 def command_line(args: Sequence[str]) -> Config:
-    start = configs.starting_point(args, {"default": Config()}, modes=())
+    start = configs.starting_point(args, PRESETS, modes=())
     return configs.parse(start, args, description=str(__doc__), prog="align_dpo.py")
 
 

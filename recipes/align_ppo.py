@@ -34,28 +34,27 @@ from msfs_functional import agreement, checkpoint, errors, masked, ppo, random, 
 from msfs_functional import config as configs
 from msfs_functional import distributed_checkpoint as checkpoints
 from msfs_functional.aligning import (
-    Data,
     Model,
     Result,
     Setup,
     Stage,
-    Task,
     assess,
-    built_in,
     fine_tune,
     leave,
     optimizer_of,
     own_pairs,
+    pretrain,
     roller,
     set_up,
     step_of,
     tell,
 )
+from msfs_functional.alignment_tasks import Data, Task, built_in, from_problems
 from msfs_functional.generation import Sampling, Settings
 from msfs_functional.pairs import Shuffled, encode_pairs
 from msfs_functional.params import Params, cast
 from msfs_functional.reward_training import RewardModel, accuracy, rewards_of, train_rewards
-from msfs_functional.rollouts import Rollout, SampleTable
+from msfs_functional.rollouts import Rollout, SampleTable, width_of
 from msfs_functional.scoring import answer_logps, answer_statistics
 from msfs_functional.stages import CHECKPOINTS, stopped
 from msfs_functional.tokenizer import EOS, PAD
@@ -110,6 +109,8 @@ class Config:
 
     # what to do; must come first
     mode: tyro.conf.Positional[Literal["train"]] = "train"
+    # settings that the other options start from; problems: for --data.files on a GPU
+    preset: Literal["default", "problems"] = "default"
     # of the run, its folder is <out>/<name>; None: a new number to train, the newest to use
     name: str | None = None
     out: Path = Path("runs")  # folder of the runs
@@ -126,6 +127,8 @@ class Config:
     debug: bool = False  # show tracebacks
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
+    # with --data.files: reading before imitating
+    pretrain: Stage = field(default_factory=lambda: Stage(1000, 64, 2e-3))
     sft: Stage = field(default_factory=lambda: Stage(600, 24, 3e-3))
     rewards: Stage = field(default_factory=lambda: Stage(150, 32, 1e-3))
     rl: Learning = field(default_factory=Learning)
@@ -299,8 +302,7 @@ def learn(
     settings = Settings(
         task.new, Sampling(rl.temperature), samples=rl.samples, stop_tokens=(EOS,), pad=PAD
     )
-    roll = roller(setup, body(state.params), settings, longest=longest)
-    loop, buffer = Loop(), empty_buffer(rl, roll.width, device)
+    loop, buffer = Loop(), empty_buffer(rl, width_of(longest, settings), device)
     coefficient = torch.full((), rl.kl, device=device)
     root = folder / CHECKPOINTS
     if checkpoint.checkpoints(root):
@@ -312,6 +314,7 @@ def learn(
     first = int(state.step)
     if first >= total:
         return body(state.params)
+    roll = roller(setup, body(state.params), settings, longest=longest)
     patience = rewards.Patience(rl.patience, loop.failed, loop.skipped)
     writer = checkpoints.Writer(root, keep_last=1)
     tracker = Tracker(folder, total, name=folder.name, step=first, every=per)
@@ -325,16 +328,17 @@ def learn(
 
     with tracker, writer, errors.interruptible() as stop:
         values: dict[str, Any] = {}
+        begin = None  # of the updates after a rollout
         for count in range(first + 1, total + 1):
             part = (count - 1) % per
             while part == 0:  # until a rollout has rewards
                 loop.iteration += 1
-                begin = time.perf_counter()
+                started = time.perf_counter()
                 prompts.restore({"done": loop.iteration - 1})
                 asked = [task.prompts[i] for i in next(prompts)["index"].tolist()]
                 key = random.fold_in(random.fold_in(state.key, loop.iteration), 1)
                 rollout = roll([prompt.ids for prompt in asked], key, body(state.params))
-                took = time.perf_counter() - begin
+                took = time.perf_counter() - started
                 ids = rollout.completions()
                 try:
                     scores = judged(task, reward, asked, ids, rl.samples).to(device)
@@ -361,16 +365,16 @@ def learn(
                         items=len(ids),
                     )
                 values["kl_coefficient"] = coefficient
+                begin = time.perf_counter()
                 break
-            begin = time.perf_counter()
             batch = minibatch(rl, buffer, state.key, loop.iteration, part)
             batch["coefficient"] = coefficient.expand(len(batch["tokens"]))
             state, metrics = step(state, batch)
-            if stop_to_time(tracker, count, per):
-                float(metrics["loss"])
-            seconds = max(time.perf_counter() - begin, 1e-9)
-            speed = batch["mask"].numel() / seconds
-            tracker.log(count, {**metrics, **values, "update_tokens/s": speed})
+            if count % per == 0 and begin is not None:
+                float(metrics["loss"])  # waits for the device, once a rollout
+                seconds = time.perf_counter() - begin
+                values["update_tokens/s"] = rl.epochs * buffer["mask"].numel() / seconds
+            tracker.log(count, {**metrics, **values})
             values = {}
             halt = agreement.highest(stop.received or 0) if count < total else 0
             if halt or count % config.save_every == 0 or count == total:
@@ -380,11 +384,6 @@ def learn(
                 raise stopped(tracker, count, halt, resume_command(config))
         writer.wait()
     return body(state.params)
-
-
-def stop_to_time(tracker: Tracker, count: int, per: int) -> bool:
-    """Whether to wait for the device here: once a rollout, where the record is written anyway."""
-    return count % per == 0
 
 
 def empty_buffer(rl: Learning, width: int, device: str) -> Buffer:
@@ -459,6 +458,7 @@ def make_reward(
 ) -> tuple[rewards.RewardFn, dict[str, float]]:
     """The reward that the configuration names, and figures of it."""
     if config.rl.reward == "rule":
+        assert task.graded is not None
         return task.graded, {}
     if config.rl.reward != "model":
         return rewards.load(config.rl.reward), {}
@@ -482,9 +482,15 @@ def make_reward(
 
 def run_seed(config: Config, machine: configs.Machine, seed: int, run: Path) -> Result:
     """All stages of one seed; figures before and after."""
-    folder, task = run / f"seed-{seed}", built_in(config.data, seed)
+    folder = run / f"seed-{seed}"
+    if config.data.files:
+        task = from_problems(config.data, config.model.length)
+        print("\n".join(task.notes), flush=True)
+    else:
+        task = built_in(config.data, seed)
     setup, resume = set_up(config.model, task, machine), resume_command(config)
-    reference = fine_tune(setup, task, config.sft, seed, folder / "sft", resume)
+    start = pretrain(setup, task, config.pretrain, seed, folder / "pretrain", resume)
+    reference = fine_tune(setup, task, config.sft, seed, folder / "sft", resume, start)
     before = assess(setup, reference, reference, task, seed)
     reward, notes = make_reward(config, setup, task, reference, seed, folder)
     params = learn(config, setup, task, reference, reward, seed, folder / "rl")
@@ -504,6 +510,22 @@ PANELS = {
     "length [tokens]": "length",
     "tokens/s of rollouts": "rollout_tokens/s",
     "tokens/s of updates": "update_tokens/s",
+}
+
+
+PRESETS = {
+    "default": Config(),
+    # questions with worked answers, on a GPU: --data.files train.jsonl
+    "problems": Config(
+        preset="problems",
+        seeds=1,
+        save_every=200,
+        data=Data(vocabulary=4000, new=128, held_out=512, share=0.08),
+        model=Model(width=512, depth=8, heads=8, length=288, dropout=0.1),
+        pretrain=Stage(1500, 64, 1e-3, 100),
+        sft=Stage(500, 64, 5e-4),
+        rl=Learning(iterations=60, prompts=64, samples=16, minibatches=4, rate=3e-5, kl=0.01),
+    ),
 }
 
 
@@ -554,7 +576,7 @@ def main(config: Config) -> None:
 
 
 def command_line(args: Sequence[str]) -> Config:
-    start = configs.starting_point(args, {"default": Config()}, modes=())
+    start = configs.starting_point(args, PRESETS, modes=())
     return configs.parse(start, args, description=str(__doc__), prog="align_ppo.py")
 
 
