@@ -18,7 +18,8 @@ definition serves tiles of scores and tiles of transposed scores.
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ from msfs_kernels.options import Options
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2.0))
 MOST_QUERIES = 16  # that count as decoding
+LEAST_LOGITS_FOR_TMA = 1 << 18
 
 
 INTERPRETED = triton.knobs.runtime.interpret  # decided when the kernels below are decorated
@@ -409,11 +411,21 @@ class Prepared(NamedTuple):
         tuple[int, str | None, int]
     ]  # (position among args, field if it is Masks, number of the tensor)
 
+    def run(self, tensors: Sequence[Tensor | None]) -> None:
+        args = self.args.copy()
+        for position, field, number in self.places:
+            if field is None:
+                args[position] = exchange(args[position], tensors[number])
+            else:
+                args[position] = args[position]._replace(**{field: tensors[number]})
+        self.start(*args)
+
 
 PREPARED: dict[Any, Prepared | None] = {}
 
 
 COLLECTED: list[Launch] | None = None  # where launches go in place of the device
+RECORDED: list[tuple[Prepared | None, tuple[Tensor | None, ...]]] | None = None
 
 
 def launches_of(fn: Callable[[], object]) -> list[Launch]:
@@ -456,14 +468,23 @@ def launch(
         compiled = described.run()
         if key not in PREPARED:
             PREPARED[key] = prepare(described, compiled, everything)
+        if RECORDED is not None:
+            RECORDED.append((PREPARED[key], tensors))
         return
-    args = prepared.args.copy()
-    for position, field, number in prepared.places:
-        if field is None:
-            args[position] = exchange(args[position], everything[number])
-        else:
-            args[position] = args[position]._replace(**{field: everything[number]})
-    prepared.start(*args)
+    if RECORDED is not None:
+        RECORDED.append((prepared, tensors))
+    prepared.run(everything)
+
+
+@contextmanager
+def recorded() -> Iterator[list[tuple[Prepared | None, tuple[Tensor | None, ...]]]]:
+    """Collects (prepared launch, tensors) of every `launch` within."""
+    global RECORDED
+    before, RECORDED = RECORDED, []
+    try:
+        yield RECORDED
+    finally:
+        RECORDED = before
 
 
 def prepare(
@@ -539,9 +560,13 @@ def padded(dim: int) -> int:
 
 
 def tma_ready(*tensors: Tensor) -> bool:
-    """Whether the copy engine can read these (B, H, T, K) tensors: 16-byte aligned rows, last dim
-    dense, no broadcast.
+    """Whether the copy engine can read these (B, H, T, K) tensors, q and k the first of them: rows
+    on 16-byte borders, last dim dense, no broadcast; and enough work that describing tensors to it
+    at each launch, some 4 microseconds of the host for each, does not outlast the kernel.
     """
+    q, k = tensors[:2]
+    if q.shape[:3].numel() * k.shape[2] < LEAST_LOGITS_FOR_TMA:
+        return False
 
     def ready(x: Tensor) -> bool:
         step = 16 // x.element_size()

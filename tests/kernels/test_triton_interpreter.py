@@ -36,9 +36,10 @@ def interpreter():
 
 def small_tiles(tma: bool = False, keys: int = 16) -> None:
     """Tiles of 16 queries x `keys` in every kernel, so that few tokens make many blocks."""
-    from msfs_kernels import triton_backward, triton_forward, triton_tangent
+    from msfs_kernels import triton_backward, triton_common, triton_forward, triton_tangent
     from msfs_kernels.configs import Config
 
+    triton_common.LEAST_LOGITS_FOR_TMA = 0
     for module in (triton_forward, triton_backward, triton_tangent):
         module.choose = lambda *_: Config(16, keys, 4, 1, tma)
 
