@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .forward_mode import call_in_forward_mode, in_forward_mode
+from .forward_mode import call_in_forward_mode, in_forward_mode, is_dual
 from .options import OPS
 
 KERNELS: dict[str, Callable] = {}  # the function behind each op, for CPU and CUDA alike
@@ -46,10 +46,6 @@ def traced() -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
     )
-
-
-def is_dual(x: Any) -> bool:
-    return isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
 
 
 def call(name: str, *args: Any) -> Any:

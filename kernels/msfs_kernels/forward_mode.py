@@ -13,6 +13,7 @@ from typing import Any
 # pyright: reportAttributeAccessIssue=false
 import torch
 from torch import Tensor
+from torch._functorch import eager_transforms
 from torch._functorch.pyfunctorch import JvpInterpreter
 from torch.autograd import forward_ad
 
@@ -41,12 +42,24 @@ def in_forward_mode() -> bool:
     )
 
 
+def tangent_of(x: Tensor) -> Tensor | None:
+    """forward_ad.unpack_dual(x).tangent, in a tenth of the time."""
+    return torch._VF._unpack_dual(x, level=forward_ad._current_level)[1]
+
+
+def is_dual(x: Any) -> bool:
+    """Of forward_ad.dual_level: within torch.func.jvp, which has a level of its own and lets no
+    other in, what lies below its wrappers is never dual.
+    """
+    return isinstance(x, Tensor) and eager_transforms.JVP_NESTING == 0 and tangent_of(x) is not None
+
+
 def pair(x: Any, level: int) -> tuple[Any, Tensor | None]:
     """(primal, tangent or None), both of the level below."""
     if not isinstance(x, Tensor):
         return x, None
     unwrap = torch._C._functorch._unwrap_for_grad
-    tangent = forward_ad.unpack_dual(x).tangent
+    tangent = tangent_of(x)
     return unwrap(x, level), None if tangent is None else unwrap(tangent, level)
 
 
@@ -62,6 +75,7 @@ def call_in_forward_mode(call: Callable, rule: Any, name: str, args: tuple) -> A
         ctx = Context()
         rule.setup_context(ctx, primals, results)
         moves = rule.jvp(ctx, *tangents)
+    make_dual, at = torch._VF._make_dual, forward_ad._current_level
     return tuple(
-        x if t is None else forward_ad.make_dual(x, t) for x, t in zip(results, moves, strict=True)
+        x if t is None else make_dual(x, t, level=at) for x, t in zip(results, moves, strict=True)
     )
