@@ -141,11 +141,17 @@ def test_the_future_and_padding_are_hidden_and_a_prefix_is_seen(name):
     torch.testing.assert_close(after[1, :6], before[1, :6])
     assert (after[1, 6:] != before[1, 6:]).any(-1).all()
     prefix = torch.tensor([0, 7])
+    cache = model.apply(params, 2, 9, method="init_cache", dtype=torch.float64)
+    if any(window is not None and window < 8 for window in CONFIGS[name].windows):
+        for args in ((ids,), (ids, cache)):
+            how = {"method": "decode"} if len(args) == 2 else {}
+            with pytest.raises(ValueError, match="8 tokens with a prefix exceed the window"):
+                model.apply(params, *args, **how, prefix_lengths=prefix)
+        return
     before = model.apply(params, ids, prefix_lengths=prefix)
     after = model.apply(params, changed, prefix_lengths=prefix)
     assert (after[1] != before[1]).any(-1).all()
     torch.testing.assert_close(after[0, :5], before[0, :5])
-    cache = model.apply(params, 2, 9, method="init_cache", dtype=torch.float64)
     cached, _ = model.apply(params, changed, cache, method="decode", prefix_lengths=prefix)
     torch.testing.assert_close(cached, after)
 

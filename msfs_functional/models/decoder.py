@@ -394,7 +394,9 @@ class Decoder(nn.Module):
             the left with an id of its own.
         key_lengths: (B,), tokens that are not padding on the right. What stands after them is
             nobody's: it changes nothing before.
-        prefix_lengths: (B,), tokens at the start that all tokens see (prefix-LM).
+        prefix_lengths: (B,), tokens at the start that all tokens see (prefix-LM). In layers with a
+            window, as many tokens as it holds can come with a prefix: what later ones would see of
+            it is not defined.
         key: for dropout; None evaluates without.
         implementation: of attention, or a function in place of `attention.attention` with its
             signature (ring attention over a mesh).
@@ -431,12 +433,15 @@ class Decoder(nn.Module):
         implementation: Implementation | AttentionFn = "flash",
         around_block: Callable[[BlockFn], BlockFn] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """States after the last norm: for `losses.linear_cross_entropy`, for heads of all kinds.
+        """States after the last norm: for `losses.linear_cross_entropy` (with
+        softcap=config.logit_softcap), for heads of all kinds.
 
         Raises:
-            ValueError: more tokens than max_length; both or neither of tokens and embeddings.
+            ValueError: more tokens than max_length; both or neither of tokens and embeddings; a
+                prefix and more tokens than a window.
         """
         x = self._inputs(tokens, embeddings)
+        self._check_prefix(x, prefix_lengths)
         if positions is None:
             positions = torch.arange(x.shape[-2], device=x.device)
         mask = {
@@ -529,6 +534,7 @@ class Decoder(nn.Module):
             raise ValueError(f"{T} tokens exceed the cache's length ({L}); init_cache a longer one")
         if prefix_lengths is not None and not fresh:
             raise ValueError("prefix_lengths goes with position 0: the whole prefix in one call")
+        self._check_prefix(x, prefix_lengths)
         if pads is not None:  # go to the right, where nobody sees them
             turn = torch.arange(T, device=x.device) + pads[:, None]
             x = x.take_along_dim((turn % T)[..., None], 1)
@@ -572,6 +578,14 @@ class Decoder(nn.Module):
                 "sequence or raise max_length"
             )
         return x
+
+    def _check_prefix(self, x: Tensor, prefix_lengths: Tensor | None) -> None:
+        windows = [window for window in self.config.windows if window is not None]
+        if prefix_lengths is not None and windows and x.shape[-2] > min(windows):
+            raise ValueError(
+                f"{x.shape[-2]} tokens with a prefix exceed the window ({min(windows)}): which of "
+                "the prefix later tokens see is not defined; shorten the sequences"
+            )
 
     def _start(self, x: Tensor, positions: Tensor, key: Tensor | None) -> Tensor:
         if self.config.positions == "learned":
