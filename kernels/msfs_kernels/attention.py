@@ -143,6 +143,9 @@ def flash_attention(
     rng = None
     if dropout > 0 and dropout_key is not None:
         rng = fold_in(dropout_key, torch.arange(B, device=q.device))
+        if is_sharded(q):  # a rank may hold some heads only: they keep their numbers
+            numbers = torch.arange(H, device=q.device)[:, None].expand(B, H, 1)
+            rng = torch.cat([rng[:, None].expand(B, H, 2), numbers], -1)
     bias = None if bias is None else canonical_bias(bias, lead)
     options = Options(
         bias,

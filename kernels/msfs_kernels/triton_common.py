@@ -56,7 +56,8 @@ class Masks(NamedTuple):
     alibi: Tensor | None = None  # (B, H) float32
     window: int | None = None
     softcap: float | None = None  # nats
-    rng: Tensor | None = None  # (B, 2) int64, a Philox key a row
+    rng: Tensor | None = None  # int64, a Philox key a row, (B, 2), or a key and a number a head
+    head_rng: Tensor | None = None  # the same if it is the latter, (B, H, 3)
     threshold: int | None = None  # an entry is kept when its random word reaches this
     keep_scale: float | None = None  # 1 / (1 - dropout)
 
@@ -126,9 +127,10 @@ def store_tile(
 @triton.jit
 def row_facts(masks, batch, head, H, S):
     """What the masks say about one (batch, head): key length, prefix length, ALiBi slope (log2),
-    Philox key, and NaN where a length is outside [0, S], else 0.
+    Philox key, NaN where a length is outside [0, S], else 0, and the head's number in the whole
+    call, of which this may be a shard.
 
-    A kernel cannot raise and the host does not wait to look, so the forward adds the last to its
+    A kernel cannot raise and the host does not wait to look, so the forward adds the NaN to its
     results: a row of wrong length is NaN, its gradients and tangents through lse too. Nothing is
     read out of bounds.
     """
@@ -137,6 +139,7 @@ def row_facts(masks, batch, head, H, S):
     slope = 0.0
     seed = 0
     poison = 0.0
+    number = head
     if masks.key_lengths is not None:
         length = tl.load(masks.key_lengths + batch)
         wrong = (length < 0) | (length > S)
@@ -149,9 +152,13 @@ def row_facts(masks, batch, head, H, S):
         poison += tl.where(wrong, float("nan"), 0.0)
     if masks.alibi is not None:
         slope = tl.load(masks.alibi + batch * H + head) * LOG2E
-    if masks.rng is not None:
+    if masks.head_rng is not None:
+        words = masks.head_rng + 3 * (batch * H + head)
+        seed = tl.load(words) | (tl.load(words + 1) << 32)
+        number = tl.load(words + 2).to(tl.int32)
+    elif masks.rng is not None:
         seed = tl.load(masks.rng + 2 * batch) | (tl.load(masks.rng + 2 * batch + 1) << 32)
-    return length, prefix, slope, seed, poison
+    return length, prefix, slope, seed, poison, number
 
 
 @triton.jit
@@ -227,12 +234,12 @@ def tile_visible(i, j, batch, head, T, S, facts, masks, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def tile_kept(i, j, head, facts, masks):
+def tile_kept(i, j, facts, masks):
     """Dropout's verdict on each entry: word 0 of Philox4x32-10 at counter (j, i, head, 0) under the
     row's key.
     """
     zero = tl.zeros_like(i + j)
-    word, _, _, _ = tl.philox(facts[3], zero + j, zero + i, zero + head, zero)
+    word, _, _, _ = tl.philox(facts[3], zero + j, zero + i, zero + facts[5], zero)
     return word >= tl.full((1, 1), masks.threshold, tl.uint32)
 
 
@@ -531,6 +538,7 @@ def broadcast_strides(x: Tensor | None, shape: tuple[int, ...]) -> tuple[int, ..
 def masks_of(options: Options, shape: tuple[int, ...]) -> Masks:
     """The kernels' view of the op's options for scores of shape (B, H, T, S)."""
     dropping = options.dropout > 0.0
+    rng = packed(options.rng) if dropping else None
     boolean = options.bias is not None and options.bias.dtype == torch.bool
     return Masks(
         None if boolean else options.bias,
@@ -543,7 +551,8 @@ def masks_of(options: Options, shape: tuple[int, ...]) -> Masks:
         alibi=packed(options.alibi),
         window=options.window if options.window >= 0 else None,
         softcap=options.softcap if options.softcap > 0 else None,
-        rng=packed(options.rng) if dropping else None,
+        rng=rng,
+        head_rng=rng if rng is not None and rng.ndim == 3 else None,
         threshold=options.drop_threshold if dropping else None,
         keep_scale=1.0 / (1.0 - options.dropout) if dropping else None,
     )
