@@ -451,8 +451,8 @@ def train(config: Config, watchdog: Watchdog) -> None:
     batches = PackedBatches(ids, config.data.length, config.data.batch, config.data.seed, share)
 
     optimizer, gradient = make_optimizer(config.optimizer, settings.steps), None
-    if settings.accumulation > 1 and isinstance(model, Sharded):
-        gradient = model.gradient  # gathers and reduces once for all microbatches
+    if isinstance(model, Sharded):
+        gradient = model.gradient  # gathers and sums beside the computation
     step = make_step(
         make_loss(config, model),
         optimizer,
