@@ -85,7 +85,6 @@ from msfs_functional import (
     pictures,
     random,
     schedules,
-    sharding,
     tracking,
 )
 from msfs_functional import config as configs
@@ -334,7 +333,7 @@ def make_optimizer(config: Optimizer, steps: int) -> optim.Transformation:
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     muon = optim.muon(rate, weight_decay=decay, matrices=[(r"", True)], dtype=dtype)
     rest = r"norm|bias|embedding|positions|^output"
-    return optim.by_group([(rest, adamw), (r"", sharding.over_whole(muon))])
+    return optim.by_group([(rest, adamw), (r"", muon)])
 
 
 def flops_per_token(model: Functional, length: int) -> float:

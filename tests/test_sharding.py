@@ -340,9 +340,10 @@ def whole_tree_optimizers():
 
 def muon_on_every_mesh():
     """Its matrices are whole for the update, however they are cut."""
-    muon = sharding.over_whole(optim.muon(1e-2, dtype=torch.float32))
-    for given in ({"tp": 2, "dp_shard": 2}, {"dp_replicate": 2, "dp_shard": 2}):
-        state, _ = equal_one_process(given, config=UNNORMED, optimizer=muon)
+    muon = optim.muon(1e-2, dtype=torch.float32)
+    for given in ({"tp": 2, "dp_shard": 2}, {"dp_replicate": 2, "dp_shard": 2}, {"tp": 4}):
+        config = dataclasses.replace(UNNORMED, kv_heads=4)
+        state, _ = equal_one_process(given, config=config, optimizer=muon)
         moment = state.opt_state[0][0].mu["blocks.0.attention.q.weight"]
         assert moment.placements == state.params["blocks.0.attention.q.weight"].placements
 
