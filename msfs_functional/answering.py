@@ -1,0 +1,178 @@
+"""Questions about images as token sequences: samples, packed rows, batched answers, where they look.
+
+    sample    <bos> i i i i question <bos> answer <eos>       i: an image's tokens
+    loss                                   ^^^^^^^^^^^^        on the answer alone
+
+Several samples share a row, apart by segment ids, and several samples share an image, which passes
+the tower once.
+
+Dimension key: R rows, T tokens of a row, S samples, M images, P tokens of an image, D width.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from msfs_functional.attention import attention, attention_weights
+from msfs_functional.generation import GREEDY, Generator, Settings
+from msfs_functional.models.vlm import IGNORED, VLMConfig, prefill_inputs, with_image_tokens
+from msfs_functional.packing import rows_of
+from msfs_functional.params import Functional, Params
+from msfs_functional.tokenizer import BOS, EOS, PAD, Tokenizer
+
+
+class Sample(NamedTuple):
+    """What is asked of an image."""
+
+    image: int  # which of the batch's
+    prompt: list[int]  # with the image's tokens
+    answer: list[int]  # EOS included
+
+
+def prompt_ids(question: Sequence[int], config: VLMConfig, images: int = 1) -> list[int]:
+    """The ids of a prompt with one image before the question, or several tiles of it.
+
+    Raises:
+        ValueError: more tokens than the decoder takes.
+    """
+    ids = [BOS, *[config.image_token] * images, *question, BOS]
+    return with_image_tokens(ids, config, images)
+
+
+def pack_samples(
+    samples: Sequence[Sample], length: int, *, multiple: int = 4, place: int = PAD
+) -> dict[str, Tensor]:
+    """Rows of several samples each.
+
+    Args:
+        length: T; none is cut, so none may be longer.
+        multiple: the number of rows is rounded up to it, so that few shapes occur.
+        place: id that fills rows up.
+
+    Returns:
+        tokens, labels (IGNORED but where an answer's token follows), segments (0 is padding),
+        positions, all int64 (R, T); images (S,): the image of each sample, in the order of the
+        placeholders.
+
+    Raises:
+        ValueError: no samples, a sample longer than a row.
+    """
+    sizes = [len(sample.prompt) + len(sample.answer) - 1 for sample in samples]
+    if not sizes or max(sizes) > length:
+        raise ValueError(
+            f"{len(sizes)} samples of at most {max(sizes, default=0)} tokens must fit into rows of "
+            f"{length}: give some, lengthen the rows or shorten the texts"
+        )
+    rows = rows_of(sizes, length)
+    count = -(-len(rows) // multiple) * multiple
+    tokens = torch.full((count, length), place)
+    labels = torch.full((count, length), IGNORED)
+    segments, positions = (torch.zeros(count, length, dtype=torch.int64) for _ in range(2))
+    images = []
+    for r, row in enumerate(rows):
+        at = 0
+        for segment, i in enumerate(row, start=1):
+            sample, size = samples[i], sizes[i]
+            ids = torch.tensor([*sample.prompt, *sample.answer])
+            here = slice(at, at + size)
+            tokens[r, here], segments[r, here] = ids[:-1], segment
+            positions[r, here] = torch.arange(size)
+            answers = slice(at + len(sample.prompt) - 1, at + size)
+            labels[r, answers] = ids[len(sample.prompt) :]
+            images.append(sample.image)
+            at += size
+    packed = {"tokens": tokens, "labels": labels, "segments": segments, "positions": positions}
+    return {**packed, "images": torch.tensor(images)}
+
+
+class Answerer:
+    """Answers questions about images: each image passes the tower once, answers are cached decoding.
+
+    Args:
+        model, params: of `vlm`.
+        generate: of `language_model` with the same parameters.
+        to_pixels: 8-bit images -> what the tower takes, on its device.
+    """
+
+    def __init__(
+        self,
+        model: Functional,
+        params: Params,
+        generate: Generator,
+        tokenizer: Tokenizer,
+        to_pixels: Callable[[Tensor], Tensor],
+        *,
+        longest: int = 24,
+        batch: int = 256,
+    ):
+        self.model, self.params, self.generate = model, params, generate
+        self.tokenizer, self.to_pixels = tokenizer, to_pixels
+        self.config: VLMConfig = model.skeleton.config  # pyright: ignore[reportAssignmentType]
+        self.longest, self.batch = longest, batch
+
+    @torch.no_grad()
+    def image_tokens(self, images: Tensor) -> Float[Tensor, "M P D"]:
+        """What the decoder sees of 8-bit images."""
+        parts = [
+            self.model.apply(self.params, self.to_pixels(part), method="image_tokens")
+            for part in images.split(self.batch)
+        ]
+        return torch.cat(parts)
+
+    def __call__(self, seen: Tensor, asked: Iterable[tuple[int, str]], tiles: int = 1) -> list[str]:
+        """The answers, greedy.
+
+        Args:
+            seen: from `image_tokens`, `tiles` in a row for each image.
+            asked: (image, question) pairs.
+        """
+        asked, answers = list(asked), []
+        ids = self.tokenizer.encode([question for _, question in asked])
+        prompts = [prompt_ids(question, self.config, tiles) for question in ids]
+        which = torch.tensor([i for i, _ in asked])[:, None] * tiles + torch.arange(tiles)
+        settings = Settings(self.longest, sampling=GREEDY, stop_tokens=(EOS,))
+        for start in range(0, len(prompts), self.batch):
+            part = prompts[start : start + self.batch]
+            images = seen[which[start : start + self.batch].flatten().to(seen.device)]
+            inputs = prefill_inputs(self.model, self.params, part, images=images)
+            made = self.generate(part, settings, inputs=inputs)
+            rows = zip(made.tokens.tolist(), made.lengths.tolist(), strict=True)
+            answers += self.tokenizer.decode([row[:n] for row, n in rows])
+        return [answer.strip() for answer in answers]
+
+
+@torch.no_grad()
+def gaze(
+    model: Functional,
+    params: Params,
+    prompt: Sequence[int],
+    answer: Sequence[int],
+    images: Float[Tensor, "N P D"],
+) -> Float[Tensor, "A N*P"]:
+    """How much attention each token of an answer pays to each token of the images when it is chosen.
+
+    The mean over layers and heads of the attention from the token before it; a row sums to at most
+    1, the rest goes to the text.
+
+    Args:
+        prompt, answer: ids, the prompt with the images' tokens.
+        images: what `image_tokens` gave.
+    """
+    config: VLMConfig = model.skeleton.config  # pyright: ignore[reportAssignmentType]
+    maps: list[Tensor] = []
+
+    def recorded(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        maps.append(attention_weights(q, k, **options)[0].mean(0))
+        return attention(q, k, v, **options, implementation="reference")
+
+    ids = torch.tensor([[*prompt, *answer]], device=images.device)
+    prefix = torch.tensor([len(prompt)], device=images.device) if config.prefix else None
+    options = {"images": images, "prefix_lengths": prefix, "implementation": recorded}
+    model.apply(params, ids, **options, method="hidden")
+    weights = torch.stack(maps).mean(0)
+    here = (ids[0] == config.image_token).nonzero()[:, 0]
+    first = len(prompt) - 1
+    return weights[first : first + len(answer)][:, here]
