@@ -1,10 +1,10 @@
-"""Questions about images as token sequences: samples, packed rows, batched answers, where they look.
+"""Questions about images as token sequences: samples, packed rows, answers, where they look.
 
     sample    <bos> i i i i question <bos> answer <eos>       i: an image's tokens
     loss                                   ^^^^^^^^^^^^        on the answer alone
 
-Several samples share a row, apart by segment ids, and several samples share an image, which passes
-the tower once.
+After <eos> another question of the same image may follow: a turn. Several samples share a row,
+apart by segment ids, and several samples share an image, which passes the tower once.
 
 Dimension key: R rows, T tokens of a row, S samples, M images, P tokens of an image, D width.
 """
@@ -12,6 +12,7 @@ Dimension key: R rows, T tokens of a row, S samples, M images, P tokens of an im
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -25,11 +26,11 @@ from msfs_functional.tokenizer import BOS, EOS, PAD, Tokenizer
 
 
 class Sample(NamedTuple):
-    """What is asked of an image."""
+    """What is asked of an image and answered: one turn or several."""
 
     image: int  # which of the batch's
-    prompt: list[int]  # with the image's tokens
-    answer: list[int]  # EOS included
+    ids: list[int]
+    learned: list[bool]  # of each id, whether it is to be predicted
 
 
 def prompt_ids(question: Sequence[int], config: VLMConfig, images: int = 1) -> list[int]:
@@ -42,25 +43,38 @@ def prompt_ids(question: Sequence[int], config: VLMConfig, images: int = 1) -> l
     return with_image_tokens(ids, config, images)
 
 
-def pack_samples(
-    samples: Sequence[Sample], length: int, *, multiple: int = 4, place: int = PAD
-) -> dict[str, Tensor]:
+def sample_of(
+    image: int, turns: Sequence[tuple[Sequence[int], Sequence[int]]], config: VLMConfig
+) -> Sample:
+    """The image, then each question with its answer; answers and their ends are learned.
+
+    Args:
+        turns: ids of questions and of answers, without marks.
+    """
+    ids = prompt_ids([], config)[:-1]
+    learned = [False] * len(ids)
+    for question, answer in turns:
+        ids += [*question, BOS, *answer, EOS]
+        learned += [False] * (len(question) + 1) + [True] * (len(answer) + 1)
+    return Sample(image, ids, learned)
+
+
+def pack_samples(samples: Sequence[Sample], length: int, *, multiple: int = 4) -> dict[str, Tensor]:
     """Rows of several samples each.
 
     Args:
         length: T; none is cut, so none may be longer.
         multiple: the number of rows is rounded up to it, so that few shapes occur.
-        place: id that fills rows up.
 
     Returns:
-        tokens, labels (IGNORED but where an answer's token follows), segments (0 is padding),
+        tokens, labels (IGNORED but where a learned token follows), segments (0 is padding) and
         positions, all int64 (R, T); images (S,): the image of each sample, in the order of the
         placeholders.
 
     Raises:
         ValueError: no samples, a sample longer than a row.
     """
-    sizes = [len(sample.prompt) + len(sample.answer) - 1 for sample in samples]
+    sizes = [len(sample.ids) - 1 for sample in samples]  # nothing follows the last
     if not sizes or max(sizes) > length:
         raise ValueError(
             f"{len(sizes)} samples of at most {max(sizes, default=0)} tokens must fit into rows of "
@@ -68,28 +82,26 @@ def pack_samples(
         )
     rows = rows_of(sizes, length)
     count = -(-len(rows) // multiple) * multiple
-    tokens = torch.full((count, length), place)
-    labels = torch.full((count, length), IGNORED)
-    segments, positions = (torch.zeros(count, length, dtype=torch.int64) for _ in range(2))
+    tokens = np.full((count, length), PAD)
+    labels = np.full((count, length), IGNORED)
+    segments, positions = (np.zeros((count, length), dtype=np.int64) for _ in range(2))
     images = []
     for r, row in enumerate(rows):
         at = 0
         for segment, i in enumerate(row, start=1):
-            sample, size = samples[i], sizes[i]
-            ids = torch.tensor([*sample.prompt, *sample.answer])
-            here = slice(at, at + size)
-            tokens[r, here], segments[r, here] = ids[:-1], segment
-            positions[r, here] = torch.arange(size)
-            answers = slice(at + len(sample.prompt) - 1, at + size)
-            labels[r, answers] = ids[len(sample.prompt) :]
+            sample, here = samples[i], slice(at, at + sizes[i])
+            tokens[r, here], segments[r, here] = sample.ids[:-1], segment
+            labels[r, here] = np.where(sample.learned[1:], sample.ids[1:], IGNORED)
+            positions[r, here] = np.arange(sizes[i])
             images.append(sample.image)
-            at += size
+            at += sizes[i]
     packed = {"tokens": tokens, "labels": labels, "segments": segments, "positions": positions}
-    return {**packed, "images": torch.tensor(images)}
+    tensors = {name: torch.from_numpy(value.astype(np.int64)) for name, value in packed.items()}
+    return {**tensors, "images": torch.tensor(images)}
 
 
 class Answerer:
-    """Answers questions about images: each image passes the tower once, answers are cached decoding.
+    """Answers questions about images: each image passes the tower once, decoding is cached.
 
     Args:
         model, params: of `vlm`.
@@ -152,7 +164,7 @@ def gaze(
     answer: Sequence[int],
     images: Float[Tensor, "N P D"],
 ) -> Float[Tensor, "A N*P"]:
-    """How much attention each token of an answer pays to each token of the images when it is chosen.
+    """How much attention each token of an answer, when it is chosen, pays to each of the images.
 
     The mean over layers and heads of the attention from the token before it; a row sums to at most
     1, the rest goes to the text.

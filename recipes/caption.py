@@ -6,9 +6,9 @@ r"""A small vision-language model: captions of images, answers to questions abou
     python recipes/caption.py --chat my.png                    # questions from the terminal
 
     python recipes/caption.py --preset gpu                     # longer, for a GPU
-    python recipes/caption.py --preset easy_vqa --data.name FOLDER      # github.com/vzhou842/easy-VQA
+    python recipes/caption.py --preset easy_vqa --data.name FOLDER   # github.com/vzhou842/easy-VQA
     python recipes/caption.py --data.name my_folder            # images beside a metadata.jsonl
-    python recipes/caption.py --vision runs/image_text-1       # the tower that image_text.py trained
+    python recipes/caption.py --vision runs/image_text-1       # the tower of image_text.py
 
     torchrun --nproc-per-node 4 recipes/caption.py --mesh.dp-shard 4
 
@@ -30,8 +30,8 @@ Checkpoints hold all that the run is; --resume --name NAME goes on bit for bit.
 
 import contextlib
 import json
-import math
 import os
+import re
 import signal
 import sys
 import time
@@ -67,7 +67,7 @@ from msfs_functional import (
 from msfs_functional import config as configs
 from msfs_functional import distributed_checkpoint as checkpoints
 from msfs_functional import image_corpora as corpora
-from msfs_functional.answering import Answerer, Sample, gaze, pack_samples, prompt_ids
+from msfs_functional.answering import Answerer, gaze, pack_samples, prompt_ids, sample_of
 from msfs_functional.gathering import Sharded, gathered, sharded
 from msfs_functional.generation import Generator
 from msfs_functional.image_corpora import Pictured
@@ -86,7 +86,7 @@ from msfs_functional.models.vlm import (
 )
 from msfs_functional.params import Functional, Params, Rules, cast
 from msfs_functional.params import split as split_params
-from msfs_functional.tokenizer import EOS, Tokenizer, train_bpe
+from msfs_functional.tokenizer import Tokenizer, train_bpe
 from msfs_functional.tracking import Tracker
 from msfs_functional.train import TrainState, init_state, make_step
 from msfs_functional.zero_shot import exact_match
@@ -137,7 +137,9 @@ class Model:
     qk_norm: bool = False  # RMSNorm of each head's queries and keys, in the decoder
     prefix: bool = False  # tokens of a prompt see each other (PaliGemma); needs rows of one sample
     vocabulary: int = 512  # most ids of the byte-level BPE [tokens]
-    length: int = 128  # tokens of a packed row; no sample may be longer
+    length: int = 192  # tokens of a packed row; no sample may be longer
+    # implementation of attention; None: flash on a GPU, sdpa on a CPU
+    attention: Literal["flash", "sdpa", "reference"] | None = None
     tiles: int = 0  # of a large image, beside a thumbnail (chat only); 0: the image alone
 
 
@@ -157,6 +159,9 @@ class Train:
 
     images: int = 32  # of one step, over all processes
     questions: int = 4  # of each image in one step; captions count as one
+    turns: int = 4  # questions of a sample, one after another behind their image
+    optimizer: Literal["adamw", "muon"] = "adamw"  # of the matrices of blocks; AdamW for the rest
+    muon_rate: float = 0.02  # peak, of Muon
     weight_decay: float = 0.05
     b2: float = 0.98
     clip: float = 1.0  # largest global norm of the gradient; 0 does not clip
@@ -282,19 +287,22 @@ def to_pixels(pictures: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def make_loss(config: Config, model: Functional, frozen: Params):
-    """The mean cross-entropy of the answers' tokens [nats/token]; frozen parameters are constants."""
+    """Mean cross-entropy of the answers' tokens [nats/token]; frozen parameters are constants."""
     dtype = getattr(torch, str(config.dtype))
     whole_params = isinstance(model, Sharded)  # which casts what it gathers
+    how = {"implementation": config.model.attention}
 
     def inner(params: Params, batch: dict[str, Tensor], key: Tensor | None):
         params = params if whole_params else cast(params, dtype)
-        seen = model.apply(params, to_pixels(batch["pictures"], dtype), method="image_tokens")
+        pixels = to_pixels(batch["pictures"], dtype)
+        seen = model.apply(params, pixels, **how, method="image_tokens")
         states = model.apply(
             params,
             batch["tokens"],
             images=seen[batch["images"]],
             segment_ids=batch["segments"],
             positions=batch["positions"],
+            **how,
             method="hidden",
         )
         total, count = linear_cross_entropy(
@@ -311,14 +319,26 @@ def make_loss(config: Config, model: Functional, frozen: Params):
 
 
 def make_optimizer(config: Train, stage: Stage, names: Iterable[str]) -> optim.Transformation:
-    """AdamW with a learning rate for the tower and one for the rest of these parameters."""
+    """A learning rate for the tower and one for the rest of these parameters."""
+
+    def rates(peak: float) -> schedules.Schedule:
+        return schedules.cosine(peak, stage.steps, warmup=min(stage.warmup, stage.steps - 1))
 
     def group(rate: float) -> optim.Transformation:
-        rates = schedules.cosine(rate, stage.steps, warmup=min(stage.warmup, stage.steps - 1))
-        return optim.adamw(rates, 0.9, config.b2, 1e-8, config.weight_decay, DECAY)
+        return optim.adamw(rates(rate), 0.9, config.b2, 1e-8, config.weight_decay, DECAY)
 
     groups = [(r"^vision\.", group(stage.vision_rate)), (r"", group(stage.rate))]
-    return optim.by_group(groups if any(n.startswith("vision.") for n in names) else groups[1:])
+    if config.optimizer == "muon":
+        muon = optim.muon(
+            rates(config.muon_rate),
+            weight_decay=config.weight_decay,
+            matrices=[(r"", True)],
+            dtype=torch.float32,
+        )
+        matrices = r"blocks\.\d+\.(attention|feed_forward)\.\w+\.weight$"
+        groups.insert(0, (matrices, sharding.over_whole(muon)))
+    names = list(names)
+    return optim.by_group([g for g in groups if any(re.search(g[0], name) for name in names)])
 
 
 class Batches:
@@ -350,11 +370,11 @@ class Batches:
         start = at * self.size + self.share[0] * each
         chosen = self._order[1][start : start + each]
         rng = np.random.default_rng((self.seed, 1, number, self.share[0]))
-        samples = [
-            Sample(row, prompt_ids(self.ids[question], self.model), [*self.ids[answer], EOS])
-            for row, i in enumerate(chosen)
-            for question, answer in self.asked(int(i), rng)
-        ]
+        samples, turns = [], self.config.train.turns
+        for row, i in enumerate(chosen):
+            pairs = [(self.ids[q], self.ids[a]) for q, a in self.asked(int(i), rng)]
+            for first in range(0, len(pairs), turns):
+                samples.append(sample_of(row, pairs[first : first + turns], self.model))
         packed = pack_samples(samples, self.config.model.length)
         return {**packed, "pictures": self.moved(self.data.images[torch.from_numpy(chosen)], rng)}
 
@@ -366,7 +386,7 @@ class Batches:
         if pairs and count > 0:
             rows = rng.choice(len(pairs), count, replace=len(pairs) < count)
             found += [pairs[i] for i in rows]
-        return found
+        return [found[i] for i in rng.permutation(len(found))]
 
     def moved(self, pictures_: Tensor, rng: np.random.Generator) -> Tensor:
         """The pictures turned, mirrored and shifted (the edge repeated) as the settings allow."""
@@ -669,8 +689,10 @@ def checked(config: Config) -> Config:
         print(f"note: {machine.note}", file=sys.stderr)
     if config.threads:
         torch.set_num_threads(config.threads)
+    attention = config.model.attention or ("flash" if "cuda" in machine.device else "sdpa")
     return replace(
         config,
+        model=replace(config.model, attention=attention),
         name=config.name or configs.free_name(config.out, "caption"),
         device=machine.device,
         dtype=machine.dtype,
