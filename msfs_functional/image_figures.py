@@ -50,7 +50,7 @@ def answers(
     """Each image with its question, the answer (green where it is the truth) and the truth."""
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(2.3 * columns, 2.9 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False).flat
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in grid:
         axes.axis("off")
     for axes, image, question, answer, truth in zip(

@@ -68,6 +68,8 @@ from msfs_functional import config as configs
 from msfs_functional import distributed_checkpoint as checkpoints
 from msfs_functional import image_corpora as corpora
 from msfs_functional.answering import Answerer, gaze, pack_samples, prompt_ids, sample_of
+from msfs_functional.compiling import graphed
+from msfs_functional.data import Prefetch
 from msfs_functional.gathering import Sharded, gathered, sharded
 from msfs_functional.generation import Generator
 from msfs_functional.image_corpora import Pictured
@@ -210,7 +212,31 @@ class Config:
     mesh: Mesh = field(default_factory=Mesh)
 
 
-PRESETS = {"default": Config()}
+GPU = Config(
+    preset="gpu",
+    data=Data(count=40_000),
+    model=Model(
+        width=256,
+        depth=6,
+        hidden=768,
+        patch=4,
+        shuffle=2,
+        decoder_width=256,
+        decoder_depth=4,
+        length=224,
+    ),
+    all=Stage(6000, rate=1e-3, vision_rate=1e-3, warmup=300),
+    train=Train(images=128, questions=8, turns=8, eval_every=1000),
+)
+EASY_VQA = Config(
+    preset="easy_vqa",
+    test=1000,
+    data=Data(name="easy_vqa", size=64, flips=True, shift=4),
+    model=Model(patch=8, shuffle=2, length=224),
+    all=Stage(2500),
+    train=Train(questions=8, turns=8, eval_every=500),
+)
+PRESETS = {"default": Config(), "gpu": GPU, "easy_vqa": EASY_VQA}
 
 
 class Splits(NamedTuple):
@@ -282,8 +308,8 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Functional:
 
 
 def to_pixels(pictures: Tensor, dtype: torch.dtype) -> Tensor:
-    """8 bits to what the tower takes."""
-    return images.normalize(pictures).to(dtype)
+    """8 bits to [-1, 1]: what the tower takes."""
+    return (pictures.float() / 127.5 - 1).to(dtype)
 
 
 def make_loss(config: Config, model: Functional, frozen: Params):
@@ -359,6 +385,20 @@ class Batches:
             texts |= dict.fromkeys([*captions, *(text for pair in pairs for text in pair)])
         self.ids = dict(zip(texts, tokenizer.encode(list(texts)), strict=True))
         self._order: tuple[int, np.ndarray] = -1, np.empty(0)
+        self.number = 0
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> dict[str, Tensor]:
+        self.number += 1
+        return self.batch(self.number)
+
+    def state(self) -> dict[str, int]:
+        return {"number": self.number}
+
+    def restore(self, state: dict[str, int]) -> None:
+        self.number = state["number"]
 
     def batch(self, number: int) -> dict[str, Tensor]:
         """Batch `number`, counted from 1; this process's share of it."""
@@ -512,7 +552,10 @@ def train_stage(t: Training, name: str, params: Params) -> Params:
         optimizer,
         clip_norm=settings.clip or None,
         compile="regions" if settings.compile else False,
+        dynamic=False,
     )
+    if settings.compile and device.startswith("cuda") and world == 1:
+        step = graphed(step)
     state = init_state(params, optimizer, random.key(config.seed, device=device))
     root = t.run / name / "checkpoints"
     if agreement.from_all(bool(checkpoint.checkpoints(root)))[0]:
@@ -522,6 +565,8 @@ def train_stage(t: Training, name: str, params: Params) -> Params:
         return {**frozen, **state.params}
     settings_of: Any = t.plain.skeleton.config
     batches = Batches(config, t.splits.train, t.tokenizer, settings_of, t.share)
+    batches.restore({"number": first})
+    stream = Prefetch(batches, device)  # pyright: ignore[reportArgumentType]
     writer = checkpoints.Writer(root, keep_last=2)
     tracker = Tracker(
         t.run / name, stage.steps, name=name, step=first, every=settings.log_every, rank=rank
@@ -531,7 +576,7 @@ def train_stage(t: Training, name: str, params: Params) -> Params:
         tracker.flush()
         writer.save(count, state, files={TOKENIZER: t.tokenizer.to_json()})
 
-    with tracker, writer, errors.interruptible() as stop:
+    with tracker, writer, contextlib.closing(stream), errors.interruptible() as stop:
         size = sum(p.numel() for p in params.values())
         tracker.note(
             f"{size:,} parameters learn, {sum(p.numel() for p in frozen.values()):,} are frozen; "
@@ -539,9 +584,7 @@ def train_stage(t: Training, name: str, params: Params) -> Params:
             f"{world} processes"
         )
         for count in range(first + 1, stage.steps + 1):
-            batch = batches.batch(count)
-            batch = {n: value.to(device, non_blocking=True) for n, value in batch.items()}
-            state, values = step(state, batch)
+            state, values = step(state, next(stream))
             tracker.log(count, values, tokens=values.pop("weight"))
             halt = agreement.highest(stop.received or 0)
             last = count == stage.steps

@@ -62,7 +62,9 @@ from msfs_functional import (
 from msfs_functional import config as configs
 from msfs_functional import distributed_checkpoint as checkpoints
 from msfs_functional import image_corpora as corpora
+from msfs_functional.compiling import graphed
 from msfs_functional.contrastive import in_chunks, sigmoid_loss, softmax_loss
+from msfs_functional.data import Prefetch
 from msfs_functional.gathering import Sharded, gathered, sharded
 from msfs_functional.image_corpora import Pictured
 from msfs_functional.layouts import TOWERS
@@ -226,8 +228,8 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> Tensor:
 
 
 def to_pixels(pictures: Tensor, dtype: torch.dtype) -> Tensor:
-    """8 bits to what the tower takes."""
-    return images.normalize(pictures).to(dtype)
+    """8 bits to [-1, 1]: what the tower takes."""
+    return (pictures.float() / 127.5 - 1).to(dtype)
 
 
 def embedder(config: Config, model: Functional) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -288,6 +290,20 @@ class Pairs:
         flat = [text for i in rows for text in data.captions[i]]
         self.texts = encode(tokenizer, flat, config.model.length)
         self._order: tuple[int, np.ndarray] = -1, np.empty(0)
+        self.number = 0
+
+    def __iter__(self) -> "Pairs":
+        return self
+
+    def __next__(self) -> dict[str, Tensor]:
+        self.number += 1
+        return self.batch(self.number)
+
+    def state(self) -> dict[str, int]:
+        return {"number": self.number}
+
+    def restore(self, state: dict[str, int]) -> None:
+        self.number = state["number"]
 
     def batch(self, number: int) -> dict[str, Tensor]:
         """Batch `number`, counted from 1; this process's share of it."""
@@ -431,12 +447,17 @@ def train(config: Config) -> None:
         optimizer,
         clip_norm=settings.clip or None,
         compile="regions" if settings.compile else False,
+        dynamic=False,
     )
+    if settings.compile and device.startswith("cuda") and world == 1:
+        step = graphed(step)
     params = model.init(config.seed, device=torch.device(device).type if world > 1 else device)
     state = init_state(params, optimizer, random.key(config.seed, device=device))
     if saved:
         state = checkpoints.load(saved.path, state).state
     first = int(state.step)
+    pairs.restore({"number": first})
+    stream = Prefetch(pairs, device)  # pyright: ignore[reportArgumentType]
     with agreement.together():
         if not saved and not rank:
             configs.new_run(run, config, overwrite=config.overwrite)
@@ -454,7 +475,7 @@ def train(config: Config) -> None:
         files = {TOKENIZER: tokenizer.to_json(), configs.FILE: configs.to_json(config)}
         writer.save(count, state, files=files)
 
-    with tracker, writer, errors.interruptible() as stop:
+    with tracker, writer, contextlib.closing(stream), errors.interruptible() as stop:
         size = sum(math.prod(shape) for shape in plain.shapes.values())
         tracker.note(
             f"{len(splits.train)} images to train, {len(splits.valid)} to measure, "
@@ -464,9 +485,7 @@ def train(config: Config) -> None:
         if splits.train.unreadable.count:
             tracker.note(str(splits.train.unreadable))
         for count in range(first + 1, settings.steps + 1):
-            batch = pairs.batch(count)
-            batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-            state, values = step(state, batch)
+            state, values = step(state, next(stream))
             tracker.log(count, values, tokens=values.pop("weight"))
             halt = agreement.highest(stop.received or 0)
             if count % settings.eval_every == 0 and count < settings.steps:
