@@ -114,7 +114,7 @@ class Model:
     patch: int = 8  # [pixels]
     embedding: int = 64  # dims of the common space; SigLIP's is the width
     vocabulary: int = 512  # most ids of the byte-level BPE [tokens]
-    length: int = 32  # of a text, longer ones are cut [tokens]
+    length: int = 16  # of a text, longer ones are cut [tokens]
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,8 @@ class Train:
     learning_rate: float = 2e-3  # peak
     warmup: int = 100  # [steps]
     weight_decay: float = 0.05
+    optimizer: Literal["adamw", "muon"] = "adamw"  # of the matrices of blocks; AdamW for the rest
+    muon_rate: float = 0.02  # peak, of Muon
     clip: float = 1.0  # largest global norm of the gradient; 0 does not clip
     log_every: int = 20  # [steps]
     eval_every: int = 300  # recall and a checkpoint [steps]
@@ -266,9 +268,19 @@ def make_loss(config: Config, model: Functional):
 
 
 def make_optimizer(config: Train) -> optim.Transformation:
-    rate = schedules.cosine(config.learning_rate, config.steps, warmup=config.warmup)
-    rules = [(r"logit|norm|bias|positions|probe|embedding", False), (r"", True)]
-    return optim.adamw(rate, 0.9, 0.98, 1e-8, config.weight_decay, rules)
+    def rates(peak: float) -> schedules.Schedule:
+        return schedules.cosine(peak, config.steps, warmup=min(config.warmup, config.steps - 1))
+
+    decay = config.weight_decay
+    rules = [(r"logit|norm|bias|positions|class_token|probe|embedding", False), (r"", True)]
+    adamw = optim.adamw(rates(config.learning_rate), 0.9, 0.98, 1e-8, decay, rules)
+    if config.optimizer == "adamw":
+        return adamw
+    muon = optim.muon(
+        rates(config.muon_rate), weight_decay=decay, matrices=[(r"", True)], dtype=torch.float32
+    )
+    matrices = r"blocks\.\d+\.(attention|feed_forward)\.\w+\.weight$"
+    return optim.by_group([(matrices, sharding.over_whole(muon)), (r"", adamw)])
 
 
 class Pairs:
