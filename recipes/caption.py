@@ -286,15 +286,18 @@ def learn_tokenizer(config: Config, data: Pictured) -> Tokenizer:
 def make_model(config: Config, tokenizer: Tokenizer) -> Functional:
     sizes = config.model
     common = {"heads": sizes.heads, "hidden": sizes.hidden}
-    vision = vit.tiny(
-        image=config.data.size,
-        patch=sizes.patch,
-        width=sizes.width,
-        depth=sizes.depth,
-        positions=sizes.positions,
-        pooling=None,
-        **common,
-    )
+    if config.vision is not None:
+        vision, _ = tower_of(config.vision, "cpu")
+    else:
+        vision = vit.tiny(
+            image=config.data.size,
+            patch=sizes.patch,
+            width=sizes.width,
+            depth=sizes.depth,
+            positions=sizes.positions,
+            pooling=None,
+            **common,
+        )
     vocab = tokenizer.vocab_size
     decoder = decoders.tiny(
         vocab,
@@ -406,17 +409,19 @@ class Batches:
         if self._order[0] != epoch:
             order = np.random.default_rng((self.seed, epoch)).permutation(len(self.data))
             self._order = epoch, order
-        each = self.size // self.share[1]
-        start = at * self.size + self.share[0] * each
-        chosen = self._order[1][start : start + each]
-        rng = np.random.default_rng((self.seed, 1, number, self.share[0]))
-        samples, turns = [], self.config.train.turns
-        for row, i in enumerate(chosen):
-            pairs = [(self.ids[q], self.ids[a]) for q, a in self.asked(int(i), rng)]
+        chosen = self._order[1][at * self.size : (at + 1) * self.size]
+        each, turns = self.size // self.share[1], self.config.train.turns
+        samples, moved = [], []
+        for row in range(each):
+            place = self.share[0] * each + row
+            rng = np.random.default_rng((self.seed, 1, number, place))
+            i = int(chosen[place])
+            pairs = [(self.ids[q], self.ids[a]) for q, a in self.asked(i, rng)]
             for first in range(0, len(pairs), turns):
                 samples.append(sample_of(row, pairs[first : first + turns], self.model))
+            moved.append(self.moved(self.data.images[i], rng))
         packed = pack_samples(samples, self.config.model.length)
-        return {**packed, "pictures": self.moved(self.data.images[torch.from_numpy(chosen)], rng)}
+        return {**packed, "pictures": torch.stack(moved)}
 
     def asked(self, image: int, rng: np.random.Generator) -> list[tuple[str, str]]:
         """A caption, if there is one, and questions, none twice unless there are too few."""
@@ -428,23 +433,20 @@ class Batches:
             found += [pairs[i] for i in rows]
         return [found[i] for i in rng.permutation(len(found))]
 
-    def moved(self, pictures_: Tensor, rng: np.random.Generator) -> Tensor:
-        """The pictures turned, mirrored and shifted (the edge repeated) as the settings allow."""
-        data, moved = self.config.data, []
-        if not (data.flips or data.shift):
-            return pictures_
-        for picture in pictures_:
-            if data.flips:
-                picture = torch.rot90(picture, int(rng.integers(4)), (-2, -1))
-                picture = picture.flip(-1) if rng.integers(2) else picture
-            if data.shift:
-                y, x = rng.integers(0, 2 * data.shift + 1, 2)
-                wide = torch.nn.functional.pad(
-                    picture[None].float(), (data.shift,) * 4, mode="replicate"
-                )[0].to(torch.uint8)
-                picture = wide[:, y : y + data.size, x : x + data.size]
-            moved.append(picture)
-        return torch.stack(moved)
+    def moved(self, picture: Tensor, rng: np.random.Generator) -> Tensor:
+        """The picture turned, mirrored and shifted (the edge repeated) as the settings allow."""
+        data = self.config.data
+        if data.flips:
+            picture = torch.rot90(picture, int(rng.integers(4)), (-2, -1))
+            picture = picture.flip(-1) if rng.integers(2) else picture
+        if data.shift:
+            steps = torch.from_numpy(rng.integers(-data.shift, data.shift + 1, 2))
+            rows, columns = (
+                (torch.arange(n) + step).clamp(0, n - 1)
+                for n, step in zip(picture.shape[-2:], steps, strict=True)
+            )
+            picture = picture[:, rows][:, :, columns]
+        return picture
 
 
 def answerer(config: Config, model: Functional, params: Params, tokenizer: Tokenizer) -> Answerer:
@@ -485,6 +487,7 @@ def evaluate(
             captions = answer(seen, [(i, DESCRIBE) for i in told])
             references = [data.captions[i] for i in told]
             scores[f"{name}/bleu"] = metrics.bleu(captions, references).value
+            scores[f"{name}/chrf"] = metrics.chrf(captions, references).value
             scores[f"{name}/captions_right"] = exact_match(captions, references)
     return scores, said
 
@@ -494,20 +497,17 @@ def initial_params(config: Config, model: Functional, device: str) -> Params:
     params = model.init(config.seed, device=device)
     if config.vision is None:
         return params
+    _, tower = tower_of(config.vision, device)
+    own = [name for name in params if name.startswith("vision.")]
+    return {**params, **{name: tower[name.removeprefix("vision.")] for name in own}}
+
+
+def tower_of(run: Path, device: str) -> tuple[vit.ViTConfig, Params]:
+    """The tower of a run of image_text.py as part of this model: its states are what is seen."""
     import image_text
 
-    tower = image_text.tower(config.vision, device)
-    misfit = [n for n, p in tower.items() if f"vision.{n}" not in params or n == "projection"]
-    own = {name: p for name, p in params.items() if name.startswith("vision.")}
-    for name, p in own.items():
-        other = tower.get(name.removeprefix("vision."))
-        if other is None or other.shape != p.shape:
-            raise ValueError(
-                f"the tower of {config.vision} lacks {name} {tuple(p.shape)}: take the sizes and "
-                f"the kind of tower of that run ({misfit[:3]})"
-            )
-        params[name] = other.clone()
-    return params
+    settings, params = image_text.tower(run, device)
+    return replace(settings, pooling=None, projection=None), params
 
 
 def prepare(config: Config) -> tuple[Config, Path, Splits]:

@@ -548,6 +548,20 @@ def trained(config: Config) -> tuple[Functional, Params, Tokenizer]:
     return model, {name: p.to(config.device) for name, p in params.items()}, tokenizer
 
 
+def tower(run: Path, device: str) -> tuple[vit.ViTConfig, Params]:
+    """The image tower of a run, for caption.py.
+
+    Raises:
+        ValueError: no such run.
+    """
+    saved = configs.load(Config, run / configs.FILE)
+    where = {"out": run.parent, "name": run.name, "device": device}
+    model, params, _ = trained(replace(saved, **where))
+    settings: Any = model.skeleton.config
+    own = {n.removeprefix("image."): p for n, p in params.items() if n.startswith("image.")}
+    return settings.image, own
+
+
 def classify(config: Config) -> None:
     """Prints the nearest classes of each image, and the probability of each."""
     config = checked(config)
