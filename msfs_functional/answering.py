@@ -10,7 +10,7 @@ Dimension key: R rows, T tokens of a row, S samples, M images, P tokens of an im
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -122,7 +122,7 @@ class Answerer:
     ):
         self.model, self.params, self.generate = model, params, generate
         self.tokenizer, self.to_pixels = tokenizer, to_pixels
-        self.config: VLMConfig = model.skeleton.config  # pyright: ignore[reportAssignmentType]
+        self.config = cast(VLMConfig, model.skeleton.config)
         self.longest, self.batch = longest, batch
 
     @torch.no_grad()
@@ -173,7 +173,7 @@ def gaze(
         prompt, answer: ids, the prompt with the images' tokens.
         images: what `image_tokens` gave.
     """
-    config: VLMConfig = model.skeleton.config  # pyright: ignore[reportAssignmentType]
+    config = cast(VLMConfig, model.skeleton.config)
     maps: list[Tensor] = []
 
     def recorded(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:

@@ -88,6 +88,7 @@ from msfs_functional.models.vlm import (
 )
 from msfs_functional.params import Functional, Params, Rules, cast
 from msfs_functional.params import split as split_params
+from msfs_functional.synthetic import shapes
 from msfs_functional.tokenizer import Tokenizer, train_bpe
 from msfs_functional.tracking import Tracker
 from msfs_functional.train import TrainState, init_state, make_step
@@ -250,11 +251,9 @@ def read_data(data: Data, test: int) -> Splits:
     """Images of all splits; those that are measured are `test` at most, drawn by the seed."""
     if data.name == "shapes":
         train, _ = corpora.shapes_world(data.seed, data.count, size=data.size)
-        tests = {
-            split: corpora.shapes_world(data.seed, test, split, size=data.size)[0]
-            for split in ("valid", "unseen")
-        }
-        return Splits(train, tests)
+        kinds: tuple[shapes.Split, ...] = ("valid", "unseen")
+        made = (corpora.shapes_world(data.seed, test, kind, size=data.size)[0] for kind in kinds)
+        return Splits(train, dict(zip(kinds, made, strict=True)))
     if corpora.is_easy_vqa(Path(data.name)):
         read = lambda split: corpora.easy_vqa(  # noqa: E731
             Path(data.name), split, data.size, limit=data.limit
@@ -341,7 +340,7 @@ def make_loss(config: Config, model: Functional, frozen: Params):
 
     loss = gathered(inner, model) if isinstance(model, Sharded) else inner
 
-    def loss_fn(params: Params, batch: dict[str, Tensor], key: Tensor | None):
+    def loss_fn(params: Params, batch: dict[str, Tensor], key: Tensor):
         return loss({**frozen, **params}, batch, key)
 
     return loss_fn

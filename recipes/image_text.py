@@ -187,7 +187,8 @@ def read_data(data: Data, test: int) -> Splits:
     valid, _ = corpora.shapes_world(data.seed, test, "valid", size=data.size)
     classes = [f"{colour} {kind}" for colour in shapes.COLOURS for kind in shapes.KINDS]
     labelled = {}
-    for name, split in (("seen", "valid"), ("unseen", "unseen")):
+    kinds: dict[str, shapes.Split] = {"seen": "valid", "unseen": "unseen"}
+    for name, split in kinds.items():
         single, scenes = corpora.shapes_world(
             data.seed, test, split, size=data.size, scene_filter=lambda scene: len(scene.shapes) < 2
         )
@@ -201,7 +202,11 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Functional:
     sizes = config.model
     common: dict[str, Any] = {"width": sizes.width, "heads": sizes.heads, "hidden": sizes.hidden}
     place = {"image": config.data.size, "patch": sizes.patch, "depth": sizes.depth}
-    words = {"depth": sizes.text_depth, "vocab": tokenizer.vocab_size, "max_length": sizes.length}
+    words: dict[str, Any] = {
+        "depth": sizes.text_depth,
+        "vocab": tokenizer.vocab_size,
+        "max_length": sizes.length,
+    }
     if config.loss == "sigmoid":
         kind: dict[str, Any] = {"activation": "gelu_tanh", "norm_eps": 1e-6}
         text = TextConfig(
