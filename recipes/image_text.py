@@ -72,7 +72,7 @@ from msfs_functional.models import vision_format, vit
 from msfs_functional.models.clip import CLIPConfig, TextConfig, clip
 from msfs_functional.params import Functional, Params, cast
 from msfs_functional.synthetic import shapes
-from msfs_functional.tokenizer import EOS, PAD, Tokenizer, train_bpe
+from msfs_functional.tokenizer import PAD, Tokenizer, train_bpe
 from msfs_functional.tracking import Tracker
 from msfs_functional.train import init_state, make_step
 
@@ -220,14 +220,15 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Functional:
         )
         image = vit.siglip_vision(**common, **place)
         return clip(CLIPConfig(image, text, scale=10.0, bias=-10.0))
-    text = TextConfig(**common, **words, eos=EOS, projection=sizes.embedding)
+    text = TextConfig(**common, **words, eos=tokenizer.vocab_size, projection=sizes.embedding)
     image = vit.clip_vision(**common, **place, projection=sizes.embedding)
     return clip(CLIPConfig(image, text))
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> Tensor:
     """Ids (N, length), padded on the right; what is longer loses its end."""
-    rows = [[*row[: length - 1], EOS] for row in tokenizer.encode(list(texts), bos=True)]
+    end = tokenizer.vocab_size  # an id of its own: published CLIPs take id 2 for another sign
+    rows = [[*row[: length - 1], end] for row in tokenizer.encode(list(texts), bos=True)]
     ids = torch.full((len(rows), length), PAD)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = torch.tensor(row)
