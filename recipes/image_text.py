@@ -204,7 +204,7 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Functional:
     place = {"image": config.data.size, "patch": sizes.patch, "depth": sizes.depth}
     words: dict[str, Any] = {
         "depth": sizes.text_depth,
-        "vocab": tokenizer.vocab_size,
+        "vocab": tokenizer.vocab_size + 1,  # and the end mark
         "max_length": sizes.length,
     }
     if config.loss == "sigmoid":
