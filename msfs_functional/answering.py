@@ -14,11 +14,12 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from msfs_functional.attention import attention, attention_weights
 from msfs_functional.generation import GREEDY, Generator, Settings
+from msfs_functional.images import resize
 from msfs_functional.models.vlm import IGNORED, VLMConfig, prefill_inputs, with_image_tokens
 from msfs_functional.packing import rows_of
 from msfs_functional.params import Functional, Params
@@ -44,19 +45,42 @@ def prompt_ids(question: Sequence[int], config: VLMConfig, images: int = 1) -> l
 
 
 def sample_of(
-    image: int, turns: Sequence[tuple[Sequence[int], Sequence[int]]], config: VLMConfig
+    image: int,
+    turns: Sequence[tuple[Sequence[int], Sequence[int]]],
+    config: VLMConfig,
+    images: int = 1,
 ) -> Sample:
     """The image, then each question with its answer; answers and their ends are learned.
 
     Args:
         turns: ids of questions and of answers, without marks.
+        images: tiles that the image is cut into.
     """
-    ids = prompt_ids([], config)[:-1]
+    ids = prompt_ids([], config, images)[:-1]
     learned = [False] * len(ids)
     for question, answer in turns:
         ids += [*question, BOS, *answer, EOS]
         learned += [False] * (len(question) + 1) + [True] * (len(answer) + 1)
     return Sample(image, ids, learned)
+
+
+def cut_tiles(images: UInt8[Tensor, "M C h h"], side: int) -> UInt8[Tensor, "N C s s"]:
+    """A thumbnail of each image and its side x side tiles, row by row; the image itself for side 1.
+
+    For images of one shape; `images.tiles` cuts one of any shape.
+
+    Raises:
+        ValueError: a side that does not divide the image's.
+    """
+    if side == 1:
+        return images
+    M, _, height, width = images.shape
+    if height % side or width % side:
+        raise ValueError(f"{side} tiles must divide both sides of images {height, width}")
+    size = height // side, width // side
+    tiles = images.unflatten(-1, (side, size[1])).unflatten(-3, (side, size[0]))
+    tiles = tiles.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+    return torch.cat([resize(images, size, fit="squash")[:, None], tiles], 1).flatten(0, 1)
 
 
 def pack_samples(samples: Sequence[Sample], length: int, *, multiple: int = 4) -> dict[str, Tensor]:
@@ -107,6 +131,9 @@ class Answerer:
         model, params: of `vlm`.
         generate: of `language_model` with the same parameters.
         to_pixels: 8-bit images -> what the tower takes, on its device.
+        tiles: along a side of an image, see `cut_tiles`.
+        longest: answer, in tokens.
+        batch: images, and questions, at a time.
     """
 
     def __init__(
@@ -117,38 +144,43 @@ class Answerer:
         tokenizer: Tokenizer,
         to_pixels: Callable[[Tensor], Tensor],
         *,
+        tiles: int = 1,
         longest: int = 24,
         batch: int = 256,
     ):
         self.model, self.params, self.generate = model, params, generate
         self.tokenizer, self.to_pixels = tokenizer, to_pixels
         self.config = cast(VLMConfig, model.skeleton.config)
-        self.longest, self.batch = longest, batch
+        self.side, self.longest, self.batch = tiles, longest, batch
 
     @torch.no_grad()
-    def image_tokens(self, images: Tensor) -> Float[Tensor, "M P D"]:
-        """What the decoder sees of 8-bit images."""
+    def image_tokens(self, images: UInt8[Tensor, "M C h w"]) -> Float[Tensor, "M N P D"]:
+        """What the decoder sees of 8-bit images: P tokens of each of N tiles."""
         parts = [
-            self.model.apply(self.params, self.to_pixels(part), method="image_tokens")
+            self.model.apply(
+                self.params, self.to_pixels(cut_tiles(part, self.side)), method="image_tokens"
+            ).unflatten(0, (len(part), -1))
             for part in images.split(self.batch)
         ]
         return torch.cat(parts)
 
-    def __call__(self, seen: Tensor, asked: Iterable[tuple[int, str]], tiles: int = 1) -> list[str]:
+    def __call__(
+        self, seen: Float[Tensor, "M N P D"], asked: Iterable[tuple[int, str]]
+    ) -> list[str]:
         """The answers, greedy.
 
         Args:
-            seen: from `image_tokens`, `tiles` in a row for each image.
+            seen: from `image_tokens`.
             asked: (image, question) pairs.
         """
         asked, answers = list(asked), []
         ids = self.tokenizer.encode([question for _, question in asked])
-        prompts = [prompt_ids(question, self.config, tiles) for question in ids]
-        which = torch.tensor([i for i, _ in asked])[:, None] * tiles + torch.arange(tiles)
+        prompts = [prompt_ids(question, self.config, seen.shape[1]) for question in ids]
+        which = torch.tensor([i for i, _ in asked])
         settings = Settings(self.longest, sampling=GREEDY, stop_tokens=(EOS,))
         for start in range(0, len(prompts), self.batch):
             part = prompts[start : start + self.batch]
-            images = seen[which[start : start + self.batch].flatten().to(seen.device)]
+            images = seen[which[start : start + self.batch].to(seen.device)].flatten(0, 1)
             inputs = prefill_inputs(self.model, self.params, part, images=images)
             made = self.generate(part, settings, inputs=inputs)
             rows = zip(made.tokens.tolist(), made.lengths.tolist(), strict=True)
@@ -163,11 +195,11 @@ def gaze(
     prompt: Sequence[int],
     answer: Sequence[int],
     images: Float[Tensor, "N P D"],
-) -> Float[Tensor, "A N*P"]:
+) -> Float[Tensor, "A Q"]:
     """How much attention each token of an answer, when it is chosen, pays to each of the images.
 
     The mean over layers and heads of the attention from the token before it; a row sums to at most
-    1, the rest goes to the text.
+    1, the rest goes to the text. Q = N * P.
 
     Args:
         prompt, answer: ids, the prompt with the images' tokens.

@@ -67,7 +67,7 @@ from msfs_functional import (
 from msfs_functional import config as configs
 from msfs_functional import distributed_checkpoint as checkpoints
 from msfs_functional import image_corpora as corpora
-from msfs_functional.answering import Answerer, gaze, pack_samples, prompt_ids, sample_of
+from msfs_functional.answering import Answerer, cut_tiles, gaze, pack_samples, prompt_ids, sample_of
 from msfs_functional.compiling import graphed
 from msfs_functional.data import Prefetch
 from msfs_functional.gathering import Sharded, gathered, sharded
@@ -94,7 +94,7 @@ from msfs_functional.tracking import Tracker
 from msfs_functional.train import TrainState, init_state, make_step
 from msfs_functional.zero_shot import exact_match
 
-MAY_BE_ZERO = ("seed", "warmup", "steps", "tiles", "shift")
+MAY_BE_ZERO = ("seed", "warmup", "steps", "shift")
 TOKENIZER = "tokenizer.json"
 DESCRIBE = "describe the image."
 STAGES: dict[str, Rules[bool]] = {"projector": STAGE_1, "all": [(r"", True)]}
@@ -143,7 +143,8 @@ class Model:
     length: int = 192  # tokens of a packed row; no sample may be longer
     # implementation of attention; None: flash on a GPU, sdpa on a CPU
     attention: Literal["flash", "sdpa", "reference"] | None = None
-    tiles: int = 0  # of a large image, beside a thumbnail (chat only); 0: the image alone
+    # tiles along a side that a large image is cut into, beside a thumbnail; 1: the image alone
+    tiles: int = 1
 
 
 @dataclass(frozen=True)
@@ -289,7 +290,7 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Functional:
         vision, _ = tower_of(config.vision, "cpu")
     else:
         vision = vit.tiny(
-            image=config.data.size,
+            image=config.data.size // sizes.tiles,
             patch=sizes.patch,
             width=sizes.width,
             depth=sizes.depth,
@@ -314,11 +315,17 @@ def to_pixels(pictures: Tensor, dtype: torch.dtype) -> Tensor:
     return (pictures.float() / 127.5 - 1).to(dtype)
 
 
+def images_of(config: Config) -> int:
+    """What the tower sees of one image: it alone, or a thumbnail and tiles."""
+    return 1 if config.model.tiles == 1 else 1 + config.model.tiles**2
+
+
 def make_loss(config: Config, model: Functional, frozen: Params):
     """Mean cross-entropy of the answers' tokens [nats/token]; frozen parameters are constants."""
     dtype = getattr(torch, str(config.dtype))
     whole_params = isinstance(model, Sharded)  # which casts what it gathers
     how = {"implementation": config.model.attention}
+    each = images_of(config)
 
     def inner(params: Params, batch: dict[str, Tensor], key: Tensor | None):
         params = params if whole_params else cast(params, dtype)
@@ -327,7 +334,7 @@ def make_loss(config: Config, model: Functional, frozen: Params):
         states = model.apply(
             params,
             batch["tokens"],
-            images=seen[batch["images"]],
+            images=seen.unflatten(0, (-1, each))[batch["images"]].flatten(0, 1),
             segment_ids=batch["segments"],
             positions=batch["positions"],
             **how,
@@ -417,10 +424,12 @@ class Batches:
             i = int(chosen[place])
             pairs = [(self.ids[q], self.ids[a]) for q, a in self.asked(i, rng)]
             for first in range(0, len(pairs), turns):
-                samples.append(sample_of(row, pairs[first : first + turns], self.model))
+                part = pairs[first : first + turns]
+                samples.append(sample_of(row, part, self.model, images_of(self.config)))
             moved.append(self.moved(self.data.images[i], rng))
         packed = pack_samples(samples, self.config.model.length)
-        return {**packed, "pictures": torch.stack(moved)}
+        pictures_ = cut_tiles(torch.stack(moved), self.config.model.tiles)
+        return {**packed, "pictures": pictures_}
 
     def asked(self, image: int, rng: np.random.Generator) -> list[tuple[str, str]]:
         """A caption, if there is one, and questions, none twice unless there are too few."""
@@ -455,7 +464,7 @@ def answerer(config: Config, model: Functional, params: Params, tokenizer: Token
     settings: Any = model.skeleton.config
     generate = Generator(language_model(settings, params), compile=False)
     ready = lambda part: to_pixels(part.to(device), dtype)  # noqa: E731
-    return Answerer(model, params, generate, tokenizer, ready)
+    return Answerer(model, params, generate, tokenizer, ready, tiles=config.model.tiles)
 
 
 def without_looking(data: Pictured) -> dict[str, str]:
@@ -672,10 +681,10 @@ def looks(answer: Answerer, picture: Tensor, question: str, path: Path) -> str:
     seen = answer.image_tokens(picture[None])
     said = answer(seen, [(0, question)])[0]
     prompt, words = (answer.tokenizer.encode([text])[0] for text in (question, said))
-    prompt = prompt_ids(prompt, answer.config)
-    weights = gaze(answer.model, answer.params, prompt, words, seen).float().cpu()
+    prompt = prompt_ids(prompt, answer.config, seen.shape[1])
+    weights = gaze(answer.model, answer.params, prompt, words, seen[0]).float().cpu()
     rows, columns = (n // answer.config.shuffle for n in answer.config.vision.grid)
-    maps = weights.unflatten(-1, (rows, columns)).numpy()
+    maps = weights[:, : rows * columns].unflatten(-1, (rows, columns)).numpy()  # the whole's, first
     labels = answer.tokenizer.tokens(words)
     figure = image_figures.gaze(
         picture.permute(1, 2, 0).numpy(), list(maps), labels, title=f"{question} {said}"
@@ -701,14 +710,12 @@ def chat(config: Config) -> None:
         raise ValueError("--chat (none) must name an image file")
     answer = answerer(config, *trained(config))
     picture = images.read(config.chat)
-    tiles = [images.resize(picture, config.data.size, fit=config.data.fit)]
-    if config.model.tiles:
-        tiles = list(images.tiles(picture, config.data.size, most=config.model.tiles))
-    seen = answer.image_tokens(torch.stack(tiles))  # once, for all questions
+    picture = images.resize(picture, config.data.size, fit=config.data.fit)
+    seen = answer.image_tokens(picture[None])  # once, for all questions
     questions = config.ask or (line.strip() for line in sys.stdin)
     for question in questions:
         if question:
-            print(answer(seen, [(0, question)], tiles=len(tiles))[0], flush=True)
+            print(answer(seen, [(0, question)])[0], flush=True)
 
 
 def checked(config: Config) -> Config:

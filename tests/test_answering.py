@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from msfs_functional import image_figures
-from msfs_functional.answering import Answerer, gaze, pack_samples, prompt_ids, sample_of
+from msfs_functional.answering import Answerer, cut_tiles, gaze, pack_samples, prompt_ids, sample_of
 from msfs_functional.generation import Generator
+from msfs_functional.images import tiles
 from msfs_functional.losses import linear_cross_entropy
 from msfs_functional.models.decoder import DecoderConfig
 from msfs_functional.models.vit import ViTConfig
@@ -96,6 +97,16 @@ def test_answers_are_those_of_one_question_after_another(prefix):
     together = answer(seen, asked)
     for (i, question), found in zip(asked, together, strict=True):
         assert answer(answer.image_tokens(images[i : i + 1]), [(0, question)]) == [found]
+
+
+def test_tiles_of_many_images_are_those_of_each_after_its_thumbnail():
+    pictures = torch.randint(0, 255, (3, 3, 8, 8), dtype=torch.uint8)
+    cut = cut_tiles(pictures, 2).unflatten(0, (3, 5))
+    for picture, own in zip(pictures, cut, strict=True):
+        assert torch.equal(own, tiles(picture, 4, most=4))
+    assert cut_tiles(pictures, 1) is pictures
+    with pytest.raises(ValueError, match="3 tiles must divide"):
+        cut_tiles(pictures, 3)
 
 
 def test_gaze_is_the_attention_that_the_answer_pays_to_the_image():
