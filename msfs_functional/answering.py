@@ -74,7 +74,7 @@ def cut_tiles(images: UInt8[Tensor, "M C h h"], side: int) -> UInt8[Tensor, "N C
     """
     if side == 1:
         return images
-    M, _, height, width = images.shape
+    height, width = images.shape[-2:]
     if height % side or width % side:
         raise ValueError(f"{side} tiles must divide both sides of images {height, width}")
     size = height // side, width // side

@@ -1,6 +1,7 @@
 """The two-tower recipe: scores and pictures, resume, classes by name, export, bad options."""
 
 import json
+import os
 import re
 import sys
 from dataclasses import replace
@@ -118,6 +119,26 @@ def test_embedding_in_chunks_changes_no_loss(trained, tmp_path):
     )  # fmt: skip
     first = losses(trained)[:1]
     assert losses(tmp_path / "chunks")[:1] == pytest.approx(first, rel=1e-5)
+
+
+def two_processes_softmax() -> None:
+    recipe(*TINY, "--out", os.environ["RECIPES_OUT"], "--name", "softmax")
+
+
+def two_processes_sigmoid() -> None:
+    out = os.environ["RECIPES_OUT"]
+    recipe(*TINY, "--out", out, "--name", "sigmoid", "--loss", "sigmoid")
+
+
+def equal_one_process(out: Path) -> None:
+    """What two processes left in `out` is what one process learns: for test_ranks."""
+    for loss in ("softmax", "sigmoid"):
+        recipe(*TINY, "--out", out, "--name", f"one-{loss}", "--loss", loss)
+        one, two = losses(out / f"one-{loss}"), losses(out / loss)
+        assert one == pytest.approx(two, rel=2e-5)
+
+
+TWO = [two_processes_softmax, two_processes_sigmoid]
 
 
 @pytest.mark.parametrize(
