@@ -29,9 +29,10 @@ from msfs_functional.synthetic import shapes
 
 Questions = list[tuple[str, str]]  # (question, answer)
 # What columns are called in data sets that people publish, the likeliest first.
-IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png")
-TEXT_COLUMNS = ("caption", "captions", "text", "sentence", "sentences", "caption_0", "description")
-QUESTION_COLUMNS, ANSWER_COLUMNS = ("question", "questions"), ("answer", "answers", "label")
+IMAGE_COLUMNS = ("image", "images", "img", "picture", "jpg", "png")
+TEXT_COLUMNS = ("caption", "captions", "text", "texts", "sentence", "sentences", "description")
+QUESTION_COLUMNS = ("question", "questions")
+ANSWER_COLUMNS = ("multiple_choice_answer", "answer", "answers", "label")
 
 
 @dataclass(frozen=True)
@@ -198,8 +199,17 @@ def _column(columns: Sequence[str], given: str | None, known: Sequence[str], wha
     return found[0]
 
 
+def _turns(value: Any) -> Questions:
+    """(user, assistant) of [{"user": ..., "assistant": ...}], as sets of conversations have it."""
+    turns = value if isinstance(value, list) else [value]
+    known = [t for t in turns if isinstance(t, dict) and {"user", "assistant"} <= set(t)]
+    return [(turn["user"].strip(), turn["assistant"].strip()) for turn in known]
+
+
 def _texts(value: Any) -> list[str]:
     """A text, several, or {"raw": ...} as some sets have it; empty ones are left out."""
+    if _turns(value):
+        return []
     if isinstance(value, dict):
         value = value.get("raw", list(value.values()))
     values = value if isinstance(value, list | tuple) else [value]
@@ -219,6 +229,9 @@ def from_table(
 ) -> Pictured:
     """A `datasets.Dataset` with a column of images and texts, or questions and answers, or both.
 
+    Texts may be conversations, [{"user": ..., "assistant": ...}]; of several images in a row only a
+    lone one is taken.
+
     Args:
         table: its images are not decoded before they are read here.
         image, text, question, answer: names of columns; default: what they are usually called.
@@ -237,17 +250,21 @@ def from_table(
         answer = _column(columns, answer, ANSWER_COLUMNS, "answers")
     if says or not asks:
         text = _column(columns, text, TEXT_COLUMNS, "texts")
-    if isinstance(table.features[image], datasets.Image):
+    kind = table.features[image]
+    if isinstance(kind, datasets.Image):
         table = table.cast_column(image, datasets.Image(decode=False))
+    elif isinstance(getattr(kind, "feature", None), datasets.Image):
+        table = table.cast_column(image, type(kind)(datasets.Image(decode=False)))
 
     def entries() -> Iterator[Entry]:
         for row in table:
-            captions = _texts(row[text]) if text else []
-            pairs: Questions = []
+            captions, pairs = _texts(row[text]) if text else [], _turns(row[text]) if text else []
             if question and answer:
-                pairs = list(zip(_texts(row[question]), _texts(row[answer]), strict=False))
+                pairs += zip(_texts(row[question]), _texts(row[answer]), strict=False)
             if captions or pairs:
                 source = row[image]
+                if isinstance(source, list):
+                    source = source[0] if len(source) == 1 else None
                 yield Entry({} if source is None else source, captions, pairs)
 
     return from_entries(entries(), size, fit=fit, limit=limit)

@@ -3,6 +3,7 @@
 import json
 import zipfile
 
+import datasets
 import pytest
 import torch
 from PIL import Image
@@ -90,6 +91,21 @@ def test_a_folder_with_metadata_gives_captions_and_questions(tmp_path):
         corpora.from_table(table, 4, text="title")
     with pytest.raises(ValueError, match="has no split 'test', only"):
         corpora.load_table(str(tmp_path), split="test")
+
+
+def test_conversations_about_lone_images_become_questions(tmp_path):
+    paths = [str(picture(tmp_path / f"{i}.png", (i, 0, 0))) for i in range(3)]
+    turns = [{"user": " what? ", "assistant": "this"}, {"user": "and?", "assistant": "that"}]
+    rows = {"images": [paths[:1], paths[1:]], "texts": [turns, turns]}
+    kinds = datasets.Features(
+        {
+            "images": datasets.Sequence(datasets.Image()),
+            "texts": [{"user": datasets.Value("string"), "assistant": datasets.Value("string")}],
+        }
+    )
+    data = corpora.from_table(datasets.Dataset.from_dict(rows, features=kinds), 4)
+    assert data.questions == [[("what?", "this"), ("and?", "that")]] and data.captions == [[]]
+    assert data.unreadable.count == 1  # two images in one row
 
 
 def test_no_image_is_in_both_parts():
