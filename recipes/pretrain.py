@@ -81,6 +81,7 @@ from msfs_functional import (
     pictures,
     random,
     schedules,
+    sharding,
     tracking,
 )
 from msfs_functional import config as configs
