@@ -349,7 +349,7 @@ def make_optimizer(config: Optimizer, steps: int) -> optim.Transformation:
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     muon = optim.muon(rate, weight_decay=decay, matrices=[(r"", True)], dtype=dtype)
     rest = r"norm|bias|embedding|positions|^output"
-    return optim.by_group([(rest, adamw), (r"", sharding.over_whole(muon))])
+    return optim.by_group([(rest, adamw), (r"", muon)])
 
 
 def degrees(mesh: Mesh) -> dict[str, int]:
@@ -403,8 +403,8 @@ def prepare(config: Config, watchdog: Watchdog) -> tuple[Config, Path, Corpus, A
 
 def make_train_step(config: Config, model: Functional, optimizer: optim.Transformation):
     gradient = None
-    if config.train.accumulation > 1 and isinstance(model, Sharded):
-        gradient = model.gradient  # gathers and reduces once for all microbatches
+    if isinstance(model, Sharded):
+        gradient = model.gradient  # gathers and sums beside the computation
     step = make_step(
         make_loss(config, model),
         optimizer,

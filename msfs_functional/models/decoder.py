@@ -458,7 +458,8 @@ class Decoder(nn.Module):
         implementation: Implementation | AttentionFn = "flash",
         around_block: Callable[[BlockFn], BlockFn] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """States after the last norm: for `losses.linear_cross_entropy`, for heads of all kinds.
+        """States after the last norm: for `losses.linear_cross_entropy` (with
+        softcap=config.logit_softcap), for heads of all kinds.
 
         Raises:
             ValueError: more tokens than max_length; both or neither of tokens and embeddings.
