@@ -145,7 +145,7 @@ def open_stream(
                 kind, data_files=files, split="train", streaming=True, **options
             )
         else:
-            with hub_errors(location, config, split):
+            with hub_errors(location, config, split, embedded="the embedded corpus"):
                 stream = datasets.load_dataset(location, config, split=split, streaming=True)
         assert isinstance(stream, datasets.IterableDataset)
         with stream_errors(location):

@@ -121,7 +121,7 @@ def test_a_trained_run_is_exported_as_a_folder_that_others_load(trained, capsys)
     assert capsys.readouterr().out.endswith(f"tensors in {trained / 'export'}\n")
     config, params, hub, tokenizer = pretrained.load(trained / "export")
     state = final_state(trained)
-    assert params.keys() == decoder(config).shapes.keys() and hub["model_type"] == "qwen3"
+    assert params.keys() == decoder(config).shapes.keys() and hub["model_type"] == "llama"
     assert all(torch.equal(value, state[f"params/{name}"]) for name, value in params.items())
     assert Tokenizer.from_json(str(tokenizer)).vocab_size == config.vocab
 
