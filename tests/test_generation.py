@@ -328,12 +328,37 @@ def test_a_compiled_step_equals_eager(monkeypatch):
     assert len(generate._kept) == 1
 
 
+def test_blocks_compiled_once_generate_the_same(monkeypatch):
+    """As "regions", traced: the cache is written in place by a graph that all blocks share."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    plain = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda fn, options=None, **rest: plain(fn, backend=backend, **rest)
+    )
+    monkeypatch.setattr("msfs_functional.generation.BUCKET", 16)
+    settings = Settings(12, Sampling(0.9, top_k=9), stop_tokens=(5,))
+    deep = decoder(replace(CONFIG, windows=(None,), depth=3))
+    params = {name: value for name, value in deep.init(0).items()}
+    model = language_model(deep, params)
+    generate, eager = Generator(model, compile="regions"), Generator(model)
+    for seed, prompts in enumerate((PROMPTS, PROMPTS[::-1])):
+        out, expected = (g(prompts, settings, key=random.key(seed)) for g in (generate, eager))
+        assert torch.equal(out.tokens, expected.tokens)
+        torch.testing.assert_close(out.logps, expected.logps)
+    assert len(graphs) == 4  # block and drawing, of prefill and of a step
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("compile", [True, "regions"])
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLING], ids=["greedy", "sampling"])
-def test_generation_by_cuda_graphs_equals_eager(sampling):
+def test_generation_by_cuda_graphs_equals_eager(sampling, compile):
     model = language_model(MODEL, build(torch.float32, "cuda"))
-    generate, eager = Generator(model), Generator(model, compile=False)
-    assert generate.compile
+    generate, eager = Generator(model, compile=compile), Generator(model, compile=False)
     for seed, options in ((1, {}), (2, {}), (3, {"samples": 3, "stop_tokens": (5,)}), (4, {})):
         settings, key = Settings(24, sampling, **options), random.key(seed)
         out, expected = generate(PROMPTS, settings, key=key), eager(PROMPTS, settings, key=key)

@@ -216,6 +216,7 @@ class Context(NamedTuple):
     enter: Callable[[Tensor], Tensor] = unchanged  # before the first matrices of a sublayer
     leave: LinearFn = linear  # the last one: both know of other devices that share the work
     window: int | None = None  # keys that a token sees, itself included: `mask` says it, too
+    donate: bool = False  # the cache is written in place
 
 
 def within(window: int, prefix_lengths: Int[Tensor, "B"], tokens: int) -> Bool[Tensor, "B 1 T T"]:
@@ -287,7 +288,11 @@ def attend(
     if cache is not None and context.slots is not None:
         rows, heads = (torch.arange(n, device=x.device) for n in k.shape[:2])
         where = (rows[:, None, None], heads[:, None], context.slots[:, None])
-        cache = cache[0].index_put(where, k), cache[1].index_put(where, v)
+        if context.donate:
+            cache[0].index_put_(where, k)
+            cache[1].index_put_(where, v)
+        else:
+            cache = cache[0].index_put(where, k), cache[1].index_put(where, v)
         if not context.fresh:
             k, v = cache
     options = dict(context.mask)
@@ -532,6 +537,7 @@ class Decoder(nn.Module):
         pads: Int[Tensor, "B"] | None = None,
         embeddings: Float[Tensor, "B T D"] | None = None,
         prefix_lengths: Int[Tensor, "B"] | None = None,
+        donate: bool = False,
         implementation: Implementation | AttentionFn = "flash",
         around_block: Callable[[BlockFn], BlockFn] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], Cache]:
@@ -548,6 +554,7 @@ class Decoder(nn.Module):
                 token after them. Their own states mean nothing.
             prefix_lengths: tokens at the start, without pads, that see each other (prefix-LM); only
                 with position 0, and all of them in this call.
+            donate: write into the cache's own memory; the cache that goes in is then spent.
 
         Positions beyond the cache's length are the caller's mistake.
         """
@@ -577,12 +584,12 @@ class Decoder(nn.Module):
             return {"bias": visible}
 
         x = self._start(x, positions, None)
-        contexts = self._contexts(x, positions, implementation, mask, slots, fresh)
+        contexts = self._contexts(x, positions, implementation, mask, slots, fresh, donate)
         pairs = []
         for i, layer in enumerate(self.blocks):
             context, pair = contexts[self.config.window(i)], (cache.keys[i], cache.values[i])
-            x, pair = layer(x, None, context, pair, around_block)
-            pairs.append(pair)
+            x, new = layer(x, None, context, pair, around_block)
+            pairs.append(pair if donate else new)
         x = self._final(x)
         if pads is not None:
             turn = torch.arange(T, device=x.device) - pads[:, None]
@@ -620,6 +627,7 @@ class Decoder(nn.Module):
         mask: Callable[[int | None], dict[str, Any]],
         slots: Tensor | None,
         fresh: bool,
+        donate: bool = False,
     ) -> dict[int | None, Context]:
         """The context of each window that layers have."""
         config, rotary = self.config, None
@@ -637,7 +645,9 @@ class Decoder(nn.Module):
             options = {name: value for name, value in mask(window).items() if value is not None}
             if window is not None and "is_causal" in options:
                 options["window"] = window
-            contexts[window] = Context(options, attention_fn, rotary, slots, fresh, window=window)
+            contexts[window] = Context(
+                options, attention_fn, rotary, slots, fresh, window=window, donate=donate
+            )
         return contexts
 
 
@@ -762,7 +772,7 @@ def language_model(
         tokens: Tensor, lengths: Tensor, cache: Cache, **inputs: Tensor
     ) -> tuple[Tensor, Cache]:
         given = None if "embeddings" in inputs else tokens
-        options = {**inputs, "implementation": implementation, "method": "extend"}
+        options = {**inputs, "implementation": implementation, "method": "extend", "donate": True}
         states, cache = model.apply(params, given, cache, **options)
         last = states.take_along_dim(lengths[:, None, None] - 1, 1)[:, 0]
         return model.apply(params, last, method="logits"), cache
@@ -770,6 +780,7 @@ def language_model(
     def step(tokens: Tensor, cache: Cache, positions: Tensor) -> tuple[Tensor, Cache]:
         fast = around is not None and tokens.shape[0] == 1
         options = {"implementation": implementation, "around_block": around if fast else None}
+        options["donate"] = True
         states, cache = model.apply(
             params, tokens[:, None], cache, positions, method="extend", **options
         )
