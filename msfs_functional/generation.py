@@ -6,8 +6,8 @@ of it. Prompts are prefilled in one call, then every token is one step of a stat
     begin    prompts -> caches, first tokens          advance    state -> state with one more token
 
 Both write into a state that the `Generator` keeps, so on a GPU each is one CUDA graph: one launch a
-token, or for several tokens where nobody looks in between. Row r of a batch gives the tokens that it
-gives alone, with the same key.
+token, or for several tokens where nobody looks in between. Row r of a batch gives the tokens that
+it gives alone, with the same key.
 
 Dimension key: B prompts, N = B * samples rows, T prompt tokens, M new tokens at most, V vocabulary.
 """
