@@ -112,7 +112,8 @@ def failures_with(name: str, tma: bool, deterministic: bool, T=21, S=39, keys=16
         },
         "negative scale": {"scale": -0.2},
     }[name]
-    q, k, v, made_options = made(T, S, **options, deterministic=deterministic)
+    rows = max((len(x) for x in options.values() if isinstance(x, torch.Tensor)), default=1)
+    q, k, v, made_options = made(T, S, B=rows, **options, deterministic=deterministic)
     return failures(Case(name, q, k, v, made_options))
 
 
