@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Int64
+from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor, nn
 
 from msfs_functional import random
@@ -209,6 +209,24 @@ class Context(NamedTuple):
     leave: LinearFn = linear  # the last one: both know of other devices that share the work
 
 
+def within(window: int, prefix_lengths: Int[Tensor, "B"], tokens: int) -> Bool[Tensor, "B 1 T T"]:
+    """Keys that a query sees: those of its window up to itself, and a prefix's tokens each other.
+
+    `attention` shows a prefix to all queries, however far away; in a layer with a window, what
+    comes after it sees it through the window alone, as it does from a cache.
+
+        window 2, prefix 2, T = 4      1 1 0 0
+                                       1 1 0 0
+                                       0 1 1 0
+                                       0 0 1 1
+    """
+    at = torch.arange(tokens, device=prefix_lengths.device)
+    behind = at[:, None] - at
+    in_prefix = at < prefix_lengths[:, None]
+    visible = (behind >= 0) & (behind < window)
+    return (visible | (in_prefix[:, :, None] & in_prefix[:, None]))[:, None]
+
+
 class Cache(NamedTuple):
     """Keys and values of the tokens so far: goes into `decode`, comes out of it.
 
@@ -394,9 +412,7 @@ class Decoder(nn.Module):
             the left with an id of its own.
         key_lengths: (B,), tokens that are not padding on the right. What stands after them is
             nobody's: it changes nothing before.
-        prefix_lengths: (B,), tokens at the start that all tokens see (prefix-LM). In layers with a
-            window, as many tokens as it holds can come with a prefix: what later ones would see of
-            it is not defined.
+        prefix_lengths: (B,), tokens at the start that see each other (prefix-LM).
         key: for dropout; None evaluates without.
         implementation: of attention, or a function in place of `attention.attention` with its
             signature (ring attention over a mesh).
@@ -437,22 +453,21 @@ class Decoder(nn.Module):
         softcap=config.logit_softcap), for heads of all kinds.
 
         Raises:
-            ValueError: more tokens than max_length; both or neither of tokens and embeddings; a
-                prefix and more tokens than a window.
+            ValueError: more tokens than max_length; both or neither of tokens and embeddings.
         """
         x = self._inputs(tokens, embeddings)
-        self._check_prefix(x, prefix_lengths)
         if positions is None:
             positions = torch.arange(x.shape[-2], device=x.device)
-        mask = {
-            "is_causal": True,
-            "segment_ids": segment_ids,
-            "key_lengths": key_lengths,
-            "prefix_lengths": prefix_lengths,
-        }
+
+        def mask(window: int | None) -> dict[str, Any]:
+            others = {"segment_ids": segment_ids, "key_lengths": key_lengths}
+            if prefix_lengths is not None and window is not None and window < x.shape[-2]:
+                return {"bias": within(window, prefix_lengths, x.shape[-2]), **others}
+            return {"is_causal": True, "prefix_lengths": prefix_lengths, **others}
+
         keys = site_keys(key, 1 + self.config.depth)
         x = self._start(x, positions, keys.pop())
-        contexts = self._contexts(x, positions, implementation, lambda window: mask, None, False)
+        contexts = self._contexts(x, positions, implementation, mask, None, False)
         for i, layer in enumerate(self.blocks):
             context = contexts[self.config.window(i)]
             x, _ = layer(x, keys[i], context, around_block=around_block)
@@ -534,7 +549,6 @@ class Decoder(nn.Module):
             raise ValueError(f"{T} tokens exceed the cache's length ({L}); init_cache a longer one")
         if prefix_lengths is not None and not fresh:
             raise ValueError("prefix_lengths goes with position 0: the whole prefix in one call")
-        self._check_prefix(x, prefix_lengths)
         if pads is not None:  # go to the right, where nobody sees them
             turn = torch.arange(T, device=x.device) + pads[:, None]
             x = x.take_along_dim((turn % T)[..., None], 1)
@@ -543,6 +557,8 @@ class Decoder(nn.Module):
         slots = positions.expand(B, T)
 
         def mask(window: int | None) -> dict[str, Any]:
+            if fresh and prefix_lengths is not None and window is not None and window < T:
+                return {"bias": within(window, prefix_lengths, T)}
             if fresh:
                 return {"is_causal": True, "prefix_lengths": prefix_lengths}
             if T == 1 and (window is None or window >= L):
@@ -578,14 +594,6 @@ class Decoder(nn.Module):
                 "sequence or raise max_length"
             )
         return x
-
-    def _check_prefix(self, x: Tensor, prefix_lengths: Tensor | None) -> None:
-        windows = [window for window in self.config.windows if window is not None]
-        if prefix_lengths is not None and windows and x.shape[-2] > min(windows):
-            raise ValueError(
-                f"{x.shape[-2]} tokens with a prefix exceed the window ({min(windows)}): which of "
-                "the prefix later tokens see is not defined; shorten the sequences"
-            )
 
     def _start(self, x: Tensor, positions: Tensor, key: Tensor | None) -> Tensor:
         if self.config.positions == "learned":
