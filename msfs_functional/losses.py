@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from msfs_functional.regions import region
+
 PAD = 0
 
 
@@ -102,6 +104,7 @@ def linear_cross_entropy(
     return loss.reshape(()), (labels != ignore_index).sum()
 
 
+@region
 def disagreement(
     p_logits: Float[Tensor, "... V"],
     q_logits: Float[Tensor, "... V"],
@@ -112,6 +115,7 @@ def disagreement(
     """Sum over items of KL(p, q) + KL(q, p) in nats, p and q the softmax of the logits.
 
     What R-Drop punishes between two predictions under different dropout (Liang et al. 2021, eq. 2).
+    A region: inside a compiled step it is one pass over the logits, not one for each operation.
 
     Args:
         labels: only says which items count: those that are not `ignore_index`.

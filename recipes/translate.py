@@ -267,12 +267,14 @@ def load_trained(config: Config) -> tuple[Functional, Tokenizers, Params]:
 def make_translate(
     config: Config, model: Functional, tokenizers: Tokenizers, params: Params
 ) -> Translate:
-    decode = config.decode
+    decode, members = config.decode, config.decode.members or config.members
+    if members < config.members:
+        params = {name: x[:members] if members > 1 else x[0] for name, x in params.items()}
     return translation.translator(
         model,
         cast(params, getattr(torch, str(config.dtype))),
         *tokenizers,
-        members=config.members,
+        members=members,
         beams=decode.beam,
         n_best=decode.nbest,
         length_penalty=decode.length_penalty,

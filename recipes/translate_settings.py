@@ -122,6 +122,7 @@ class Decode:
     batch: int = 64  # sentences decoded at once
     average: int = 1  # average the parameters of this many last checkpoints
     which: Literal["best", "latest"] = "best"  # checkpoint to use when only one is
+    members: int | None = None  # of an ensemble to decode with, from the first on; None: all
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,11 @@ def checked(config: Config) -> Config:
         raise ValueError(
             f"--decode.nbest ({config.decode.nbest}) must not exceed --decode.beam "
             f"({config.decode.beam}): use more beams"
+        )
+    if (config.decode.members or 1) > config.members:
+        raise ValueError(
+            f"--decode.members ({config.decode.members}) must not exceed --members "
+            f"({config.members}): train more"
         )
     if config.name and Path(config.name).name != config.name:
         raise ValueError(f"--name ({config.name}) must be a plain name: put folders into --out")

@@ -195,6 +195,10 @@ def test_an_ensemble_translates_with_the_mean_of_its_members_probabilities(train
     assert score(one, one) == pytest.approx(score(one), abs=1e-4)
     assert score(one, other) == pytest.approx(score(other, one), abs=1e-4)
     assert abs(score(one, other) - score(one)) > 1e-2
+    decode = dataclasses.replace(saved.decode, members=1)
+    first = dataclasses.replace(saved, members=2, decode=decode)
+    alone = translate.make_translate(first, model, tokenizers, stack([one, other]))
+    assert alone(["the red cat sleeps"])[0][0].score == pytest.approx(score(one), abs=1e-5)
 
 
 def test_evaluate_repeats_the_test_score_and_leaves_what_training_left(trained, capsys):
@@ -381,6 +385,7 @@ def test_bad_files_are_named_in_one_line(kind, tmp_path, capsys):
         (["--optimizer.warmup", 500], "warmup (500)"),
         (["--data.max-length", 2], "max_length (2)"),
         (["--decode.nbest", 9], "--decode.nbest (9)"),
+        (["--decode.members", 2], "--decode.members (2)"),
         (["--device", "abacus"], "--device (abacus)"),
         (["--device", "cuda:99"], "--device (cuda:99)"),
         (["--data.test-size", 4000], "leave"),

@@ -1,7 +1,8 @@
 """Cross-entropy of a block of logits and its gradient, in place: one Triton program a row.
 
 The row is read twice: once for its maximum and sum (online, as in attention), once to be replaced
-by its gradient. A row of 32,768 bf16 logits is 64 KiB, so the second reading comes from the cache.
+by its gradient. A row of 32,768 bf16 logits is 64 KiB, and the second reading comes from the cache
+if few rows are on their way at once: hence programs of many threads, two to a multiprocessor.
 """
 
 # Device functions are Python to pyright: tiles, constants and pointers have no types of theirs.
@@ -11,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+BLOCK = 16384  # logits at a time
 
 
 @triton.jit
@@ -82,7 +85,7 @@ def gradient_of_logits_(
     if losses.numel() == 0:
         return losses, logits
     bias = None if bias is None else bias.contiguous()
-    block = min(4096, triton.next_power_of_2(vocab))
+    block = min(BLOCK, triton.next_power_of_2(vocab))
     row_kernel[(M * N,)](
         logits,
         bias,
@@ -97,6 +100,6 @@ def gradient_of_logits_(
         SMOOTH=label_smoothing > 0,
         STORE=store,
         BLOCK=block,
-        num_warps=8 if block >= 2048 else 4,
+        num_warps=max(4, block // 512),
     )
     return losses, logits
