@@ -24,10 +24,12 @@ from msfs_functional.attention import Implementation
 from msfs_functional.batches import TokenBatches
 from msfs_functional.corpora import Splits
 from msfs_functional.decoding import (
+    Runner,
     beam_search,
     ensemble_reorder,
     ensemble_step,
     greedy,
+    run_eager,
 )
 from msfs_functional.models.transformer import Cache, reorder_cache
 from msfs_functional.params import Functional, Params
@@ -94,6 +96,7 @@ def translator(
     extra_length: int = 40,
     batch: int = 64,
     implementation: Implementation = "flash",
+    runner: Runner = run_eager,
 ) -> Translate:
     """A function from sentences to the n_best translations of each, the best first.
 
@@ -106,6 +109,7 @@ def translator(
             are translated one by one.
         extra_length: a target has at most this many tokens more than its source, rounded up to 16.
         batch: sentences decoded at once; like lengths are put together.
+        runner: what makes the steps of a search; a `decoding.Compiled` is kept for all of them.
 
     Raises:
         ValueError: n_best is not from 1 to beams.
@@ -145,7 +149,7 @@ def translator(
         steps = min(width + extra_length, max_length)
         cache = start_fn(params, source, lengths, steps)
         options: dict[str, Any] = {"batch": len(rows), "max_length": steps}
-        options |= {"bos": BOS, "eos": EOS, "pad": PAD}
+        options |= {"bos": BOS, "eos": EOS, "pad": PAD, "runner": runner}
         if beams == 1:
             found = greedy(step_fn, cache, **options)
             scores = found.scores / found.lengths.clamp(min=1) ** length_penalty
