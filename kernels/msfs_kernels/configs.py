@@ -69,7 +69,7 @@ def fitted(config: Config, queries: int, keys: int) -> Config:
     ]
     if sides == [config.block_m, config.block_n]:
         return config
-    warps = min(config.warps, max(1, sides[0] * sides[1] // 1024))
+    warps = min(config.warps, max(1, sides[0] * sides[1] // 512))
     return config._replace(block_m=sides[0], block_n=sides[1], warps=warps)
 
 

@@ -71,8 +71,8 @@ def test_tiles_fitted_to_short_sentences_agree_with_the_formula(interpreter):
     from msfs_kernels.configs import Config, fitted
 
     large = Config(128, 128, 8, 3, True)
-    assert fitted(large, 20, 20) == Config(32, 32, 1, 3, True)
-    assert fitted(large, 5, 40) == Config(16, 64, 1, 3, True)
+    assert fitted(large, 20, 20) == Config(32, 32, 2, 3, True)
+    assert fitted(large, 5, 40) == Config(16, 64, 2, 3, True)
     assert fitted(large, 100, 1000) == large
     assert interpreter(failures_with_fitted_tiles, 0) == []
 
