@@ -54,6 +54,29 @@ def failures_of_seed(seed: int) -> list[str]:
     return [f"{case.name}: {line}" for line in failures(case)]
 
 
+def failures_with_fitted_tiles(seed: int) -> list[str]:
+    from msfs_kernels import triton_backward, triton_forward, triton_tangent
+    from msfs_kernels.configs import choose
+    from msfs_kernels.triton_check import failures, random_case
+
+    for module in (triton_forward, triton_backward, triton_tangent):
+        module.choose = choose  # which other tests replace
+
+    torch.set_num_threads(1)
+    case = random_case(seed, "cpu", largest=40, dtypes=(torch.float16,))
+    return [f"{case.name}: {line}" for line in failures(case)]
+
+
+def test_tiles_fitted_to_short_sentences_agree_with_the_formula(interpreter):
+    from msfs_kernels.configs import Config, fitted
+
+    large = Config(128, 128, 8, 3, True)
+    assert fitted(large, 20, 20) == Config(32, 32, 2, 3, True)
+    assert fitted(large, 5, 40) == Config(16, 64, 2, 3, True)
+    assert fitted(large, 100, 1000) == large
+    assert interpreter(failures_with_fitted_tiles, 0) == []
+
+
 @pytest.mark.parametrize("seed", range(2, 5))
 def test_random_shapes_strides_and_options_agree_with_the_formula(interpreter, seed):
     assert interpreter(failures_of_seed, seed) == []
