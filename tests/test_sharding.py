@@ -50,7 +50,8 @@ UNTIED = dataclasses.replace(CONFIG, tied=False, depth=1)
 UNNORMED = dataclasses.replace(CONFIG, qk_norm=False, depth=1)
 PAIRS = TransformerConfig(29, width=12, depth=1, heads=2, hidden=18, dropout=0.0)
 # Without eps Adam inflates gradients that are rounding alone, such as those of a key's bias.
-OPTIMIZER = optim.chain(optim.clip_by_global_norm(0.5), optim.adamw(1e-2, eps=1e-3))
+OPTIMIZER, CLIP = optim.adamw(1e-2, eps=1e-3), 0.5
+CHAINED = optim.chain(optim.clip_by_global_norm(CLIP), OPTIMIZER)
 CLOSE = {"rtol": 1e-5, "atol": 2e-6}  # after five steps in float32
 
 
@@ -78,7 +79,8 @@ def share(tokens: torch.Tensor, on) -> torch.Tensor:
 
 def train(loss_fn, params, data, optimizer, **options):
     state = init_state(params, optimizer, random.key(1), ema_decay=0.9)
-    step = make_step(loss_fn, optimizer, ema_decay=0.9, **{"compile": False, **options})
+    options = {"compile": False, "clip_norm": None if optimizer is CHAINED else CLIP, **options}
+    step = make_step(loss_fn, optimizer, ema_decay=0.9, **options)
     history = []
     for tokens in data:
         state, metrics = step(state, tokens)
@@ -147,7 +149,7 @@ def describe_lists_every_parameter():
 
 
 def data_parallel():
-    state, _ = equal_one_process({"dp_shard": 2})
+    state, _ = equal_one_process({"dp_shard": 2}, optimizer=CHAINED)
     moments = state.opt_state[1][0].mu["embedding.weight"]
     assert isinstance(moments, DTensor) and moments.placements == (Shard(0),)
     assert moments.to_local().numel() < moments.numel()
@@ -262,7 +264,12 @@ def overlapped_gathers_and_sums():
         equal_one_process(given, own=True)
     options = {"build": transformer, "config": PAIRS, "layout": TRANSFORMER, "loss": translation}
     equal_one_process({"dp_shard": 2}, own=True, **options)
-    equal_one_process({"dp_shard": 2}, own=True, compile="regions", config=UNNORMED)
+    with pytest.MonkeyPatch.context() as patch:  # what Inductor makes of a block is not the claim
+        plain = torch.compile
+        patch.setattr(
+            torch, "compile", lambda fn, **given: plain(fn, dynamic=False, backend="aot_eager")
+        )
+        equal_one_process({"dp_shard": 2}, own=True, compile="regions", config=UNNORMED)
 
 
 def gradients_are_reduced_once_a_step():
