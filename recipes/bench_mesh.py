@@ -105,8 +105,12 @@ def make_loss(config: Config, path: Path, model: Functional, on: Any) -> Callabl
 
 
 def make_batch(config: Config, on: Any, length: int) -> tuple[torch.Tensor, ...]:
-    generator = torch.Generator().manual_seed(data_rank(on)[0])
-    tokens = torch.randint(0, config.vocab, (config.batch, length + 1), generator=generator)
+    """Tokens, labels and positions that this rank holds; sequence i is the same on every mesh."""
+    first, rows = data_rank(on)[0] * config.batch, []
+    for i in range(first, first + config.batch):
+        generator = torch.Generator().manual_seed(i)
+        rows.append(torch.randint(0, config.vocab, (length + 1,), generator=generator))
+    tokens = torch.stack(rows)
     parts = tokens[:, :-1], tokens[:, 1:], torch.arange(length)[None]
     own = [context_parallel.own_tokens(x, on).contiguous().to(on.device_type) for x in parts]
     return own[0], own[1], own[2][0]
