@@ -497,7 +497,9 @@ def train(config: Config, watchdog: Watchdog) -> None:
 
     with tracker:
         tracker.note(about)
-        with writer, errors.interruptible() as stop, profiled(config, run) as traced:
+        launched = "RANK" in os.environ  # by torchrun
+        stopping = errors.interruptible(launched=launched)
+        with writer, stopping as stop, profiled(config, run) as traced:
             tokens, busy, waited = 0, 0.0, 0.0
             for count in range(first + 1, settings.steps + 1):
                 start = time.perf_counter()
