@@ -19,8 +19,8 @@ def test_several_ranks_equal_one_process_and_go_on_for_one_another(tmp_path, mon
     four = sharding.FOUR + checkpoints.FOUR
     two = sharding.TWO + checkpoints.TWO + pictures.TWO + contrastive.TWO
     # Those of recipes start and end their process group themselves.
-    runs = [([run], 2) for run in caption.TWO + image_text.TWO]
-    check_claims((four, 4), (two, 2), (refusals.TWO, 2), *runs)
+    runs = [([run], 2) for run in caption.TWO + image_text.TWO + refusals.RUNS]
+    check_claims((four, 4), (two + refusals.TWO, 2), *runs, (refusals.AFTER, 2))
     checkpoints.resumed_on_one()
     pictures.as_on_one_process(tmp_path)
     for recipe in (caption, image_text):

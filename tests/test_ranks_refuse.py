@@ -70,9 +70,11 @@ def ranks_that_differ():
         )
 
 
-def checkpoints_that_do_not_fit():
-    """Of a run of two ranks that hold parts of each layer; it is exported by one process later."""
+def a_run_of_parts_of_each_layer():
     recipe(*RUN, "--out", out(), "--name", "whole")
+
+
+def checkpoints_that_do_not_fit():
     meshes.join("cpu")
     if agreement.rank() == 0:
         shutil.copytree(out() / "whole", out() / "damaged")
@@ -98,12 +100,10 @@ def rules_that_do_not_fit():
     assert found == {"a.weight": (Shard(1),), "a.bias": (Replicate(),)}
 
 
-TWO = [
-    rules_that_do_not_fit,
-    command_lines_that_do_not_fit,
-    ranks_that_differ,
-    checkpoints_that_do_not_fit,
-]
+# Stages: a run that succeeds ends its process group.
+TWO = [rules_that_do_not_fit, command_lines_that_do_not_fit, ranks_that_differ]
+RUNS = [a_run_of_parts_of_each_layer]
+AFTER = [checkpoints_that_do_not_fit]
 
 
 def exported_by_one(capsys) -> None:
