@@ -50,7 +50,6 @@ def command_lines_that_do_not_fit():
             r"tp \(2\) must divide kv_heads \(1\)",
         ),
         ("--mesh.tp 2 --data.length 201", r"must divide --data.length \(201\)"),
-        ("--mesh.dp-shard 2 --data.batch 3", r"3"),
         ("--data.batch 500", "fewer than one batch of 500 x 200"),
         ("--model.vocab 300", r"more than the model's --model.vocab \(300\)"),
     ):
