@@ -7,17 +7,19 @@ Random weights: the work is the same as with trained ones. Training: fp32 parame
 squared error of eps; diffusers' UNet runs under bf16 autocast, compiled whole, with fused AdamW.
 Ours compiles one block of each shape (--compile regions) or the whole loss (--compile whole). Both
 run in channels_last. Sampling: diffusers' pipeline with compiled UNet and decoder, DPM-Solver++ 2M.
-Caches of compiled code are off, so that the first step is a first one.
+Caches of compiled code are new and empty folders, so that the first step is a first one.
 
 `--small` shows on a CPU that all of it works; its figures mean nothing.
 """
 
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")  # must stand before torch
+for cache in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):  # must stand before torch
+    os.environ[cache] = tempfile.mkdtemp(prefix="bench_diffusion_")
 
 import diffusers
 import torch
