@@ -18,8 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-for cache in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):  # must stand before torch
-    os.environ[cache] = tempfile.mkdtemp(prefix="bench_diffusion_")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()  # must stand before torch
+os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()
 
 import diffusers
 import torch
