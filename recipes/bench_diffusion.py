@@ -55,6 +55,8 @@ class Config:
     """ours: one block of each shape, or the loss as one graph"""
     graph: bool = False
     """ours: replay the training step as one CUDA graph"""
+    search: bool = False
+    """training: cuDNN searches its fastest convolutions, on both sides"""
     sides: tuple[Literal["ours", "diffusers"], ...] = ("ours", "diffusers")
     batches: tuple[int, ...] = (1, 8)
     """images at once, of sampling"""
@@ -147,6 +149,7 @@ def their_training(config: Config, batch: dict[str, Tensor], device: str) -> Cal
 
 
 def train(config: Config, device: str) -> None:
+    torch.backends.cudnn.benchmark = config.search
     batch = made_up_batch(config.small, device)
     builds = {"ours": our_training, "diffusers": their_training}
     rates = {}
