@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Int64
+from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor, nn
 
 from msfs_functional import random
@@ -395,6 +395,8 @@ class Decoder(nn.Module):
         key_lengths: (B,), tokens that are not padding on the right. What stands after them is
             nobody's: it changes nothing before.
         prefix_lengths: (B,), tokens at the start that all tokens see (prefix-LM).
+        visible: (B, 1, T, T), true where a query may look at a key, if the rest allows it too: any
+            mask that has no name here.
         key: for dropout; None evaluates without.
         implementation: of attention, or a function in place of `attention.attention` with its
             signature (ring attention over a mesh).
@@ -427,6 +429,7 @@ class Decoder(nn.Module):
         segment_ids: Int[Tensor, "B T"] | None = None,
         key_lengths: Int[Tensor, "B"] | None = None,
         prefix_lengths: Int[Tensor, "B"] | None = None,
+        visible: Bool[Tensor, "B 1 T T"] | None = None,
         key: Int64[Tensor, "2"] | None = None,
         implementation: Implementation | AttentionFn = "flash",
         around_block: Callable[[BlockFn], BlockFn] | None = None,
@@ -444,6 +447,7 @@ class Decoder(nn.Module):
             "segment_ids": segment_ids,
             "key_lengths": key_lengths,
             "prefix_lengths": prefix_lengths,
+            "bias": visible,
         }
         keys = site_keys(key, 1 + self.config.depth)
         x = self._start(x, positions, keys.pop())
