@@ -4,8 +4,8 @@
     turn         0   0 0 0 0       1      1      1     1         2      2      2     2
     learned                                      ^     ^                       ^     ^
 
-i: an image's tokens. The turns of a sample share its image but do not see each other, so each learns
-what it would learn alone. Several samples share a row, apart by segment ids.
+i: an image's tokens. The turns of a sample share its image but do not see each other, so each
+learns what it would learn alone. Several samples share a row, apart by segment ids.
 
 Dimension key: R rows, T tokens of a row, S samples, M images, P tokens of an image, D width.
 """

@@ -300,7 +300,7 @@ def compare_answers(config: Config, device: str) -> None:
     def our_answers() -> Callable[[], object]:
         model = vlm(ours)
         params = cast(model.init(0, device=device), dtype)
-        generate = Generator(language_model(ours, params))
+        generate = Generator(language_model(ours, params, fused=True))
         settings = Settings(new, sampling=GREEDY)
 
         def run() -> object:

@@ -171,7 +171,8 @@ class Train:
 
     images: int = 32  # of one step, over all processes
     questions: int = 8  # of each image in one step; captions count as one
-    turns: int = 8  # questions that share an image's tokens in a row, without seeing each other
+    # questions that share an image's tokens in a row, without seeing each other
+    turns: int = 8
     optimizer: Literal["adamw", "muon"] = "muon"  # of the matrices of blocks; AdamW for the rest
     muon_rate: float = 0.02  # peak, of Muon
     weight_decay: float = 0.05
@@ -179,7 +180,7 @@ class Train:
     clip: float = 1.0  # largest global norm of the gradient; 0 does not clip
     log_every: int = 20  # [steps]
     eval_every: int = 400  # exact match and a checkpoint [steps]
-    # compile the blocks, worth its time for large models; on one GPU a step is one CUDA graph anyway
+    # compile the blocks, for large models; on one GPU a step is one CUDA graph anyway
     compile: bool = False
 
 

@@ -132,7 +132,7 @@ class Train:
     clip: float = 1.0  # largest global norm of the gradient; 0 does not clip
     log_every: int = 20  # [steps]
     eval_every: int = 300  # recall and a checkpoint [steps]
-    # compile the blocks, worth its time for large models; on one GPU a step is one CUDA graph anyway
+    # compile the blocks, for large models; on one GPU a step is one CUDA graph anyway
     compile: bool = False
 
 

@@ -341,7 +341,7 @@ def test_generation_equals_the_full_forward_without_a_cache():
         model = vlm(config)
         params, (ids, pixels) = model.init(1), batch(dtype=torch.float32)
         prompts = [ids[0].tolist(), ids[1, :6].tolist()]
-        generate = Generator(language_model(config, params))
+        generate = Generator(language_model(config, params, fused=prefix))
         inputs = prefill_inputs(model, params, prompts, pixels)
         made = generate(prompts, Settings(5, sampling=GREEDY), inputs=inputs).tokens
         for prompt, image, tokens in zip(prompts, pixels, made.tolist(), strict=True):
