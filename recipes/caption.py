@@ -148,7 +148,7 @@ class Model:
     qk_norm: bool = False  # RMSNorm of each head's queries and keys, in the decoder
     prefix: bool = False  # tokens of a prompt see each other (PaliGemma); needs rows of one sample
     vocabulary: int = 512  # most ids of the byte-level BPE [tokens]
-    length: int = 224  # tokens of a packed row; no sample may be longer
+    length: int = 240  # tokens of a packed row; no sample may be longer
     # implementation of attention; None: flash on a GPU, sdpa on a CPU
     attention: Literal["flash", "sdpa", "reference"] | None = None
     # tiles along a side that a large image is cut into, beside a thumbnail; 1: the image alone
@@ -180,8 +180,8 @@ class Train:
     clip: float = 1.0  # largest global norm of the gradient; 0 does not clip
     log_every: int = 20  # [steps]
     eval_every: int = 400  # exact match and a checkpoint [steps]
-    # compile the blocks, for large models; on one GPU a step is one CUDA graph anyway
-    compile: bool = False
+    compile: bool = False  # compile the blocks, for large models
+    graph: bool = True  # on one GPU: a step is one CUDA graph
 
 
 @dataclass(frozen=True)
@@ -571,7 +571,7 @@ def train_stage(t: Training, name: str, params: Params) -> Params:
         compile="regions" if settings.compile else False,
         dynamic=False,
     )
-    if device.startswith("cuda") and world == 1:
+    if settings.graph and device.startswith("cuda") and world == 1:
         step = graphed(step)
     state = init_state(params, optimizer, random.key(config.seed, device=device))
     root = t.run / name / "checkpoints"
