@@ -27,6 +27,9 @@ from msfs_functional.params import Functional, Params
 from msfs_functional.tokenizer import BOS, EOS, PAD, Tokenizer
 
 
+LEARNED = 128  # labels of a batch are filled up to a multiple of so many: few shapes occur
+
+
 class Sample(NamedTuple):
     """What is asked of an image and answered: one turn or several."""
 
@@ -97,7 +100,8 @@ def pack_samples(samples: Sequence[Sample], length: int, *, multiple: int = 4) -
     Returns:
         tokens, labels (IGNORED but where a learned token follows), segments (0 is padding), turns
         and positions (each turn goes on from the image's), all int64 (R, T); images (S,): the image
-        of each sample, in the order of the placeholders.
+        of each sample, in the order of the placeholders; learned (A,): where among the R * T tokens
+        labels stand, and then 0, where none does: logits are needed nowhere else.
 
     Raises:
         ValueError: no samples, a sample longer than a row.
@@ -129,7 +133,9 @@ def pack_samples(samples: Sequence[Sample], length: int, *, multiple: int = 4) -
     packed = {"tokens": tokens, "labels": labels, "segments": segments, "turns": turns}
     packed["positions"] = positions
     tensors = {name: torch.from_numpy(value.astype(np.int64)) for name, value in packed.items()}
-    return {**tensors, "images": torch.tensor(images)}
+    where = np.flatnonzero(labels != IGNORED)
+    learned = np.pad(where, (0, -len(where) % LEARNED))
+    return {**tensors, "images": torch.tensor(images), "learned": torch.from_numpy(learned)}
 
 
 def turns_apart(segments: Int[Tensor, "R T"], turns: Int[Tensor, "R T"]) -> Bool[Tensor, "R 1 T T"]:

@@ -349,9 +349,10 @@ def make_loss(config: Config, model: Functional, frozen: Params):
             **how,
             method="hidden",
         )
-        total, count = linear_cross_entropy(
-            states, output_weight(params), batch["labels"], ignore_index=IGNORED
-        )
+        states = states.flatten(0, 1)[batch["learned"]]
+        labels = batch["labels"].flatten()[batch["learned"]]
+        weight = output_weight(params)
+        total, count = linear_cross_entropy(states, weight, labels, ignore_index=IGNORED)
         return total / count.clamp(min=1), {"weight": count}
 
     loss = gathered(inner, model) if isinstance(model, Sharded) else inner

@@ -62,6 +62,8 @@ def test_rows_hold_every_sample_once():
             found.append(sample.image)
     assert sorted(found) == list(range(5))
     nothing = packed["segments"] == 0
+    labels, learned = packed["labels"].flatten(), packed["learned"]
+    assert labels[learned].tolist() == [*labels[labels != IGNORED], *[IGNORED] * (128 - 15)]
     assert (packed["labels"][nothing] == IGNORED).all() and (packed["tokens"][nothing] == PAD).all()
 
 
