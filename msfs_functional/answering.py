@@ -26,7 +26,6 @@ from msfs_functional.packing import rows_of
 from msfs_functional.params import Functional, Params
 from msfs_functional.tokenizer import BOS, EOS, PAD, Tokenizer
 
-
 LEARNED = 128  # labels of a batch are filled up to a multiple of so many: few shapes occur
 
 
