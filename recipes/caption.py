@@ -14,17 +14,14 @@ r"""A small vision-language model: captions of images, answers to questions abou
 
 The patches of an image pass a ViT and a projector and become tokens of a decoder. Stage 1 trains
 the projector alone, stage 2 everything, each group with its own learning rate: what is frozen has
-no gradient and no optimizer state. Samples are packed into rows with segment ids, and samples of
-one image share its pass through the tower.
+no gradient and no optimizer state. Questions of one image share its tokens without seeing each
+other, and samples are packed into rows.
 
 Without arguments it learns coloured shapes that the project makes itself, from captions and from
 questions drawn by a seeded generator. Three pairs of colour and kind never occur in training, in
-pictures or in words; answers are measured on them and on the others:
-
-{RESULT}
-
-Exact match of answers stands beside what somebody gets who knows the training answers and does not
-look. Every run leaves ten questions with answers and truth, and where an answer looked, as PNG.
+pictures or in words; answers are measured on them and on the others (figures: README.md). Exact
+match of answers stands beside what somebody gets who knows the training answers and does not look.
+Every run leaves ten questions with answers and truth, and where an answer looked, as PNG.
 Checkpoints hold all that the run is; --resume --name NAME goes on bit for bit.
 """
 
@@ -197,7 +194,7 @@ class Config:
     """Everything a run needs; frozen, and written to runs/<name>/config.json."""
 
     # what to do; must come first
-    mode: tyro.conf.Positional[Literal["train", "chat", "export"]] = "train"
+    mode: tyro.conf.Positional[Literal["train", "chat"]] = "train"
     # settings that the other options start from: default: minutes on a CPU; gpu: minutes on a GPU;
     # easy_vqa: the data set of that name
     preset: Literal["default", "gpu", "easy_vqa"] = "default"

@@ -18,10 +18,9 @@ in training. Measured on them and on the others:
     zero-shot      images of one shape, 18 classes by name, each in two sentences
     retrieval      recall@k among 1000 validation images and their captions
 
-{RESULT}
-
-The loss is exact over the whole batch: of all ranks, and with --train.chunk in the memory of so
-many pairs. Checkpoints hold all that the run is; --resume --name NAME goes on bit for bit.
+README.md has the figures. The loss is exact over the whole batch: of all ranks, and with
+--train.chunk in the memory of so many pairs. Checkpoints hold all that the run is; --resume
+--name NAME goes on bit for bit.
 """
 
 import contextlib
