@@ -378,7 +378,7 @@ def make_optimizer(config: Train, stage: Stage, names: Iterable[str]) -> optim.T
             dtype=torch.float32,
         )
         matrices = r"blocks\.\d+\.(attention|feed_forward)\.\w+\.weight$"
-        groups.insert(0, (matrices, sharding.over_whole(muon)))
+        groups.insert(0, (matrices, muon))
     names = list(names)
     return optim.by_group([g for g in groups if any(re.search(g[0], name) for name in names)])
 

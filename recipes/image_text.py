@@ -288,7 +288,7 @@ def make_optimizer(config: Train) -> optim.Transformation:
         rates(config.muon_rate), weight_decay=decay, matrices=[(r"", True)], dtype=torch.float32
     )
     matrices = r"blocks\.\d+\.(attention|feed_forward)\.\w+\.weight$"
-    return optim.by_group([(matrices, sharding.over_whole(muon)), (r"", adamw)])
+    return optim.by_group([(matrices, muon), (r"", adamw)])
 
 
 class Pairs:

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, jvp, vmap
 
-from msfs_functional import preference
+from msfs_functional import logps as module
+from msfs_functional.logps import sequence_logps, token_logps, token_logps_and_entropies
 from msfs_functional.preference import (
-    bradley_terry,
     check_pairs,
     dpo,
     dpo_hinge,
@@ -21,13 +21,10 @@ from msfs_functional.preference import (
     kto,
     kto_kl,
     orpo,
-    plackett_luce,
     robust_dpo,
-    sequence_logps,
     simpo,
-    token_logps,
-    token_logps_and_entropies,
 )
+from msfs_functional.reward_models import bradley_terry, plackett_luce
 
 REFERRED: dict[str, Any] = {
     "dpo": dpo,
@@ -42,7 +39,7 @@ ALONE: dict[str, Any] = {"simpo": simpo, "orpo": orpo}
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Chunks of three tokens, so that every test runs several."""
-    monkeypatch.setitem(preference.CHUNK, "cpu", 34)
+    monkeypatch.setitem(module.CHUNK, "cpu", 34)
 
 
 def logps(count, batch=6, seed=0):

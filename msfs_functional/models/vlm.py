@@ -193,13 +193,6 @@ class VLM(nn.Module):
             )
         if prefix_lengths is not None and segment_ids is not None:
             raise ValueError("packed rows (segment_ids) have no single prefix: take prefix=False")
-        windows = [window for window in self.config.decoder.windows if window is not None]
-        if prefix_lengths is not None and windows and ids.shape[-1] > min(windows):
-            raise ValueError(
-                f"{ids.shape[-1]} tokens with a prefix exceed the decoder's window "
-                f"({min(windows)}): which of the prefix later tokens see is not defined; shorten "
-                "the sequences"
-            )
         vision_key, decoder_key = site_keys(key, 2)
         given: dict[str, Any] = {"images": images, "key": vision_key}
         if not callable(implementation):

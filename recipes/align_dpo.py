@@ -1,0 +1,410 @@
+r"""Teach a decoder to follow instructions from preferences, without a reward model.
+
+    python recipes/align_dpo.py                          # three seeds, from nothing to a table
+
+    python recipes/align_dpo.py --dpo.loss ipo --dpo.beta 0.3
+
+Stages of each seed, in folders of their own (--resume goes on where it was stopped):
+
+    1  sft    a small decoder imitates demonstrations whose writer mostly falls into habits
+    2  pairs  it answers training prompts several times; the checker prefers one answer to another
+    3  dpo    the same parameters learn from the pairs, the start of the stage is the reference
+
+The report says how many answers to held-out prompts the checker finds right before and after.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in translate.py; must stand before torch
+
+import torch
+import tyro
+from torch import Tensor
+
+from msfs_functional import config as configs
+from msfs_functional import errors, random
+from msfs_functional.aligning import (
+    Model,
+    Result,
+    Setup,
+    Stage,
+    answer,
+    assess,
+    draw_seeds,
+    fine_tune,
+    leave,
+    mean_and_spread,
+    optimizer_of,
+    own_pairs,
+    pretrain,
+    set_up,
+    step_of,
+    tell,
+)
+from msfs_functional.alignment_tasks import Data, Task, built_in, from_pairs
+from msfs_functional.logps import sequence_logps
+from msfs_functional.pairs import Pair, Shuffled, encode_pairs, padded
+from msfs_functional.params import Params, cast
+from msfs_functional.preference import dpo, dpo_hinge, ipo, kto, kto_kl, orpo, robust_dpo, simpo
+from msfs_functional.reward_models import aggregate
+from msfs_functional.reward_training import RewardModel, accuracy, rewards_of, train_rewards
+from msfs_functional.scoring import answer_logps, in_parts
+from msfs_functional.stages import run_stage
+from msfs_functional.train import init_state
+
+MAY_BE_ZERO = ("seed", "warmup")
+Loss = Literal["sigmoid", "hinge", "ipo", "cdpo", "robust", "simpo", "orpo", "kto"]
+BETAS = {"ipo": 0.1, "simpo": 2.0, "orpo": 1.0}  # of losses that are not on the scale of DPO
+
+
+@dataclass(frozen=True)
+class Preferences(Stage):
+    """The stage of preferences."""
+
+    loss: Loss = "sigmoid"
+    beta: float | None = None  # strength of the pull to the reference; None: one that suits
+    label_smoothing: float = 0.1  # cdpo, robust: share of preferences believed to be flipped
+    margin: float = 1.0  # simpo: between mean log-probabilities, times beta
+    samples: int = 4  # answers to each prompt, which pairs are made of
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run needs; frozen, and written to runs/<name>/config.json."""
+
+    # what to do; must come first
+    mode: tyro.conf.Positional[Literal["train"]] = "train"
+    # settings that the other options start from; people: for --data.files on a GPU
+    preset: Literal["default", "people"] = "default"
+    # of the run, its folder is <out>/<name>; None: a new number to train, the newest to use
+    name: str | None = None
+    out: Path = Path("runs")  # folder of the runs
+    resume: bool = False  # go on with the run from its latest checkpoints
+    overwrite: bool = False  # delete the run of this name first
+    seed: int = 0  # of the first run; the others count on from it
+    seeds: int = 3  # runs, each from its own data and parameters
+    device: str | None = None  # cpu, cuda, ...; None: cuda where there is one
+    # of the computation, parameters stay float32; None: bfloat16 on a GPU
+    dtype: Literal["float32", "bfloat16"] | None = None
+    compile: bool | None = None  # None: on a GPU
+    threads: int | None = None  # CPU threads; None: all cores
+    debug: bool = False  # show tracebacks
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    # with --data.files: reading before imitating, reward models, members of their ensemble
+    pretrain: Stage = field(default_factory=lambda: Stage(1000, 64, 2e-3))
+    rewards: Stage = field(default_factory=lambda: Stage(150, 64, 3e-4))
+    members: int = 8
+    sft: Stage = field(default_factory=lambda: Stage(600, 24, 3e-3))
+    dpo: Preferences = field(default_factory=lambda: Preferences(200, 64, 3e-4))
+
+
+# ------------------------------------------------------------------------------------------- losses
+
+
+def preference_loss(
+    config: Preferences,
+    sums: Tensor,
+    lengths: Tensor,
+    reference: Tensor,
+    wrong: Tensor | None = None,
+    wrong_reference: Tensor | None = None,
+    beta: float | Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(losses, margins of the implicit rewards) of B pairs.
+
+    Args:
+        sums, lengths, reference: (B, 2), chosen then rejected.
+        wrong, wrong_reference: (B,), answers under another prompt, for KTO.
+        beta: in place of the configured one.
+    """
+    beta = beta if beta is not None else config.beta or BETAS.get(config.loss, 0.1)
+    sides, means = sums.unbind(1), (sums / lengths).unbind(1)
+    before = reference.unbind(1)
+    options: dict[str, Any] = {"beta": beta}
+    if config.loss in ("cdpo", "robust"):
+        options["label_smoothing"] = config.label_smoothing
+    if config.loss == "kto":
+        assert wrong is not None and wrong_reference is not None
+        good = torch.tensor([True, False], device=sums.device).repeat(len(sums))
+        kl = kto_kl(wrong, wrong_reference)
+        losses, rewards = kto(sums.flatten(), reference.flatten(), good, kl, **options)
+        rewards = rewards.unflatten(0, (-1, 2))
+        return losses.unflatten(0, (-1, 2)).sum(1), rewards[:, 0] - rewards[:, 1]
+    if config.loss == "simpo":
+        out = simpo(*means, margin=config.margin, **options)
+    elif config.loss == "orpo":
+        out = orpo(*means, **options)
+    elif config.loss == "ipo":  # on means, which keeps its target independent of the lengths
+        out = ipo(*means, *(reference / lengths).unbind(1), **options)
+    else:
+        fn = {"hinge": dpo_hinge, "robust": robust_dpo}.get(config.loss, dpo)
+        out = fn(*sides, *before, **options)
+    return out.losses, out.margins
+
+
+def make_loss(config: Preferences, setup: Setup):
+    """Mean loss of a batch of pairs, whose reference log-probabilities are part of the data."""
+
+    def loss_fn(params: Params, batch: dict[str, Tensor], key: Tensor):
+        params, pairs = cast(params, setup.dtype), len(batch["tokens"])
+        rows, mask = batch["tokens"].flatten(0, 1), batch["mask"].flatten(0, 1)
+        if config.loss == "kto":
+            rows = torch.cat([rows, batch["wrong"]])
+            mask = torch.cat([mask, batch["wrong_mask"]])
+        logps = answer_logps(setup.model, params, rows, mask, implementation=setup.implementation)
+        sums, lengths = sequence_logps(logps, mask)
+        sides = sums[: 2 * pairs].unflatten(0, (-1, 2))
+        losses, margins = preference_loss(
+            config,
+            sides,
+            lengths[: 2 * pairs].unflatten(0, (-1, 2)),
+            batch["reference"],
+            sums[2 * pairs :],
+            batch.get("wrong_reference"),
+        )
+        return losses.mean(), {
+            "margin": margins.mean(),
+            "accuracy": (margins > 0).float().mean(),
+            "chosen_logratio": (sides - batch["reference"])[:, 0].mean().detach(),
+        }
+
+    return loss_fn
+
+
+# ------------------------------------------------------------------------------------------ stages
+
+
+def as_data(
+    config: Preferences, setup: Setup, params: Params, pairs: list[Pair]
+) -> dict[str, Tensor]:
+    """Pairs as tensors, with the reference's log-probabilities."""
+    encoded = encode_pairs(pairs, longest=setup.length)
+    data = {"tokens": encoded.tokens, "mask": encoded.mask}
+    if config.loss == "kto":  # each prompt with the chosen answer of the next pair
+        wrong = [
+            (one.prompt, other.chosen[: encoded.tokens.shape[-1] - len(one.prompt)])
+            for one, other in zip(pairs, [*pairs[1:], pairs[0]], strict=True)
+        ]
+        data["wrong"], data["wrong_mask"] = padded(wrong, encoded.tokens.shape[-1])
+    return with_reference(setup, params, data)
+
+
+def with_reference(setup: Setup, params: Params, data: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The data with the sums of the reference's log-probabilities, computed once."""
+    data = {name: x.to(setup.device) for name, x in data.items()}
+    frozen = cast(params, setup.dtype)
+
+    def sums(tokens: Tensor, mask: Tensor) -> Tensor:
+        logps = answer_logps(setup.model, frozen, tokens, mask, implementation=setup.implementation)
+        return sequence_logps(logps, mask)[0]
+
+    flat = {name: data[name].flatten(0, 1) for name in ("tokens", "mask")}
+    data["reference"] = in_parts(sums, flat, 256).unflatten(0, (-1, 2))
+    if "wrong" in data:
+        wrong = {"tokens": data["wrong"], "mask": data["wrong_mask"]}
+        data["wrong_reference"] = in_parts(sums, wrong, 256)
+    return data
+
+
+def optimise(
+    config: Config, setup: Setup, params: Params, data: dict[str, Tensor], seed: int, folder: Path
+) -> Params:
+    """The parameters move, the reference stays in the data."""
+    optimizer = optimizer_of(config.dpo)
+    own = {name: value.clone() for name, value in params.items()}  # the step writes into them
+    return run_stage(
+        folder,
+        config.dpo.steps,
+        init_state(own, optimizer, random.key(seed, device=setup.device)),
+        step_of(setup, make_loss(config.dpo, setup), optimizer),
+        Shuffled(data, config.dpo.batch, seed),
+        device=setup.device,
+        resume=resume_command(config),
+        tokens=lambda batch: batch["mask"].sum(),
+    ).params
+
+
+def run_seed(config: Config, machine: configs.Machine, seed: int, run: Path) -> Result:
+    """All stages of one seed; figures before and after."""
+    folder, task = run / f"seed-{seed}", built_in(config.data, seed)
+    setup, resume = set_up(config.model, task, machine), resume_command(config)
+    reference = fine_tune(setup, task, config.sft, seed, folder / "sft", resume)
+    before = assess(setup, reference, reference, task, seed)
+    pairs = own_pairs(setup, task, reference, task.prompts, seed, config.dpo.samples)
+    data = as_data(config.dpo, setup, reference, pairs)
+    params = optimise(config, setup, reference, data, seed, folder / "dpo")
+    after = assess(setup, params, reference, task, seed)
+    prompts = [prompt.text for prompt in task.held_out]
+    result = Result(seed, before, after, prompts, {"pairs": len(data["tokens"])})
+    print(tell(result), flush=True)
+    return result
+
+
+# ------------------------------------------------------------------------- preferences of people
+
+
+def run_files(config: Config, machine: configs.Machine, run: Path) -> None:
+    """Preferences in files: reward models, single and as an ensemble, and DPO judged by it."""
+    task = from_pairs(config.data, config.model.length)
+    setup, resume = set_up(config.model, task, machine), resume_command(config)
+    print("\n".join(task.notes), flush=True)
+    seed = config.seed
+    start = pretrain(setup, task, config.pretrain, seed, run / "pretrain", resume)
+    reference = fine_tune(setup, task, config.sft, seed, run / "sft", resume, start)
+    figures: dict[str, Any] = reward_models(config, setup, task, reference, run)
+    judge = figures.pop("judge")
+    data = as_data(config.dpo, setup, reference, task.pairs)
+    unseen = as_data(config.dpo, setup, reference, task.held_out_pairs)
+    key = random.key(seed + 1000, device=setup.device)
+    before = answer(setup, reference, task, task.held_out, key)
+    asked = [prompt.ids for prompt in task.held_out]
+    won, agreed = [], []
+    for own in range(seed, seed + config.seeds):
+        params = optimise(config, setup, reference, data, own, run / f"seed-{own}" / "dpo")
+        after = answer(setup, params, task, task.held_out, key)
+        better = judge(asked, after.ids) > judge(asked, before.ids)
+        equal = [a == b for a, b in zip(after.ids, before.ids, strict=True)]
+        won.append(float((better.float() + 0.5 * torch.tensor(equal).to(better)).mean()))
+        agreed.append(implicit_accuracy(config.dpo, setup, params, unseen))
+        print(f"seed {own}: DPO wins {won[-1]:.1%} of {len(asked)} prompts", flush=True)
+        if own == seed:
+            leave_answers(run, task, before.texts, after.texts)
+    print(
+        f"held-out pairs ranked right by DPO's implicit rewards: {mean_and_spread(agreed)}\n"
+        f"DPO's answers beat those before it, by the ensemble: {mean_and_spread(won)} of "
+        f"{len(asked)} held-out prompts, {config.seeds} seeds"
+    )
+    figures |= {"win_rates": won, "implicit_accuracies": agreed}
+    (run / "results.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    draw_seeds(run, range(seed, seed + config.seeds), "dpo", PANELS)
+
+
+def reward_models(
+    config: Config, setup: Setup, task: Task, start: Params, run: Path
+) -> dict[str, Any]:
+    """Held-out accuracy of single reward models and of an ensemble, which comes back as a judge."""
+    pairs, resume = encode_pairs(task.pairs, longest=setup.length), resume_command(config)
+    rows = [(p.prompt, side) for p in task.held_out_pairs for side in (p.chosen, p.rejected)]
+    alone = []
+    for seed in range(config.seed, config.seed + config.seeds):
+        folder = run / f"seed-{seed}" / "rewards"
+        single = train_rewards(setup, start, pairs, config.rewards, seed, 1, folder, resume)
+        alone.append(float(accuracy(rewards_of(setup, single, rows))[0]))
+    members = config.members
+    stacked = train_rewards(
+        setup, start, pairs, config.rewards, config.seed + 100, members, run / "ensemble", resume
+    )
+    every = rewards_of(setup, stacked, rows)
+    ensembles = {
+        how: float(accuracy(aggregate(every, how)[None])[0])  # pyright: ignore[reportArgumentType]
+        for how in ("mean", "min", "uncertainty")
+    }
+    of_members = accuracy(every)
+    shares = ", ".join(f"{how} {share:.1%}" for how, share in ensembles.items())
+    print(
+        f"reward models on {len(rows) // 2} held-out pairs: alone {mean_and_spread(alone)} "
+        f"({len(alone)} seeds); {members} in one step: each {mean_and_spread(of_members.tolist())},"
+        f" together: {shares}",
+        flush=True,
+    )
+    return {
+        "reward_models": alone,
+        "members": of_members.tolist(),
+        "ensemble": ensembles,
+        "judge": RewardModel(setup, stacked, "mean"),
+    }
+
+
+def implicit_accuracy(
+    config: Preferences, setup: Setup, params: Params, data: dict[str, Tensor]
+) -> float:
+    """Share of pairs whose chosen answer the policy has come to prefer more than the reference."""
+    after = with_reference(setup, params, {name: data[name] for name in ("tokens", "mask")})
+    gain = after["reference"] - data["reference"]
+    return float((gain[:, 0] > gain[:, 1]).float().mean())
+
+
+def leave_answers(run: Path, task: Task, before: list[str], after: list[str]) -> None:
+    rows = zip(task.held_out, before, after, strict=True)
+    lines = [
+        json.dumps({"prompt": prompt.text, "before": a, "after": b}, ensure_ascii=False)
+        for prompt, a, b in rows
+    ]
+    (run / "samples.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    print("\n".join(lines[:3]))
+
+
+PANELS = {
+    "loss": "loss",
+    "margin of implicit rewards": "margin",
+    "share of pairs agreed with": "accuracy",
+    "log-ratio of the chosen [nats]": "chosen_logratio",
+}
+
+
+PRESETS = {
+    "default": Config(),
+    # preferences of people, on a GPU: --data.files harmless.jsonl.gz helpful.jsonl.gz
+    "people": Config(
+        preset="people",
+        data=Data(vocabulary=6000, new=96, held_out=256),
+        model=Model(width=512, depth=6, heads=8, length=384, dropout=0.1),
+        pretrain=Stage(1200, 64, 1e-3, 100),
+        sft=Stage(200, 32, 3e-4),
+        rewards=Stage(130, 64, 2e-4),
+        dpo=Preferences(130, 64, 1e-4, samples=1),
+    ),
+}
+
+
+def resume_command(config: Config) -> str:
+    return f"python recipes/align_dpo.py --resume --out {config.out} --name {config.name}"
+
+
+def checked(config: Config) -> Config:
+    """The configuration with what was left to the machine filled in.
+
+    Raises:
+        ValueError: a number out of range; a run that exists, or none to go on with.
+    """
+    configs.check_numbers(config, MAY_BE_ZERO)
+    if config.name and Path(config.name).name != config.name:
+        raise ValueError(f"--name ({config.name}) must be a plain name: put folders into --out")
+    if config.resume and config.overwrite:
+        raise ValueError("--resume goes on with a run, --overwrite deletes it: give one of them")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    return replace(config, name=config.name or configs.free_name(config.out, "align_dpo"))
+
+
+def main(config: Config) -> None:
+    begin, config = time.perf_counter(), checked(config)
+    machine = configs.machine(config.device, config.dtype, config.compile)
+    if machine.note:
+        print(f"note: {machine.note}", file=sys.stderr)
+    run = config.out / str(config.name)
+    if not config.resume:
+        configs.new_run(run, config, overwrite=config.overwrite)
+    seeds = range(config.seed, config.seed + config.seeds)
+    if config.data.files:
+        run_files(config, machine, run)
+    else:
+        leave(run, [run_seed(config, machine, seed, run) for seed in seeds], "dpo", PANELS)
+    print(f"{time.perf_counter() - begin:.0f} seconds; everything is in {run}")
+
+
+def command_line(args: Sequence[str]) -> Config:
+    start = configs.starting_point(args, PRESETS, modes=())
+    return configs.parse(start, args, description=str(__doc__), prog="align_dpo.py")
+
+
+if __name__ == "__main__":
+    errors.run(main, lambda: command_line(sys.argv[1:]))

@@ -1,0 +1,584 @@
+r"""Teach a decoder to follow instructions from rewards on its own answers.
+
+    python recipes/align_ppo.py                                    # GRPO against the checker
+    python recipes/align_ppo.py --rl.algorithm ppo                 # with a critic
+    python recipes/align_ppo.py --rl.reward model                  # against a reward model
+    python recipes/align_ppo.py --rl.reward my_rewards.py:polite   # against any function
+
+Stages of each seed, in folders of their own (--resume goes on where it was stopped):
+
+    1  sft      a small decoder imitates demonstrations whose writer mostly falls into habits
+    2  rewards  (--rl.reward model) an ensemble learns in one vmapped step which answers the checker
+                prefers
+    3  rl       rollouts on the training parameters, rewards, advantages, updates
+
+The report says how many answers to held-out prompts the checker finds right before and after.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in translate.py; must stand before torch
+
+import torch
+import tyro
+from torch import Tensor
+
+from msfs_functional import advantages as adv
+from msfs_functional import agreement, checkpoint, errors, masked, ppo, random, rewards
+from msfs_functional import config as configs
+from msfs_functional import distributed_checkpoint as checkpoints
+from msfs_functional.aligning import (
+    Model,
+    Result,
+    Setup,
+    Stage,
+    assess,
+    fine_tune,
+    leave,
+    optimizer_of,
+    own_pairs,
+    pretrain,
+    roller,
+    set_up,
+    step_of,
+    tell,
+)
+from msfs_functional.alignment_tasks import Data, Task, built_in, from_problems
+from msfs_functional.generation import Sampling, Settings
+from msfs_functional.pairs import Shuffled, encode_pairs
+from msfs_functional.params import Params, cast
+from msfs_functional.reward_training import RewardModel, accuracy, rewards_of, train_rewards
+from msfs_functional.rollouts import Rollout, SampleTable, width_of
+from msfs_functional.scoring import answer_logps, answer_statistics
+from msfs_functional.stages import CHECKPOINTS, stopped
+from msfs_functional.tokenizer import EOS, PAD
+from msfs_functional.tracking import Tracker
+from msfs_functional.train import init_state
+
+MAY_BE_ZERO = ("seed", "warmup")
+VALUE = "value.weight"  # of the critic, which reads the policy's states
+Buffer = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Learning:
+    """The stage of reinforcement."""
+
+    # ppo: with a critic; grpo, dr_grpo: advantages within the answers to a prompt; rloo: the same,
+    # leave-one-out, ratios of whole answers; reinforce: REINFORCE++, whitened returns
+    algorithm: Literal["ppo", "grpo", "dr_grpo", "rloo", "reinforce"] = "grpo"
+    # "rule" (the checker), "model" (an ensemble trained on its preferences) or FILE.py:FUNCTION
+    reward: str = "rule"
+    iterations: int = 40  # rollouts
+    prompts: int = 32  # of a rollout
+    samples: int = 8  # answers to each
+    epochs: int = 1  # passes over a rollout
+    minibatches: int = 4  # updates of a pass
+    rate: float = 5e-4  # peak learning rate
+    warmup: int = 10  # updates
+    temperature: float = 1.0  # of the rollouts
+    clip: float = 0.2  # of ratios
+    clip_high: float | None = None  # above 1, where it differs
+    kl: float = 0.02  # coefficient of the pull to the reference
+    # where the pull is; None: loss for grpo and dr_grpo, reward for the others
+    kl_in: Literal["reward", "loss"] | None = None
+    estimator: Literal["k1", "k2", "k3"] = "k3"  # of the pull in the loss; in the reward it is k1
+    target_kl: float | None = None  # nats an answer that the coefficient is steered to; None: fixed
+    horizon: int = 2000  # answers over which a full error moves the coefficient by 20%
+    gamma: float = 1.0  # discount of a token
+    lam: float = 0.95  # of GAE
+    value_weight: float = 0.1  # of the critic's loss
+    value_clip: float = 0.2  # of the critic's step
+    entropy: float = 0.0  # weight of the bonus [1/nat]
+    truncation: float = 2.0  # most that a token's trainer / sampler ratio may weigh
+    members: int = 4  # reward models
+    aggregate: Literal["mean", "min", "uncertainty"] = "mean"  # of their rewards
+    penalty: float = 1.0  # of their variance, with "uncertainty"
+    patience: int = 3  # rollouts in a row without a usable reward before the run stops
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run needs; frozen, and written to runs/<name>/config.json."""
+
+    # what to do; must come first
+    mode: tyro.conf.Positional[Literal["train"]] = "train"
+    # settings that the other options start from; problems: for --data.files on a GPU
+    preset: Literal["default", "problems"] = "default"
+    # of the run, its folder is <out>/<name>; None: a new number to train, the newest to use
+    name: str | None = None
+    out: Path = Path("runs")  # folder of the runs
+    resume: bool = False  # go on with the run from its latest checkpoints
+    overwrite: bool = False  # delete the run of this name first
+    seed: int = 0  # of the first run; the others count on from it
+    seeds: int = 3  # runs, each from its own data and parameters
+    device: str | None = None  # cpu, cuda, ...; None: cuda where there is one
+    # of the computation, parameters stay float32; None: bfloat16 on a GPU
+    dtype: Literal["float32", "bfloat16"] | None = None
+    compile: bool | None = None  # None: on a GPU
+    threads: int | None = None  # CPU threads; None: all cores
+    save_every: int = 40  # updates between checkpoints
+    debug: bool = False  # show tracebacks
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    # with --data.files: reading before imitating
+    pretrain: Stage = field(default_factory=lambda: Stage(1000, 64, 2e-3))
+    sft: Stage = field(default_factory=lambda: Stage(600, 24, 3e-3))
+    rewards: Stage = field(default_factory=lambda: Stage(150, 32, 1e-3))
+    rl: Learning = field(default_factory=Learning)
+
+
+# ------------------------------------------------------------------------------------- experience
+
+
+def kl_in_reward(rl: Learning) -> bool:
+    return (rl.kl_in or ("loss" if "grpo" in rl.algorithm else "reward")) == "reward"
+
+
+def body(params: Params) -> Params:
+    """The policy without its critic."""
+    return {name: value for name, value in params.items() if name != VALUE}
+
+
+def values_of(params: Params, states: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, (states.float() * params[VALUE].float()).sum(-1), 0.0)
+
+
+def experience(
+    rl: Learning,
+    setup: Setup,
+    params: Params,
+    reference: Params,
+    rollout: Rollout,
+    scores: Tensor,
+    coefficient: Tensor,
+) -> Buffer:
+    """All that updates need of a rollout: rows of one shape, without gradients."""
+    tokens, mask = rollout.tokens, rollout.mask
+    own, options = cast(params, setup.dtype), {"implementation": setup.implementation}
+    with torch.no_grad():
+        logps, entropies, states = answer_statistics(
+            setup.model, body(own), tokens, mask, temperature=rl.temperature, **options
+        )
+        before = cast(reference, setup.dtype)
+        reference_logps = answer_logps(
+            setup.model, before, tokens, mask, temperature=rl.temperature, **options
+        )
+        kl = ppo.kl_estimate(logps, reference_logps, "k1")
+        values = torch.zeros_like(logps)
+        penalty = coefficient if kl_in_reward(rl) else 0.0
+        per_token = adv.token_rewards(scores, mask, kl=kl, kl_coefficient=penalty)
+        returns = torch.zeros_like(logps)
+        if rl.algorithm == "ppo":
+            values = values_of(own, states, mask)
+            found, returns = adv.gae(per_token, values, mask, gamma=rl.gamma, lam=rl.lam)
+            found = masked.whiten(found, mask)
+        elif rl.algorithm == "reinforce":
+            found = adv.discounted_returns(per_token, mask, gamma=rl.gamma)
+            found = masked.whiten(found, mask)
+        else:
+            whole = per_token.sum(-1)
+            if rl.algorithm == "rloo":
+                each = adv.leave_one_out_advantages(whole, rl.samples)
+            else:
+                scale = "group" if rl.algorithm == "grpo" else "none"
+                each = adv.group_advantages(whole, rl.samples, scale=scale)
+            found = torch.where(mask, each[:, None], 0.0)
+        # the sampler computes in another order, and at temperature 1
+        sampler = rollout.logps if rl.temperature == 1 else logps
+        weights = ppo.importance_weights(logps, sampler, mask, maximum=rl.truncation)
+    return {
+        "tokens": tokens,
+        "mask": mask,
+        "logps": logps,
+        "reference": reference_logps,
+        "advantages": found,
+        "values": values,
+        "returns": returns,
+        "weights": weights,
+        "entropies": entropies,
+    }
+
+
+def make_loss(rl: Learning, setup: Setup, new: int):
+    """The clipped surrogate of a minibatch, with what the algorithm adds to it."""
+    over = {"grpo": "sequences", "rloo": "sequences", "dr_grpo": "constant"}.get(
+        rl.algorithm, "tokens"
+    )
+    level = "sequence" if rl.algorithm == "rloo" else "token"
+
+    def loss_fn(params: Params, batch: Buffer, key: Tensor):
+        own, mask = cast(params, setup.dtype), batch["mask"]
+        logps, entropies, states = answer_statistics(
+            setup.model,
+            body(own),
+            batch["tokens"],
+            mask,
+            temperature=rl.temperature,
+            implementation=setup.implementation,
+        )
+        out = ppo.policy_loss(
+            logps,
+            batch["logps"],
+            batch["advantages"],
+            mask,
+            clip=rl.clip,
+            clip_high=rl.clip_high,
+            level=level,
+        )
+        losses = out.losses * batch["weights"]
+        if not kl_in_reward(rl):
+            losses = losses + batch["coefficient"][0] * ppo.kl_estimate(
+                logps, batch["reference"], rl.estimator
+            )
+        loss = masked.average(losses, mask, over=over, length=new)  # pyright: ignore
+        entropy = masked.masked_mean(entropies, mask)
+        drift = (batch["logps"] - logps).detach()
+        metrics = {
+            "policy_loss": loss.detach(),
+            "entropy": entropy.detach(),
+            "clip_fraction": masked.masked_mean(out.clipped.float(), mask),
+            "ratio_max": torch.where(mask, out.ratio, 1.0).max(),
+            "ratio_min": torch.where(mask, out.ratio, 1.0).min(),
+            "step_kl": masked.masked_mean(drift, mask),
+        }
+        if rl.entropy:
+            loss = loss - rl.entropy * entropy
+        if VALUE in params:
+            values = values_of(own, states, mask)
+            errors_ = ppo.value_loss(
+                values, batch["values"], batch["returns"], mask, clip=rl.value_clip
+            )
+            critic = masked.masked_mean(errors_, mask)
+            metrics["value_loss"] = critic.detach()
+            metrics["explained_variance"] = adv.explained_variance(
+                values.detach(), batch["returns"], mask
+            )
+            loss = loss + rl.value_weight * critic
+        return loss, metrics
+
+    return loss_fn
+
+
+# ----------------------------------------------------------------------------------------- the loop
+
+
+@dataclass
+class Loop:
+    """What stands between two updates, beside the parameters; saved with them."""
+
+    iteration: int = 0  # rollouts made, skipped ones included
+    failed: int = 0  # of them in a row, without a reward
+    skipped: int = 0
+
+
+def learn(
+    config: Config,
+    setup: Setup,
+    task: Task,
+    reference: Params,
+    reward: rewards.RewardFn,
+    seed: int,
+    folder: Path,
+) -> Params:
+    """Rollouts and updates; every update may be the last before a resume."""
+    rl, device = config.rl, setup.device
+    per = rl.epochs * rl.minibatches
+    total = rl.iterations * per
+    own = {name: value.clone() for name, value in reference.items()}
+    if rl.algorithm == "ppo":
+        own[VALUE] = torch.zeros(config.model.width, device=device)
+    optimizer = optimizer_of(Stage(total, rl.prompts, rl.rate, rl.warmup))
+    state = init_state(own, optimizer, random.key(seed, device=device))
+    step = step_of(setup, make_loss(rl, setup, task.new), optimizer)
+    prompts = Shuffled({"index": torch.arange(len(task.prompts))}, rl.prompts, seed)
+    longest = max(len(prompt.ids) for prompt in task.prompts)
+    settings = Settings(
+        task.new, Sampling(rl.temperature), samples=rl.samples, stop_tokens=(EOS,), pad=PAD
+    )
+    loop, buffer = Loop(), empty_buffer(rl, width_of(longest, settings), device)
+    coefficient = torch.full((), rl.kl, device=device)
+    root = folder / CHECKPOINTS
+    if checkpoint.checkpoints(root):
+        saved = checkpoints.load(root)
+        like = {"train": state, "buffer": buffer, "coefficient": coefficient}
+        found = checkpoints.load(saved.path, like).state
+        state, buffer, coefficient = found["train"], found["buffer"], found["coefficient"]
+        loop = Loop(**saved.extra["loop"])
+    first = int(state.step)
+    if first >= total:
+        return body(state.params)
+    roll = roller(setup, body(state.params), settings, longest=longest)
+    patience = rewards.Patience(rl.patience, loop.failed, loop.skipped)
+    writer = checkpoints.Writer(root, keep_last=1)
+    tracker = Tracker(folder, total, name=folder.name, step=first, every=per)
+    samples = SampleTable(folder / "samples.jsonl", loop.iteration)
+
+    def save(count: int) -> None:
+        tracker.flush()
+        loop.failed, loop.skipped = patience.failed, patience.skipped
+        kept = {"train": state, "buffer": buffer, "coefficient": coefficient}
+        writer.save(count, kept, extra={"loop": vars(loop)})
+
+    with tracker, writer, errors.interruptible() as stop:
+        values: dict[str, Any] = {}
+        begin = None  # of the updates after a rollout
+        for count in range(first + 1, total + 1):
+            part = (count - 1) % per
+            while part == 0:  # until a rollout has rewards
+                loop.iteration += 1
+                started = time.perf_counter()
+                prompts.restore({"done": loop.iteration - 1})
+                asked = [task.prompts[i] for i in next(prompts)["index"].tolist()]
+                key = random.fold_in(random.fold_in(state.key, loop.iteration), 1)
+                rollout = roll([prompt.ids for prompt in asked], key, body(state.params))
+                took = time.perf_counter() - started
+                ids = rollout.completions()
+                try:
+                    scores = judged(task, reward, asked, ids, rl.samples).to(device)
+                except rewards.RewardError as error:
+                    try:
+                        tracker.note(patience.skip(loop.iteration, error))
+                    except rewards.RewardError:
+                        save(count - 1)  # nothing computed is lost
+                        raise
+                    continue
+                patience.fine()
+                buffer = experience(
+                    rl, setup, state.params, reference, rollout, scores, coefficient
+                )
+                values = told(rollout, buffer, scores, took)
+                values["skipped_rollouts"] = patience.skipped
+                samples.add(loop.iteration, table_rows(task, asked, ids, scores, rl.samples))
+                if rl.target_kl is not None:
+                    coefficient = ppo.adaptive_kl_coefficient(
+                        coefficient,
+                        values["kl"],
+                        target=rl.target_kl,
+                        horizon=rl.horizon,
+                        items=len(ids),
+                    )
+                values["kl_coefficient"] = coefficient
+                begin = time.perf_counter()
+                break
+            batch = minibatch(rl, buffer, state.key, loop.iteration, part)
+            batch["coefficient"] = coefficient.expand(len(batch["tokens"]))
+            state, metrics = step(state, batch)
+            if count % per == 0 and begin is not None:
+                float(metrics["loss"])  # waits for the device, once a rollout
+                seconds = time.perf_counter() - begin
+                values["update_tokens/s"] = rl.epochs * buffer["mask"].numel() / seconds
+            tracker.log(count, {**metrics, **values})
+            values = {}
+            halt = agreement.highest(stop.received or 0) if count < total else 0
+            if halt or count % config.save_every == 0 or count == total:
+                save(count)
+            if halt:
+                writer.wait()
+                raise stopped(tracker, count, halt, resume_command(config))
+        writer.wait()
+    return body(state.params)
+
+
+def empty_buffer(rl: Learning, width: int, device: str) -> Buffer:
+    """A buffer of the shapes that every rollout has."""
+    shape = (rl.prompts * rl.samples, width)
+    buffer = {
+        name: torch.zeros(shape, device=device)
+        for name in (
+            "logps", "reference", "advantages", "values", "returns", "weights", "entropies",
+        )
+    }  # fmt: skip
+    buffer["tokens"] = torch.zeros(shape, dtype=torch.int64, device=device)
+    buffer["mask"] = torch.zeros(shape, dtype=torch.bool, device=device)
+    return buffer
+
+
+def minibatch(rl: Learning, buffer: Buffer, key: Tensor, iteration: int, part: int) -> Buffer:
+    """Rows of update `part` of a rollout, in an order of their own each pass."""
+    epoch, number = divmod(part, rl.minibatches)
+    rows = len(buffer["tokens"])
+    order = random.permutation(random.fold_in(random.fold_in(key, iteration), 2 + epoch), rows)
+    size = rows // rl.minibatches
+    chosen = order[number * size : (number + 1) * size]
+    return {name: value[chosen] for name, value in buffer.items()}
+
+
+def judged(
+    task: Task, reward: rewards.RewardFn, asked: Sequence[Any], ids: list[list[int]], samples: int
+) -> Tensor:
+    """Checked rewards of the completions, called on texts or on ids."""
+    rows = [prompt for prompt in asked for _ in range(samples)]
+    metadata = [prompt.metadata for prompt in rows]
+    if rewards.takes_tokens(reward):
+        return rewards.called(reward, [prompt.ids for prompt in rows], ids, metadata)
+    texts = task.tokenizer.decode(ids)
+    return rewards.called(reward, [prompt.text for prompt in rows], texts, metadata)
+
+
+def told(rollout: Rollout, buffer: Buffer, scores: Tensor, seconds: float) -> dict[str, Any]:
+    """Figures of a rollout."""
+    mask = buffer["mask"]
+    made = mask.sum()
+    drift = (buffer["logps"] - buffer["reference"]).sum(-1)
+    return {
+        "reward": scores.mean(),
+        "reward_spread": scores.std(),
+        "kl": drift.mean(),
+        "rollout_entropy": masked.masked_mean(buffer["entropies"], mask),
+        "length": mask.sum(-1).float().mean(),
+        "ended": rollout.ended.float().mean(),
+        "rollout_tokens/s": float(made) / seconds,
+    }
+
+
+def table_rows(
+    task: Task, asked: Sequence[Any], ids: list[list[int]], scores: Tensor, samples: int
+) -> list[dict[str, Any]]:
+    """The first answer to some of the prompts."""
+    some = range(0, min(4, len(asked)))
+    texts = task.tokenizer.decode([ids[i * samples] for i in some])
+    return [
+        {"prompt": asked[i].text, "answer": text, "reward": float(scores[i * samples])}
+        for i, text in zip(some, texts, strict=True)
+    ]
+
+
+# ------------------------------------------------------------------------------------------- stages
+
+
+def make_reward(
+    config: Config, setup: Setup, task: Task, params: Params, seed: int, folder: Path
+) -> tuple[rewards.RewardFn, dict[str, float]]:
+    """The reward that the configuration names, and figures of it."""
+    if config.rl.reward == "rule":
+        assert task.graded is not None
+        return task.graded, {}
+    if config.rl.reward != "model":
+        return rewards.load(config.rl.reward), {}
+    pairs = own_pairs(setup, task, params, task.prompts, seed, 4)
+    stacked = train_rewards(
+        setup,
+        params,
+        encode_pairs(pairs, longest=setup.length),
+        config.rewards,
+        seed,
+        config.rl.members,
+        folder / "rewards",
+        resume_command(config),
+    )
+    unseen = own_pairs(setup, task, params, task.held_out, seed + 1, 4)
+    rows = [(pair.prompt, side) for pair in unseen for side in (pair.chosen, pair.rejected)]
+    right = accuracy(rewards_of(setup, stacked, rows)).mean()
+    reward = RewardModel(setup, stacked, config.rl.aggregate, config.rl.penalty)
+    return reward, {"reward model accuracy": round(float(right), 4)}
+
+
+def run_seed(config: Config, machine: configs.Machine, seed: int, run: Path) -> Result:
+    """All stages of one seed; figures before and after."""
+    folder = run / f"seed-{seed}"
+    if config.data.files:
+        task = from_problems(config.data, config.model.length)
+        print("\n".join(task.notes), flush=True)
+    else:
+        task = built_in(config.data, seed)
+    setup, resume = set_up(config.model, task, machine), resume_command(config)
+    start = pretrain(setup, task, config.pretrain, seed, folder / "pretrain", resume)
+    reference = fine_tune(setup, task, config.sft, seed, folder / "sft", resume, start)
+    before = assess(setup, reference, reference, task, seed)
+    reward, notes = make_reward(config, setup, task, reference, seed, folder)
+    params = learn(config, setup, task, reference, reward, seed, folder / "rl")
+    after = assess(setup, params, reference, task, seed)
+    result = Result(seed, before, after, [prompt.text for prompt in task.held_out], notes)
+    print(tell(result), flush=True)
+    return result
+
+
+PANELS = {
+    "reward": "reward",
+    "KL to the reference [nats an answer]": "kl",
+    "entropy [nats a token]": "rollout_entropy",
+    "share of tokens clipped": "clip_fraction",
+    "largest ratio": "ratio_max",
+    "explained variance of the critic": "explained_variance",
+    "length [tokens]": "length",
+    "tokens/s of rollouts": "rollout_tokens/s",
+    "tokens/s of updates": "update_tokens/s",
+}
+
+
+PRESETS = {
+    "default": Config(),
+    # questions with worked answers, on a GPU: --data.files train.jsonl
+    "problems": Config(
+        preset="problems",
+        seeds=1,
+        save_every=200,
+        data=Data(vocabulary=4000, new=128, held_out=512, share=0.08),
+        model=Model(width=512, depth=8, heads=8, length=288, dropout=0.1),
+        pretrain=Stage(1500, 64, 1e-3, 100),
+        sft=Stage(500, 64, 5e-4),
+        rl=Learning(iterations=60, prompts=64, samples=16, minibatches=4, rate=3e-5, kl=0.01),
+    ),
+}
+
+
+def resume_command(config: Config) -> str:
+    return f"python recipes/align_ppo.py --resume --out {config.out} --name {config.name}"
+
+
+def checked(config: Config) -> Config:
+    """The configuration with what was left to the machine filled in.
+
+    Raises:
+        ValueError: a number out of range, options that exclude each other.
+    """
+    configs.check_numbers(config, MAY_BE_ZERO)
+    if config.name and Path(config.name).name != config.name:
+        raise ValueError(f"--name ({config.name}) must be a plain name: put folders into --out")
+    if config.resume and config.overwrite:
+        raise ValueError("--resume goes on with a run, --overwrite deletes it: give one of them")
+    rl = config.rl
+    if rl.prompts * rl.samples % rl.minibatches:
+        raise ValueError(
+            f"--rl.minibatches ({rl.minibatches}) must divide the {rl.prompts} x {rl.samples} "
+            "answers of a rollout: change one"
+        )
+    if rl.samples < 2 and rl.algorithm in ("grpo", "dr_grpo", "rloo"):
+        raise ValueError(
+            f"--rl.samples ({rl.samples}) must be at least 2 with {rl.algorithm}: an answer is "
+            "judged against others of its prompt"
+        )
+    if rl.reward not in ("rule", "model"):
+        rewards.load(rl.reward)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    return replace(config, name=config.name or configs.free_name(config.out, "align_ppo"))
+
+
+def main(config: Config) -> None:
+    begin, config = time.perf_counter(), checked(config)
+    machine = configs.machine(config.device, config.dtype, config.compile)
+    if machine.note:
+        print(f"note: {machine.note}", file=sys.stderr)
+    run = config.out / str(config.name)
+    if not config.resume:
+        configs.new_run(run, config, overwrite=config.overwrite)
+    seeds = range(config.seed, config.seed + config.seeds)
+    leave(run, [run_seed(config, machine, seed, run) for seed in seeds], "rl", PANELS)
+    print(f"{time.perf_counter() - begin:.0f} seconds; everything is in {run}")
+
+
+def command_line(args: Sequence[str]) -> Config:
+    start = configs.starting_point(args, PRESETS, modes=())
+    return configs.parse(start, args, description=str(__doc__), prog="align_ppo.py")
+
+
+if __name__ == "__main__":
+    errors.run(main, lambda: command_line(sys.argv[1:]))
