@@ -49,18 +49,22 @@ from msfs_functional.aligning import (
     tell,
 )
 from msfs_functional.alignment_tasks import Data, Task, built_in, from_pairs
+from msfs_functional.curvature import influences
 from msfs_functional.logps import sequence_logps
 from msfs_functional.pairs import Pair, Shuffled, encode_pairs, padded
-from msfs_functional.params import Params, cast
+from msfs_functional.params import Params, cast, stack, unstack
 from msfs_functional.preference import dpo, dpo_hinge, ipo, kto, kto_kl, orpo, robust_dpo, simpo
 from msfs_functional.reward_models import aggregate
 from msfs_functional.reward_training import RewardModel, accuracy, rewards_of, train_rewards
 from msfs_functional.scoring import answer_logps, in_parts
 from msfs_functional.stages import run_stage
 from msfs_functional.train import init_state
+from msfs_functional.transforms import ggn_vp
+from msfs_functional.updates import by_group, stateless
 
-MAY_BE_ZERO = ("seed", "warmup")
+MAY_BE_ZERO = ("seed", "warmup", "influence")
 Loss = Literal["sigmoid", "hinge", "ipo", "cdpo", "robust", "simpo", "orpo", "kto"]
+BETA = "beta"  # a member's own, in sweeps: a leaf that the optimizer leaves alone
 BETAS = {"ipo": 0.1, "simpo": 2.0, "orpo": 1.0}  # of losses that are not on the scale of DPO
 
 
@@ -73,6 +77,7 @@ class Preferences(Stage):
     label_smoothing: float = 0.1  # cdpo, robust: share of preferences believed to be flipped
     margin: float = 1.0  # simpo: between mean log-probabilities, times beta
     samples: int = 4  # answers to each prompt, which pairs are made of
+    flipped: float = 0.0  # share of pairs to swap on purpose, for cdpo, robust and --influence
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,9 @@ class Config:
     rewards: Stage = field(default_factory=lambda: Stage(150, 64, 3e-4))
     members: int = 8
     sft: Stage = field(default_factory=lambda: Stage(600, 24, 3e-3))
+    # betas to train side by side in one vmapped step, in place of the seeds
+    sweep: tuple[float, ...] = ()
+    influence: int = 0  # pairs to score by their influence on the loss of held-out pairs
     dpo: Preferences = field(default_factory=lambda: Preferences(200, 64, 3e-4))
 
 
@@ -150,31 +158,46 @@ def preference_loss(
     return out.losses, out.margins
 
 
+def sums_of(config: Preferences, setup: Setup, params: Params, batch: dict[str, Tensor]) -> Tensor:
+    """Log-probabilities of the answers of P pairs: (2 P,), for KTO P more under other prompts."""
+    rows, mask = batch["tokens"].flatten(0, 1), batch["mask"].flatten(0, 1)
+    if config.loss == "kto":
+        rows = torch.cat([rows, batch["wrong"]])
+        mask = torch.cat([mask, batch["wrong_mask"]])
+    params = cast(params, setup.dtype)
+    logps = answer_logps(setup.model, params, rows, mask, implementation=setup.implementation)
+    return sequence_logps(logps, mask)[0]
+
+
+def loss_of(
+    config: Preferences, sums: Tensor, batch: dict[str, Tensor], beta: Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean loss and figures of a batch, from what `sums_of` gives."""
+    count = 2 * len(batch["tokens"])
+    sides = sums[:count].unflatten(0, (-1, 2))
+    losses, margins = preference_loss(
+        config,
+        sides,
+        batch["mask"].sum(-1),
+        batch["reference"],
+        sums[count:],
+        batch.get("wrong_reference"),
+        beta,
+    )
+    return losses.mean(), {
+        "margin": margins.mean(),
+        "accuracy": (margins > 0).float().mean(),
+        "chosen_logratio": (sides - batch["reference"])[:, 0].mean().detach(),
+    }
+
+
 def make_loss(config: Preferences, setup: Setup):
     """Mean loss of a batch of pairs, whose reference log-probabilities are part of the data."""
 
     def loss_fn(params: Params, batch: dict[str, Tensor], key: Tensor):
-        params, pairs = cast(params, setup.dtype), len(batch["tokens"])
-        rows, mask = batch["tokens"].flatten(0, 1), batch["mask"].flatten(0, 1)
-        if config.loss == "kto":
-            rows = torch.cat([rows, batch["wrong"]])
-            mask = torch.cat([mask, batch["wrong_mask"]])
-        logps = answer_logps(setup.model, params, rows, mask, implementation=setup.implementation)
-        sums, lengths = sequence_logps(logps, mask)
-        sides = sums[: 2 * pairs].unflatten(0, (-1, 2))
-        losses, margins = preference_loss(
-            config,
-            sides,
-            lengths[: 2 * pairs].unflatten(0, (-1, 2)),
-            batch["reference"],
-            sums[2 * pairs :],
-            batch.get("wrong_reference"),
-        )
-        return losses.mean(), {
-            "margin": margins.mean(),
-            "accuracy": (margins > 0).float().mean(),
-            "chosen_logratio": (sides - batch["reference"])[:, 0].mean().detach(),
-        }
+        beta = params[BETA].detach() if BETA in params else None
+        body = {name: value for name, value in params.items() if name != BETA}
+        return loss_of(config, sums_of(config, setup, body, batch), batch, beta)
 
     return loss_fn
 
@@ -239,13 +262,26 @@ def run_seed(config: Config, machine: configs.Machine, seed: int, run: Path) -> 
     reference = fine_tune(setup, task, config.sft, seed, folder / "sft", resume)
     before = assess(setup, reference, reference, task, seed)
     pairs = own_pairs(setup, task, reference, task.prompts, seed, config.dpo.samples)
+    pairs, flipped = flip(pairs, config.dpo.flipped, seed)
     data = as_data(config.dpo, setup, reference, pairs)
     params = optimise(config, setup, reference, data, seed, folder / "dpo")
     after = assess(setup, params, reference, task, seed)
     prompts = [prompt.text for prompt in task.held_out]
     result = Result(seed, before, after, prompts, {"pairs": len(data["tokens"])})
     print(tell(result), flush=True)
+    if config.influence and seed == config.seed:
+        show_influence(config, setup, task, reference, params, data, flipped, seed)
     return result
+
+
+def flip(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pair], Tensor]:
+    """The pairs with this share of them swapped, and which ones."""
+    swapped = random.bernoulli(random.key(seed + 7), share, (len(pairs),))
+    mixed = [
+        pair._replace(chosen=pair.rejected, rejected=pair.chosen) if swap else pair
+        for pair, swap in zip(pairs, swapped.tolist(), strict=True)
+    ]
+    return mixed, swapped
 
 
 # ------------------------------------------------------------------------- preferences of people
@@ -342,6 +378,96 @@ def leave_answers(run: Path, task: Task, before: list[str], after: list[str]) ->
     print("\n".join(lines[:3]))
 
 
+# ------------------------------------------------------------------------------ what functions give
+
+
+def run_sweep(config: Config, machine: configs.Machine, run: Path) -> None:
+    """One policy for each beta, all in one vmapped step on the same batches."""
+    task, seed = built_in(config.data, config.seed), config.seed
+    setup, resume = set_up(config.model, task, machine), resume_command(config)
+    reference = fine_tune(setup, task, config.sft, seed, run / "sft", resume)
+    pairs = own_pairs(setup, task, reference, task.prompts, seed, config.dpo.samples)
+    data = as_data(config.dpo, setup, reference, pairs)
+    betas = torch.tensor(config.sweep, device=setup.device)
+    stacked = {**stack([reference] * len(betas)), BETA: betas}
+    keys = random.split(random.key(seed, device=setup.device), len(betas))
+    still = stateless(lambda grads, params: {n: 0 * g for n, g in grads.items()})
+    optimizer = by_group([(f"^{BETA}$", still), (r"", optimizer_of(config.dpo))])
+    mapped = setup._replace(implementation="flash")  # torch's own attention is slow under vmap
+    stacked = run_stage(
+        run / "sweep",
+        config.dpo.steps,
+        init_state(stacked, optimizer, keys),
+        step_of(mapped, make_loss(config.dpo, mapped), optimizer, members=len(betas)),
+        Shuffled(data, config.dpo.batch, seed),
+        device=setup.device,
+        resume=resume,
+        tokens=lambda batch: len(betas) * batch["mask"].sum(),
+    ).params
+    stacked.pop(BETA)
+    before = assess(setup, reference, reference, task, seed)
+    print(f"before: {before.sampled:.1%} right, {before.greedy:.1%} greedy")
+    rows = []
+    for beta, params in zip(config.sweep, unstack(stacked), strict=True):
+        after = assess(setup, params, reference, task, seed)
+        rows.append(
+            {"beta": beta, "sampled": after.sampled, "greedy": after.greedy, "kl": after.kl}
+        )
+        print(
+            f"beta {beta:g}: {after.sampled:.1%} right, {after.greedy:.1%} greedy, KL "
+            f"{after.kl:.2f} nats an answer"
+        )
+    (run / "results.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def show_influence(
+    config: Config,
+    setup: Setup,
+    task: Task,
+    reference: Params,
+    params: Params,
+    data: dict[str, Tensor],
+    flipped: Tensor,
+    seed: int,
+) -> None:
+    """Which training pairs hurt held-out pairs the most, and how many of those were flipped."""
+    exact = setup._replace(implementation="flash", dtype=torch.float32)
+    unseen = own_pairs(setup, task, reference, task.held_out, seed + 1, config.dpo.samples)
+    held_out = as_data(config.dpo, setup, reference, unseen)
+    count = min(config.influence, len(data["tokens"]))
+    examples = {name: x[:count] for name, x in data.items()}
+
+    def loss_fn(params: Params, batch: dict[str, Tensor]) -> Tensor:
+        return loss_of(config.dpo, sums_of(config.dpo, exact, params, batch), batch)[0]
+
+    def one(params: Params, example: dict[str, Tensor]) -> Tensor:
+        return loss_fn(params, {name: x[None] for name, x in example.items()})
+
+    def gauss_newton(v: Params) -> Params:  # the Hessian of a network has negative curvature, too
+        return ggn_vp(
+            lambda p: sums_of(config.dpo, exact, p, examples),
+            lambda sums: loss_of(config.dpo, sums, examples)[0],
+            params,
+            v,
+        )
+
+    target = torch.func.grad(loss_fn)(params, held_out)
+    scores, solved = influences(
+        one, params, examples, target, damping=1e-2, steps=20, product=gauss_newton
+    )
+    worst = scores.argsort(descending=True)
+    head = worst[: max(1, count // 10)]
+    share, overall = flipped[:count][head].float().mean(), flipped[:count].float().mean()
+    print(
+        f"influence of {count} pairs (residual of the solve {solved.residual:.2g}): of the "
+        f"{len(head)} most harmful ones {share:.0%} were flipped, of all {overall:.0%}"
+    )
+    for name, rows in (("harmful", worst[:3]), ("helpful", worst.flip(0)[:3])):
+        for i in rows.tolist():
+            texts = task.tokenizer.decode(data["tokens"][i].tolist())
+            print(f"  {name} {scores[i]:+.3g}: {texts[0]!r} over {texts[1]!r}")
+
+
 PANELS = {
     "loss": "loss",
     "margin of implicit rewards": "margin",
@@ -396,6 +522,8 @@ def main(config: Config) -> None:
     seeds = range(config.seed, config.seed + config.seeds)
     if config.data.files:
         run_files(config, machine, run)
+    elif config.sweep:
+        run_sweep(config, machine, run)
     else:
         leave(run, [run_seed(config, machine, seed, run) for seed in seeds], "dpo", PANELS)
     print(f"{time.perf_counter() - begin:.0f} seconds; everything is in {run}")

@@ -50,6 +50,7 @@ from msfs_functional.aligning import (
     tell,
 )
 from msfs_functional.alignment_tasks import Data, Task, built_in, from_problems
+from msfs_functional.curvature import trust_region_step
 from msfs_functional.generation import Sampling, Settings
 from msfs_functional.pairs import Shuffled, encode_pairs
 from msfs_functional.params import Params, cast
@@ -59,7 +60,7 @@ from msfs_functional.scoring import answer_logps, answer_statistics
 from msfs_functional.stages import CHECKPOINTS, stopped
 from msfs_functional.tokenizer import EOS, PAD
 from msfs_functional.tracking import Tracker
-from msfs_functional.train import init_state
+from msfs_functional.train import TrainState, init_state
 
 MAY_BE_ZERO = ("seed", "warmup")
 VALUE = "value.weight"  # of the critic, which reads the policy's states
@@ -82,6 +83,9 @@ class Learning:
     minibatches: int = 4  # updates of a pass
     rate: float = 5e-4  # peak learning rate
     warmup: int = 10  # updates
+    # KL of an update [nats a token]: a natural gradient step by the exact Fisher matrix in place of
+    # the optimizer's; None: the optimizer
+    trust_region: float | None = None
     temperature: float = 1.0  # of the rollouts
     clip: float = 0.2  # of ratios
     clip_high: float | None = None  # above 1, where it differs
@@ -266,6 +270,34 @@ def make_loss(rl: Learning, setup: Setup, new: int):
     return loss_fn
 
 
+def natural_step(rl: Learning, setup: Setup):
+    """An update by `curvature.trust_region_step`, in the form of a compiled step."""
+    options = {"implementation": "flash", "method": "hidden"}
+
+    def step(state: TrainState, batch: Buffer) -> tuple[TrainState, dict[str, Tensor]]:
+        tokens, mask = batch["tokens"], batch["mask"][:, 1:]
+        rows = {name: batch[name][:, 1:] for name in ("logps", "advantages", "weights")}
+
+        def logits_fn(params: Params) -> Tensor:
+            states = setup.model.apply(params, tokens[:, :-1], **options)
+            return setup.model.apply(params, states, method="logits").float() / rl.temperature
+
+        def surrogate(params: Params) -> Tensor:
+            logps = logits_fn(params).log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+            out = ppo.policy_loss(logps, rows["logps"], rows["advantages"], mask, clip=None)
+            return -masked.masked_mean(out.losses * rows["weights"], mask)
+
+        found = trust_region_step(surrogate, logits_fn, state.params, mask, radius=rl.trust_region)
+        with torch.no_grad():
+            for name, value in state.params.items():  # in place, as rollouts read this memory
+                value.copy_(found.params[name])
+            state.step.add_(1)
+        scale = torch.tensor(found.scale)
+        return state, {"loss": -found.gain, "step_kl": found.kl, "step_scale": scale}
+
+    return step
+
+
 # ----------------------------------------------------------------------------------------- the loop
 
 
@@ -297,6 +329,8 @@ def learn(
     optimizer = optimizer_of(Stage(total, rl.prompts, rl.rate, rl.warmup))
     state = init_state(own, optimizer, random.key(seed, device=device))
     step = step_of(setup, make_loss(rl, setup, task.new), optimizer)
+    if rl.trust_region is not None:
+        step = natural_step(rl, setup)
     prompts = Shuffled({"index": torch.arange(len(task.prompts))}, rl.prompts, seed)
     longest = max(len(prompt.ids) for prompt in task.prompts)
     settings = Settings(
@@ -554,6 +588,10 @@ def checked(config: Config) -> Config:
         raise ValueError(
             f"--rl.samples ({rl.samples}) must be at least 2 with {rl.algorithm}: an answer is "
             "judged against others of its prompt"
+        )
+    if rl.trust_region is not None and rl.algorithm == "ppo":
+        raise ValueError(
+            f"--rl.trust-region ({rl.trust_region}) moves no critic: choose another --rl.algorithm"
         )
     if rl.reward not in ("rule", "model"):
         rewards.load(rl.reward)
