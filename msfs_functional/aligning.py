@@ -70,7 +70,6 @@ class Setup(NamedTuple):
     implementation: str  # of attention
     length: int  # most tokens of a row
     dropout: bool
-    rollers: dict[Any, Roller]  # by what they do
 
 
 def set_up(own: Model, task: Task, machine: Machine) -> Setup:
@@ -96,7 +95,6 @@ def set_up(own: Model, task: Task, machine: Machine) -> Setup:
         attention,
         own.length,
         own.dropout > 0,
-        {},
     )
 
 
@@ -212,16 +210,13 @@ def answer(
     kind = Sampling(temperature) if temperature else GREEDY
     settings = Settings(task.new, kind, samples=samples, stop_tokens=(EOS,), pad=PAD)
     batch = min(batch, len(prompts))
-    name = settings, batch
-    if name not in setup.rollers:  # compiled once for all policies of this shape
-        setup.rollers[name] = roller(setup, params, settings, shared=setup.compile)
-    roll = setup.rollers[name]
+    roll = roller(setup._replace(compile=False), params, settings)  # compiling takes longer
     ids: list[list[int]] = []
     rollouts = []
     for start in range(0, len(prompts), batch):
         rows = [min(i, len(prompts) - 1) for i in range(start, start + batch)]
         keys = torch.stack([random.fold_in(key, i) for i in range(start, start + batch)])
-        rollouts.append(roll([prompts[i].ids for i in rows], keys, params))
+        rollouts.append(roll([prompts[i].ids for i in rows], keys))
         ids += rollouts[-1].completions()
     ids = ids[: len(prompts) * samples]
     return Answers(task.tokenizer.decode(ids), ids, rollouts)
@@ -284,26 +279,43 @@ def assess(setup: Setup, params: Params, reference: Params, task: Task, seed: in
 
 
 def own_pairs(
-    setup: Setup, task: Task, params: Params, prompts: Sequence[Prompt], seed: int, samples: int
+    setup: Setup,
+    task: Task,
+    params: Params,
+    prompts: Sequence[Prompt],
+    seed: int,
+    samples: int,
+    *,
+    right: bool = True,
 ) -> list[Pair]:
-    """Pairs of a policy's answers to each prompt, of which the checker's grades prefer one."""
+    """Pairs of a policy's answers to each prompt, of which the checker's grades prefer one.
+
+    Args:
+        right: whether the preferred answer must be right in all; else the better grade will do.
+    """
     key = random.key(seed, device=setup.device)
     answers = answer(setup, params, task, prompts, key, samples=samples)
     asked = [prompt for prompt in prompts for _ in range(samples)]
     texts, metadata = [p.text for p in asked], [p.metadata for p in asked]
     assert task.graded is not None
     scores = called(task.graded, texts, answers.texts, metadata).tolist()
-    return best_with_worst(prompts, answers, scores)
+    return best_with_worst(prompts, answers, scores, least=1.0 if right else -math.inf)
 
 
 def best_with_worst(
-    prompts: Sequence[Prompt], answers: Answers, scores: Sequence[float], most: int = 2
+    prompts: Sequence[Prompt],
+    answers: Answers,
+    scores: Sequence[float],
+    *,
+    most: int = 2,
+    least: float = -math.inf,
 ) -> list[Pair]:
     """Pairs of answers to one prompt whose scores differ: the best with the worst, then the next.
 
     Args:
         scores: of each answer.
         most: pairs of one prompt.
+        least: score that the better answer must have.
     """
     samples = len(answers.ids) // len(prompts)
     pairs = []
@@ -311,7 +323,7 @@ def best_with_worst(
         mine = range(i * samples, (i + 1) * samples)
         order = sorted(mine, key=lambda n: scores[n], reverse=True)
         for high, low in list(zip(order, order[::-1], strict=True))[: min(most, samples // 2)]:
-            if scores[high] > scores[low]:
+            if scores[high] > scores[low] and scores[high] >= least:
                 pairs.append(Pair(prompt.ids, answers.ids[high], answers.ids[low]))
     return pairs
 

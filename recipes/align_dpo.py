@@ -8,7 +8,8 @@ Stages of each seed, in folders of their own (--resume goes on where it was stop
 
     1  sft    a small decoder imitates demonstrations whose writer mostly falls into habits
     2  pairs  it answers training prompts several times; the checker prefers one answer to another
-    3  dpo    the same parameters learn from the pairs, the start of the stage is the reference
+    3  dpo    the same parameters learn from the pairs, the start of the stage is the reference;
+              then it answers again, for a second round
 
 The report says how many answers to held-out prompts the checker finds right before and after.
 """
@@ -48,7 +49,7 @@ from msfs_functional.aligning import (
     step_of,
     tell,
 )
-from msfs_functional.alignment_tasks import Data, Task, built_in, from_pairs
+from msfs_functional.alignment_tasks import Data, Prompt, Task, built_in, from_pairs
 from msfs_functional.curvature import influences
 from msfs_functional.logps import sequence_logps
 from msfs_functional.pairs import Pair, Shuffled, encode_pairs, padded
@@ -76,6 +77,11 @@ class Preferences(Stage):
     beta: float | None = None  # strength of the pull to the reference; None: one that suits
     label_smoothing: float = 0.1  # cdpo, robust: share of preferences believed to be flipped
     margin: float = 1.0  # simpo: between mean log-probabilities, times beta
+    # weight of the mean negative log-probability of the chosen answer's tokens (RPO, Pang et al.
+    # 2024), which keeps the chosen answers from becoming improbable beside the rejected ones
+    imitation: float = 0.2
+    right: bool = True  # whether the chosen answer must be right, or only better than the other
+    rounds: int = 2  # times that the policy answers, its answers are judged and it learns
     samples: int = 4  # answers to each prompt, which pairs are made of
     flipped: float = 0.0  # share of pairs to swap on purpose, for cdpo, robust and --influence
 
@@ -184,7 +190,10 @@ def loss_of(
         batch.get("wrong_reference"),
         beta,
     )
-    return losses.mean(), {
+    loss = losses.mean()
+    if config.imitation and config.loss != "orpo":  # which has it already
+        loss = loss - config.imitation * sides[:, 0].sum() / batch["mask"][:, 0].sum()
+    return loss, {
         "margin": margins.mean(),
         "accuracy": (margins > 0).float().mean(),
         "chosen_logratio": (sides - batch["reference"])[:, 0].mean().detach(),
@@ -203,6 +212,19 @@ def make_loss(config: Preferences, setup: Setup):
 
 
 # ------------------------------------------------------------------------------------------ stages
+
+
+def judged_pairs(
+    config: Preferences,
+    setup: Setup,
+    task: Task,
+    params: Params,
+    prompts: Sequence[Prompt],
+    seed: int,
+) -> list[Pair]:
+    """Pairs of the policy's own answers, of which the checker prefers one."""
+    options: dict[str, Any] = {"samples": config.samples, "right": config.right}
+    return own_pairs(setup, task, params, prompts, seed, **options)
 
 
 def as_data(
@@ -261,13 +283,18 @@ def run_seed(config: Config, machine: configs.Machine, seed: int, run: Path) -> 
     setup, resume = set_up(config.model, task, machine), resume_command(config)
     reference = fine_tune(setup, task, config.sft, seed, folder / "sft", resume)
     before = assess(setup, reference, reference, task, seed)
-    pairs = own_pairs(setup, task, reference, task.prompts, seed, config.dpo.samples)
-    pairs, flipped = flip(pairs, config.dpo.flipped, seed)
-    data = as_data(config.dpo, setup, reference, pairs)
-    params = optimise(config, setup, reference, data, seed, folder / "dpo")
+    params, data, flipped, count = reference, {}, torch.zeros(0), 0
+    for number in range(1, config.dpo.rounds + 1):
+        key = config.dpo.rounds * seed + number
+        pairs = judged_pairs(config.dpo, setup, task, params, task.prompts, key)
+        pairs, flipped = flip(pairs, config.dpo.flipped, key)
+        data, count = as_data(config.dpo, setup, params, pairs), count + len(pairs)
+        place = folder / f"dpo-{number}"
+        start = params  # the reference of this round, which stays as it is
+        params = optimise(config, setup, start, data, key, place)
     after = assess(setup, params, reference, task, seed)
     prompts = [prompt.text for prompt in task.held_out]
-    result = Result(seed, before, after, prompts, {"pairs": len(data["tokens"])})
+    result = Result(seed, before, after, prompts, {"pairs": count})
     print(tell(result), flush=True)
     if config.influence and seed == config.seed:
         show_influence(config, setup, task, reference, params, data, flipped, seed)
@@ -386,7 +413,7 @@ def run_sweep(config: Config, machine: configs.Machine, run: Path) -> None:
     task, seed = built_in(config.data, config.seed), config.seed
     setup, resume = set_up(config.model, task, machine), resume_command(config)
     reference = fine_tune(setup, task, config.sft, seed, run / "sft", resume)
-    pairs = own_pairs(setup, task, reference, task.prompts, seed, config.dpo.samples)
+    pairs = judged_pairs(config.dpo, setup, task, reference, task.prompts, seed)
     data = as_data(config.dpo, setup, reference, pairs)
     betas = torch.tensor(config.sweep, device=setup.device)
     stacked = {**stack([reference] * len(betas)), BETA: betas}
@@ -432,7 +459,7 @@ def show_influence(
 ) -> None:
     """Which training pairs hurt held-out pairs the most, and how many of those were flipped."""
     exact = setup._replace(implementation="flash", dtype=torch.float32)
-    unseen = own_pairs(setup, task, reference, task.held_out, seed + 1, config.dpo.samples)
+    unseen = judged_pairs(config.dpo, setup, task, reference, task.held_out, seed + 1)
     held_out = as_data(config.dpo, setup, reference, unseen)
     count = min(config.influence, len(data["tokens"]))
     examples = {name: x[:count] for name, x in data.items()}
@@ -525,7 +552,12 @@ def main(config: Config) -> None:
     elif config.sweep:
         run_sweep(config, machine, run)
     else:
-        leave(run, [run_seed(config, machine, seed, run) for seed in seeds], "dpo", PANELS)
+        leave(
+            run,
+            [run_seed(config, machine, seed, run) for seed in seeds],
+            f"dpo-{config.dpo.rounds}",
+            PANELS,
+        )
     print(f"{time.perf_counter() - begin:.0f} seconds; everything is in {run}")
 
 

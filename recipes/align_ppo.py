@@ -496,7 +496,7 @@ def make_reward(
         return task.graded, {}
     if config.rl.reward != "model":
         return rewards.load(config.rl.reward), {}
-    pairs = own_pairs(setup, task, params, task.prompts, seed, 4)
+    pairs = own_pairs(setup, task, params, task.prompts, seed, 4, right=False)
     stacked = train_rewards(
         setup,
         params,
@@ -507,7 +507,7 @@ def make_reward(
         folder / "rewards",
         resume_command(config),
     )
-    unseen = own_pairs(setup, task, params, task.held_out, seed + 1, 4)
+    unseen = own_pairs(setup, task, params, task.held_out, seed + 1, 4, right=False)
     rows = [(pair.prompt, side) for pair in unseen for side in (pair.chosen, pair.rejected)]
     right = accuracy(rewards_of(setup, stacked, rows)).mean()
     reward = RewardModel(setup, stacked, config.rl.aggregate, config.rl.penalty)

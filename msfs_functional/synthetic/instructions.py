@@ -1,7 +1,7 @@
 """Instructions over small expressions and output formats, with a checker that knows the truth.
 
-    Reverse 4 9 1 in words, with dashes, in brackets:      ->  (one-nine-four)
-    Add 8 7 in digits, with commas, plain:                 ->  15
+    Reverse 4 9 1: words, dashes, brackets =      ->  ( one - nine - four )
+    Add 8 7: digits, commas, plain =              ->  15
 
 Demonstrations come from a writer with habits: most answers are digits with commas, whatever the
 instruction says, and some hold a slip. A model of them knows how to follow instructions and mostly
@@ -28,19 +28,19 @@ OPERATIONS: dict[str, Callable[[tuple[int, ...]], tuple[int, ...]]] = {
     "Repeat": lambda x: x,
     "Reverse": lambda x: x[::-1],
     "Sort": lambda x: tuple(sorted(x)),
-    "Largest of": lambda x: (max(x),),
-    "Smallest of": lambda x: (min(x),),
+    "Largest": lambda x: (max(x),),
+    "Smallest": lambda x: (min(x),),
     "Add": lambda x: (sum(x),),
 }
 STYLES = ("digits", "words")
-JOINERS = {"commas": ", ", "dashes": "-", "spaces": " "}
-FRAMES = {"plain": ("", ""), "in brackets": ("(", ")"), "in stars": ("*", "*")}
+JOINERS = {"commas": ", ", "dashes": " - ", "spaces": " "}
+FRAMES = {"plain": ("", ""), "brackets": ("( ", " )"), "stars": ("* ", " *")}
 HABIT = ("digits", "commas", "plain")  # what the writer of demonstrations falls into
 HELD_OUT = 15  # of 100 problems
 
 FORM = re.compile(
-    rf"({'|'.join(OPERATIONS)}) ([\d ]+) in ({'|'.join(STYLES)}), with ({'|'.join(JOINERS)}), "
-    rf"({'|'.join(FRAMES)}):"
+    rf"({'|'.join(OPERATIONS)}) ([\d ]+): ({'|'.join(STYLES)}), ({'|'.join(JOINERS)}), "
+    rf"({'|'.join(FRAMES)}) ="
 )
 
 
@@ -57,7 +57,7 @@ class Instruction:
     @property
     def prompt(self) -> str:
         numbers = " ".join(map(str, self.numbers))
-        return f"{self.operation} {numbers} in {self.style}, with {self.joiner}, {self.frame}:"
+        return f"{self.operation} {numbers}: {self.style}, {self.joiner}, {self.frame} ="
 
     @property
     def answer(self) -> str:
@@ -91,7 +91,7 @@ def parse(prompt: str) -> Instruction:
 
 
 def example() -> Instruction:
-    return Instruction("Reverse", (4, 9, 1), "words", "dashes", "in brackets")
+    return Instruction("Reverse", (4, 9, 1), "words", "dashes", "brackets")
 
 
 def instructions(seed: int, count: int, split: Split = "train") -> list[Instruction]:
@@ -162,7 +162,7 @@ def check(prompt: str, text: str) -> dict[str, bool]:
         for name, (a, b) in FRAMES.items()
         if text.startswith(a) and text.endswith(b) and len(text) > len(a + b)
     }
-    frame = next((name for name in ("in brackets", "in stars") if name in framed), "plain")
+    frame = next((name for name in ("brackets", "stars") if name in framed), "plain")
     inner = framed.get(frame, text)
     readings = {name: read(inner, name) for name in JOINERS}
     expected = list(OPERATIONS[one.operation](one.numbers))
