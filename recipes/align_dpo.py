@@ -287,6 +287,9 @@ def run_seed(config: Config, machine: configs.Machine, seed: int, run: Path) -> 
     for number in range(1, config.dpo.rounds + 1):
         key = config.dpo.rounds * seed + number
         pairs = judged_pairs(config.dpo, setup, task, params, task.prompts, key)
+        if number > 1 and len(pairs) < config.dpo.batch:
+            print(f"round {number} finds {len(pairs)} pairs, fewer than a batch: done")
+            break
         pairs, flipped = flip(pairs, config.dpo.flipped, key)
         data, count = as_data(config.dpo, setup, params, pairs), count + len(pairs)
         place = folder / f"dpo-{number}"
