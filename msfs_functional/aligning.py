@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from msfs_functional import optim, random, schedules, tracking
-from msfs_functional.alignment_tasks import Prompt, Task
+from msfs_functional.alignment_tasks import Data, Prompt, Task
 from msfs_functional.compiling import graphed
 from msfs_functional.config import Machine
 from msfs_functional.generation import GREEDY, Sampling, Settings
@@ -70,6 +70,17 @@ class Setup(NamedTuple):
     implementation: str  # of attention
     length: int  # most tokens of a row
     dropout: bool
+
+
+def check_room(data: Data, own: Model) -> None:
+    """Raises ValueError where an answer fills the context, or a file of the data is not there."""
+    if data.new >= own.length:
+        raise ValueError(
+            f"--data.new ({data.new}) leaves no room for a prompt in --model.length ({own.length})"
+        )
+    for path in (*data.files, *data.texts):
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist: check the path")
 
 
 def set_up(own: Model, task: Task, machine: Machine) -> Setup:

@@ -38,6 +38,7 @@ from msfs_functional.aligning import (
     Stage,
     answer,
     assess,
+    check_room,
     draw_seeds,
     fine_tune,
     leave,
@@ -536,6 +537,15 @@ def checked(config: Config) -> Config:
         raise ValueError(f"--name ({config.name}) must be a plain name: put folders into --out")
     if config.resume and config.overwrite:
         raise ValueError("--resume goes on with a run, --overwrite deletes it: give one of them")
+    own, smoothing = config.dpo, config.dpo.label_smoothing
+    for name, beta in [("dpo.beta", own.beta), *(("sweep", beta) for beta in config.sweep)]:
+        if beta is not None and not beta > 0:
+            raise ValueError(f"--{name} ({beta}) must be above 0: leave it out for one that suits")
+    if own.loss in ("cdpo", "robust") and not 0 <= smoothing < 0.5:
+        raise ValueError(f"--dpo.label-smoothing ({smoothing}) must be in [0, 0.5)")
+    if not 0 <= own.flipped < 1:
+        raise ValueError(f"--dpo.flipped ({own.flipped}) must be in [0, 1)")
+    check_room(config.data, config.model)
     if config.threads:
         torch.set_num_threads(config.threads)
     return replace(config, name=config.name or configs.free_name(config.out, "align_dpo"))

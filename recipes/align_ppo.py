@@ -15,6 +15,7 @@ Stages of each seed, in folders of their own (--resume goes on where it was stop
 The report says how many answers to held-out prompts the checker finds right before and after.
 """
 
+import math
 import os
 import sys
 import time
@@ -39,6 +40,7 @@ from msfs_functional.aligning import (
     Setup,
     Stage,
     assess,
+    check_room,
     fine_tune,
     leave,
     optimizer_of,
@@ -509,7 +511,7 @@ def make_reward(
     )
     unseen = own_pairs(setup, task, params, task.held_out, seed + 1, 4, right=False)
     rows = [(pair.prompt, side) for pair in unseen for side in (pair.chosen, pair.rejected)]
-    right = accuracy(rewards_of(setup, stacked, rows)).mean()
+    right = accuracy(rewards_of(setup, stacked, rows)).mean() if rows else math.nan
     reward = RewardModel(setup, stacked, config.rl.aggregate, config.rl.penalty)
     return reward, {"reward model accuracy": round(float(right), 4)}
 
@@ -595,6 +597,7 @@ def checked(config: Config) -> Config:
         )
     if rl.reward not in ("rule", "model"):
         rewards.load(rl.reward)
+    check_room(config.data, config.model)
     if config.threads:
         torch.set_num_threads(config.threads)
     return replace(config, name=config.name or configs.free_name(config.out, "align_ppo"))
