@@ -43,7 +43,7 @@ from msfs_functional.train import init_state, make_step
 class Model:
     """Size of the decoder."""
 
-    width: int = 128
+    width: int = 96
     depth: int = 3  # blocks
     heads: int = 4
     length: int = 64  # tokens of a packed row, the most that a prompt and its answer have

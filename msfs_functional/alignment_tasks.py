@@ -35,7 +35,7 @@ class Data:
     texts: tuple[Path, ...] = ()  # .txt or .jsonl with "text", to pretrain on beside the files
     share: float = 0.1  # of the files' prompts, held out
     vocabulary: int = 4000  # ids of the byte-level BPE that is learned from the files
-    demonstrations: int = 12_000  # of the embedded task, to imitate
+    demonstrations: int = 30_000  # of the embedded task, to imitate
     prompts: int = 3000  # of the embedded task, to answer while learning
     held_out: int = 400  # prompts that nothing is trained on, at most
     new: int = 12  # longest answer [tokens]

@@ -114,11 +114,11 @@ class Config:
     pretrain: Stage = field(default_factory=lambda: Stage(1000, 64, 2e-3))
     rewards: Stage = field(default_factory=lambda: Stage(150, 64, 3e-4))
     members: int = 8
-    sft: Stage = field(default_factory=lambda: Stage(600, 24, 3e-3))
+    sft: Stage = field(default_factory=lambda: Stage(500, 16, 3e-3))
     # betas to train side by side in one vmapped step, in place of the seeds
     sweep: tuple[float, ...] = ()
     influence: int = 0  # pairs to score by their influence on the loss of held-out pairs
-    dpo: Preferences = field(default_factory=lambda: Preferences(200, 64, 3e-4))
+    dpo: Preferences = field(default_factory=lambda: Preferences(100, 64, 5e-4))
 
 
 # ------------------------------------------------------------------------------------------- losses
@@ -513,11 +513,11 @@ PRESETS = {
     "people": Config(
         preset="people",
         data=Data(vocabulary=6000, new=96, held_out=256),
-        model=Model(width=512, depth=6, heads=8, length=384, dropout=0.1),
-        pretrain=Stage(1200, 64, 1e-3, 100),
-        sft=Stage(200, 32, 3e-4),
-        rewards=Stage(130, 64, 2e-4),
-        dpo=Preferences(130, 64, 1e-4, samples=1),
+        model=Model(width=384, depth=6, heads=6, length=320, dropout=0.1),
+        pretrain=Stage(500, 64, 2e-3, 100),
+        sft=Stage(150, 32, 5e-4),
+        rewards=Stage(80, 64, 2e-4, 10),
+        dpo=Preferences(80, 64, 1e-4, 10, imitation=0.0),
     ),
 }
 

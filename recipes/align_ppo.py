@@ -83,7 +83,7 @@ class Learning:
     samples: int = 8  # answers to each
     epochs: int = 1  # passes over a rollout
     minibatches: int = 4  # updates of a pass
-    rate: float = 5e-4  # peak learning rate
+    rate: float = 1e-3  # peak learning rate
     warmup: int = 10  # updates
     # KL of an update [nats a token]: a natural gradient step by the exact Fisher matrix in place of
     # the optimizer's; None: the optimizer
@@ -135,7 +135,7 @@ class Config:
     model: Model = field(default_factory=Model)
     # with --data.files: reading before imitating
     pretrain: Stage = field(default_factory=lambda: Stage(1000, 64, 2e-3))
-    sft: Stage = field(default_factory=lambda: Stage(600, 24, 3e-3))
+    sft: Stage = field(default_factory=lambda: Stage(500, 16, 3e-3))
     rewards: Stage = field(default_factory=lambda: Stage(150, 32, 1e-3))
     rl: Learning = field(default_factory=Learning)
 
@@ -556,11 +556,11 @@ PRESETS = {
         preset="problems",
         seeds=1,
         save_every=200,
-        data=Data(vocabulary=4000, new=128, held_out=512, share=0.08),
-        model=Model(width=512, depth=8, heads=8, length=288, dropout=0.1),
-        pretrain=Stage(1500, 64, 1e-3, 100),
-        sft=Stage(500, 64, 5e-4),
-        rl=Learning(iterations=60, prompts=64, samples=16, minibatches=4, rate=3e-5, kl=0.01),
+        data=Data(vocabulary=4000, new=144, held_out=512, share=0.08),
+        model=Model(width=512, depth=8, heads=8, length=304, dropout=0.1),
+        pretrain=Stage(500, 64, 1.5e-3, 100),
+        sft=Stage(350, 64, 8e-4),
+        rl=Learning(iterations=60, prompts=64, samples=16, minibatches=4, rate=5e-5, kl=0.01),
     ),
 }
 
