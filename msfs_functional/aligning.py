@@ -284,9 +284,12 @@ def assess(setup: Setup, params: Params, reference: Params, task: Task, seed: in
         for temperature in (1.0, 0.0)
     ]
     texts, metadata = [p.text for p in asked], [p.metadata for p in asked]
-    shares = [float(called(task.right, texts, each.texts, metadata).mean()) for each in both]
+    sampled, greedy = (
+        float(called(task.right, texts, each.texts, metadata).mean()) for each in both
+    )
     kl = drift(setup, params, reference, both[0].rollouts, len(asked))
-    return Figures(*shares, kl, sum(map(len, both[0].ids)) / len(asked), both[1].texts)
+    length = sum(map(len, both[0].ids)) / len(asked)
+    return Figures(sampled, greedy, kl, length, both[1].texts)
 
 
 def own_pairs(

@@ -56,11 +56,11 @@ class Task:
     tokenizer: Tokenizer
     prompts: list[Prompt]  # to train on
     held_out: list[Prompt]
-    demonstrations: list[tuple[Ids, Ids]]  # (prompt, answer) to imitate
+    demonstrations: Sequence[tuple[Ids, Ids]]  # (prompt, answer) to imitate
     new: int  # longest answer [tokens]
     right: RewardFn | None = None  # 1 for a right answer, 0 for others; on texts
     graded: RewardFn | None = None  # the same with shades
-    texts: list[Ids] = field(default_factory=list)  # documents to read before anything else
+    texts: Sequence[Ids] = field(default_factory=list)  # documents to read before anything else
     pairs: list[Pair] = field(default_factory=list)  # preferences of people, to train on
     held_out_pairs: list[Pair] = field(default_factory=list)
     notes: tuple[str, ...] = ()  # what the user should know of the data

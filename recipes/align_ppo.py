@@ -167,7 +167,8 @@ def experience(
 ) -> Buffer:
     """All that updates need of a rollout: rows of one shape, without gradients."""
     tokens, mask = rollout.tokens, rollout.mask
-    own, options = cast(params, setup.dtype), {"implementation": setup.implementation}
+    own = cast(params, setup.dtype)
+    options: dict[str, Any] = {"implementation": setup.implementation}
     with torch.no_grad():
         logps, entropies, states = answer_statistics(
             setup.model, body(own), tokens, mask, temperature=rl.temperature, **options
@@ -275,6 +276,8 @@ def make_loss(rl: Learning, setup: Setup, new: int):
 def natural_step(rl: Learning, setup: Setup):
     """An update by `curvature.trust_region_step`, in the form of a compiled step."""
     options = {"implementation": "flash", "method": "hidden"}
+    assert rl.trust_region is not None
+    radius = rl.trust_region
 
     def step(state: TrainState, batch: Buffer) -> tuple[TrainState, dict[str, Tensor]]:
         tokens, mask = batch["tokens"], batch["mask"][:, 1:]
@@ -289,7 +292,7 @@ def natural_step(rl: Learning, setup: Setup):
             out = ppo.policy_loss(logps, rows["logps"], rows["advantages"], mask, clip=None)
             return -masked.masked_mean(out.losses * rows["weights"], mask)
 
-        found = trust_region_step(surrogate, logits_fn, state.params, mask, radius=rl.trust_region)
+        found = trust_region_step(surrogate, logits_fn, state.params, mask, radius=radius)
         with torch.no_grad():
             for name, value in state.params.items():  # in place, as rollouts read this memory
                 value.copy_(found.params[name])
