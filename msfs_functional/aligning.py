@@ -9,8 +9,10 @@
 Dimension key: N rows, T tokens.
 """
 
+import dataclasses
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +21,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from msfs_functional import optim, random, schedules, tracking
+from msfs_functional import agreement, meshes, optim, random, schedules, tracking
 from msfs_functional.alignment_tasks import Data, Prompt, Task
 from msfs_functional.compiling import graphed
 from msfs_functional.config import Machine
+from msfs_functional.gathering import Sharded, gathered, sharded
 from msfs_functional.generation import GREEDY, Sampling, Settings
+from msfs_functional.layouts import DECODER
 from msfs_functional.losses import linear_cross_entropy
 from msfs_functional.models import decoder as models
 from msfs_functional.packing import PackedBatches
@@ -34,6 +38,7 @@ from msfs_functional.rewards import called
 from msfs_functional.rollouts import Roller, Rollout
 from msfs_functional.scoring import answer_logps
 from msfs_functional.sft import AnswerBatches
+from msfs_functional.sharding import gather, shard
 from msfs_functional.stages import run_stage
 from msfs_functional.tokenizer import EOS, PAD
 from msfs_functional.train import init_state, make_step
@@ -61,15 +66,44 @@ class Stage:
 
 
 class Setup(NamedTuple):
-    """A decoder and how it is computed."""
+    """A decoder and how it is computed.
 
-    model: Functional
+    Stages take and return whole parameters; between them, under torchrun, a step works on shards:
+    `enter` cuts them, `leave` puts them together.
+    """
+
+    model: Functional  # that losses call: of sharded parameters on a mesh
     device: str
     dtype: torch.dtype  # of the computation
     compile: bool
     implementation: str  # of attention
     length: int  # most tokens of a row
     dropout: bool
+    plain: Functional  # of whole parameters
+    share: tuple[int, int] = (0, 1)  # (number, count) of this process among those with other rows
+    rank: int = 0
+
+    def ready(self, params: Params) -> Params:
+        """Parameters in the dtype of the computation; a sharded model casts what it gathers."""
+        return params if isinstance(self.model, Sharded) else cast(params, self.dtype)
+
+    def enter(self, params: Params) -> Params:
+        """What a donating step may write into: copies, or this rank's shards."""
+        if isinstance(self.model, Sharded):
+            return shard(params, self.model.layout.rules, self.model.mesh)
+        return {name: value.clone() for name, value in params.items()}
+
+    def leave(self, params: Params) -> Params:
+        """Whole parameters, on every rank; all ranks call it together."""
+        return gather(params)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Degrees of parallelism under torchrun, whose product is the number of processes."""
+
+    dp_replicate: int = 1  # processes with equal parameters and other rows
+    dp_shard: int = -1  # processes with a shard of each parameter and other rows; -1: the rest
 
 
 def check_room(data: Data, own: Model) -> None:
@@ -83,8 +117,8 @@ def check_room(data: Data, own: Model) -> None:
             raise ValueError(f"{path} does not exist: check the path")
 
 
-def set_up(own: Model, task: Task, machine: Machine) -> Setup:
-    """A decoder for the task's vocabulary."""
+def set_up(own: Model, task: Task, machine: Machine, mesh: Mesh | None = None) -> Setup:
+    """A decoder for the task's vocabulary; under torchrun its steps are on the mesh."""
     config = models.tiny(
         task.tokenizer.vocab_size,
         width=own.width,
@@ -97,16 +131,37 @@ def set_up(own: Model, task: Task, machine: Machine) -> Setup:
         dropout=own.dropout,
     )
     attention = "flash" if machine.device.startswith("cuda") else "sdpa"
-    dtype = getattr(torch, machine.dtype)
+    dtype, plain = getattr(torch, machine.dtype), models.decoder(config)
+    model, share = plain, (0, 1)
+    if agreement.world() > 1:
+        degrees = {} if mesh is None else dataclasses.asdict(mesh)
+        on = meshes.mesh(**degrees, device=torch.device(machine.device).type)
+        model = sharded(plain, DECODER, on, dtype=dtype, reduce_dtype=torch.float32)
+        share = meshes.data_rank(on)
     return Setup(
-        models.decoder(config),
+        model,
         machine.device,
         dtype,
         machine.compile,
         attention,
         own.length,
         own.dropout > 0,
+        plain,
+        share,
+        agreement.rank(),
     )
+
+
+def joined(device: str | None) -> None:
+    """Takes part in the process group where torchrun has started several; rank 0 alone prints."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        meshes.join(torch.device(device).type if device else None)
+
+
+def say(text: str) -> None:
+    """Prints on rank 0."""
+    if agreement.rank() == 0:
+        print(text, flush=True)
 
 
 # ------------------------------------------------------------------------------------- fine-tuning
@@ -120,16 +175,19 @@ def optimizer_of(stage: Stage) -> optim.Transformation:
 
 def step_of(setup: Setup, loss_fn: Any, optimizer: optim.Transformation, **options: Any) -> Any:
     """The step as this machine runs it best: on a GPU one CUDA graph for each set of shapes."""
-    compile = "regions" if setup.compile else False
+    compile, alone = "regions" if setup.compile else False, not isinstance(setup.model, Sharded)
+    if not alone:
+        loss_fn = gathered(loss_fn, setup.model)
     step = make_step(loss_fn, optimizer, clip_norm=1.0, compile=compile, dynamic=False, **options)
-    return graphed(step) if setup.compile and setup.device.startswith("cuda") else step
+    graph = alone and setup.compile and setup.device.startswith("cuda")
+    return graphed(step) if graph else step
 
 
 def fine_tuning_loss(setup: Setup):
     """Mean cross-entropy of the answers' tokens in packed rows [nats/token]."""
 
     def loss_fn(params: Params, batch: dict[str, Tensor], key: Tensor):
-        params = cast(params, setup.dtype)
+        params = setup.ready(params)
         states = setup.model.apply(
             params,
             batch["tokens"],
@@ -152,7 +210,7 @@ def pretrain(
     """A decoder that has read the task's texts, from random parameters; None if it has none."""
     if not task.texts:
         return None
-    batches = PackedBatches(task.texts, setup.length, stage.batch, seed)
+    batches = PackedBatches(task.texts, setup.length, stage.batch, seed, setup.share)
     return imitate(setup, batches, stage, seed, folder, resume, None)
 
 
@@ -168,7 +226,9 @@ def fine_tune(
     """A policy that imitates the demonstrations, from `start` or from random parameters."""
     documents = [[*prompt, *answer] for prompt, answer in task.demonstrations]
     prompts = [len(prompt) for prompt, _ in task.demonstrations]
-    batches = AnswerBatches(documents, setup.length, stage.batch, seed, prompts=prompts)
+    batches = AnswerBatches(
+        documents, setup.length, stage.batch, seed, setup.share, prompts=prompts
+    )
     return imitate(setup, batches, stage, seed, folder, resume, start)
 
 
@@ -182,17 +242,18 @@ def imitate(
     start: Params | None,
 ) -> Params:
     optimizer = optimizer_of(stage)
-    params = start or setup.model.init(seed, device=setup.device)
-    return run_stage(
+    params = start or setup.plain.init(seed, device=setup.device)
+    trained = run_stage(
         folder,
         stage.steps,
-        init_state(params, optimizer, random.key(seed, device=setup.device)),
+        init_state(setup.enter(params), optimizer, random.key(seed, device=setup.device)),
         step_of(setup, fine_tuning_loss(setup), optimizer),
         batches,
         device=setup.device,
         resume=resume,
         tokens=lambda batch: (batch["labels"] != PAD).sum(),
-    ).params
+    )
+    return setup.leave(trained.params)
 
 
 # ------------------------------------------------------------------------------------- answers
@@ -235,7 +296,7 @@ def answer(
 
 def roller(setup: Setup, params: Params, settings: Settings, **options: Any) -> Roller:
     return Roller(
-        setup.model,
+        setup.plain,
         params,
         settings,
         dtype=setup.dtype,
@@ -257,7 +318,7 @@ def drift(
             left -= len(part.tokens)
             after, before = (
                 answer_logps(
-                    setup.model, p, part.tokens, part.mask, implementation=setup.implementation
+                    setup.plain, p, part.tokens, part.mask, implementation=setup.implementation
                 )
                 for p in both
             )
@@ -397,6 +458,8 @@ def leave(
         stage: whose metrics are drawn, a line for each seed.
         panels: {label of the y axis: metric}.
     """
+    if agreement.rank() != 0:
+        return
     print(table(results))
     first = results[0]
     rows = zip(first.prompts, first.before.texts, first.after.texts, strict=True)

@@ -3,6 +3,11 @@ r"""Teach a decoder to follow instructions from preferences, without a reward mo
     python recipes/align_dpo.py                          # three seeds, from nothing to a table
 
     python recipes/align_dpo.py --dpo.loss ipo --dpo.beta 0.3
+    python recipes/align_dpo.py --sweep 0.03 0.1 0.3 1   # four policies in one vmapped step
+    python recipes/align_dpo.py --dpo.flipped 0.2 --influence 300 --seeds 1     # who does harm?
+    python recipes/align_dpo.py --preset people --data.files a.jsonl.gz b.jsonl.gz   # human pairs
+
+    torchrun --nproc-per-node 2 recipes/align_dpo.py --mesh.dp-shard 2
 
 Stages of each seed, in folders of their own (--resume goes on where it was stopped):
 
@@ -29,9 +34,10 @@ import torch
 import tyro
 from torch import Tensor
 
+from msfs_functional import agreement, errors, random
 from msfs_functional import config as configs
-from msfs_functional import errors, random
 from msfs_functional.aligning import (
+    Mesh,
     Model,
     Result,
     Setup,
@@ -41,11 +47,13 @@ from msfs_functional.aligning import (
     check_room,
     draw_seeds,
     fine_tune,
+    joined,
     leave,
     mean_and_spread,
     optimizer_of,
     own_pairs,
     pretrain,
+    say,
     set_up,
     step_of,
     tell,
@@ -108,13 +116,14 @@ class Config:
     compile: bool | None = None  # None: on a GPU
     threads: int | None = None  # CPU threads; None: all cores
     debug: bool = False  # show tracebacks
+    mesh: Mesh = field(default_factory=Mesh)
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     # with --data.files: reading before imitating, reward models, members of their ensemble
     pretrain: Stage = field(default_factory=lambda: Stage(1000, 64, 2e-3))
     rewards: Stage = field(default_factory=lambda: Stage(150, 64, 3e-4))
     members: int = 8
-    sft: Stage = field(default_factory=lambda: Stage(500, 16, 3e-3))
+    sft: Stage = field(default_factory=lambda: Stage(800, 16, 3e-3))
     # betas to train side by side in one vmapped step, in place of the seeds
     sweep: tuple[float, ...] = ()
     influence: int = 0  # pairs to score by their influence on the loss of held-out pairs
@@ -171,7 +180,7 @@ def sums_of(config: Preferences, setup: Setup, params: Params, batch: dict[str, 
     if config.loss == "kto":
         rows = torch.cat([rows, batch["wrong"]])
         mask = torch.cat([mask, batch["wrong_mask"]])
-    params = cast(params, setup.dtype)
+    params = setup.ready(params)
     logps = answer_logps(setup.model, params, rows, mask, implementation=setup.implementation)
     return sequence_logps(logps, mask)[0]
 
@@ -193,7 +202,7 @@ def loss_of(
     )
     loss = losses.mean()
     if config.imitation and config.loss != "orpo":  # which has it already
-        loss = loss - config.imitation * sides[:, 0].sum() / batch["mask"][:, 0].sum()
+        loss = loss - config.imitation * (sides[:, 0] / batch["mask"][:, 0].sum(-1)).mean()
     return loss, {
         "margin": margins.mean(),
         "accuracy": (margins > 0).float().mean(),
@@ -249,7 +258,7 @@ def with_reference(setup: Setup, params: Params, data: dict[str, Tensor]) -> dic
     frozen = cast(params, setup.dtype)
 
     def sums(tokens: Tensor, mask: Tensor) -> Tensor:
-        logps = answer_logps(setup.model, frozen, tokens, mask, implementation=setup.implementation)
+        logps = answer_logps(setup.plain, frozen, tokens, mask, implementation=setup.implementation)
         return sequence_logps(logps, mask)[0]
 
     flat = {name: data[name].flatten(0, 1) for name in ("tokens", "mask")}
@@ -265,23 +274,23 @@ def optimise(
 ) -> Params:
     """The parameters move, the reference stays in the data."""
     optimizer = optimizer_of(config.dpo)
-    own = {name: value.clone() for name, value in params.items()}  # the step writes into them
-    return run_stage(
+    trained = run_stage(
         folder,
         config.dpo.steps,
-        init_state(own, optimizer, random.key(seed, device=setup.device)),
+        init_state(setup.enter(params), optimizer, random.key(seed, device=setup.device)),
         step_of(setup, make_loss(config.dpo, setup), optimizer),
-        Shuffled(data, config.dpo.batch, seed),
+        Shuffled(data, config.dpo.batch, seed, setup.share),
         device=setup.device,
         resume=resume_command(config),
         tokens=lambda batch: batch["mask"].sum(),
-    ).params
+    )
+    return setup.leave(trained.params)
 
 
 def run_seed(config: Config, machine: configs.Machine, seed: int, run: Path) -> Result:
     """All stages of one seed; figures before and after."""
     folder, task = run / f"seed-{seed}", built_in(config.data, seed)
-    setup, resume = set_up(config.model, task, machine), resume_command(config)
+    setup, resume = set_up(config.model, task, machine, config.mesh), resume_command(config)
     reference = fine_tune(setup, task, config.sft, seed, folder / "sft", resume)
     before = assess(setup, reference, reference, task, seed)
     params, data, flipped, count = reference, {}, torch.zeros(0), 0
@@ -289,7 +298,7 @@ def run_seed(config: Config, machine: configs.Machine, seed: int, run: Path) -> 
         key = config.dpo.rounds * seed + number
         pairs = judged_pairs(config.dpo, setup, task, params, task.prompts, key)
         if number > 1 and len(pairs) < config.dpo.batch:
-            print(f"round {number} finds {len(pairs)} pairs, fewer than a batch: done")
+            say(f"round {number} finds {len(pairs)} pairs, fewer than a batch: done")
             break
         pairs, flipped = flip(pairs, config.dpo.flipped, key)
         data, count = as_data(config.dpo, setup, params, pairs), count + len(pairs)
@@ -299,7 +308,7 @@ def run_seed(config: Config, machine: configs.Machine, seed: int, run: Path) -> 
     after = assess(setup, params, reference, task, seed)
     prompts = [prompt.text for prompt in task.held_out]
     result = Result(seed, before, after, prompts, {"pairs": count})
-    print(tell(result), flush=True)
+    say(tell(result))
     if config.influence and seed == config.seed:
         show_influence(config, setup, task, reference, params, data, flipped, seed)
     return result
@@ -532,7 +541,7 @@ def checked(config: Config) -> Config:
     Raises:
         ValueError: a number out of range; a run that exists, or none to go on with.
     """
-    configs.check_numbers(config, MAY_BE_ZERO)
+    configs.check_numbers(replace(config, mesh=Mesh(dp_shard=1)), MAY_BE_ZERO)
     if config.name and Path(config.name).name != config.name:
         raise ValueError(f"--name ({config.name}) must be a plain name: put folders into --out")
     if config.resume and config.overwrite:
@@ -546,32 +555,37 @@ def checked(config: Config) -> Config:
     if not 0 <= own.flipped < 1:
         raise ValueError(f"--dpo.flipped ({own.flipped}) must be in [0, 1)")
     check_room(config.data, config.model)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (config.data.files or config.sweep):
+        raise ValueError(
+            "--data.files and --sweep train ensembles, in one process: start them without torchrun"
+        )
     if config.threads:
         torch.set_num_threads(config.threads)
     return replace(config, name=config.name or configs.free_name(config.out, "align_dpo"))
 
 
 def main(config: Config) -> None:
-    begin, config = time.perf_counter(), checked(config)
-    machine = configs.machine(config.device, config.dtype, config.compile)
+    begin = time.perf_counter()
+    joined(config.device)
+    with agreement.together():
+        config = checked(config)
+        machine = configs.machine(config.device, config.dtype, config.compile)
+    config = replace(config, name=agreement.from_all(config.name)[0])
     if machine.note:
-        print(f"note: {machine.note}", file=sys.stderr)
+        say(f"note: {machine.note}")
     run = config.out / str(config.name)
-    if not config.resume:
-        configs.new_run(run, config, overwrite=config.overwrite)
+    with agreement.together():
+        if not config.resume and agreement.rank() == 0:
+            configs.new_run(run, config, overwrite=config.overwrite)
     seeds = range(config.seed, config.seed + config.seeds)
     if config.data.files:
         run_files(config, machine, run)
     elif config.sweep:
         run_sweep(config, machine, run)
     else:
-        leave(
-            run,
-            [run_seed(config, machine, seed, run) for seed in seeds],
-            f"dpo-{config.dpo.rounds}",
-            PANELS,
-        )
-    print(f"{time.perf_counter() - begin:.0f} seconds; everything is in {run}")
+        results = [run_seed(config, machine, seed, run) for seed in seeds]
+        leave(run, results, "dpo-1", PANELS)
+    say(f"{time.perf_counter() - begin:.0f} seconds; everything is in {run}")
 
 
 def command_line(args: Sequence[str]) -> Config:

@@ -50,7 +50,8 @@ def test_checker_says_which_part_is_wrong(text, wrong):
     found = check(example().prompt, text)
     assert {name for name, fine in found.items() if not fine} == wrong | {"right"}
     assert right([example().prompt], [text]) == [0.0]
-    assert graded([example().prompt], [text]) == [sum(found.values()) / 5]
+    assert graded([example().prompt], [text]) == [sum(found.values()) / 8]
+    assert graded([example().prompt], [example().answer]) == [1.0]
 
 
 def test_no_training_prompt_holds_a_held_out_problem():

@@ -100,7 +100,7 @@ def instructions(seed: int, count: int, split: Split = "train") -> list[Instruct
     found: list[Instruction] = []
     while len(found) < count:
         operation = rng.choice(tuple(OPERATIONS))
-        size = 2 if operation == "Add" else rng.choice((2, 3, 4))
+        size = 2 if operation == "Add" else rng.choice((2, 3))
         numbers = tuple(rng.randrange(10) for _ in range(size))
         how = (rng.choice(STYLES), rng.choice(tuple(JOINERS)), rng.choice(tuple(FRAMES)))
         one = Instruction(operation, numbers, *how)
@@ -184,6 +184,6 @@ def right(prompts: Sequence[str], completions: Sequence[str], metadata: Any = No
 
 
 def graded(prompts: Sequence[str], completions: Sequence[str], metadata: Any = None) -> list[float]:
-    """A reward in [0, 1]: the mean of the four parts and of being right in all."""
-    pairs = zip(prompts, completions, strict=True)
-    return [sum(check(prompt, text).values()) / 5 for prompt, text in pairs]
+    """A reward in [0, 1]: half for being right in all, an eighth for each of the four parts."""
+    checks = (check(*pair) for pair in zip(prompts, completions, strict=True))
+    return [sum(found.values()) / 8 + 3 / 8 * found["right"] for found in checks]
