@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import os
 import signal
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -179,6 +181,37 @@ def test_a_reward_model_ensemble_and_a_trust_region_run(align_ppo, tmp_path, cap
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert all(0 <= record["step_kl"] <= 0.0101 for record in records)
     assert any(record["step_kl"] > 0 for record in records)
+
+
+@pytest.mark.ranks
+def test_two_ranks_learn_what_one_process_learns(align_ppo, tmp_path):
+    """The same rollouts, rewards and gradients, to the rounding of another order of sums."""
+    options = ["--data.demonstrations", "120", "--data.prompts", "60", "--data.held-out", "6"]
+    options += ["--model.width", "16", "--model.depth", "1", "--model.heads", "2", "--seeds", "1"]
+    options += ["--sft.steps", "3", "--sft.batch", "4", "--sft.warmup", "1", "--device", "cpu"]
+    options += ["--rl.iterations", "2", "--rl.prompts", "4", "--rl.samples", "2"]
+    options += ["--rl.minibatches", "2", "--rl.warmup", "1", "--out", str(tmp_path), "--name"]
+    align_ppo.main(align_ppo.command_line([*options, "one"]))
+    script = [str(ROOT / "recipes" / "align_ppo.py"), *options, "two", "--mesh.dp-shard", "2"]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    ran = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *script],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert ran.stdout.count("seed 0: right before") == 1
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / place).read_text().splitlines()]
+        for name in ("one", "two")
+        for place in ["seed-0/rl/metrics.jsonl"]
+    )
+    assert len(one) == len(two) == 2
+    for a, b in zip(one, two, strict=True):
+        for name in ("reward", "kl", "length", "grad_norm", "rollout_entropy"):
+            assert a[name] == pytest.approx(b[name], abs=2e-3, rel=5e-3), name
 
 
 def reward_file(tmp_path, text):
