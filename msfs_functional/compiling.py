@@ -16,9 +16,17 @@ from msfs_functional.transforms import NAMESPACE
 
 S = TypeVar("S")
 
-# Left on, a layer norm's gradients over input and weights share one kernel that sums in two orders:
-# on an H200, for 32,768 rows of 512, 176 microseconds where two kernels take 81.
-INDUCTOR: dict[str, Any] = {"triton.mix_order_reduction": False}
+
+def inductor_options() -> dict[str, Any]:
+    """What differs from Inductor's defaults in a training step."""
+    from msfs_functional.epilogues import ReluInProducts
+
+    return {
+        # Left on, a layer norm's gradients over input and weights share one kernel that sums in two
+        # orders: on an H200, for 32,768 rows of 512, 176 microseconds where two kernels take 81.
+        "triton.mix_order_reduction": False,
+        "joint_custom_pre_pass": ReluInProducts(),
+    }
 
 
 def why_not_compile(device: torch.device | str) -> str | None:
@@ -65,6 +73,7 @@ def compile_per_shape(fn: Callable[..., Any], dynamic: bool | None) -> Callable[
             None: a graph for the first shapes, one with symbols for all others.
     """
     graphs: dict[Any, Callable[..., Any]] = {}
+    options = inductor_options()
 
     def run(params: Any, batch: Any, *rest: Any) -> Any:
         leaves = optree.tree_leaves(batch, namespace=NAMESPACE)
@@ -76,7 +85,7 @@ def compile_per_shape(fn: Callable[..., Any], dynamic: bool | None) -> Callable[
         if dynamic is False or not graphs:
             # Left to itself, Dynamo makes sizes symbols that differed in other functions of the
             # same source line: only what is marked here shall be one.
-            graph = torch.compile(fresh(fn), fullgraph=True, dynamic=False, options=INDUCTOR)
+            graph = torch.compile(fresh(fn), fullgraph=True, dynamic=False, options=options)
         else:
             graph = next(iter(graphs.values()))
         graphs[shapes] = graph

@@ -379,6 +379,20 @@ class Generator:
             except StopIteration as end:
                 return end.value
 
+    def room(self, prompts: Sequence[Sequence[int]]) -> int:
+        """New tokens that all of these prompts leave room for.
+
+        Raises:
+            ValueError: none.
+        """
+        longest = max(map(len, prompts))
+        if longest >= self.model.max_length:
+            raise ValueError(
+                f"a prompt of {longest} tokens leaves no room in the model's max_length "
+                f"({self.model.max_length}): shorten it"
+            )
+        return self.model.max_length - longest
+
     def stream(
         self,
         prompts: Prompts,

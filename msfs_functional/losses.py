@@ -6,6 +6,8 @@ the counts, divide once.
 Dimension key: ... items (sentences, tokens), D width, V vocabulary.
 """
 
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -58,6 +60,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     ignore_index: int = PAD,
     z_loss: float = 0.0,
+    softcap: float | None = None,
 ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
     """cross_entropy(hidden @ weight.T + bias, labels), whose logits never exist all at once.
 
@@ -68,6 +71,7 @@ def linear_cross_entropy(
 
     Args:
         hidden, weight, bias: of one dtype; products are in it, softmax and sums in float32.
+        softcap: logits become softcap * tanh(logits / softcap) (Gemma 2); None for no cap.
         others: as in `cross_entropy`.
 
     Raises:
@@ -87,6 +91,8 @@ def linear_cross_entropy(
             f"hidden ({hidden.dtype}), weight ({weight.dtype}) and bias must have one dtype: cast "
             "the parameters"
         )
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap ({softcap}) must be a positive number, or None for no cap")
     from msfs_kernels.linear_cross_entropy import linear_cross_entropy as op
 
     labels = labels.long()
@@ -98,6 +104,7 @@ def linear_cross_entropy(
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
         z_loss=z_loss,
+        softcap=softcap or 0.0,
     )
     return loss.reshape(()), (labels != ignore_index).sum()
 

@@ -31,6 +31,7 @@ from msfs_functional.models.clip import TextConfig, text_tower
 from msfs_functional.models.unet import UNetConfig, unet
 from msfs_functional.models.weight_files import read_json, read_tensors
 from msfs_functional.params import Params, cast
+from msfs_functional.replay import replayed
 
 Sampler = Literal["ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde"]
 Spacing = Literal["leading", "linspace", "trailing"]
@@ -198,13 +199,14 @@ def encode_prompts(
 
 @functools.lru_cache
 def _predict_fn(config: UNetConfig, implementation: Implementation, compile: bool) -> Any:
-    """(params, x, t, context) -> prediction; one object for all calls, compiled once a shape."""
+    """(params, x, t, context) -> prediction; one object for all calls, compiled once a shape, and
+    on a GPU replayed as one CUDA graph."""
     network = unet(config)
 
     def predict(params: Params, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         return network.apply(params, x, t, context, implementation=implementation)
 
-    return torch.compile(predict, dynamic=False, fullgraph=True) if compile else predict
+    return replayed(torch.compile(predict, dynamic=False, fullgraph=True)) if compile else predict
 
 
 @functools.lru_cache

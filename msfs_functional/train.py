@@ -250,6 +250,17 @@ def _on_shards(update: UpdateFn) -> UpdateFn:
     return run
 
 
+def _on_matrices(update: UpdateFn, eager: UpdateFn) -> UpdateFn:
+    """An update that looks at whole matrices (Muon) runs eagerly over shards: it sees all of them
+    at once then, and what ranks send one another goes in few parts."""
+
+    def run(trained: Trained, grads: Params, scale: Tensor | None, finite: Tensor) -> Trained:
+        fn = eager if any(map(is_sharded, grads.values())) else update
+        return fn(trained, grads, scale, finite)
+
+    return run
+
+
 def _advance(
     optimizer: Transformation,
     *,
@@ -276,7 +287,8 @@ def _advance(
         overwrite(trained, pure(trained, *rest))
         return trained
 
-    update: UpdateFn = overwriting if donate else pure
+    eager: UpdateFn = overwriting if donate else pure
+    update = eager
     if compile and optimizer.kinds is not None:
         update = Leafwise(
             pure, optimizer.kinds, elementwise=optimizer.elementwise, lead=lead, donate=donate
@@ -284,8 +296,7 @@ def _advance(
     elif compile:
         update = torch.compile(fresh(update), fullgraph=True, dynamic=False)
 
-    if optimizer.elementwise:
-        update = _on_shards(update)
+    update = _on_shards(update) if optimizer.elementwise else _on_matrices(update, eager)
 
     def advance(state: TrainState, grads: Params, sums: Metrics, weight: Tensor) -> Any:
         metrics, scale, finite = _settle(grads, sums, weight, weighted, clip, lead)

@@ -23,7 +23,7 @@ import diffusers
 import torch
 import torch.nn.functional as F
 import tyro
-from measuring import fresh, measure
+from measuring import fresh, measure, synchronize
 from torch import Tensor
 
 from msfs_functional import errors, optim, random
@@ -57,8 +57,18 @@ class Config:
     """images at once, of sampling"""
     repeats: int = 3
     """timed calls, of sampling"""
+    profile: bool = False
+    """print our kernels of one step, or of one call"""
     debug: bool = False
     """show tracebacks"""
+
+
+def show_kernels(run: Callable[[], object]) -> None:
+    with torch.profiler.profile() as profile:
+        run()
+        synchronize()
+    by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    print(profile.key_averages().table(sort_by=by, row_limit=45, max_name_column_width=80))
 
 
 def sizes(small: bool) -> dict[str, Any]:
@@ -149,13 +159,17 @@ def train(config: Config, device: str) -> None:
     for name in config.sides:
         torch._dynamo.reset()
         fresh()
-        figures = measure(builds[name](config, batch, device), config.warmup, config.steps)
+        run = builds[name](config, batch, device)
+        figures = measure(run, config.warmup, config.steps)
         rates[name] = len(batch["x"]) / figures.seconds
         print(
             f"{name:10} {rates[name]:8.1f} latents/s  {figures.memory:6.1f} GiB  "
             f"first step {figures.first:6.1f} s",
             flush=True,
         )
+        if config.profile and name == "ours":
+            show_kernels(run)
+        del run
     if len(rates) == 2:
         print(f"ours / diffusers: {rates['ours'] / rates['diffusers']:.3f}")
 
@@ -244,6 +258,8 @@ def sample(config: Config, device: str) -> None:
                 f"first call {figures.first:6.1f} s",
                 flush=True,
             )
+            if config.profile and name == "ours":
+                show_kernels(runs[name])
         if len(rates) == 2:
             print(f"batch {batch}  ours / diffusers: {rates['ours'] / rates['diffusers']:.3f}")
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 import translate
 import tyro
-from measuring import fresh, measure, synchronize
+from measuring import fresh, kernels, measure, synchronize
 from torch import Tensor
 
 from msfs_functional import errors, optim, random
@@ -58,6 +58,10 @@ class Config:
     """steps before, compiling included"""
     members: int = 8
     """of the ensemble"""
+    sides: tuple[Literal["ours", "graphed", "marian"], ...] = ("ours", "graphed", "marian")
+    """marian: what to measure, of our step, our step as one CUDA graph, transformers"""
+    profile: bool = False
+    """marian and ensemble: print our kernels"""
     recipe: translate.Config = field(default_factory=tiny30k)
     """data and ensemble: the training to take the step from"""
     debug: bool = False
@@ -193,19 +197,24 @@ def against_marian(config: Config) -> None:
     print(f"{hardware()}: {size}, {padding:.0%} of the source is padding, bf16")
     figures = {}
     ours_graphed = functools.partial(our_step, graph=True)
-    sides = {"ours": our_step, "ours, CUDA graph": ours_graphed, "Marian": marian_step}
-    for name, make in sides.items():
+    sides = {"ours": our_step, "graphed": ours_graphed, "marian": marian_step}
+    for name in config.sides:
         fresh()
         compiled = not config.small
-        one = measure(make(size, batch, compiled), config.warmup, config.steps)
+        step = sides[name](size, batch, compiled)
+        one = measure(step, config.warmup, config.steps)
         figures[name] = one
         rate = tokens / one.seconds
         print(
-            f"{name:17}  {rate / 1e6:7.3f}M padded tokens/s  {one.memory:6.2f} GiB  "
+            f"{name:8}  {rate / 1e6:7.3f}M padded tokens/s  {one.memory:6.2f} GiB  "
             f"first step {one.first:5.1f} s"
         )
-    for name in list(sides)[:2]:
-        print(f"{name} / Marian: {figures['Marian'].seconds / figures[name].seconds:.2f}x tokens/s")
+        if config.profile and name == "graphed":
+            print(kernels(step))
+    if "marian" in figures:
+        for name in figures.keys() - {"marian"}:
+            ratio = figures["marian"].seconds / figures[name].seconds
+            print(f"{name} / marian: {ratio:.2f}x tokens/s")
 
 
 # ------------------------------------------------------------------------- steps of the recipe
@@ -275,6 +284,8 @@ def against_single_runs(config: Config) -> None:
         batches.close()
         timed(step, state, iter(kept), len(kept))
         seconds[members] = timed(step, state, iter(kept), len(kept))
+        if config.profile:
+            print(kernels(lambda: step(state, kept[0])))  # noqa: B023
         print(f"{members} members: {1e3 * seconds[members]:.2f} ms a step")
     ratio = seconds[config.members] / (config.members * seconds[1])
     print(f"{hardware()}: {config.members} members take {ratio:.2f} of the time of as many runs")

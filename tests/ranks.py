@@ -1,4 +1,4 @@
-"""Runs claims on several gloo ranks of this machine, many in one start of processes."""
+"""Runs claims on several ranks of this machine, many in one start of processes."""
 
 import os
 import socket
@@ -10,6 +10,16 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.device_mesh import DeviceMesh
+
+from msfs_functional import meshes
+
+DEVICE = os.environ.get("RANKS_DEVICE", "cpu")  # "cuda": a GPU for each rank, NCCL between them
+
+
+def mesh(**degrees: int) -> DeviceMesh:
+    """A mesh of the ranks of this stage."""
+    return meshes.mesh(**degrees, device=DEVICE)
 
 
 def free_port() -> int:
@@ -40,7 +50,7 @@ def _rank(rank: int, stages: list, results) -> None:
     torch.set_num_threads(1)
     for claims, world, port in stages:
         if rank < world:
-            given = {"RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
+            given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
             os.environ.update({name: str(value) for name, value in given.items()})
             os.environ["MASTER_ADDR"] = "127.0.0.1"
             _stage(rank, world, claims, results)
@@ -54,8 +64,14 @@ def _stage(rank: int, world: int, claims: list, results) -> None:
             claim()
         except Exception:
             where = f"rank {rank} of {world}, {claim.__name__}:\n"
-            results.put(where + "".join(traceback.format_exc()[-3000:]) + "\n")
+            told = where + traceback.format_exc()[-3000:] + "\n"
+            print(told, file=sys.stderr, flush=True)
+            results.put(told)
         if rank == 0:
-            print(f"{claim.__name__}: {time.perf_counter() - start:.1f} s", file=sys.stderr)
+            print(
+                f"{claim.__name__}: {time.perf_counter() - start:.1f} s",
+                file=sys.stderr,
+                flush=True,
+            )
     if dist.is_initialized():
         dist.destroy_process_group()

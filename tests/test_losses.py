@@ -19,6 +19,7 @@ OPTIONS: list[dict[str, Any]] = [
     {},
     {"label_smoothing": 0.1},
     {"label_smoothing": 0.1, "z_loss": 1e-2},
+    {"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 1.5},
 ]
 
 
@@ -67,12 +68,16 @@ def test_z_loss_is_the_squared_log_partition():
 def losses(labels, **options):
     """The fused loss and the plain one as functions of (h, w, b)."""
 
+    softcap = options.get("softcap")
+    others = {name: value for name, value in options.items() if name != "softcap"}
+
     def ours(h, w, b):
         return linear_cross_entropy(h, w, labels, bias=b, **options)[0]
 
     def plain(h, w, b):
         logits = h @ w.T if b is None else h @ w.T + b
-        return cross_entropy(logits, labels, **options)[0]
+        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        return cross_entropy(logits, labels, **others)[0]
 
     return ours, plain
 
@@ -116,7 +121,7 @@ NAMES = list(compositions(*problem()[:3]))
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "smooth", "smooth+z"])
+@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "smooth", "smooth+z", "smooth+z+cap"])
 def test_fused_equals_plain_under(name, options):
     h, w, b, labels = problem()
     ours, plain = losses(labels, **options)
@@ -127,7 +132,7 @@ def test_fused_equals_plain_under(name, options):
 @pytest.mark.parametrize("name", ["grad", "vmap(grad)", "jvp", "jvp(grad)", "grad(grad)"])
 def test_fused_equals_plain_compiled_under(name):
     h, w, b, labels = problem()
-    ours, plain = losses(labels, label_smoothing=0.1, z_loss=1e-2)
+    ours, plain = losses(labels, label_smoothing=0.1, z_loss=1e-2, softcap=1.5)
     compose = compositions(h, w, b)[name]
     compiled = torch.compile(lambda: compose(ours), fullgraph=True)()
     torch.testing.assert_close(compiled, compose(plain), rtol=1e-10, atol=1e-12)
@@ -152,7 +157,7 @@ def test_autograd_equals_plain(compiled, bias):
 def test_gradient_is_that_of_finite_differences():
     h, w, b, labels = problem()
     leaves = tuple(x.requires_grad_() for x in (h, w, b))
-    ours, _ = losses(labels, label_smoothing=0.1, z_loss=1e-2)
+    ours, _ = losses(labels, label_smoothing=0.1, z_loss=1e-2, softcap=1.5)
     assert torch.autograd.gradcheck(ours, leaves)
     assert torch.autograd.gradgradcheck(ours, leaves)
 
@@ -208,6 +213,8 @@ def test_wrong_arguments_are_named():
         linear_cross_entropy(h, w, labels, bias=b[:2])
     with pytest.raises(ValueError, match=r"label 11 must be in \[0, 11\)"):
         linear_cross_entropy(h, w, labels + 1, ignore_index=1)
+    with pytest.raises(ValueError, match=r"softcap \(0\) must be a positive number"):
+        linear_cross_entropy(h, w, labels, softcap=0)
     with pytest.raises(ValueError, match="label_smoothing"):
         cross_entropy(h, labels, label_smoothing=1.5)
 
@@ -220,7 +227,7 @@ torch.manual_seed(0)
 for vocab, bias in ((7, None), (130, torch.randn(2, 130))):
     logits, labels = torch.randn(2, 5, vocab) * 4, torch.randint(0, vocab, (2, 5))
     labels[0, 1] = labels[1, 4] = 0
-    for options in ((0.0, 0, 0.0), (0.1, 0, 0.01)):
+    for options in ((0.0, 0, 0.0, 0.0), (0.1, 0, 0.01, 0.0), (0.1, 0, 0.01, 3.0)):
         full = logits.clone() if bias is None else logits + bias[:, None]
         expected = plain(full, labels, *options)
         got = fused(logits.clone(), bias, labels, *options, True)

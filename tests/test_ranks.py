@@ -1,8 +1,12 @@
 """The claims about several ranks that other files make, in one start of processes."""
 
 import pytest
+import test_caption as caption
+import test_contrastive as contrastive
 import test_distributed_checkpoint as checkpoints
+import test_image_text as image_text
 import test_sharding as sharding
+import test_text_to_image as pictures
 from ranks import check_claims
 
 
@@ -10,6 +14,12 @@ from ranks import check_claims
 @pytest.mark.timeout(900)
 def test_several_ranks_equal_one_process_and_go_on_for_one_another(tmp_path, monkeypatch):
     monkeypatch.setenv("CHECKPOINT_TEST", str(tmp_path))
-    four, two = sharding.FOUR + checkpoints.FOUR, sharding.TWO + checkpoints.TWO
-    check_claims((four, 4), (two, 2))
+    monkeypatch.setenv("RECIPES_OUT", str(tmp_path))
+    four = sharding.FOUR + checkpoints.FOUR
+    two = sharding.TWO + checkpoints.TWO + pictures.TWO + contrastive.TWO
+    runs = [([run], 2) for run in caption.TWO + image_text.TWO]  # each starts and ends its group
+    check_claims((four, 4), (two, 2), *runs)
     checkpoints.resumed_on_one()
+    pictures.as_on_one_process(tmp_path)
+    for recipe in (caption, image_text):
+        recipe.equal_one_process(tmp_path)

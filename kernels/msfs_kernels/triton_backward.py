@@ -123,7 +123,7 @@ def tile_gradient(
         p = tl.where(tile_visible(i, j, batch, head, T, S, facts, masks, CAUSAL), p, 0.0)
     kept_p = p
     if masks.rng is not None:
-        kept = tile_kept(i, j, head, facts, masks)
+        kept = tile_kept(i, j, facts, masks)
         kept_p = tl.where(kept, p * masks.keep_scale, 0.0)
         dp = tl.where(kept, dp * masks.keep_scale, 0.0)
     ds = p * (dp - delta)
@@ -339,7 +339,7 @@ def mean_blocks(
         if MASKED:
             p = tl.where(tile_visible(i, j, batch, head, T, S, facts, masks, CAUSAL), p, 0.0)
         if masks.rng is not None:
-            dp = tl.where(tile_kept(i, j, head, facts, masks), dp * masks.keep_scale, 0.0)
+            dp = tl.where(tile_kept(i, j, facts, masks), dp * masks.keep_scale, 0.0)
         total += tl.sum(p, 1)
         mean += tl.sum(p * dp, 1)
     return mean, total

@@ -101,7 +101,7 @@ def forward_blocks(
         total = total * shrink + tl.sum(p, 1)
         out = out * shrink[:, None]
         if masks.rng is not None:
-            p = tl.where(tile_kept(i, j, head, facts, masks), p, 0.0)
+            p = tl.where(tile_kept(i, j, facts, masks), p, 0.0)
         values = load_tile(v, v_strides, batch, kv_head, start, S, BN, VP, V, MASKED, TMA)
         out = tl.dot(p.to(values.dtype), values, out, input_precision=PRECISION)
         top = new_top

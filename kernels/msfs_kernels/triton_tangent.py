@@ -101,7 +101,7 @@ def tangent_blocks(
             mean += tl.sum(moved, 1)
         if PASS != "means":
             if masks.rng is not None:
-                kept = tile_kept(i, j, head, facts, masks)
+                kept = tile_kept(i, j, facts, masks)
                 p = tl.where(kept, p * masks.keep_scale, 0.0)
                 moved = tl.where(kept, moved * masks.keep_scale, 0.0)
             values = load_tile(v, v_strides, batch, kv_head, start, S, BN, VP, V, MASKED, TMA)

@@ -20,7 +20,7 @@ from msfs_functional.regions import region_of
 INITIALIZERS: Rules[Initializer] = [
     (r"norm[a-z_]*\.weight$", ones),
     (r"bias$", zeros),
-    (r"(^output|\.conv_out|\.project_out)\.weight$", zeros),
+    (r"(^output|\.conv_out|\.project_out|\.attention\.o)\.weight$", zeros),
     (r"weight$", kaiming_uniform(math.sqrt(1 / 3))),
 ]
 

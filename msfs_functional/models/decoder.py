@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Int64
+from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor, nn
 
 from msfs_functional import random
@@ -209,6 +209,24 @@ class Context(NamedTuple):
     leave: LinearFn = linear  # the last one: both know of other devices that share the work
 
 
+def within(window: int, prefix_lengths: Int[Tensor, "B"], tokens: int) -> Bool[Tensor, "B 1 T T"]:
+    """Keys that a query sees: those of its window up to itself, and a prefix's tokens each other.
+
+    `attention` shows a prefix to all queries, however far away; in a layer with a window, what
+    comes after it sees it through the window alone, as it does from a cache.
+
+        window 2, prefix 2, T = 4      1 1 0 0
+                                       1 1 0 0
+                                       0 1 1 0
+                                       0 0 1 1
+    """
+    at = torch.arange(tokens, device=prefix_lengths.device)
+    behind = at[:, None] - at
+    in_prefix = at < prefix_lengths[:, None]
+    visible = (behind >= 0) & (behind < window)
+    return (visible | (in_prefix[:, :, None] & in_prefix[:, None]))[:, None]
+
+
 class Cache(NamedTuple):
     """Keys and values of the tokens so far: goes into `decode`, comes out of it.
 
@@ -394,7 +412,7 @@ class Decoder(nn.Module):
             the left with an id of its own.
         key_lengths: (B,), tokens that are not padding on the right. What stands after them is
             nobody's: it changes nothing before.
-        prefix_lengths: (B,), tokens at the start that all tokens see (prefix-LM).
+        prefix_lengths: (B,), tokens at the start that see each other (prefix-LM).
         key: for dropout; None evaluates without.
         implementation: of attention, or a function in place of `attention.attention` with its
             signature (ring attention over a mesh).
@@ -431,7 +449,8 @@ class Decoder(nn.Module):
         implementation: Implementation | AttentionFn = "flash",
         around_block: Callable[[BlockFn], BlockFn] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """States after the last norm: for `losses.linear_cross_entropy`, for heads of all kinds.
+        """States after the last norm: for `losses.linear_cross_entropy` (with
+        softcap=config.logit_softcap), for heads of all kinds.
 
         Raises:
             ValueError: more tokens than max_length; both or neither of tokens and embeddings.
@@ -439,15 +458,16 @@ class Decoder(nn.Module):
         x = self._inputs(tokens, embeddings)
         if positions is None:
             positions = torch.arange(x.shape[-2], device=x.device)
-        mask = {
-            "is_causal": True,
-            "segment_ids": segment_ids,
-            "key_lengths": key_lengths,
-            "prefix_lengths": prefix_lengths,
-        }
+
+        def mask(window: int | None) -> dict[str, Any]:
+            others = {"segment_ids": segment_ids, "key_lengths": key_lengths}
+            if prefix_lengths is not None and window is not None and window < x.shape[-2]:
+                return {"bias": within(window, prefix_lengths, x.shape[-2]), **others}
+            return {"is_causal": True, "prefix_lengths": prefix_lengths, **others}
+
         keys = site_keys(key, 1 + self.config.depth)
         x = self._start(x, positions, keys.pop())
-        contexts = self._contexts(x, positions, implementation, lambda window: mask, None, False)
+        contexts = self._contexts(x, positions, implementation, mask, None, False)
         for i, layer in enumerate(self.blocks):
             context = contexts[self.config.window(i)]
             x, _ = layer(x, keys[i], context, around_block=around_block)
@@ -537,6 +557,8 @@ class Decoder(nn.Module):
         slots = positions.expand(B, T)
 
         def mask(window: int | None) -> dict[str, Any]:
+            if fresh and prefix_lengths is not None and window is not None and window < T:
+                return {"bias": within(window, prefix_lengths, T)}
             if fresh:
                 return {"is_causal": True, "prefix_lengths": prefix_lengths}
             if T == 1 and (window is None or window >= L):

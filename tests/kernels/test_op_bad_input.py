@@ -104,7 +104,17 @@ def test_wrong_call_raises_eager_and_under_transforms(change, message):
             run()
 
 
-def test_wrong_call_raises_the_same_compiled():
+@pytest.mark.parametrize("change", WRONG.values(), ids=WRONG)
+def test_wrong_call_raises_the_same_words_compiled(change):
+    with pytest.raises(ValueError) as eager:
+        call(**change)
+    compiled = torch.compile(lambda: call(**change), fullgraph=True, backend="eager")
+    with pytest.raises(ValueError) as found:
+        compiled()
+    assert str(found.value) == str(eager.value)
+
+
+def test_transforms_of_a_wrong_call_raise_compiled():
     def heads(q):
         return call(q=q[:, :3]).sum()
 

@@ -18,7 +18,7 @@ from msfs_functional.synthetic.stories import lexicon as words
 SENTENCES: dict[str, tuple[str, ...]] = {
     "open": (
         "One {d}, {a} and {b} were {p.in} the {p}.",
-        "{a} met {b} {p.in} the {p} one {d}.",
+        "One {d}, {a} met {b} {p.in} the {p}.",
     ),
     "join": ("{a} was there, too.", "Soon {a} came to play with them."),
     "own": ("{a} had {o.a} {o.adj} {o}.", "{a} was proud of {a.his} {o}, {o.a} {o.adj} one."),
