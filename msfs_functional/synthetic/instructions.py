@@ -8,7 +8,8 @@ instruction says, and some hold a slip. A model of them knows how to follow inst
 does not: what preferences and rewards are for. `check` says of any text what is right about it.
 
 A hash of operation and numbers sets problems aside: no training prompt holds one of them, in any
-format.
+format. Only sums, of which there are a hundred and which nobody can guess from others, are held out
+by their whole prompt: training has seen the sum in another format.
 """
 
 import random
@@ -65,8 +66,8 @@ class Instruction:
 
     @property
     def held_out(self) -> bool:
-        """Whether training never sees this problem, in any format."""
-        text = f"{self.operation} {self.numbers}"
+        """Whether training never sees this problem, in any format (a sum: in this one)."""
+        text = self.prompt if self.operation == "Add" else f"{self.operation} {self.numbers}"
         return zlib.crc32(text.encode()) % 100 < HELD_OUT
 
 
