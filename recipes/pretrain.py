@@ -480,7 +480,8 @@ def train(config: Config, watchdog: Watchdog) -> None:
     with tracker:
         tracker.note(about(config, plain, tokenizer, corpus))
         trace = profiled(run / f"trace-{rank}.json.gz", settings.profile)
-        with writer, errors.interruptible() as stop, trace as traced:
+        stopping = errors.interruptible(launched=world > 1)
+        with writer, stopping as stop, trace as traced:
             for count in range(first + 1, settings.steps + 1):
                 with meter.waiting():
                     watchdog.at(f"the data of step {count}")

@@ -427,6 +427,8 @@ class Decoder(nn.Module):
         key_lengths: (B,), tokens that are not padding on the right. What stands after them is
             nobody's: it changes nothing before.
         prefix_lengths: (B,), tokens at the start that see each other (prefix-LM).
+        visible: (B, 1, T, T), true where a query may look at a key, if the rest allows it too: any
+            mask that has no name here.
         key: for dropout; None evaluates without.
         implementation: of attention, or a function in place of `attention.attention` with its
             signature (ring attention over a mesh).
@@ -459,6 +461,7 @@ class Decoder(nn.Module):
         segment_ids: Int[Tensor, "B T"] | None = None,
         key_lengths: Int[Tensor, "B"] | None = None,
         prefix_lengths: Int[Tensor, "B"] | None = None,
+        visible: Bool[Tensor, "B 1 T T"] | None = None,
         key: Int64[Tensor, "2"] | None = None,
         implementation: Implementation | AttentionFn = "flash",
         around_block: Callable[[BlockFn], BlockFn] | None = None,
@@ -476,8 +479,10 @@ class Decoder(nn.Module):
         def mask(window: int | None) -> dict[str, Any]:
             others = {"segment_ids": segment_ids, "key_lengths": key_lengths}
             if prefix_lengths is not None and window is not None and window < x.shape[-2]:
-                return {"bias": within(window, prefix_lengths, x.shape[-2]), **others}
-            return {"is_causal": True, "prefix_lengths": prefix_lengths, **others}
+                near = within(window, prefix_lengths, x.shape[-2])
+                return {"bias": near if visible is None else near & visible, **others}
+            same = {"is_causal": True, "prefix_lengths": prefix_lengths, "bias": visible}
+            return {**same, **others}
 
         keys = site_keys(key, 1 + self.config.depth)
         x = self._start(x, positions, keys.pop())
