@@ -6,7 +6,13 @@ r"""Pretrain a decoder-only Transformer to predict the next token, on a laptop o
 
     python recipes/pretrain.py export --name big                # a folder that transformers loads
 
-    python recipes/pretrain.py --data.files a.txt b.jsonl       # documents of your own
+    python recipes/pretrain.py --data.files a.txt b.jsonl       # documents of your own, in memory
+
+    python recipes/pretrain.py --data.stream "corpus/*.parquet"           # read as they are needed
+    python recipes/pretrain.py --data.stream roneneldan/TinyStories --model.size small \
+        --data.length 512 --data.batch 32
+    python recipes/pretrain.py --data.stream HuggingFaceFW/fineweb-edu --data.config sample-10BT \
+        --model.size gpt2 --data.length 1024 --data.batch 32 --data.lanes 8
 
 Several processes: the same step, its parameters in shards over a mesh of these degrees.
 
@@ -35,11 +41,15 @@ the step, prints the command to go on with, and exits with 0.
 
 Without arguments it learns small stories that the project makes itself, and a judge says how many
 of its samples hold together: who gives a thing has it, she is not he, the red ball stays red.
-Measured on one busy core of an AMD EPYC, torch 2.13. The default steps with AdamW at 4e-3 and
-queries and keys as they are: 0.750 nats a token on validation (0.290 bits per byte), 98 of 100
-samples told to the end in known sentences, none confirmed, since names and things are not carried
-on. Muon with normed queries and keys, --train.steps 320 --data.batch 4 --data.stories 4000: 0.748
-nats in 65 s, none of 50 samples confirmed. The whole default run with Muon is not measured yet.
+Measured on one busy core of an AMD EPYC, one thread, torch 2.13: 3,000 steps of the default model,
+rows of 192 tokens, temperature 0.7, one seed: 215 s of CPU time, 0.346 nats a token on validation;
+the judge confirms 26% of 50 samples and 12% of 50 that go on with held-out beginnings, whose pairs
+of names or of words no training story has. Stories whose names are drawn at random among those who
+are there are confirmed in 0.4% of cases. What was needed for that: one token a word (byte pairs make
+a vocabulary three times as large), a model small enough for 3 million tokens in minutes, Muon, and
+stories that name a thing's kind often. Names are learned within 1,000 to 1,700 steps, things
+after them. The default's own 3,600 steps over three seeds, and its seconds on two free cores, are
+not measured yet.
 
 Documents are packed into rows with segment ids, so that attention never crosses them. Validation
 loss is in nats a token, ends of documents included; bits per byte divide the same sum by the bytes
