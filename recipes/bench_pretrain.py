@@ -17,7 +17,7 @@ AdamW, dropout 0 and matrices without biases:
 
 Each runs in a process of its own that finds no compiled code of an earlier one. It prints tokens/s
 (steps timed together), GiB (torch's peak of allocated memory), seconds until the first step is
-done, MFU (the formula of pretrain.py, 989 TFLOP/s) and the last loss, which must agree.
+done, MFU (`msfs_functional.utilisation`) and the last loss, which must agree.
 """
 
 import functools
@@ -44,10 +44,10 @@ from msfs_functional.losses import linear_cross_entropy
 from msfs_functional.models.decoder import DECAY, DecoderConfig, decoder, gpt2, output_weight
 from msfs_functional.params import Params, cast
 from msfs_functional.train import init_state, make_step
+from msfs_functional.utilisation import flops_per_token, peak_flops
 
 Side = Literal["ours", "regions", "launched", "peer"]
 GOALS = {"tokens/s over the peer's": 1.12, "GiB": 12.0, "first step [s]": 10.0}
-PEAK = 989e12  # dense bfloat16 of an H100 or H200 [FLOP/s]
 
 
 @dataclass(frozen=True)
@@ -168,20 +168,12 @@ def our_step(
     return lambda: step(state, batch)[1]["loss"]
 
 
-def flops_per_token(shape: DecoderConfig, params: Params) -> float:
-    """Of forward and backward: 6 for each weight of a matrix product, 6 T width for attention."""
-    matrices = sum(
-        p.numel() for name, p in params.items() if p.ndim == 2 and "positions" not in name
-    )
-    return 6 * matrices + 6 * shape.depth * shape.width * shape.max_length
-
-
 def run(side: Side, config: Config, depth: int, profile: bool) -> dict[str, float]:
     """Measures one side in this process."""
     device, compiled = "cpu" if config.small else "cuda", not config.small
     shape = shape_of(config, depth)
-    params = decoder(shape).init(0, device=device)
-    flops = flops_per_token(shape, params)
+    model = decoder(shape)
+    params, flops = model.init(0, device=device), flops_per_token(model, config.length)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(shape.vocab - 47, (config.batch, config.length + 1), generator=generator)
     batch = {"tokens": ids[:, :-1].to(device), "labels": ids[:, 1:].to(device)}
@@ -208,7 +200,7 @@ def run(side: Side, config: Config, depth: int, profile: bool) -> dict[str, floa
         "tokens/s": rate,
         "GiB": figures.memory,
         "first step [s]": figures.first,
-        "MFU": rate * flops / PEAK,
+        "MFU": rate * flops / peak_flops(device),
         "loss": loss,
     }
 
