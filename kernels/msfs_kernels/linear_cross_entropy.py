@@ -143,7 +143,8 @@ def chunk_gradient(
     if logits.device.type == "cuda" and logits.dtype is not torch.float64:
         from .triton_cross_entropy import gradient_of_logits_ as fused
 
-        return fused(logits, bias, labels, *scalars, store)
+        label_smoothing, ignore_index, z_loss, softcap = scalars
+        return fused(logits, bias, labels, label_smoothing, ignore_index, z_loss, softcap, store)
     if bias is not None:
         logits += bias[:, None]
     return gradient_of_logits_(logits, labels, *scalars)
