@@ -90,6 +90,7 @@ from msfs_functional.transforms import NAMESPACE
 from msfs_functional.words import Words
 
 FACTOR, LATENT = 4, 4  # pixels along a latent, its channels
+HEADS = 4  # of every attention
 ABOUT = "about.json"  # what a run knows of its data
 
 
@@ -252,7 +253,7 @@ def make_models(config: Config, about: About) -> Models:
     if about.words:
         vocab = Words(about.words, about.length).vocab
         options = {"is_causal": False, "pooling": "last", "projection": None}
-        sizes = {"width": width, "depth": 1, "heads": 4, "hidden": 2 * width}
+        sizes = {"width": width, "depth": 1, "heads": HEADS, "hidden": 2 * width}
         tower = TextConfig(vocab=vocab, max_length=about.length, **sizes, **options)
         text = {"text": text_tower(tower)}
     common: dict[str, Any] = {
@@ -262,7 +263,7 @@ def make_models(config: Config, about: About) -> Models:
         "interval": config.objective == "meanflow",
     }
     if config.backbone == "dit":
-        sizes = {"width": width, "depth": config.depth, "heads": max(width // 32, 1)}
+        sizes = {"width": width, "depth": config.depth, "heads": HEADS}
         network = dit(DiTConfig(patch=config.patch, hidden=3 * width, **sizes, **common))
     else:
         network = unet(
@@ -270,7 +271,7 @@ def make_models(config: Config, about: About) -> Models:
                 widths=(width, 2 * width, 2 * width),
                 depth=config.depth,
                 attention=(False, True, True),
-                heads=(max(width // 32, 1),) * 3,
+                heads=(HEADS,) * 3,
                 groups=min(32, width // 4),
                 transformer_depth=1 if about.words else 0,
                 **common,
@@ -787,6 +788,8 @@ def checked(config: Config) -> Config:
     Raises:
         ValueError: a number out of range; a run that exists, or none to go on with.
     """
+    if config.width % (4 * HEADS):
+        raise ValueError(f"--width ({config.width}) must be a multiple of {4 * HEADS}")
     configs.check_numbers(replace(config, mesh=Mesh()), ("seed", "warmup", "measured", "gan"))
     if config.name and Path(config.name).name != config.name:
         raise ValueError(f"--name ({config.name}) must be a plain name: put folders into --out")
