@@ -138,6 +138,7 @@ class Model:
     heads: int = 4  # of both
     hidden: int = 384  # width inside the feed-forward layers, of both
     patch: int = 8  # [pixels]
+    stem: Literal["linear", "convolutions"] = "convolutions"  # what makes a patch a vector
     positions: Literal["learned", "sincos", "rotary"] = "learned"  # of patches
     shuffle: int = 1  # patches of the side of a square that becomes one token
     decoder_width: int = 128
@@ -298,6 +299,7 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Functional:
         vision = vit.tiny(
             image=config.data.size // sizes.tiles,
             patch=sizes.patch,
+            stem=sizes.stem,
             width=sizes.width,
             depth=sizes.depth,
             positions=sizes.positions,
