@@ -50,8 +50,8 @@ class ViTConfig(EncoderConfig):
     class_token: bool = True
     positions: Literal["learned", "sincos", "rotary"] = "learned"
     rotary_base: float = 100.0
-    # what makes a patch a vector: one linear map, or before it 3 x 3 convolutions of stride 2, which
-    # see over the patch's edge (Xiao et al. 2021)
+    # what makes a patch a vector: one linear map, or 3 x 3 convolutions of stride 2 before it,
+    # which see over the patch's edge (Xiao et al. 2021)
     stem: Literal["linear", "convolutions"] = "linear"
     patch_bias: bool = True
     pre_norm: bool = False  # one more norm before the layers (CLIP)
