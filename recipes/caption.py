@@ -235,8 +235,8 @@ GPU = Config(
         decoder_width=256,
         decoder_depth=4,
     ),
-    all=Stage(2000),
-    train=Train(images=128, eval_every=500),
+    all=Stage(2000, rate=1e-3, vision_rate=1e-3),
+    train=Train(images=128, muon_rate=0.02, eval_every=500),
 )
 EASY_VQA = Config(
     preset="easy_vqa",
