@@ -9,8 +9,10 @@
 Dimension key: N rows, T tokens.
 """
 
+import dataclasses
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +21,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from msfs_functional import optim, random, schedules, tracking
-from msfs_functional.alignment_tasks import Prompt, Task
+from msfs_functional import agreement, meshes, optim, random, schedules, tracking
+from msfs_functional.alignment_tasks import Data, Prompt, Task
 from msfs_functional.compiling import graphed
 from msfs_functional.config import Machine
+from msfs_functional.gathering import Sharded, gathered, sharded
 from msfs_functional.generation import GREEDY, Sampling, Settings
+from msfs_functional.layouts import DECODER
 from msfs_functional.losses import linear_cross_entropy
 from msfs_functional.models import decoder as models
 from msfs_functional.packing import PackedBatches
@@ -34,6 +38,7 @@ from msfs_functional.rewards import called
 from msfs_functional.rollouts import Roller, Rollout
 from msfs_functional.scoring import answer_logps
 from msfs_functional.sft import AnswerBatches
+from msfs_functional.sharding import gather, shard
 from msfs_functional.stages import run_stage
 from msfs_functional.tokenizer import EOS, PAD
 from msfs_functional.train import init_state, make_step
@@ -43,7 +48,7 @@ from msfs_functional.train import init_state, make_step
 class Model:
     """Size of the decoder."""
 
-    width: int = 128
+    width: int = 96
     depth: int = 3  # blocks
     heads: int = 4
     length: int = 64  # tokens of a packed row, the most that a prompt and its answer have
@@ -61,20 +66,59 @@ class Stage:
 
 
 class Setup(NamedTuple):
-    """A decoder and how it is computed."""
+    """A decoder and how it is computed.
 
-    model: Functional
+    Stages take and return whole parameters; between them, under torchrun, a step works on shards:
+    `enter` cuts them, `leave` puts them together.
+    """
+
+    model: Functional  # that losses call: of sharded parameters on a mesh
     device: str
     dtype: torch.dtype  # of the computation
     compile: bool
     implementation: str  # of attention
     length: int  # most tokens of a row
     dropout: bool
-    rollers: dict[Any, Roller]  # by what they do
+    plain: Functional  # of whole parameters
+    share: tuple[int, int] = (0, 1)  # (number, count) of this process among those with other rows
+    rank: int = 0
+
+    def ready(self, params: Params) -> Params:
+        """Parameters in the dtype of the computation; a sharded model casts what it gathers."""
+        return params if isinstance(self.model, Sharded) else cast(params, self.dtype)
+
+    def enter(self, params: Params) -> Params:
+        """What a donating step may write into: copies, or this rank's shards."""
+        if isinstance(self.model, Sharded):
+            return shard(params, self.model.layout.rules, self.model.mesh)
+        return {name: value.clone() for name, value in params.items()}
+
+    def leave(self, params: Params) -> Params:
+        """Whole parameters, on every rank; all ranks call it together."""
+        return gather(params)
 
 
-def set_up(own: Model, task: Task, machine: Machine) -> Setup:
-    """A decoder for the task's vocabulary."""
+@dataclass(frozen=True)
+class Mesh:
+    """Degrees of parallelism under torchrun, whose product is the number of processes."""
+
+    dp_replicate: int = 1  # processes with equal parameters and other rows
+    dp_shard: int = -1  # processes with a shard of each parameter and other rows; -1: the rest
+
+
+def check_room(data: Data, own: Model) -> None:
+    """Raises ValueError where an answer fills the context, or a file of the data is not there."""
+    if data.new >= own.length:
+        raise ValueError(
+            f"--data.new ({data.new}) leaves no room for a prompt in --model.length ({own.length})"
+        )
+    for path in (*data.files, *data.texts):
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist: check the path")
+
+
+def set_up(own: Model, task: Task, machine: Machine, mesh: Mesh | None = None) -> Setup:
+    """A decoder for the task's vocabulary; under torchrun its steps are on the mesh."""
     config = models.tiny(
         task.tokenizer.vocab_size,
         width=own.width,
@@ -87,17 +131,37 @@ def set_up(own: Model, task: Task, machine: Machine) -> Setup:
         dropout=own.dropout,
     )
     attention = "flash" if machine.device.startswith("cuda") else "sdpa"
-    dtype = getattr(torch, machine.dtype)
+    dtype, plain = getattr(torch, machine.dtype), models.decoder(config)
+    model, share = plain, (0, 1)
+    if agreement.world() > 1:
+        degrees = {} if mesh is None else dataclasses.asdict(mesh)
+        on = meshes.mesh(**degrees, device=torch.device(machine.device).type)
+        model = sharded(plain, DECODER, on, dtype=dtype, reduce_dtype=torch.float32)
+        share = meshes.data_rank(on)
     return Setup(
-        models.decoder(config),
+        model,
         machine.device,
         dtype,
         machine.compile,
         attention,
         own.length,
         own.dropout > 0,
-        {},
+        plain,
+        share,
+        agreement.rank(),
     )
+
+
+def joined(device: str | None) -> None:
+    """Takes part in the process group where torchrun has started several; rank 0 alone prints."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        meshes.join(torch.device(device).type if device else None)
+
+
+def say(text: str) -> None:
+    """Prints on rank 0."""
+    if agreement.rank() == 0:
+        print(text, flush=True)
 
 
 # ------------------------------------------------------------------------------------- fine-tuning
@@ -111,16 +175,19 @@ def optimizer_of(stage: Stage) -> optim.Transformation:
 
 def step_of(setup: Setup, loss_fn: Any, optimizer: optim.Transformation, **options: Any) -> Any:
     """The step as this machine runs it best: on a GPU one CUDA graph for each set of shapes."""
-    compile = "regions" if setup.compile else False
+    compile, alone = "regions" if setup.compile else False, not isinstance(setup.model, Sharded)
+    if not alone:
+        loss_fn = gathered(loss_fn, setup.model)
     step = make_step(loss_fn, optimizer, clip_norm=1.0, compile=compile, dynamic=False, **options)
-    return graphed(step) if setup.compile and setup.device.startswith("cuda") else step
+    graph = alone and setup.compile and setup.device.startswith("cuda")
+    return graphed(step) if graph else step
 
 
 def fine_tuning_loss(setup: Setup):
     """Mean cross-entropy of the answers' tokens in packed rows [nats/token]."""
 
     def loss_fn(params: Params, batch: dict[str, Tensor], key: Tensor):
-        params = cast(params, setup.dtype)
+        params = setup.ready(params)
         states = setup.model.apply(
             params,
             batch["tokens"],
@@ -143,7 +210,7 @@ def pretrain(
     """A decoder that has read the task's texts, from random parameters; None if it has none."""
     if not task.texts:
         return None
-    batches = PackedBatches(task.texts, setup.length, stage.batch, seed)
+    batches = PackedBatches(task.texts, setup.length, stage.batch, seed, setup.share)
     return imitate(setup, batches, stage, seed, folder, resume, None)
 
 
@@ -159,7 +226,9 @@ def fine_tune(
     """A policy that imitates the demonstrations, from `start` or from random parameters."""
     documents = [[*prompt, *answer] for prompt, answer in task.demonstrations]
     prompts = [len(prompt) for prompt, _ in task.demonstrations]
-    batches = AnswerBatches(documents, setup.length, stage.batch, seed, prompts=prompts)
+    batches = AnswerBatches(
+        documents, setup.length, stage.batch, seed, setup.share, prompts=prompts
+    )
     return imitate(setup, batches, stage, seed, folder, resume, start)
 
 
@@ -173,17 +242,18 @@ def imitate(
     start: Params | None,
 ) -> Params:
     optimizer = optimizer_of(stage)
-    params = start or setup.model.init(seed, device=setup.device)
-    return run_stage(
+    params = start or setup.plain.init(seed, device=setup.device)
+    trained = run_stage(
         folder,
         stage.steps,
-        init_state(params, optimizer, random.key(seed, device=setup.device)),
+        init_state(setup.enter(params), optimizer, random.key(seed, device=setup.device)),
         step_of(setup, fine_tuning_loss(setup), optimizer),
         batches,
         device=setup.device,
         resume=resume,
         tokens=lambda batch: (batch["labels"] != PAD).sum(),
-    ).params
+    )
+    return setup.leave(trained.params)
 
 
 # ------------------------------------------------------------------------------------- answers
@@ -212,16 +282,13 @@ def answer(
     kind = Sampling(temperature) if temperature else GREEDY
     settings = Settings(task.new, kind, samples=samples, stop_tokens=(EOS,), pad=PAD)
     batch = min(batch, len(prompts))
-    name = settings, batch
-    if name not in setup.rollers:  # compiled once for all policies of this shape
-        setup.rollers[name] = roller(setup, params, settings, shared=setup.compile)
-    roll = setup.rollers[name]
+    roll = roller(setup._replace(compile=False), params, settings)  # compiling takes longer
     ids: list[list[int]] = []
     rollouts = []
     for start in range(0, len(prompts), batch):
         rows = [min(i, len(prompts) - 1) for i in range(start, start + batch)]
         keys = torch.stack([random.fold_in(key, i) for i in range(start, start + batch)])
-        rollouts.append(roll([prompts[i].ids for i in rows], keys, params))
+        rollouts.append(roll([prompts[i].ids for i in rows], keys))
         ids += rollouts[-1].completions()
     ids = ids[: len(prompts) * samples]
     return Answers(task.tokenizer.decode(ids), ids, rollouts)
@@ -229,7 +296,7 @@ def answer(
 
 def roller(setup: Setup, params: Params, settings: Settings, **options: Any) -> Roller:
     return Roller(
-        setup.model,
+        setup.plain,
         params,
         settings,
         dtype=setup.dtype,
@@ -251,7 +318,7 @@ def drift(
             left -= len(part.tokens)
             after, before = (
                 answer_logps(
-                    setup.model, p, part.tokens, part.mask, implementation=setup.implementation
+                    setup.plain, p, part.tokens, part.mask, implementation=setup.implementation
                 )
                 for p in both
             )
@@ -278,32 +345,52 @@ def assess(setup: Setup, params: Params, reference: Params, task: Task, seed: in
         for temperature in (1.0, 0.0)
     ]
     texts, metadata = [p.text for p in asked], [p.metadata for p in asked]
-    shares = [float(called(task.right, texts, each.texts, metadata).mean()) for each in both]
+    sampled, greedy = (
+        float(called(task.right, texts, each.texts, metadata).mean()) for each in both
+    )
     kl = drift(setup, params, reference, both[0].rollouts, len(asked))
-    return Figures(*shares, kl, sum(map(len, both[0].ids)) / len(asked), both[1].texts)
+    length = sum(map(len, both[0].ids)) / len(asked)
+    return Figures(sampled, greedy, kl, length, both[1].texts)
 
 
 def own_pairs(
-    setup: Setup, task: Task, params: Params, prompts: Sequence[Prompt], seed: int, samples: int
+    setup: Setup,
+    task: Task,
+    params: Params,
+    prompts: Sequence[Prompt],
+    seed: int,
+    samples: int,
+    *,
+    right: bool = True,
 ) -> list[Pair]:
-    """Pairs of a policy's answers to each prompt, of which the checker's grades prefer one."""
+    """Pairs of a policy's answers to each prompt, of which the checker's grades prefer one.
+
+    Args:
+        right: whether the preferred answer must be right in all; else the better grade will do.
+    """
     key = random.key(seed, device=setup.device)
     answers = answer(setup, params, task, prompts, key, samples=samples)
     asked = [prompt for prompt in prompts for _ in range(samples)]
     texts, metadata = [p.text for p in asked], [p.metadata for p in asked]
     assert task.graded is not None
     scores = called(task.graded, texts, answers.texts, metadata).tolist()
-    return best_with_worst(prompts, answers, scores)
+    return best_with_worst(prompts, answers, scores, least=1.0 if right else -math.inf)
 
 
 def best_with_worst(
-    prompts: Sequence[Prompt], answers: Answers, scores: Sequence[float], most: int = 2
+    prompts: Sequence[Prompt],
+    answers: Answers,
+    scores: Sequence[float],
+    *,
+    most: int = 2,
+    least: float = -math.inf,
 ) -> list[Pair]:
     """Pairs of answers to one prompt whose scores differ: the best with the worst, then the next.
 
     Args:
         scores: of each answer.
         most: pairs of one prompt.
+        least: score that the better answer must have.
     """
     samples = len(answers.ids) // len(prompts)
     pairs = []
@@ -311,7 +398,7 @@ def best_with_worst(
         mine = range(i * samples, (i + 1) * samples)
         order = sorted(mine, key=lambda n: scores[n], reverse=True)
         for high, low in list(zip(order, order[::-1], strict=True))[: min(most, samples // 2)]:
-            if scores[high] > scores[low]:
+            if scores[high] > scores[low] and scores[high] >= least:
                 pairs.append(Pair(prompt.ids, answers.ids[high], answers.ids[low]))
     return pairs
 
@@ -371,6 +458,8 @@ def leave(
         stage: whose metrics are drawn, a line for each seed.
         panels: {label of the y axis: metric}.
     """
+    if agreement.rank() != 0:
+        return
     print(table(results))
     first = results[0]
     rows = zip(first.prompts, first.before.texts, first.after.texts, strict=True)

@@ -35,7 +35,7 @@ class Data:
     texts: tuple[Path, ...] = ()  # .txt or .jsonl with "text", to pretrain on beside the files
     share: float = 0.1  # of the files' prompts, held out
     vocabulary: int = 4000  # ids of the byte-level BPE that is learned from the files
-    demonstrations: int = 12_000  # of the embedded task, to imitate
+    demonstrations: int = 30_000  # of the embedded task, to imitate
     prompts: int = 3000  # of the embedded task, to answer while learning
     held_out: int = 400  # prompts that nothing is trained on, at most
     new: int = 12  # longest answer [tokens]
@@ -56,11 +56,11 @@ class Task:
     tokenizer: Tokenizer
     prompts: list[Prompt]  # to train on
     held_out: list[Prompt]
-    demonstrations: list[tuple[Ids, Ids]]  # (prompt, answer) to imitate
+    demonstrations: Sequence[tuple[Ids, Ids]]  # (prompt, answer) to imitate
     new: int  # longest answer [tokens]
     right: RewardFn | None = None  # 1 for a right answer, 0 for others; on texts
     graded: RewardFn | None = None  # the same with shades
-    texts: list[Ids] = field(default_factory=list)  # documents to read before anything else
+    texts: Sequence[Ids] = field(default_factory=list)  # documents to read before anything else
     pairs: list[Pair] = field(default_factory=list)  # preferences of people, to train on
     held_out_pairs: list[Pair] = field(default_factory=list)
     notes: tuple[str, ...] = ()  # what the user should know of the data

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from msfs_functional.checks import check_mask, positive
-from msfs_functional.regions import region
+from msfs_functional.regions import bound, region
 from msfs_functional.transforms import remat
 
 CHUNK = {"cpu": 2**21, "cuda": 2**27}  # logits of a chunk
@@ -115,7 +115,7 @@ def _statistics(
     while -(-len(hidden) // parts) > most:  # a power of two: mostly chunks of one shape
         parts *= 2
     rows = max(1, -(-len(hidden) // parts))
-    chunk = remat(_of_chunk)
+    chunk = remat(bound(_of_chunk))
     done = [
         chunk(of_logits, h, weight, bias, y, float(temperature))
         for h, y in zip(hidden.split(rows), labels_N.split(rows), strict=True)

@@ -100,8 +100,8 @@ def dpo(
 
     Source: Rafailov et al. 2023, equation 7.
     """
-    c, r = _implicit_rewards(chosen, rejected, reference_chosen, reference_rejected, beta)
-    return _pair(_smoothed(c - r, label_smoothing), c, r)
+    c, r = implicit_rewards(chosen, rejected, reference_chosen, reference_rejected, beta)
+    return as_pair(smoothed(c - r, label_smoothing), c, r)
 
 
 def robust_dpo(
@@ -121,10 +121,10 @@ def robust_dpo(
 
     Source: Chowdhury, Kini and Natarajan 2024 (rDPO).
     """
-    c, r = _implicit_rewards(chosen, rejected, reference_chosen, reference_rejected, beta)
-    _flip_rate(label_smoothing)
+    c, r = implicit_rewards(chosen, rejected, reference_chosen, reference_rejected, beta)
+    check_flip_rate(label_smoothing)
     d, e = c - r, label_smoothing
-    return _pair(((1 - e) * F.softplus(-d) - e * F.softplus(d)) / (1 - 2 * e), c, r)
+    return as_pair(((1 - e) * F.softplus(-d) - e * F.softplus(d)) / (1 - 2 * e), c, r)
 
 
 def dpo_hinge(
@@ -139,8 +139,8 @@ def dpo_hinge(
 
     Source: Zhao et al. 2023 (SLiC), equation 1; Liu et al. 2024 (RSO).
     """
-    c, r = _implicit_rewards(chosen, rejected, reference_chosen, reference_rejected, beta)
-    return _pair(F.relu(1 - (c - r)), c, r)
+    c, r = implicit_rewards(chosen, rejected, reference_chosen, reference_rejected, beta)
+    return as_pair(F.relu(1 - (c - r)), c, r)
 
 
 def ipo(
@@ -158,8 +158,8 @@ def ipo(
 
     Source: Azar et al. 2023, equation 17 (beta is its tau).
     """
-    c, r = _implicit_rewards(chosen, rejected, reference_chosen, reference_rejected, beta)
-    return _pair(((c - r) / beta - 1 / (2 * beta)).square(), c, r)
+    c, r = implicit_rewards(chosen, rejected, reference_chosen, reference_rejected, beta)
+    return as_pair(((c - r) / beta - 1 / (2 * beta)).square(), c, r)
 
 
 def simpo(
@@ -189,7 +189,7 @@ def simpo(
     positive("beta", beta)
     not_negative("margin", margin)
     c, r = beta * chosen, beta * rejected
-    return _pair(_smoothed(c - r - margin, label_smoothing), c, r)
+    return as_pair(smoothed(c - r - margin, label_smoothing), c, r)
 
 
 def orpo(
@@ -212,7 +212,7 @@ def orpo(
     same_shape(chosen=chosen, rejected=rejected)
     positive("beta", beta)
     d = (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
-    return _pair(-chosen - beta * F.logsigmoid(d), beta * chosen, beta * rejected)
+    return as_pair(-chosen - beta * F.logsigmoid(d), beta * chosen, beta * rejected)
 
 
 def kto(
@@ -272,13 +272,14 @@ def kto_kl(logps: Float[Tensor, "B"], reference_logps: Float[Tensor, "B"]) -> Fl
 # ------------------------------------------------------------------------------------------- pieces
 
 
-def _implicit_rewards(
+def implicit_rewards(
     chosen: Tensor,
     rejected: Tensor,
     reference_chosen: Tensor,
     reference_rejected: Tensor,
     beta: float | Tensor,
 ) -> tuple[Tensor, Tensor]:
+    """beta (logp - reference logp) of both sides."""
     positive("beta", beta)
     same_shape(
         chosen=chosen,
@@ -289,12 +290,14 @@ def _implicit_rewards(
     return beta * (chosen - reference_chosen), beta * (rejected - reference_rejected)
 
 
-def _pair(losses: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor) -> Preference:
+def as_pair(losses: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor) -> Preference:
+    """Losses with detached rewards."""
     return Preference(losses, chosen_rewards.detach(), rejected_rewards.detach())
 
 
-def _smoothed(d: Tensor, label_smoothing: float) -> Tensor:
-    _flip_rate(label_smoothing)
+def smoothed(d: Tensor, label_smoothing: float) -> Tensor:
+    """-(1 - e) log sigmoid(d) - e log sigmoid(-d)."""
+    check_flip_rate(label_smoothing)
     clean = -F.logsigmoid(d)
     if not label_smoothing:
         return clean
@@ -309,7 +312,8 @@ def _log1mexp(x: Tensor) -> Tensor:
     return torch.where(near, close, far)
 
 
-def _flip_rate(label_smoothing: float) -> None:
+def check_flip_rate(label_smoothing: float) -> None:
+    """Raises ValueError unless it is in [0, 0.5)."""
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(
             f"label_smoothing ({label_smoothing}) must be in [0, 0.5): from a half on, swap chosen "

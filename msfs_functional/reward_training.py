@@ -114,7 +114,8 @@ class RewardModel:
         how: Literal["mean", "min", "uncertainty"] = "mean",
         penalty: float = 1.0,
     ):
-        self.setup, self.params, self.how, self.penalty = setup, params, how, penalty
+        self.setup, self.params, self.penalty = setup, params, penalty
+        self.how: Literal["mean", "min", "uncertainty"] = how
 
     def __call__(
         self, prompts: Sequence[Ids], completions: Sequence[Ids], metadata: Any = None

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from msfs_functional.logps import completion_logps, token_logps_and_entropies
+from msfs_functional.logps import completion_logps, token_logps, token_logps_and_entropies
 from msfs_functional.models.decoder import output_weight
 from msfs_functional.params import Functional, Params
 
@@ -42,14 +42,12 @@ def answer_logps(
         options: of the decoder's `hidden`.
     """
     states = model.apply(params, tokens[:, :-1], method="hidden", **options)
-    logps = completion_logps(
-        states,
-        output_weight(params),
-        tokens[:, 1:],
-        mask[:, 1:],
-        most=mask[:, 1:].numel() if most is None else most,
-        temperature=temperature,
-    )
+    weight, labels, kept = output_weight(params), tokens[:, 1:], mask[:, 1:]
+    if most is None:
+        logps = token_logps(states, weight, labels, temperature=temperature)
+        logps = torch.where(kept, logps, 0.0)
+    else:
+        logps = completion_logps(states, weight, labels, kept, most=most, temperature=temperature)
     return F.pad(logps, (1, 0))
 
 

@@ -3,12 +3,18 @@ r"""Teach a decoder to follow instructions from preferences, without a reward mo
     python recipes/align_dpo.py                          # three seeds, from nothing to a table
 
     python recipes/align_dpo.py --dpo.loss ipo --dpo.beta 0.3
+    python recipes/align_dpo.py --sweep 0.03 0.1 0.3 1   # four policies in one vmapped step
+    python recipes/align_dpo.py --dpo.flipped 0.2 --influence 300 --seeds 1     # who does harm?
+    python recipes/align_dpo.py --preset people --data.files a.jsonl.gz b.jsonl.gz   # human pairs
+
+    torchrun --nproc-per-node 2 recipes/align_dpo.py --mesh.dp-shard 2
 
 Stages of each seed, in folders of their own (--resume goes on where it was stopped):
 
     1  sft    a small decoder imitates demonstrations whose writer mostly falls into habits
     2  pairs  it answers training prompts several times; the checker prefers one answer to another
-    3  dpo    the same parameters learn from the pairs, the start of the stage is the reference
+    3  dpo    the same parameters learn from the pairs, the start of the stage is the reference;
+              then it answers again, for a second round
 
 The report says how many answers to held-out prompts the checker finds right before and after.
 """
@@ -28,39 +34,47 @@ import torch
 import tyro
 from torch import Tensor
 
+from msfs_functional import agreement, errors, random
 from msfs_functional import config as configs
-from msfs_functional import errors, random
 from msfs_functional.aligning import (
+    Mesh,
     Model,
     Result,
     Setup,
     Stage,
     answer,
     assess,
+    check_room,
     draw_seeds,
     fine_tune,
+    joined,
     leave,
     mean_and_spread,
     optimizer_of,
     own_pairs,
     pretrain,
+    say,
     set_up,
     step_of,
     tell,
 )
-from msfs_functional.alignment_tasks import Data, Task, built_in, from_pairs
+from msfs_functional.alignment_tasks import Data, Prompt, Task, built_in, from_pairs
+from msfs_functional.curvature import influences
 from msfs_functional.logps import sequence_logps
 from msfs_functional.pairs import Pair, Shuffled, encode_pairs, padded
-from msfs_functional.params import Params, cast
+from msfs_functional.params import Params, cast, stack, unstack
 from msfs_functional.preference import dpo, dpo_hinge, ipo, kto, kto_kl, orpo, robust_dpo, simpo
 from msfs_functional.reward_models import aggregate
 from msfs_functional.reward_training import RewardModel, accuracy, rewards_of, train_rewards
 from msfs_functional.scoring import answer_logps, in_parts
 from msfs_functional.stages import run_stage
 from msfs_functional.train import init_state
+from msfs_functional.transforms import ggn_vp
+from msfs_functional.updates import by_group, stateless
 
-MAY_BE_ZERO = ("seed", "warmup")
+MAY_BE_ZERO = ("seed", "warmup", "influence")
 Loss = Literal["sigmoid", "hinge", "ipo", "cdpo", "robust", "simpo", "orpo", "kto"]
+BETA = "beta"  # a member's own, in sweeps: a leaf that the optimizer leaves alone
 BETAS = {"ipo": 0.1, "simpo": 2.0, "orpo": 1.0}  # of losses that are not on the scale of DPO
 
 
@@ -72,7 +86,13 @@ class Preferences(Stage):
     beta: float | None = None  # strength of the pull to the reference; None: one that suits
     label_smoothing: float = 0.1  # cdpo, robust: share of preferences believed to be flipped
     margin: float = 1.0  # simpo: between mean log-probabilities, times beta
+    # weight of the mean negative log-probability of the chosen answer's tokens (RPO, Pang et al.
+    # 2024), which keeps the chosen answers from becoming improbable beside the rejected ones
+    imitation: float = 0.2
+    right: bool = True  # whether the chosen answer must be right, or only better than the other
+    rounds: int = 2  # times that the policy answers, its answers are judged and it learns
     samples: int = 4  # answers to each prompt, which pairs are made of
+    flipped: float = 0.0  # share of pairs to swap on purpose, for cdpo, robust and --influence
 
 
 @dataclass(frozen=True)
@@ -96,14 +116,18 @@ class Config:
     compile: bool | None = None  # None: on a GPU
     threads: int | None = None  # CPU threads; None: all cores
     debug: bool = False  # show tracebacks
+    mesh: Mesh = field(default_factory=Mesh)
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     # with --data.files: reading before imitating, reward models, members of their ensemble
     pretrain: Stage = field(default_factory=lambda: Stage(1000, 64, 2e-3))
     rewards: Stage = field(default_factory=lambda: Stage(150, 64, 3e-4))
     members: int = 8
-    sft: Stage = field(default_factory=lambda: Stage(600, 24, 3e-3))
-    dpo: Preferences = field(default_factory=lambda: Preferences(200, 64, 3e-4))
+    sft: Stage = field(default_factory=lambda: Stage(800, 16, 3e-3))
+    # betas to train side by side in one vmapped step, in place of the seeds
+    sweep: tuple[float, ...] = ()
+    influence: int = 0  # pairs to score by their influence on the loss of held-out pairs
+    dpo: Preferences = field(default_factory=lambda: Preferences(100, 64, 5e-4))
 
 
 # ------------------------------------------------------------------------------------------- losses
@@ -150,36 +174,67 @@ def preference_loss(
     return out.losses, out.margins
 
 
+def sums_of(config: Preferences, setup: Setup, params: Params, batch: dict[str, Tensor]) -> Tensor:
+    """Log-probabilities of the answers of P pairs: (2 P,), for KTO P more under other prompts."""
+    rows, mask = batch["tokens"].flatten(0, 1), batch["mask"].flatten(0, 1)
+    if config.loss == "kto":
+        rows = torch.cat([rows, batch["wrong"]])
+        mask = torch.cat([mask, batch["wrong_mask"]])
+    params = setup.ready(params)
+    logps = answer_logps(setup.model, params, rows, mask, implementation=setup.implementation)
+    return sequence_logps(logps, mask)[0]
+
+
+def loss_of(
+    config: Preferences, sums: Tensor, batch: dict[str, Tensor], beta: Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean loss and figures of a batch, from what `sums_of` gives."""
+    count = 2 * len(batch["tokens"])
+    sides = sums[:count].unflatten(0, (-1, 2))
+    losses, margins = preference_loss(
+        config,
+        sides,
+        batch["mask"].sum(-1),
+        batch["reference"],
+        sums[count:],
+        batch.get("wrong_reference"),
+        beta,
+    )
+    loss = losses.mean()
+    if config.imitation and config.loss != "orpo":  # which has it already
+        loss = loss - config.imitation * (sides[:, 0] / batch["mask"][:, 0].sum(-1)).mean()
+    return loss, {
+        "margin": margins.mean(),
+        "accuracy": (margins > 0).float().mean(),
+        "chosen_logratio": (sides - batch["reference"])[:, 0].mean().detach(),
+    }
+
+
 def make_loss(config: Preferences, setup: Setup):
     """Mean loss of a batch of pairs, whose reference log-probabilities are part of the data."""
 
     def loss_fn(params: Params, batch: dict[str, Tensor], key: Tensor):
-        params, pairs = cast(params, setup.dtype), len(batch["tokens"])
-        rows, mask = batch["tokens"].flatten(0, 1), batch["mask"].flatten(0, 1)
-        if config.loss == "kto":
-            rows = torch.cat([rows, batch["wrong"]])
-            mask = torch.cat([mask, batch["wrong_mask"]])
-        logps = answer_logps(setup.model, params, rows, mask, implementation=setup.implementation)
-        sums, lengths = sequence_logps(logps, mask)
-        sides = sums[: 2 * pairs].unflatten(0, (-1, 2))
-        losses, margins = preference_loss(
-            config,
-            sides,
-            lengths[: 2 * pairs].unflatten(0, (-1, 2)),
-            batch["reference"],
-            sums[2 * pairs :],
-            batch.get("wrong_reference"),
-        )
-        return losses.mean(), {
-            "margin": margins.mean(),
-            "accuracy": (margins > 0).float().mean(),
-            "chosen_logratio": (sides - batch["reference"])[:, 0].mean().detach(),
-        }
+        beta = params[BETA].detach() if BETA in params else None
+        body = {name: value for name, value in params.items() if name != BETA}
+        return loss_of(config, sums_of(config, setup, body, batch), batch, beta)
 
     return loss_fn
 
 
 # ------------------------------------------------------------------------------------------ stages
+
+
+def judged_pairs(
+    config: Preferences,
+    setup: Setup,
+    task: Task,
+    params: Params,
+    prompts: Sequence[Prompt],
+    seed: int,
+) -> list[Pair]:
+    """Pairs of the policy's own answers, of which the checker prefers one."""
+    options: dict[str, Any] = {"samples": config.samples, "right": config.right}
+    return own_pairs(setup, task, params, prompts, seed, **options)
 
 
 def as_data(
@@ -203,7 +258,7 @@ def with_reference(setup: Setup, params: Params, data: dict[str, Tensor]) -> dic
     frozen = cast(params, setup.dtype)
 
     def sums(tokens: Tensor, mask: Tensor) -> Tensor:
-        logps = answer_logps(setup.model, frozen, tokens, mask, implementation=setup.implementation)
+        logps = answer_logps(setup.plain, frozen, tokens, mask, implementation=setup.implementation)
         return sequence_logps(logps, mask)[0]
 
     flat = {name: data[name].flatten(0, 1) for name in ("tokens", "mask")}
@@ -219,33 +274,54 @@ def optimise(
 ) -> Params:
     """The parameters move, the reference stays in the data."""
     optimizer = optimizer_of(config.dpo)
-    own = {name: value.clone() for name, value in params.items()}  # the step writes into them
-    return run_stage(
+    trained = run_stage(
         folder,
         config.dpo.steps,
-        init_state(own, optimizer, random.key(seed, device=setup.device)),
+        init_state(setup.enter(params), optimizer, random.key(seed, device=setup.device)),
         step_of(setup, make_loss(config.dpo, setup), optimizer),
-        Shuffled(data, config.dpo.batch, seed),
+        Shuffled(data, config.dpo.batch, seed, setup.share),
         device=setup.device,
         resume=resume_command(config),
         tokens=lambda batch: batch["mask"].sum(),
-    ).params
+    )
+    return setup.leave(trained.params)
 
 
 def run_seed(config: Config, machine: configs.Machine, seed: int, run: Path) -> Result:
     """All stages of one seed; figures before and after."""
     folder, task = run / f"seed-{seed}", built_in(config.data, seed)
-    setup, resume = set_up(config.model, task, machine), resume_command(config)
+    setup, resume = set_up(config.model, task, machine, config.mesh), resume_command(config)
     reference = fine_tune(setup, task, config.sft, seed, folder / "sft", resume)
     before = assess(setup, reference, reference, task, seed)
-    pairs = own_pairs(setup, task, reference, task.prompts, seed, config.dpo.samples)
-    data = as_data(config.dpo, setup, reference, pairs)
-    params = optimise(config, setup, reference, data, seed, folder / "dpo")
+    params, data, flipped, count = reference, {}, torch.zeros(0), 0
+    for number in range(1, config.dpo.rounds + 1):
+        key = config.dpo.rounds * seed + number
+        pairs = judged_pairs(config.dpo, setup, task, params, task.prompts, key)
+        if number > 1 and len(pairs) < config.dpo.batch:
+            say(f"round {number} finds {len(pairs)} pairs, fewer than a batch: done")
+            break
+        pairs, flipped = flip(pairs, config.dpo.flipped, key)
+        data, count = as_data(config.dpo, setup, params, pairs), count + len(pairs)
+        place = folder / f"dpo-{number}"
+        start = params  # the reference of this round, which stays as it is
+        params = optimise(config, setup, start, data, key, place)
     after = assess(setup, params, reference, task, seed)
     prompts = [prompt.text for prompt in task.held_out]
-    result = Result(seed, before, after, prompts, {"pairs": len(data["tokens"])})
-    print(tell(result), flush=True)
+    result = Result(seed, before, after, prompts, {"pairs": count})
+    say(tell(result))
+    if config.influence and seed == config.seed:
+        show_influence(config, setup, task, reference, params, data, flipped, seed)
     return result
+
+
+def flip(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pair], Tensor]:
+    """The pairs with this share of them swapped, and which ones."""
+    swapped = random.bernoulli(random.key(seed + 7), share, (len(pairs),))
+    mixed = [
+        pair._replace(chosen=pair.rejected, rejected=pair.chosen) if swap else pair
+        for pair, swap in zip(pairs, swapped.tolist(), strict=True)
+    ]
+    return mixed, swapped
 
 
 # ------------------------------------------------------------------------- preferences of people
@@ -342,6 +418,96 @@ def leave_answers(run: Path, task: Task, before: list[str], after: list[str]) ->
     print("\n".join(lines[:3]))
 
 
+# ------------------------------------------------------------------------------ what functions give
+
+
+def run_sweep(config: Config, machine: configs.Machine, run: Path) -> None:
+    """One policy for each beta, all in one vmapped step on the same batches."""
+    task, seed = built_in(config.data, config.seed), config.seed
+    setup, resume = set_up(config.model, task, machine), resume_command(config)
+    reference = fine_tune(setup, task, config.sft, seed, run / "sft", resume)
+    pairs = judged_pairs(config.dpo, setup, task, reference, task.prompts, seed)
+    data = as_data(config.dpo, setup, reference, pairs)
+    betas = torch.tensor(config.sweep, device=setup.device)
+    stacked = {**stack([reference] * len(betas)), BETA: betas}
+    keys = random.split(random.key(seed, device=setup.device), len(betas))
+    still = stateless(lambda grads, params: {n: 0 * g for n, g in grads.items()})
+    optimizer = by_group([(f"^{BETA}$", still), (r"", optimizer_of(config.dpo))])
+    mapped = setup._replace(implementation="flash")  # torch's own attention is slow under vmap
+    stacked = run_stage(
+        run / "sweep",
+        config.dpo.steps,
+        init_state(stacked, optimizer, keys),
+        step_of(mapped, make_loss(config.dpo, mapped), optimizer, members=len(betas)),
+        Shuffled(data, config.dpo.batch, seed),
+        device=setup.device,
+        resume=resume,
+        tokens=lambda batch: len(betas) * batch["mask"].sum(),
+    ).params
+    stacked.pop(BETA)
+    before = assess(setup, reference, reference, task, seed)
+    print(f"before: {before.sampled:.1%} right, {before.greedy:.1%} greedy")
+    rows = []
+    for beta, params in zip(config.sweep, unstack(stacked), strict=True):
+        after = assess(setup, params, reference, task, seed)
+        rows.append(
+            {"beta": beta, "sampled": after.sampled, "greedy": after.greedy, "kl": after.kl}
+        )
+        print(
+            f"beta {beta:g}: {after.sampled:.1%} right, {after.greedy:.1%} greedy, KL "
+            f"{after.kl:.2f} nats an answer"
+        )
+    (run / "results.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def show_influence(
+    config: Config,
+    setup: Setup,
+    task: Task,
+    reference: Params,
+    params: Params,
+    data: dict[str, Tensor],
+    flipped: Tensor,
+    seed: int,
+) -> None:
+    """Which training pairs hurt held-out pairs the most, and how many of those were flipped."""
+    exact = setup._replace(implementation="flash", dtype=torch.float32)
+    unseen = judged_pairs(config.dpo, setup, task, reference, task.held_out, seed + 1)
+    held_out = as_data(config.dpo, setup, reference, unseen)
+    count = min(config.influence, len(data["tokens"]))
+    examples = {name: x[:count] for name, x in data.items()}
+
+    def loss_fn(params: Params, batch: dict[str, Tensor]) -> Tensor:
+        return loss_of(config.dpo, sums_of(config.dpo, exact, params, batch), batch)[0]
+
+    def one(params: Params, example: dict[str, Tensor]) -> Tensor:
+        return loss_fn(params, {name: x[None] for name, x in example.items()})
+
+    def gauss_newton(v: Params) -> Params:  # the Hessian of a network has negative curvature, too
+        return ggn_vp(
+            lambda p: sums_of(config.dpo, exact, p, examples),
+            lambda sums: loss_of(config.dpo, sums, examples)[0],
+            params,
+            v,
+        )
+
+    target = torch.func.grad(loss_fn)(params, held_out)
+    scores, solved = influences(
+        one, params, examples, target, damping=1e-2, steps=20, product=gauss_newton
+    )
+    worst = scores.argsort(descending=True)
+    head = worst[: max(1, count // 10)]
+    share, overall = flipped[:count][head].float().mean(), flipped[:count].float().mean()
+    print(
+        f"influence of {count} pairs (residual of the solve {solved.residual:.2g}): of the "
+        f"{len(head)} most harmful ones {share:.0%} were flipped, of all {overall:.0%}"
+    )
+    for name, rows in (("harmful", worst[:3]), ("helpful", worst.flip(0)[:3])):
+        for i in rows.tolist():
+            texts = task.tokenizer.decode(data["tokens"][i].tolist())
+            print(f"  {name} {scores[i]:+.3g}: {texts[0]!r} over {texts[1]!r}")
+
+
 PANELS = {
     "loss": "loss",
     "margin of implicit rewards": "margin",
@@ -356,11 +522,11 @@ PRESETS = {
     "people": Config(
         preset="people",
         data=Data(vocabulary=6000, new=96, held_out=256),
-        model=Model(width=512, depth=6, heads=8, length=384, dropout=0.1),
-        pretrain=Stage(1200, 64, 1e-3, 100),
-        sft=Stage(200, 32, 3e-4),
-        rewards=Stage(130, 64, 2e-4),
-        dpo=Preferences(130, 64, 1e-4, samples=1),
+        model=Model(width=384, depth=6, heads=6, length=320, dropout=0.1),
+        pretrain=Stage(500, 64, 2e-3, 100),
+        sft=Stage(150, 32, 5e-4),
+        rewards=Stage(80, 64, 2e-4, 10),
+        dpo=Preferences(80, 64, 1e-4, 10, imitation=0.0),
     ),
 }
 
@@ -375,30 +541,51 @@ def checked(config: Config) -> Config:
     Raises:
         ValueError: a number out of range; a run that exists, or none to go on with.
     """
-    configs.check_numbers(config, MAY_BE_ZERO)
+    configs.check_numbers(replace(config, mesh=Mesh(dp_shard=1)), MAY_BE_ZERO)
     if config.name and Path(config.name).name != config.name:
         raise ValueError(f"--name ({config.name}) must be a plain name: put folders into --out")
     if config.resume and config.overwrite:
         raise ValueError("--resume goes on with a run, --overwrite deletes it: give one of them")
+    own, smoothing = config.dpo, config.dpo.label_smoothing
+    for name, beta in [("dpo.beta", own.beta), *(("sweep", beta) for beta in config.sweep)]:
+        if beta is not None and not beta > 0:
+            raise ValueError(f"--{name} ({beta}) must be above 0: leave it out for one that suits")
+    if own.loss in ("cdpo", "robust") and not 0 <= smoothing < 0.5:
+        raise ValueError(f"--dpo.label-smoothing ({smoothing}) must be in [0, 0.5)")
+    if not 0 <= own.flipped < 1:
+        raise ValueError(f"--dpo.flipped ({own.flipped}) must be in [0, 1)")
+    check_room(config.data, config.model)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (config.data.files or config.sweep):
+        raise ValueError(
+            "--data.files and --sweep train ensembles, in one process: start them without torchrun"
+        )
     if config.threads:
         torch.set_num_threads(config.threads)
     return replace(config, name=config.name or configs.free_name(config.out, "align_dpo"))
 
 
 def main(config: Config) -> None:
-    begin, config = time.perf_counter(), checked(config)
-    machine = configs.machine(config.device, config.dtype, config.compile)
+    begin = time.perf_counter()
+    joined(config.device)
+    with agreement.together():
+        config = checked(config)
+        machine = configs.machine(config.device, config.dtype, config.compile)
+    config = replace(config, name=agreement.from_all(config.name)[0])
     if machine.note:
-        print(f"note: {machine.note}", file=sys.stderr)
+        say(f"note: {machine.note}")
     run = config.out / str(config.name)
-    if not config.resume:
-        configs.new_run(run, config, overwrite=config.overwrite)
+    with agreement.together():
+        if not config.resume and agreement.rank() == 0:
+            configs.new_run(run, config, overwrite=config.overwrite)
     seeds = range(config.seed, config.seed + config.seeds)
     if config.data.files:
         run_files(config, machine, run)
+    elif config.sweep:
+        run_sweep(config, machine, run)
     else:
-        leave(run, [run_seed(config, machine, seed, run) for seed in seeds], "dpo", PANELS)
-    print(f"{time.perf_counter() - begin:.0f} seconds; everything is in {run}")
+        results = [run_seed(config, machine, seed, run) for seed in seeds]
+        leave(run, results, "dpo-1", PANELS)
+    say(f"{time.perf_counter() - begin:.0f} seconds; everything is in {run}")
 
 
 def command_line(args: Sequence[str]) -> Config:

@@ -4,6 +4,10 @@ r"""Teach a decoder to follow instructions from rewards on its own answers.
     python recipes/align_ppo.py --rl.algorithm ppo                 # with a critic
     python recipes/align_ppo.py --rl.reward model                  # against a reward model
     python recipes/align_ppo.py --rl.reward my_rewards.py:polite   # against any function
+    python recipes/align_ppo.py --rl.trust-region 0.003            # natural gradient steps
+    python recipes/align_ppo.py --preset problems --data.files gsm8k.jsonl
+
+    torchrun --nproc-per-node 2 recipes/align_ppo.py --mesh.dp-shard 2
 
 Stages of each seed, in folders of their own (--resume goes on where it was stopped):
 
@@ -15,6 +19,7 @@ Stages of each seed, in folders of their own (--resume goes on where it was stop
 The report says how many answers to held-out prompts the checker finds right before and after.
 """
 
+import math
 import os
 import sys
 import time
@@ -26,6 +31,7 @@ from typing import Any, Literal
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in translate.py; must stand before torch
 
 import torch
+import torch.distributed as dist
 import tyro
 from torch import Tensor
 
@@ -34,22 +40,27 @@ from msfs_functional import agreement, checkpoint, errors, masked, ppo, random, 
 from msfs_functional import config as configs
 from msfs_functional import distributed_checkpoint as checkpoints
 from msfs_functional.aligning import (
+    Mesh,
     Model,
     Result,
     Setup,
     Stage,
     assess,
+    check_room,
     fine_tune,
+    joined,
     leave,
     optimizer_of,
     own_pairs,
     pretrain,
     roller,
+    say,
     set_up,
     step_of,
     tell,
 )
 from msfs_functional.alignment_tasks import Data, Task, built_in, from_problems
+from msfs_functional.curvature import trust_region_step
 from msfs_functional.generation import Sampling, Settings
 from msfs_functional.pairs import Shuffled, encode_pairs
 from msfs_functional.params import Params, cast
@@ -59,7 +70,7 @@ from msfs_functional.scoring import answer_logps, answer_statistics
 from msfs_functional.stages import CHECKPOINTS, stopped
 from msfs_functional.tokenizer import EOS, PAD
 from msfs_functional.tracking import Tracker
-from msfs_functional.train import init_state
+from msfs_functional.train import TrainState, init_state
 
 MAY_BE_ZERO = ("seed", "warmup")
 VALUE = "value.weight"  # of the critic, which reads the policy's states
@@ -80,8 +91,11 @@ class Learning:
     samples: int = 8  # answers to each
     epochs: int = 1  # passes over a rollout
     minibatches: int = 4  # updates of a pass
-    rate: float = 5e-4  # peak learning rate
+    rate: float = 1e-3  # peak learning rate
     warmup: int = 10  # updates
+    # KL of an update [nats a token]: a natural gradient step by the exact Fisher matrix in place of
+    # the optimizer's; None: the optimizer
+    trust_region: float | None = None
     temperature: float = 1.0  # of the rollouts
     clip: float = 0.2  # of ratios
     clip_high: float | None = None  # above 1, where it differs
@@ -125,11 +139,12 @@ class Config:
     threads: int | None = None  # CPU threads; None: all cores
     save_every: int = 40  # updates between checkpoints
     debug: bool = False  # show tracebacks
+    mesh: Mesh = field(default_factory=Mesh)
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     # with --data.files: reading before imitating
     pretrain: Stage = field(default_factory=lambda: Stage(1000, 64, 2e-3))
-    sft: Stage = field(default_factory=lambda: Stage(600, 24, 3e-3))
+    sft: Stage = field(default_factory=lambda: Stage(800, 16, 3e-3))
     rewards: Stage = field(default_factory=lambda: Stage(150, 32, 1e-3))
     rl: Learning = field(default_factory=Learning)
 
@@ -150,60 +165,67 @@ def values_of(params: Params, states: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, (states.float() * params[VALUE].float()).sum(-1), 0.0)
 
 
-def experience(
-    rl: Learning,
-    setup: Setup,
-    params: Params,
-    reference: Params,
-    rollout: Rollout,
-    scores: Tensor,
-    coefficient: Tensor,
+def opinions(
+    rl: Learning, setup: Setup, params: Params, reference: Params, rollout: Rollout
 ) -> Buffer:
-    """All that updates need of a rollout: rows of one shape, without gradients."""
+    """What policy, critic and reference think of each token, without gradients."""
     tokens, mask = rollout.tokens, rollout.mask
-    own, options = cast(params, setup.dtype), {"implementation": setup.implementation}
+    own, before = cast(params, setup.dtype), cast(reference, setup.dtype)
+    options: dict[str, Any] = {
+        "temperature": rl.temperature,
+        "implementation": setup.implementation,
+    }
     with torch.no_grad():
         logps, entropies, states = answer_statistics(
-            setup.model, body(own), tokens, mask, temperature=rl.temperature, **options
+            setup.plain, body(own), tokens, mask, **options
         )
-        before = cast(reference, setup.dtype)
-        reference_logps = answer_logps(
-            setup.model, before, tokens, mask, temperature=rl.temperature, **options
-        )
-        kl = ppo.kl_estimate(logps, reference_logps, "k1")
-        values = torch.zeros_like(logps)
-        penalty = coefficient if kl_in_reward(rl) else 0.0
-        per_token = adv.token_rewards(scores, mask, kl=kl, kl_coefficient=penalty)
-        returns = torch.zeros_like(logps)
-        if rl.algorithm == "ppo":
-            values = values_of(own, states, mask)
-            found, returns = adv.gae(per_token, values, mask, gamma=rl.gamma, lam=rl.lam)
-            found = masked.whiten(found, mask)
-        elif rl.algorithm == "reinforce":
-            found = adv.discounted_returns(per_token, mask, gamma=rl.gamma)
-            found = masked.whiten(found, mask)
+        found = {
+            "tokens": tokens,
+            "mask": mask,
+            "logps": logps,
+            "reference": answer_logps(setup.plain, before, tokens, mask, **options),
+            "entropies": entropies,
+            # the sampler computes in another order, and says what it thinks at temperature 1
+            "sampler": rollout.logps if rl.temperature == 1 else logps,
+        }
+        values = values_of(own, states, mask) if VALUE in own else torch.zeros_like(logps)
+        return {**found, "values": values}
+
+
+def experience(rl: Learning, found: Buffer, scores: Tensor, coefficient: Tensor) -> Buffer:
+    """All that updates need of a rollout: opinions, and the advantages of the rewards."""
+    mask, logps, values = found["mask"], found["logps"], found["values"]
+    kl = ppo.kl_estimate(logps, found["reference"], "k1")
+    penalty = coefficient if kl_in_reward(rl) else 0.0
+    per_token = adv.token_rewards(scores, mask, kl=kl, kl_coefficient=penalty)
+    returns = torch.zeros_like(logps)
+    if rl.algorithm == "ppo":
+        advantages, returns = adv.gae(per_token, values, mask, gamma=rl.gamma, lam=rl.lam)
+        advantages = masked.whiten(advantages, mask)
+    elif rl.algorithm == "reinforce":
+        advantages = adv.discounted_returns(per_token, mask, gamma=rl.gamma)
+        advantages = masked.whiten(advantages, mask)
+    else:
+        whole = per_token.sum(-1)
+        if rl.algorithm == "rloo":
+            each = adv.leave_one_out_advantages(whole, rl.samples)
         else:
-            whole = per_token.sum(-1)
-            if rl.algorithm == "rloo":
-                each = adv.leave_one_out_advantages(whole, rl.samples)
-            else:
-                scale = "group" if rl.algorithm == "grpo" else "none"
-                each = adv.group_advantages(whole, rl.samples, scale=scale)
-            found = torch.where(mask, each[:, None], 0.0)
-        # the sampler computes in another order, and at temperature 1
-        sampler = rollout.logps if rl.temperature == 1 else logps
-        weights = ppo.importance_weights(logps, sampler, mask, maximum=rl.truncation)
-    return {
-        "tokens": tokens,
-        "mask": mask,
-        "logps": logps,
-        "reference": reference_logps,
-        "advantages": found,
-        "values": values,
-        "returns": returns,
-        "weights": weights,
-        "entropies": entropies,
-    }
+            scale = "group" if rl.algorithm == "grpo" else "none"
+            each = adv.group_advantages(whole, rl.samples, scale=scale)
+        advantages = torch.where(mask, each[:, None], 0.0)
+    weights = ppo.importance_weights(logps, found["sampler"], mask, maximum=rl.truncation)
+    kept = {name: value for name, value in found.items() if name != "sampler"}
+    return {**kept, "advantages": advantages, "returns": returns, "weights": weights}
+
+
+def collected(setup: Setup, rows: Tensor) -> Tensor:
+    """The rows of all processes, in the order that one process would have them."""
+    if setup.share[1] == 1:
+        return rows
+    plain = rows.to(torch.uint8) if rows.dtype == torch.bool else rows.contiguous()
+    parts = [torch.empty_like(plain) for _ in range(setup.share[1])]
+    dist.all_gather(parts, plain)
+    return torch.cat(parts).to(rows.dtype)
 
 
 def make_loss(rl: Learning, setup: Setup, new: int):
@@ -214,7 +236,7 @@ def make_loss(rl: Learning, setup: Setup, new: int):
     level = "sequence" if rl.algorithm == "rloo" else "token"
 
     def loss_fn(params: Params, batch: Buffer, key: Tensor):
-        own, mask = cast(params, setup.dtype), batch["mask"]
+        own, mask = setup.ready(params), batch["mask"]
         logps, entropies, states = answer_statistics(
             setup.model,
             body(own),
@@ -240,7 +262,9 @@ def make_loss(rl: Learning, setup: Setup, new: int):
         loss = masked.average(losses, mask, over=over, length=new)  # pyright: ignore
         entropy = masked.masked_mean(entropies, mask)
         drift = (batch["logps"] - logps).detach()
+        rows = (mask.any(-1) if over != "constant" else torch.ones_like(mask[:, 0])).sum()
         metrics = {
+            "weight": mask.sum() if over == "tokens" else rows,  # of this process's rows
             "policy_loss": loss.detach(),
             "entropy": entropy.detach(),
             "clip_fraction": masked.masked_mean(out.clipped.float(), mask),
@@ -264,6 +288,36 @@ def make_loss(rl: Learning, setup: Setup, new: int):
         return loss, metrics
 
     return loss_fn
+
+
+def natural_step(rl: Learning, setup: Setup):
+    """An update by `curvature.trust_region_step`, in the form of a compiled step."""
+    options = {"implementation": "flash", "method": "hidden"}
+    assert rl.trust_region is not None
+    radius = rl.trust_region
+
+    def step(state: TrainState, batch: Buffer) -> tuple[TrainState, dict[str, Tensor]]:
+        tokens, mask = batch["tokens"], batch["mask"][:, 1:]
+        rows = {name: batch[name][:, 1:] for name in ("logps", "advantages", "weights")}
+
+        def logits_fn(params: Params) -> Tensor:
+            states = setup.model.apply(params, tokens[:, :-1], **options)
+            return setup.model.apply(params, states, method="logits").float() / rl.temperature
+
+        def surrogate(params: Params) -> Tensor:
+            logps = logits_fn(params).log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+            out = ppo.policy_loss(logps, rows["logps"], rows["advantages"], mask, clip=None)
+            return -masked.masked_mean(out.losses * rows["weights"], mask)
+
+        found = trust_region_step(surrogate, logits_fn, state.params, mask, radius=radius)
+        with torch.no_grad():
+            for name, value in state.params.items():  # in place, as rollouts read this memory
+                value.copy_(found.params[name])
+            state.step.add_(1)
+        scale = torch.tensor(found.scale)
+        return state, {"loss": -found.gain, "step_kl": found.kl, "step_scale": scale}
+
+    return step
 
 
 # ----------------------------------------------------------------------------------------- the loop
@@ -291,13 +345,16 @@ def learn(
     rl, device = config.rl, setup.device
     per = rl.epochs * rl.minibatches
     total = rl.iterations * per
-    own = {name: value.clone() for name, value in reference.items()}
+    own = setup.enter(reference)
     if rl.algorithm == "ppo":
         own[VALUE] = torch.zeros(config.model.width, device=device)
     optimizer = optimizer_of(Stage(total, rl.prompts, rl.rate, rl.warmup))
     state = init_state(own, optimizer, random.key(seed, device=device))
     step = step_of(setup, make_loss(rl, setup, task.new), optimizer)
-    prompts = Shuffled({"index": torch.arange(len(task.prompts))}, rl.prompts, seed)
+    if rl.trust_region is not None:
+        step = natural_step(rl, setup)
+    every = {"index": torch.arange(len(task.prompts))}
+    prompts = Shuffled(every, rl.prompts, seed, setup.share)
     longest = max(len(prompt.ids) for prompt in task.prompts)
     settings = Settings(
         task.new, Sampling(rl.temperature), samples=rl.samples, stop_tokens=(EOS,), pad=PAD
@@ -313,12 +370,14 @@ def learn(
         loop = Loop(**saved.extra["loop"])
     first = int(state.step)
     if first >= total:
-        return body(state.params)
-    roll = roller(setup, body(state.params), settings, longest=longest)
+        return setup.leave(body(state.params))
+    whole = setup.leave(state.params)
+    roll = roller(setup, body(whole), settings, longest=longest)
     patience = rewards.Patience(rl.patience, loop.failed, loop.skipped)
     writer = checkpoints.Writer(root, keep_last=1)
-    tracker = Tracker(folder, total, name=folder.name, step=first, every=per)
-    samples = SampleTable(folder / "samples.jsonl", loop.iteration)
+    options: dict[str, Any] = {"step": first, "every": per, "rank": setup.rank}
+    tracker = Tracker(folder, total, name=folder.name, **options)
+    samples = SampleTable(folder / "samples.jsonl", loop.iteration) if setup.rank == 0 else None
 
     def save(count: int) -> None:
         tracker.flush()
@@ -337,12 +396,21 @@ def learn(
                 prompts.restore({"done": loop.iteration - 1})
                 asked = [task.prompts[i] for i in next(prompts)["index"].tolist()]
                 key = random.fold_in(random.fold_in(state.key, loop.iteration), 1)
-                rollout = roll([prompt.ids for prompt in asked], key, body(state.params))
+                first_row = setup.share[0] * len(asked)
+                keys = random.fold_in(key, torch.arange(first_row, first_row + len(asked)).to(key))
+                whole = setup.leave(state.params)
+                rollout = roll([prompt.ids for prompt in asked], keys, body(whole))
                 took = time.perf_counter() - started
                 ids = rollout.completions()
                 try:
                     scores = judged(task, reward, asked, ids, rl.samples).to(device)
                 except rewards.RewardError as error:
+                    failure = str(error)
+                else:
+                    failure = None
+                failures = [each for each in agreement.from_all(failure) if each is not None]
+                if failures:
+                    error = rewards.RewardError(failures[0])
                     try:
                         tracker.note(patience.skip(loop.iteration, error))
                     except rewards.RewardError:
@@ -350,30 +418,34 @@ def learn(
                         raise
                     continue
                 patience.fine()
-                buffer = experience(
-                    rl, setup, state.params, reference, rollout, scores, coefficient
-                )
-                values = told(rollout, buffer, scores, took)
+                if samples is not None:
+                    samples.add(loop.iteration, table_rows(task, asked, ids, scores, rl.samples))
+                found = opinions(rl, setup, whole, reference, rollout)
+                found = {name: collected(setup, rows) for name, rows in found.items()}
+                scores = collected(setup, scores)
+                buffer = experience(rl, found, scores, coefficient)
+                ended = collected(setup, rollout.ended)
+                values = told(buffer, scores, ended, took)
                 values["skipped_rollouts"] = patience.skipped
-                samples.add(loop.iteration, table_rows(task, asked, ids, scores, rl.samples))
                 if rl.target_kl is not None:
                     coefficient = ppo.adaptive_kl_coefficient(
                         coefficient,
                         values["kl"],
                         target=rl.target_kl,
                         horizon=rl.horizon,
-                        items=len(ids),
+                        items=len(scores),
                     )
                 values["kl_coefficient"] = coefficient
                 begin = time.perf_counter()
                 break
-            batch = minibatch(rl, buffer, state.key, loop.iteration, part)
+            batch = minibatch(rl, buffer, state.key, loop.iteration, part, setup.share)
             batch["coefficient"] = coefficient.expand(len(batch["tokens"]))
             state, metrics = step(state, batch)
             if count % per == 0 and begin is not None:
                 float(metrics["loss"])  # waits for the device, once a rollout
                 seconds = time.perf_counter() - begin
                 values["update_tokens/s"] = rl.epochs * buffer["mask"].numel() / seconds
+            metrics.pop("weight", None)
             tracker.log(count, {**metrics, **values})
             values = {}
             halt = agreement.highest(stop.received or 0) if count < total else 0
@@ -383,7 +455,7 @@ def learn(
                 writer.wait()
                 raise stopped(tracker, count, halt, resume_command(config))
         writer.wait()
-    return body(state.params)
+    return setup.leave(body(state.params))
 
 
 def empty_buffer(rl: Learning, width: int, device: str) -> Buffer:
@@ -400,13 +472,15 @@ def empty_buffer(rl: Learning, width: int, device: str) -> Buffer:
     return buffer
 
 
-def minibatch(rl: Learning, buffer: Buffer, key: Tensor, iteration: int, part: int) -> Buffer:
-    """Rows of update `part` of a rollout, in an order of their own each pass."""
+def minibatch(
+    rl: Learning, buffer: Buffer, key: Tensor, iteration: int, part: int, share: tuple[int, int]
+) -> Buffer:
+    """This process's rows of update `part` of a rollout, in an order of their own each pass."""
     epoch, number = divmod(part, rl.minibatches)
     rows = len(buffer["tokens"])
     order = random.permutation(random.fold_in(random.fold_in(key, iteration), 2 + epoch), rows)
     size = rows // rl.minibatches
-    chosen = order[number * size : (number + 1) * size]
+    chosen = order[number * size : (number + 1) * size].tensor_split(share[1])[share[0]]
     return {name: value[chosen] for name, value in buffer.items()}
 
 
@@ -422,7 +496,7 @@ def judged(
     return rewards.called(reward, [prompt.text for prompt in rows], texts, metadata)
 
 
-def told(rollout: Rollout, buffer: Buffer, scores: Tensor, seconds: float) -> dict[str, Any]:
+def told(buffer: Buffer, scores: Tensor, ended: Tensor, seconds: float) -> dict[str, Any]:
     """Figures of a rollout."""
     mask = buffer["mask"]
     made = mask.sum()
@@ -433,7 +507,7 @@ def told(rollout: Rollout, buffer: Buffer, scores: Tensor, seconds: float) -> di
         "kl": drift.mean(),
         "rollout_entropy": masked.masked_mean(buffer["entropies"], mask),
         "length": mask.sum(-1).float().mean(),
-        "ended": rollout.ended.float().mean(),
+        "ended": ended.float().mean(),
         "rollout_tokens/s": float(made) / seconds,
     }
 
@@ -462,7 +536,7 @@ def make_reward(
         return task.graded, {}
     if config.rl.reward != "model":
         return rewards.load(config.rl.reward), {}
-    pairs = own_pairs(setup, task, params, task.prompts, seed, 4)
+    pairs = own_pairs(setup, task, params, task.prompts, seed, 4, right=False)
     stacked = train_rewards(
         setup,
         params,
@@ -473,9 +547,9 @@ def make_reward(
         folder / "rewards",
         resume_command(config),
     )
-    unseen = own_pairs(setup, task, params, task.held_out, seed + 1, 4)
+    unseen = own_pairs(setup, task, params, task.held_out, seed + 1, 4, right=False)
     rows = [(pair.prompt, side) for pair in unseen for side in (pair.chosen, pair.rejected)]
-    right = accuracy(rewards_of(setup, stacked, rows)).mean()
+    right = accuracy(rewards_of(setup, stacked, rows)).mean() if rows else math.nan
     reward = RewardModel(setup, stacked, config.rl.aggregate, config.rl.penalty)
     return reward, {"reward model accuracy": round(float(right), 4)}
 
@@ -485,10 +559,10 @@ def run_seed(config: Config, machine: configs.Machine, seed: int, run: Path) -> 
     folder = run / f"seed-{seed}"
     if config.data.files:
         task = from_problems(config.data, config.model.length)
-        print("\n".join(task.notes), flush=True)
+        say("\n".join(task.notes))
     else:
         task = built_in(config.data, seed)
-    setup, resume = set_up(config.model, task, machine), resume_command(config)
+    setup, resume = set_up(config.model, task, machine, config.mesh), resume_command(config)
     start = pretrain(setup, task, config.pretrain, seed, folder / "pretrain", resume)
     reference = fine_tune(setup, task, config.sft, seed, folder / "sft", resume, start)
     before = assess(setup, reference, reference, task, seed)
@@ -496,7 +570,7 @@ def run_seed(config: Config, machine: configs.Machine, seed: int, run: Path) -> 
     params = learn(config, setup, task, reference, reward, seed, folder / "rl")
     after = assess(setup, params, reference, task, seed)
     result = Result(seed, before, after, [prompt.text for prompt in task.held_out], notes)
-    print(tell(result), flush=True)
+    say(tell(result))
     return result
 
 
@@ -520,11 +594,11 @@ PRESETS = {
         preset="problems",
         seeds=1,
         save_every=200,
-        data=Data(vocabulary=4000, new=128, held_out=512, share=0.08),
-        model=Model(width=512, depth=8, heads=8, length=288, dropout=0.1),
-        pretrain=Stage(1500, 64, 1e-3, 100),
-        sft=Stage(500, 64, 5e-4),
-        rl=Learning(iterations=60, prompts=64, samples=16, minibatches=4, rate=3e-5, kl=0.01),
+        data=Data(vocabulary=4000, new=144, held_out=512, share=0.08),
+        model=Model(width=512, depth=8, heads=8, length=304, dropout=0.1),
+        pretrain=Stage(500, 64, 1.5e-3, 100),
+        sft=Stage(350, 64, 8e-4),
+        rl=Learning(iterations=60, prompts=64, samples=16, minibatches=4, rate=5e-5, kl=0.01),
     ),
 }
 
@@ -539,7 +613,7 @@ def checked(config: Config) -> Config:
     Raises:
         ValueError: a number out of range, options that exclude each other.
     """
-    configs.check_numbers(config, MAY_BE_ZERO)
+    configs.check_numbers(replace(config, mesh=Mesh(dp_shard=1)), MAY_BE_ZERO)
     if config.name and Path(config.name).name != config.name:
         raise ValueError(f"--name ({config.name}) must be a plain name: put folders into --out")
     if config.resume and config.overwrite:
@@ -555,24 +629,40 @@ def checked(config: Config) -> Config:
             f"--rl.samples ({rl.samples}) must be at least 2 with {rl.algorithm}: an answer is "
             "judged against others of its prompt"
         )
+    if rl.trust_region is not None and rl.algorithm == "ppo":
+        raise ValueError(
+            f"--rl.trust-region ({rl.trust_region}) moves no critic: choose another --rl.algorithm"
+        )
     if rl.reward not in ("rule", "model"):
         rewards.load(rl.reward)
+    check_room(config.data, config.model)
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if several and (rl.algorithm == "ppo" or rl.reward == "model" or rl.trust_region is not None):
+        raise ValueError(
+            "a critic, an ensemble of reward models and a trust region are for one process: start "
+            "without torchrun, or choose another --rl.algorithm"
+        )
     if config.threads:
         torch.set_num_threads(config.threads)
     return replace(config, name=config.name or configs.free_name(config.out, "align_ppo"))
 
 
 def main(config: Config) -> None:
-    begin, config = time.perf_counter(), checked(config)
-    machine = configs.machine(config.device, config.dtype, config.compile)
+    begin = time.perf_counter()
+    joined(config.device)
+    with agreement.together():
+        config = checked(config)
+        machine = configs.machine(config.device, config.dtype, config.compile)
+    config = replace(config, name=agreement.from_all(config.name)[0])
     if machine.note:
-        print(f"note: {machine.note}", file=sys.stderr)
+        say(f"note: {machine.note}")
     run = config.out / str(config.name)
-    if not config.resume:
-        configs.new_run(run, config, overwrite=config.overwrite)
+    with agreement.together():
+        if not config.resume and agreement.rank() == 0:
+            configs.new_run(run, config, overwrite=config.overwrite)
     seeds = range(config.seed, config.seed + config.seeds)
     leave(run, [run_seed(config, machine, seed, run) for seed in seeds], "rl", PANELS)
-    print(f"{time.perf_counter() - begin:.0f} seconds; everything is in {run}")
+    say(f"{time.perf_counter() - begin:.0f} seconds; everything is in {run}")
 
 
 def command_line(args: Sequence[str]) -> Config:

@@ -336,8 +336,9 @@ def trl_grpo(size: Sizes, config: Config, device: str, folder: str) -> Figures:
     def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
         return diversity(completion_ids)
 
+    rewards: Any = reward
     trainer = trl.GRPOTrainer(
-        model, reward_funcs=reward, args=args, train_dataset=data, processing_class=tokenizer
+        model, reward_funcs=rewards, args=args, train_dataset=data, processing_class=tokenizer
     )
     return time_trainer(trainer, config.warmup)
 

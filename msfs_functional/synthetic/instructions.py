@@ -1,14 +1,15 @@
 """Instructions over small expressions and output formats, with a checker that knows the truth.
 
-    Reverse 4 9 1 in words, with dashes, in brackets:      ->  (one-nine-four)
-    Add 8 7 in digits, with commas, plain:                 ->  15
+    Reverse 4 9 1: words, dashes, brackets =      ->  ( one - nine - four )
+    Add 8 7: digits, commas, plain =              ->  15
 
 Demonstrations come from a writer with habits: most answers are digits with commas, whatever the
 instruction says, and some hold a slip. A model of them knows how to follow instructions and mostly
 does not: what preferences and rewards are for. `check` says of any text what is right about it.
 
 A hash of operation and numbers sets problems aside: no training prompt holds one of them, in any
-format.
+format. Only sums, of which there are a hundred and which nobody can guess from others, are held out
+by their whole prompt: training has seen the sum in another format.
 """
 
 import random
@@ -28,19 +29,19 @@ OPERATIONS: dict[str, Callable[[tuple[int, ...]], tuple[int, ...]]] = {
     "Repeat": lambda x: x,
     "Reverse": lambda x: x[::-1],
     "Sort": lambda x: tuple(sorted(x)),
-    "Largest of": lambda x: (max(x),),
-    "Smallest of": lambda x: (min(x),),
+    "Largest": lambda x: (max(x),),
+    "Smallest": lambda x: (min(x),),
     "Add": lambda x: (sum(x),),
 }
 STYLES = ("digits", "words")
-JOINERS = {"commas": ", ", "dashes": "-", "spaces": " "}
-FRAMES = {"plain": ("", ""), "in brackets": ("(", ")"), "in stars": ("*", "*")}
+JOINERS = {"commas": ", ", "dashes": " - ", "spaces": " "}
+FRAMES = {"plain": ("", ""), "brackets": ("( ", " )"), "stars": ("* ", " *")}
 HABIT = ("digits", "commas", "plain")  # what the writer of demonstrations falls into
 HELD_OUT = 15  # of 100 problems
 
 FORM = re.compile(
-    rf"({'|'.join(OPERATIONS)}) ([\d ]+) in ({'|'.join(STYLES)}), with ({'|'.join(JOINERS)}), "
-    rf"({'|'.join(FRAMES)}):"
+    rf"({'|'.join(OPERATIONS)}) ([\d ]+): ({'|'.join(STYLES)}), ({'|'.join(JOINERS)}), "
+    rf"({'|'.join(FRAMES)}) ="
 )
 
 
@@ -57,7 +58,7 @@ class Instruction:
     @property
     def prompt(self) -> str:
         numbers = " ".join(map(str, self.numbers))
-        return f"{self.operation} {numbers} in {self.style}, with {self.joiner}, {self.frame}:"
+        return f"{self.operation} {numbers}: {self.style}, {self.joiner}, {self.frame} ="
 
     @property
     def answer(self) -> str:
@@ -65,8 +66,8 @@ class Instruction:
 
     @property
     def held_out(self) -> bool:
-        """Whether training never sees this problem, in any format."""
-        text = f"{self.operation} {self.numbers}"
+        """Whether training never sees this problem, in any format (a sum: in this one)."""
+        text = self.prompt if self.operation == "Add" else f"{self.operation} {self.numbers}"
         return zlib.crc32(text.encode()) % 100 < HELD_OUT
 
 
@@ -91,7 +92,7 @@ def parse(prompt: str) -> Instruction:
 
 
 def example() -> Instruction:
-    return Instruction("Reverse", (4, 9, 1), "words", "dashes", "in brackets")
+    return Instruction("Reverse", (4, 9, 1), "words", "dashes", "brackets")
 
 
 def instructions(seed: int, count: int, split: Split = "train") -> list[Instruction]:
@@ -100,7 +101,7 @@ def instructions(seed: int, count: int, split: Split = "train") -> list[Instruct
     found: list[Instruction] = []
     while len(found) < count:
         operation = rng.choice(tuple(OPERATIONS))
-        size = 2 if operation == "Add" else rng.choice((2, 3, 4))
+        size = 2 if operation == "Add" else rng.choice((2, 3))
         numbers = tuple(rng.randrange(10) for _ in range(size))
         how = (rng.choice(STYLES), rng.choice(tuple(JOINERS)), rng.choice(tuple(FRAMES)))
         one = Instruction(operation, numbers, *how)
@@ -162,7 +163,7 @@ def check(prompt: str, text: str) -> dict[str, bool]:
         for name, (a, b) in FRAMES.items()
         if text.startswith(a) and text.endswith(b) and len(text) > len(a + b)
     }
-    frame = next((name for name in ("in brackets", "in stars") if name in framed), "plain")
+    frame = next((name for name in ("brackets", "stars") if name in framed), "plain")
     inner = framed.get(frame, text)
     readings = {name: read(inner, name) for name in JOINERS}
     expected = list(OPERATIONS[one.operation](one.numbers))
@@ -184,6 +185,6 @@ def right(prompts: Sequence[str], completions: Sequence[str], metadata: Any = No
 
 
 def graded(prompts: Sequence[str], completions: Sequence[str], metadata: Any = None) -> list[float]:
-    """A reward in [0, 1]: the mean of the four parts and of being right in all."""
-    pairs = zip(prompts, completions, strict=True)
-    return [sum(check(prompt, text).values()) / 5 for prompt, text in pairs]
+    """A reward in [0, 1]: half for being right in all, an eighth for each of the four parts."""
+    checks = (check(*pair) for pair in zip(prompts, completions, strict=True))
+    return [sum(found.values()) / 8 + 3 / 8 * found["right"] for found in checks]
