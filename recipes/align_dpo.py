@@ -123,11 +123,11 @@ class Config:
     pretrain: Stage = field(default_factory=lambda: Stage(1000, 64, 2e-3))
     rewards: Stage = field(default_factory=lambda: Stage(150, 64, 3e-4))
     members: int = 8
-    sft: Stage = field(default_factory=lambda: Stage(800, 16, 3e-3))
+    sft: Stage = field(default_factory=lambda: Stage(650, 16, 3e-3))
     # betas to train side by side in one vmapped step, in place of the seeds
     sweep: tuple[float, ...] = ()
     influence: int = 0  # pairs to score by their influence on the loss of held-out pairs
-    dpo: Preferences = field(default_factory=lambda: Preferences(100, 64, 5e-4))
+    dpo: Preferences = field(default_factory=lambda: Preferences(80, 64, 5e-4))
 
 
 # ------------------------------------------------------------------------------------------- losses
