@@ -1,10 +1,11 @@
 """Questions about images as token sequences: samples, packed rows, answers, where they look.
 
-    sample    <bos> i i i i question <bos> answer <eos>       i: an image's tokens
-    loss                                   ^^^^^^^^^^^^        on the answer alone
+    sample     <bos> i i i i   question <bos> answer <eos>   question <bos> answer <eos>
+    turn         0   0 0 0 0       1      1      1     1         2      2      2     2
+    learned                                      ^     ^                       ^     ^
 
-After <eos> another question of the same image may follow: a turn. Several samples share a row,
-apart by segment ids, and several samples share an image, which passes the tower once.
+i: an image's tokens. The turns of a sample share its image but do not see each other, so each
+learns what it would learn alone. Several samples share a row, apart by segment ids.
 
 Dimension key: R rows, T tokens of a row, S samples, M images, P tokens of an image, D width.
 """
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from msfs_functional.attention import attention, attention_weights
@@ -25,6 +26,8 @@ from msfs_functional.packing import rows_of
 from msfs_functional.params import Functional, Params
 from msfs_functional.tokenizer import BOS, EOS, PAD, Tokenizer
 
+LEARNED = 128  # labels of a batch are filled up to a multiple of so many: few shapes occur
+
 
 class Sample(NamedTuple):
     """What is asked of an image and answered: one turn or several."""
@@ -32,6 +35,7 @@ class Sample(NamedTuple):
     image: int  # which of the batch's
     ids: list[int]
     learned: list[bool]  # of each id, whether it is to be predicted
+    turns: list[int]  # of each id, 0 for the image, then 1, 2, ...
 
 
 def prompt_ids(question: Sequence[int], config: VLMConfig, images: int = 1) -> list[int]:
@@ -57,11 +61,13 @@ def sample_of(
         images: tiles that the image is cut into.
     """
     ids = prompt_ids([], config, images)[:-1]
-    learned = [False] * len(ids)
-    for question, answer in turns:
-        ids += [*question, BOS, *answer, EOS]
-        learned += [False] * (len(question) + 1) + [True] * (len(answer) + 1)
-    return Sample(image, ids, learned)
+    learned, numbers = [False] * len(ids), [0] * len(ids)
+    for number, (question, answer) in enumerate(turns, start=1):
+        turn = [*question, BOS, *answer, EOS]
+        ids += turn
+        learned += [i > len(question) for i in range(len(turn))]
+        numbers += [number] * len(turn)
+    return Sample(image, ids, learned, numbers)
 
 
 def cut_tiles(images: UInt8[Tensor, "M C h h"], side: int) -> UInt8[Tensor, "N C s s"]:
@@ -91,9 +97,10 @@ def pack_samples(samples: Sequence[Sample], length: int, *, multiple: int = 4) -
         multiple: the number of rows is rounded up to it, so that few shapes occur.
 
     Returns:
-        tokens, labels (IGNORED but where a learned token follows), segments (0 is padding) and
-        positions, all int64 (R, T); images (S,): the image of each sample, in the order of the
-        placeholders.
+        tokens, labels (IGNORED but where a learned token follows), segments (0 is padding), turns
+        and positions (each turn goes on from the image's), all int64 (R, T); images (S,): the image
+        of each sample, in the order of the placeholders; learned (A,): where among the R * T tokens
+        labels stand, and then 0, where none does: logits are needed nowhere else.
 
     Raises:
         ValueError: no samples, a sample longer than a row.
@@ -108,7 +115,7 @@ def pack_samples(samples: Sequence[Sample], length: int, *, multiple: int = 4) -
     count = -(-len(rows) // multiple) * multiple
     tokens = np.full((count, length), PAD)
     labels = np.full((count, length), IGNORED)
-    segments, positions = (np.zeros((count, length), dtype=np.int64) for _ in range(2))
+    segments, turns, positions = (np.zeros((count, length), dtype=np.int64) for _ in range(3))
     images = []
     for r, row in enumerate(rows):
         at = 0
@@ -116,12 +123,32 @@ def pack_samples(samples: Sequence[Sample], length: int, *, multiple: int = 4) -
             sample, here = samples[i], slice(at, at + sizes[i])
             tokens[r, here], segments[r, here] = sample.ids[:-1], segment
             labels[r, here] = np.where(sample.learned[1:], sample.ids[1:], IGNORED)
-            positions[r, here] = np.arange(sizes[i])
+            number = turns[r, here] = np.array(sample.turns[:-1])
+            first = np.searchsorted(number, number)  # where each token's turn begins
+            own = number > 0
+            positions[r, here] = np.arange(sizes[i]) - own * (first - own.argmax())
             images.append(sample.image)
             at += sizes[i]
-    packed = {"tokens": tokens, "labels": labels, "segments": segments, "positions": positions}
+    packed = {"tokens": tokens, "labels": labels, "segments": segments, "turns": turns}
+    packed["positions"] = positions
     tensors = {name: torch.from_numpy(value.astype(np.int64)) for name, value in packed.items()}
-    return {**tensors, "images": torch.tensor(images)}
+    where = np.flatnonzero(labels != IGNORED)
+    learned = np.pad(where, (0, -len(where) % LEARNED))
+    return {**tensors, "images": torch.tensor(images), "learned": torch.from_numpy(learned)}
+
+
+def turns_apart(segments: Int[Tensor, "R T"], turns: Int[Tensor, "R T"]) -> Bool[Tensor, "R 1 T T"]:
+    """Where a token may look, causality aside: at its own sample's image, and at its own turn.
+
+    turn   0 0 1 1 2      0   1 1 . . .
+                          0   1 1 . . .
+                          1   1 1 1 1 .
+                          1   1 1 1 1 .
+                          2   1 1 . . 1
+    """
+    sample = segments[:, :, None] == segments[:, None]
+    own = turns[:, :, None] == turns[:, None]
+    return (sample & (own | (turns == 0)[:, None]))[:, None]
 
 
 class Answerer:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import optree
 import torch
+from msfs_kernels.dispatch import is_sharded
 from torch import Tensor
 from torch.fx.experimental import _config
 from torch.utils._triton import has_triton
@@ -106,7 +107,8 @@ def graphed(step: Callable[[S, Any], tuple[S, Any]]) -> Callable[[S, Any], tuple
     kernels on the same numbers. Every batch is copied into the graph's own memory, the first one
     too: tensors of another kind (views, say) would compile anew, which a recording forbids. Metrics
     are copied out; the graphs share one pool. A state in other memory (a restored one) is recorded
-    anew.
+    anew. Collectives of NCCL are recorded, too; all ranks then replay together, and must let go of
+    the graphs (of what is returned here) before they leave the process group.
 
     Args:
         step: step(state, batch) -> (state, metrics) that writes the new state into the old one's
@@ -121,7 +123,8 @@ def graphed(step: Callable[[S, Any], tuple[S, Any]]) -> Callable[[S, Any], tuple
 
     def run(state: S, batch: Any) -> tuple[S, Any]:
         nonlocal home, pool
-        memory = optree.tree_leaves(state, namespace=NAMESPACE)  # pyright: ignore
+        memory: list[Any] = optree.tree_leaves(state, namespace=NAMESPACE)  # pyright: ignore
+        memory = [leaf.to_local() if is_sharded(leaf) else leaf for leaf in memory]
         if elsewhere := {str(leaf.device) for leaf in memory if not leaf.is_cuda}:
             raise ValueError(f"graphed needs a state on a GPU, got one on {sorted(elsewhere)}")
         places = [leaf.data_ptr() for leaf in memory]

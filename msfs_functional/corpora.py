@@ -213,8 +213,9 @@ def _from_text_files(paths: Sequence[Path]) -> _Pairs:
 
 
 @contextlib.contextmanager
-def hub_errors(name: str, config: str | None, split: str) -> Iterator[None]:
-    """What goes wrong with a dataset of the Hub, as ValueErrors of one line."""
+def hub_errors(name: str, config: str | None, split: str, *, embedded: str) -> Iterator[None]:
+    """What goes wrong with a dataset of the Hub, as ValueErrors of one line; without a network it
+    names the `embedded` data."""
     retries = logging.getLogger("huggingface_hub")  # one line a try; what they end in is raised
     level = retries.level
     retries.setLevel(logging.ERROR)
@@ -227,7 +228,7 @@ def hub_errors(name: str, config: str | None, split: str) -> Iterator[None]:
     except ConnectionError as error:
         raise ValueError(
             f"cannot fetch dataset {name!r} ({error}): connect to the network, name local files, "
-            f"or use the embedded data, which need none"
+            f"or use {embedded}, which needs none"
         ) from None
     except (ValueError, RuntimeError, OSError, datasets.exceptions.DatasetsError) as error:
         # An unknown config or split, most often: the message lists the ones there are.
@@ -240,7 +241,7 @@ def hub_errors(name: str, config: str | None, split: str) -> Iterator[None]:
 
 
 def _from_hub(name: str, config: str | None, split: str, source, target) -> _Pairs:
-    with hub_errors(name, config, split):
+    with hub_errors(name, config, split, embedded=repr(EMBEDDED)):
         data = datasets.load_dataset(name, config, split=split)
     assert isinstance(data, datasets.Dataset)
     columns = {column: list(data[column]) for column in data.column_names}

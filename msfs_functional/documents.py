@@ -18,7 +18,7 @@ import math
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import datasets.exceptions
@@ -57,6 +57,14 @@ def read_file(path: Path, field: str = "text") -> list[str]:
     return [stripped for document in documents if (stripped := document.strip())]
 
 
+class Corpus(NamedTuple):
+    """What there is to train and to validate on."""
+
+    train: list[str]  # documents; of a stream some of the first ones
+    valid: list[str]
+    stream: datasets.IterableDataset | None = None
+
+
 def read_documents(
     files: Sequence[Path],
     valid: Sequence[Path] = (),
@@ -64,8 +72,8 @@ def read_documents(
     valid_share: float = 0.05,
     field: str = "text",
     seed: int = 0,
-) -> tuple[list[str], list[str]]:
-    """(documents to train on, documents to validate on), all of them in memory.
+) -> Corpus:
+    """Documents to train and to validate on, all of them in memory.
 
     Args:
         valid: files of the latter; without any, `valid_share` of the former, drawn by the seed.
@@ -84,7 +92,7 @@ def read_documents(
             f"{len(train)} documents to train and {len(aside)} to validate on: give more text, "
             f"with blank lines between documents, or --data.valid"
         )
-    return train, aside
+    return Corpus(train, aside)
 
 
 def local_files(location: str) -> list[str]:
@@ -137,7 +145,7 @@ def open_stream(
                 kind, data_files=files, split="train", streaming=True, **options
             )
         else:
-            with hub_errors(location, config, split):
+            with hub_errors(location, config, split, embedded="the embedded corpus"):
                 stream = datasets.load_dataset(location, config, split=split, streaming=True)
         assert isinstance(stream, datasets.IterableDataset)
         with stream_errors(location):
@@ -177,3 +185,31 @@ def held_out(
             f"--data.valid-share or give more text"
         )
     return found
+
+
+def stream_documents(
+    location: str,
+    valid: Sequence[Path] = (),
+    *,
+    config: str | None = None,
+    split: str = "train",
+    field: str = "text",
+    valid_share: float = 0.05,
+    valid_documents: int = 200,
+    first: int = 0,
+) -> Corpus:
+    """A stream with what is set aside of it, and its first documents to learn a vocabulary from.
+
+    Args:
+        location, config, split, field: as in `open_stream`.
+        valid: files to validate on; without any, the first `valid_documents` of the share of the
+            stream that `is_held_out`, which training must leave out.
+        first: documents to take for `train`, those set aside left out.
+    """
+    stream = open_stream(location, config=config, split=split, field=field)
+    if valid:
+        aside, valid_share = [text for path in valid for text in read_file(path, field)], 0.0
+    else:
+        aside = held_out(stream, number=valid_documents, share=valid_share, field=field)
+    texts = (record[field] for record in stream.take(first)) if first else ()
+    return Corpus([text for text in texts if not is_held_out(text, valid_share)], aside, stream)

@@ -14,7 +14,7 @@ Dimension key: B prompts, N = B * samples rows, T prompt tokens, M new tokens at
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import optree
 import torch
@@ -31,6 +31,7 @@ from msfs_functional.compiling import (
     why_not_compile,
 )
 from msfs_functional.decoding import keep_min_p, keep_top_k, keep_top_p
+from msfs_functional.regions import Regions, region
 
 Prompts = Sequence[Sequence[int]] | Int64[Tensor, "B T"]
 TextFn = Callable[[list[int]], str]  # ids -> text, a tokenizer's decode
@@ -39,7 +40,8 @@ BUCKET = 64  # compiled prompts, outputs and caches have lengths that are multip
 
 class LanguageModel(NamedTuple):
     """A model as generation sees it. Caches are pytrees of tensors with their rows in dim 0; a
-    longer cache begins with the entries of a shorter one."""
+    longer cache begins with the entries of a shorter one. A cache that goes in is spent: functions
+    may write into its memory."""
 
     init_cache: Callable[[int, int], Any]  # (rows, tokens at most) -> cache
     prefill: Callable[..., tuple[Tensor, Any]]
@@ -159,22 +161,35 @@ class Advance:
         return self.append(s._replace(cache=cache, positions=s.positions + ~s.ended), logits)
 
     def append(self, s: State, logits: Float[Tensor, "N V"]) -> State:
-        logits = logits.float()
-        token = self.settings.sampling.draw(s.keys, s.count, logits)
-        logp = logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
-        token = torch.where(s.ended, self.settings.pad, token)
-        ended = s.ended
-        for stop in self.settings.stop_tokens:
-            ended = ended | (token == stop)
-        logp = torch.where(s.ended, 0.0, logp)
-        return s._replace(
-            last=token,
-            count=s.count + 1,
-            tokens=s.tokens.index_copy(1, s.count[None], token[:, None]),
-            logps=s.logps.index_copy(1, s.count[None], logp[:, None]),
-            lengths=s.lengths + ~s.ended,
-            ended=ended,
-        )
+        rows = s.keys, s.count, s.tokens, s.logps, s.lengths, s.ended
+        token, count, tokens, logps, lengths, ended = with_token(logits, *rows, self.settings)
+        changed = {"tokens": tokens, "logps": logps, "lengths": lengths, "ended": ended}
+        return s._replace(last=token, count=count, **changed)
+
+
+@region
+def with_token(
+    logits: Float[Tensor, "N V"],
+    keys: Int64[Tensor, "N 2"],
+    count: Int64[Tensor, ""],
+    tokens: Int64[Tensor, "N M"],
+    logps: Float[Tensor, "N M"],
+    lengths: Int64[Tensor, "N"],
+    ended: Bool[Tensor, "N"],
+    settings: Settings,
+) -> tuple[Tensor, ...]:
+    """(tokens drawn from the logits, count, tokens, logps, lengths, ended), as in `State`."""
+    logits = logits.float()
+    token = settings.sampling.draw(keys, count, logits)
+    logp = logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
+    token = torch.where(ended, settings.pad, token)
+    over = ended
+    for stop in settings.stop_tokens:
+        over = over | (token == stop)
+    logp = torch.where(ended, 0.0, logp)
+    tokens = tokens.index_copy(1, count[None], token[:, None])
+    logps = logps.index_copy(1, count[None], logp[:, None])
+    return token, count + 1, tokens, logps, lengths + ~ended, over
 
 
 def begin(advance: Advance, state: State, batch: Mapping[str, Any]) -> State:
@@ -237,6 +252,17 @@ def writing(update: Callable[[Any, Any], Any]) -> Callable[[State, Any], Any]:
         return state, {}
 
     return write
+
+
+def in_regions(fn: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """fn, whose regions are compiled."""
+    regions = Regions(dynamic=False)
+
+    def run(state: Any, batch: Any) -> Any:
+        with regions.compiled():
+            return fn(state, batch)
+
+    return run
 
 
 class Text:
@@ -317,7 +343,9 @@ class Generator:
     Args:
         model: see `LanguageModel`.
         text_fn: ids -> text, a tokenizer's decode: for texts and stop strings.
-        compile: default: on a GPU where that works.
+        compile: default: on a GPU where that works. True: prefill and step are one graph each.
+            "regions": a model's block is compiled once for all (`regions`), which starts many times
+            sooner.
         options: of torch.compile for the step, say {"coordinate_descent_tuning": True}, which
             makes the products of a single row faster.
         every: tokens between two looks at whether all rows have ended (a look makes the CPU wait).
@@ -332,7 +360,7 @@ class Generator:
         model: LanguageModel,
         *,
         text_fn: TextFn | None = None,
-        compile: bool | None = None,
+        compile: bool | Literal["regions"] | None = None,
         options: dict[str, Any] | None = None,
         every: int = 16,
         keep: int = 8,
@@ -509,7 +537,9 @@ class Generator:
             ended=rows.bool(),
         )
         first, later = writing(functools.partial(begin, advance)), writing(lambda s, _: advance(s))
-        if self.compile:
+        if self.compile == "regions":
+            first, later = in_regions(first), in_regions(later)
+        elif self.compile:
             first = compile_per_shape(first, dynamic=False)
             options = self.options
             later = torch.compile(fresh(later), fullgraph=True, dynamic=False, options=options)

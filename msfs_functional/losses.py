@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from msfs_functional.regions import region
+
 PAD = 0
 
 
@@ -107,6 +109,27 @@ def linear_cross_entropy(
         softcap=softcap or 0.0,
     )
     return loss.reshape(()), (labels != ignore_index).sum()
+
+
+@region
+def disagreement(
+    p_logits: Float[Tensor, "... V"],
+    q_logits: Float[Tensor, "... V"],
+    labels: Int[Tensor, "..."],
+    *,
+    ignore_index: int = PAD,
+) -> Float[Tensor, ""]:
+    """Sum over items of KL(p, q) + KL(q, p) in nats, p and q the softmax of the logits.
+
+    What R-Drop punishes between two predictions under different dropout (Liang et al. 2021, eq. 2).
+    A region: inside a compiled step it is one pass over the logits, not one for each operation.
+
+    Args:
+        labels: only says which items count: those that are not `ignore_index`.
+    """
+    p, q = (logits.float().log_softmax(-1) for logits in (p_logits, q_logits))
+    divergence = ((p.exp() - q.exp()) * (p - q)).sum(-1)
+    return divergence.masked_fill(labels == ignore_index, 0.0).sum()
 
 
 def _validate(items: torch.Size, labels: Tensor, label_smoothing: float, z_loss: float) -> None:

@@ -297,6 +297,8 @@ class Pipeline:
     def gradients(self) -> dict[str, Tensor]:
         """{name: gradient of the shard} of the parameters that the backward pass came to."""
         self._settle()
+        if self.gathers is not None:  # also of what was gathered for nothing
+            torch.cuda.current_stream(self.device).wait_stream(self.gathers)
         return {
             name: functools.reduce(torch.add, found).to(self.shards[name].dtype)
             for name, found in self.grads.items()

@@ -10,7 +10,7 @@ noise -> sampler(UNet(x, t, context), guided) -> latents -> autoencoder -> image
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -197,6 +197,23 @@ def encode_prompts(
     return tower.apply(params, ids, method="hidden_states", implementation=implementation)
 
 
+def _compiled(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(fn, dynamic=False, fullgraph=True)
+
+
+def _searched(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """fn with the fastest of cuDNN's convolutions for each shape, searched at its first call."""
+
+    def run(*args: Any) -> Tensor:
+        before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+        try:
+            return fn(*args)
+        finally:
+            torch.backends.cudnn.benchmark = before
+
+    return run
+
+
 @functools.lru_cache
 def _predict_fn(config: UNetConfig, implementation: Implementation, compile: bool) -> Any:
     """(params, x, t, context) -> prediction; one object for all calls, compiled once a shape, and
@@ -206,7 +223,7 @@ def _predict_fn(config: UNetConfig, implementation: Implementation, compile: boo
     def predict(params: Params, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         return network.apply(params, x, t, context, implementation=implementation)
 
-    return replayed(torch.compile(predict, dynamic=False, fullgraph=True)) if compile else predict
+    return replayed(_searched(_compiled(predict))) if compile else predict
 
 
 @functools.lru_cache
@@ -216,7 +233,7 @@ def _images_fn(config: AutoencoderConfig, implementation: Implementation, compil
     def images(params: Params, latents: Tensor) -> Tensor:
         return network.apply(params, latents, method="images", implementation=implementation)
 
-    return torch.compile(images, dynamic=False, fullgraph=True) if compile else images
+    return _searched(_compiled(images)) if compile else images
 
 
 @torch.no_grad()
@@ -243,6 +260,7 @@ def images_of(
         guidance: 1 is the context alone; see `classifier_free_guidance`, for rescale, too.
         spacing: of the steps; default: the published scheduler's.
         compile: UNet and decoder, once for each shape: minutes, which pay for many images on a GPU.
+            The fastest convolutions are searched then, which may round otherwise from run to run.
 
     Raises:
         ValueError: a size that the autoencoder cannot make; steps, guidance or rescale out of

@@ -20,7 +20,7 @@ Everything that changes from step to step is a tensor, so nothing recompiles, an
 waits for the device.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -36,13 +36,13 @@ from msfs_functional import random
 from msfs_functional.compiling import compile_per_shape, fresh, why_not_compile
 from msfs_functional.leafwise import Leafwise, Trained, UpdateFn
 from msfs_functional.optim import Transformation, apply_updates, ema, global_norm, overwrite
-from msfs_functional.params import Params
+from msfs_functional.params import Functional, Params, stack
 from msfs_functional.regions import Regions, region
 from msfs_functional.transforms import NAMESPACE, accumulate
 from msfs_functional.updates import tree_map
 
 Metrics = dict[str, Tensor]
-LossFn = Callable[[Any, Any, Tensor], tuple[Tensor, Metrics]]
+LossFn = Callable[[Any, Any, Any], tuple[Tensor, Metrics]]  # the key may be None
 Step = Callable[["TrainState", Any], tuple["TrainState", Metrics]]
 OURS = ("loss", "grad_norm", "skipped")
 
@@ -149,6 +149,44 @@ def init_state(
         skipped=torch.zeros(key.shape[:-1], dtype=torch.int64, device=device),
         key=key.to(device, copy=True),
     )
+
+
+def first_state(
+    model: Functional,
+    optimizer: Transformation,
+    seeds: Sequence[int],
+    *,
+    device: torch.device | str | None = None,
+    ema_decay: float | None = None,
+) -> TrainState:
+    """The state of a run before its first step; of an ensemble's where there are several seeds.
+
+    Member i starts, and draws its random numbers, as the run with seeds[i] alone.
+    """
+    members = [model.init(seed, device=device) for seed in seeds]
+    keys = torch.stack([random.key(seed, device=device) for seed in seeds])
+    if len(members) == 1:
+        return init_state(members[0], optimizer, keys[0], ema_decay=ema_decay)
+    return init_state(stack(members), optimizer, keys, ema_decay=ema_decay)
+
+
+@torch.no_grad()
+def mean_loss(
+    loss_fn: LossFn, params: Params, batches: Iterable[Any], *, members: int | None = None
+) -> Tensor:
+    """The loss over all batches, each weighted by its metrics["weight"], without a key.
+
+    Args:
+        loss_fn: as in `make_step`; it gets None for a key, which means evaluation.
+        members: params are stacked so often; the loss is then (members,).
+    """
+    if members is not None:
+        loss_fn = vmap(loss_fn, in_dims=(0, None, None))
+    total, count = 0.0, 0.0
+    for batch in batches:
+        loss, metrics = loss_fn(params, batch, None)
+        total, count = total + loss * metrics["weight"], count + metrics["weight"]
+    return torch.as_tensor(total / count)
 
 
 @region

@@ -41,7 +41,9 @@ class Config:
     prompt: int = 128  # tokens
     new: int = 128  # tokens
     implementation: Literal["flash", "sdpa", "reference"] = "flash"  # of our attention
-    tune: bool = True  # Inductor's coordinate descent, which writes products of one row as kernels
+    # blocks compiled once for all, or each whole step as one graph
+    compile: Literal["regions", "whole"] = "regions"
+    tune: bool = False  # whole: with Inductor's coordinate descent, which takes minutes
     peer: bool = True  # time transformers too
     same: bool = True  # compare greedy tokens in float32
     repeats: int = 10  # timed runs; the median counts; 0 times nothing
@@ -87,7 +89,7 @@ def our_generate(theirs: Any, config: Config, dtype: torch.dtype) -> Callable[[T
     model, params = decoder(replace(shape, fused=True)), cast(fuse(params), dtype)
     generate = Generator(
         language_model(model, params, implementation=config.implementation),
-        compile=not config.tiny,
+        compile=False if config.tiny else "regions" if config.compile == "regions" else True,
         options={"coordinate_descent_tuning": True} if config.tune else None,
     )
     return lambda tokens: generate(tokens, Settings(config.new, GREEDY)).tokens

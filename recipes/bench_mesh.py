@@ -9,9 +9,12 @@ Each path trains the same decoder on the same random tokens: bf16 products, fp32
 of gradients, fused linear and cross-entropy, AdamW, blocks recomputed if asked; tp also cuts tokens
 and vocabulary, cp cuts the sequences.
 
-    functional   blocks compiled once for all; gathers and sums beside them (`overlap`)
-    fsdp2        torch's fully_shard with every block compiled
-    graph        the functional loss as one graph, whose collectives Inductor buckets and reorders
+    functional   blocks compiled once for all; gathers and sums beside them (`overlap`); on GPUs the
+                 whole step, collectives included, is one CUDA graph
+    launched     the same without the CUDA graph
+    fsdp2        fully_shard with every block compiled, behind the same step (`fsdp`)
+    torch        the same module in a loop of torch's own: clip_grad_norm_, fused AdamW
+    whole        the functional loss as one graph of Inductor's, which reorders collectives
 
 It prints the first step's seconds, tokens/s a rank, model FLOPs utilisation, peak memory of rank 0
 and the loss, which must agree. MFU is that of `pretrain.py`, with 989 TFLOP/s as the peak. --trace
@@ -20,7 +23,6 @@ adds how much of the communication had computation beside it, and the kernels th
 
 import collections
 import functools
-import gzip
 import json
 import math
 import tempfile
@@ -35,6 +37,7 @@ import tyro
 from measuring import fresh, measure, synchronize
 
 from msfs_functional import context_parallel, errors, optim, random
+from msfs_functional.compiling import graphed
 from msfs_functional.fsdp import fully_sharded
 from msfs_functional.gathering import gathered, sharded
 from msfs_functional.layouts import DECODER_BY_TOKENS
@@ -46,7 +49,7 @@ from msfs_functional.train import init_state, make_step
 from msfs_functional.transforms import remat
 from msfs_functional.vocabulary_parallel import sharded_linear_cross_entropy
 
-Path = Literal["functional", "fsdp2", "graph"]
+Path = Literal["functional", "launched", "fsdp2", "torch", "whole"]
 PEAK = 989e12  # of an H100 or H200 in bfloat16 [FLOP/s]
 
 
@@ -66,7 +69,7 @@ class Config:
     length: int = 4096  # tokens of a sequence, at most the preset's max_length
     batch: int = 2  # sequences of a data rank
     steps: int = 10  # timed, after three others
-    paths: tuple[Path, ...] = ("functional", "fsdp2")
+    paths: tuple[Path, ...] = ("functional", "launched", "fsdp2", "torch")
     recompute: bool = False  # blocks are recomputed in the backward pass
     trace: bool = False
     compile: bool = True
@@ -91,7 +94,7 @@ def make_loss(config: Config, path: Path, model: Functional, on: Any) -> Callabl
 
     def loss_fn(params, batch, key):
         tokens, labels, positions = batch
-        if path == "fsdp2":
+        if path in ("fsdp2", "torch"):
             loss, count = model.apply(params, tokens, labels, **options)
         else:
             states = model.apply(params, tokens, positions=positions, method="hidden", **options)
@@ -102,8 +105,12 @@ def make_loss(config: Config, path: Path, model: Functional, on: Any) -> Callabl
 
 
 def make_batch(config: Config, on: Any, length: int) -> tuple[torch.Tensor, ...]:
-    generator = torch.Generator().manual_seed(data_rank(on)[0])
-    tokens = torch.randint(0, config.vocab, (config.batch, length + 1), generator=generator)
+    """Tokens, labels and positions that this rank holds; sequence i is the same on every mesh."""
+    first, rows = data_rank(on)[0] * config.batch, []
+    for i in range(first, first + config.batch):
+        generator = torch.Generator().manual_seed(i)
+        rows.append(torch.randint(0, config.vocab, (length + 1,), generator=generator))
+    tokens = torch.stack(rows)
     parts = tokens[:, :-1], tokens[:, 1:], torch.arange(length)[None]
     own = [context_parallel.own_tokens(x, on).contiguous().to(on.device_type) for x in parts]
     return own[0], own[1], own[2][0]
@@ -116,60 +123,99 @@ def flops_per_token(config: models.DecoderConfig, shapes: dict[str, torch.Size])
     return 6 * sum(matrices) + 6 * attention
 
 
-def run(path: Path, config: Config) -> str:
-    on = mesh(config.mesh.dp_replicate, config.mesh.dp_shard, config.mesh.tp, config.mesh.cp)
+def build(path: Path, config: Config, on: Any) -> tuple[Any, models.DecoderConfig]:
     options: dict[str, Any] = {} if config.depth is None else {"depth": config.depth}
     preset = models.PRESETS[config.preset](config.vocab)
     sizes = replace(preset, max_length=min(config.length, preset.max_length), **options)
-    plain = models.decoder(sizes)
-    make: Callable[..., Any] = sharded
-    if path == "fsdp2":
+    plain, make = models.decoder(sizes), sharded
+    if path in ("fsdp2", "torch"):
         make = fully_sharded
         with torch.device("meta"):
             plain = replace(plain, skeleton=WithLoss(sizes))
-    model = make(plain, DECODER_BY_TOKENS, on, dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    optimizer = optim.adamw(3e-4)
-    gradient, compile = None, config.compile
-    if path != "graph":
-        gradient = model.gradient
-        compile = "regions" if path == "functional" and compile else compile
-    if path == "fsdp2" and compile:
+    model: Any = make(
+        plain, DECODER_BY_TOKENS, on, dtype=torch.bfloat16, reduce_dtype=torch.float32
+    )
+    if make is fully_sharded and config.compile:
         for block in model.module.blocks:
             block.compile()
+    return model, sizes
+
+
+def our_step(path: Path, config: Config, model: Any, on: Any, batch: Any) -> Callable[[], Any]:
+    optimizer = optim.adamw(3e-4)
     state = init_state(model.init(0), optimizer, random.key(0))
+    compile = config.compile and ("regions" if path in ("functional", "launched") else True)
+    gradient = None if path == "whole" else model.gradient
     loss_fn = make_loss(config, path, model, on)
     step = make_step(loss_fn, optimizer, clip_norm=1.0, compile=compile, gradient=gradient)
-    batch, metrics = make_batch(config, on, sizes.max_length), {}
+    if path == "functional" and torch.cuda.is_available():
+        step = graphed(step)
 
-    def once() -> None:
-        nonlocal state, metrics
+    def once() -> Any:
+        nonlocal state
         state, metrics = step(state, batch)
+        return metrics["loss"], metrics["grad_norm"]
 
+    return once
+
+
+def torch_step(model: Any, batch: Any) -> Callable[[], Any]:
+    """What users of fully_shard write."""
+    model.init(0)
+    module, world = model.module, torch.distributed.get_world_size()
+    weights = list(module.parameters())
+    fused = torch.cuda.is_available()
+    optimizer = torch.optim.AdamW(weights, 3e-4, weight_decay=0.01, fused=fused)
+    tokens, labels, _ = batch
+
+    def once() -> Any:
+        total, count = module(tokens, labels)
+        loss = total / count
+        (loss / world).backward()  # gradients are sums over ranks (see fully_sharded)
+        norm: Any = torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach(), norm
+
+    return once
+
+
+def run(path: Path, config: Config) -> str:
+    on = mesh(config.mesh.dp_replicate, config.mesh.dp_shard, config.mesh.tp, config.mesh.cp)
+    model, sizes = build(path, config, on)
+    batch = make_batch(config, on, sizes.max_length)
+    once = torch_step(model, batch) if path == "torch" else our_step(path, config, model, on, batch)
     fresh()
     found = measure(once, 3, config.steps)
+    loss, norm = once()
+    if path == "torch":
+        torch.distributed.all_reduce(loss)
+        loss, norm = loss / torch.distributed.get_world_size(), norm.full_tensor()
     shares = axis_size(on, "tp") * axis_size(on, "cp")
     rate = config.batch * sizes.max_length / found.seconds / shares
-    used = rate * flops_per_token(sizes, plain.shapes) / PEAK
-    loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
+    used = rate * flops_per_token(sizes, model.shapes) / PEAK
     line = (
         f"{path:10} first step {found.first:5.1f} s  {1e3 * found.seconds:7.1f} ms  "
         f"{rate:8,.0f} tokens/s a rank  MFU {used:.1%}  {found.memory:5.1f} GiB  "
-        f"loss {loss:.5f}  norm {norm:.4f}"
+        f"loss {float(loss):.5f}  norm {float(norm):.4f}"
     )
     return line + (f"\n{traced(once)}" if config.trace else "")
 
 
-def traced(once: Callable[[], None]) -> str:
+def traced(once: Callable[[], Any]) -> str:
     """What the GPU did in two steps: how much of the communication was hidden, the top kernels."""
-    with torch.profiler.profile() as profile:
+    kinds = torch.profiler.ProfilerActivity
+    activities = [kinds.CUDA if torch.cuda.is_available() else kinds.CPU]
+    with torch.profiler.profile(activities=activities) as profile:
         once()
         once()
         synchronize()
+    if torch.distributed.get_rank():
+        return ""
     with tempfile.TemporaryDirectory() as folder:
-        path = str(File(folder) / "trace.json.gz")
-        profile.export_chrome_trace(path)
-        with gzip.open(path, "rt") as file:
-            events = json.load(file)["traceEvents"]
+        path = File(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_bytes())["traceEvents"]
     kernels = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     if not kernels:
         return "no kernels: nothing ran on a GPU"
@@ -213,10 +259,10 @@ def main(config: Config) -> None:
         print(f"{world} x {kind}, torch {torch.__version__}, {config.mesh}", flush=True)
     for path in config.paths:
         torch._dynamo.reset()
-        graph = path == "graph" and torch.cuda.is_available()
-        bucket = "all" if graph else "none"
+        whole = path == "whole" and torch.cuda.is_available()
+        bucket = "all" if whole else "none"
         with inductor.patch(
-            reorder_for_compute_comm_overlap=graph,
+            reorder_for_compute_comm_overlap=whole,
             bucket_all_gathers_fx=bucket,
             bucket_reduce_scatters_fx=bucket,
         ):

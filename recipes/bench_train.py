@@ -14,11 +14,12 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 import translate
+import translate_settings as settings
 import tyro
 from measuring import fresh, kernels, measure, synchronize
 from torch import Tensor
@@ -30,15 +31,16 @@ from msfs_functional.losses import linear_cross_entropy
 from msfs_functional.models.transformer import TransformerConfig, output_weight, transformer
 from msfs_functional.params import cast
 from msfs_functional.train import init_state, make_step
+from msfs_functional.translation import Tokenizers
 
 
-def tiny30k() -> translate.Config:
+def tiny30k() -> settings.Config:
     """The tiny model on Multi30k, in few shapes: what an ensemble has members of."""
-    preset = translate.PRESETS["multi30k"]
+    preset = settings.PRESETS["multi30k"]
     return replace(
         preset,
         data=replace(preset.data, buckets=2),
-        model=translate.Model("tiny", dropout=0.3),
+        model=settings.Model("tiny", dropout=0.3),
         train=replace(preset.train, consistency=0.0),
     )
 
@@ -62,7 +64,7 @@ class Config:
     """marian: what to measure, of our step, our step as one CUDA graph, transformers"""
     profile: bool = False
     """marian and ensemble: print our kernels"""
-    recipe: translate.Config = field(default_factory=tiny30k)
+    recipe: settings.Config = field(default_factory=tiny30k)
     """data and ensemble: the training to take the step from"""
     debug: bool = False
     """show tracebacks"""
@@ -220,24 +222,23 @@ def against_marian(config: Config) -> None:
 # ------------------------------------------------------------------------- steps of the recipe
 
 
-def recipe_step(config: translate.Config) -> tuple[Callable, Any, TokenBatches]:
+def recipe_step(config: settings.Config) -> tuple[Callable, Any, TokenBatches]:
     """The recipe's own step, its first state and its stream of batches."""
     splits = translate.read_data(config.data)
-    tokenizers = translate.learn_tokenizers(config.vocabulary, splits)
+    tokenizers = Tokenizers.learn(splits.train, **asdict(config.vocabulary))
     batches = translate.make_batches(config.data, splits.train, tokenizers, seed=0)
     model = translate.make_model(config, tokenizers)
     optimizer = translate.make_optimizer(config.optimizer, config.train.steps)
-    step = translate.make_train_step(config, model, optimizer)
-    return step, translate.first_state(config, model, optimizer), batches
+    return *translate.make_train_step(config, model, optimizer), batches
 
 
-def recipe_config(config: Config) -> translate.Config:
+def recipe_config(config: Config) -> settings.Config:
     if not config.small:
-        return translate.checked(config.recipe)
+        return settings.checked(config.recipe)
     tiny = replace(
-        translate.Config(), model=translate.Model("tiny", width=16, heads=2, depth=1, hidden=32)
+        settings.Config(), model=settings.Model("tiny", width=16, heads=2, depth=1, hidden=32)
     )
-    return translate.checked(replace(tiny, data=replace(tiny.data, batch=512)))
+    return settings.checked(replace(tiny, data=replace(tiny.data, batch=512)))
 
 
 def timed(step: Callable, state: Any, batches: Iterator, steps: int) -> float:

@@ -14,17 +14,14 @@ r"""A small vision-language model: captions of images, answers to questions abou
 
 The patches of an image pass a ViT and a projector and become tokens of a decoder. Stage 1 trains
 the projector alone, stage 2 everything, each group with its own learning rate: what is frozen has
-no gradient and no optimizer state. Samples are packed into rows with segment ids, and samples of
-one image share its pass through the tower.
+no gradient and no optimizer state. Questions of one image share its tokens without seeing each
+other, and samples are packed into rows.
 
 Without arguments it learns coloured shapes that the project makes itself, from captions and from
 questions drawn by a seeded generator. Three pairs of colour and kind never occur in training, in
-pictures or in words; answers are measured on them and on the others:
-
-{RESULT}
-
-Exact match of answers stands beside what somebody gets who knows the training answers and does not
-look. Every run leaves ten questions with answers and truth, and where an answer looked, as PNG.
+pictures or in words; answers are measured on them and on the others (figures: README.md). Exact
+match of answers stands beside what somebody gets who knows the training answers and does not look.
+Every run leaves ten questions with answers and truth, and where an answer looked, as PNG.
 Checkpoints hold all that the run is; --resume --name NAME goes on bit for bit.
 """
 
@@ -67,7 +64,15 @@ from msfs_functional import (
 from msfs_functional import config as configs
 from msfs_functional import distributed_checkpoint as checkpoints
 from msfs_functional import image_corpora as corpora
-from msfs_functional.answering import Answerer, cut_tiles, gaze, pack_samples, prompt_ids, sample_of
+from msfs_functional.answering import (
+    Answerer,
+    cut_tiles,
+    gaze,
+    pack_samples,
+    prompt_ids,
+    sample_of,
+    turns_apart,
+)
 from msfs_functional.compiling import graphed
 from msfs_functional.data import Prefetch
 from msfs_functional.gathering import Sharded, gathered, sharded
@@ -140,7 +145,7 @@ class Model:
     qk_norm: bool = False  # RMSNorm of each head's queries and keys, in the decoder
     prefix: bool = False  # tokens of a prompt see each other (PaliGemma); needs rows of one sample
     vocabulary: int = 512  # most ids of the byte-level BPE [tokens]
-    length: int = 192  # tokens of a packed row; no sample may be longer
+    length: int = 240  # tokens of a packed row; no sample may be longer
     # implementation of attention; None: flash on a GPU, sdpa on a CPU
     attention: Literal["flash", "sdpa", "reference"] | None = None
     # tiles along a side that a large image is cut into, beside a thumbnail; 1: the image alone
@@ -162,16 +167,18 @@ class Train:
     """Mechanics of training: AdamW, a cosine with warm-up."""
 
     images: int = 32  # of one step, over all processes
-    questions: int = 4  # of each image in one step; captions count as one
-    turns: int = 4  # questions of a sample, one after another behind their image
-    optimizer: Literal["adamw", "muon"] = "adamw"  # of the matrices of blocks; AdamW for the rest
+    questions: int = 8  # of each image in one step; captions count as one
+    # questions that share an image's tokens in a row, without seeing each other
+    turns: int = 8
+    optimizer: Literal["adamw", "muon"] = "muon"  # of the matrices of blocks; AdamW for the rest
     muon_rate: float = 0.02  # peak, of Muon
     weight_decay: float = 0.05
     b2: float = 0.98
     clip: float = 1.0  # largest global norm of the gradient; 0 does not clip
     log_every: int = 20  # [steps]
     eval_every: int = 400  # exact match and a checkpoint [steps]
-    compile: bool | None = None  # None: on a GPU
+    compile: bool = False  # compile the blocks, for large models
+    graph: bool = True  # on one GPU: a step is one CUDA graph
 
 
 @dataclass(frozen=True)
@@ -187,7 +194,7 @@ class Config:
     """Everything a run needs; frozen, and written to runs/<name>/config.json."""
 
     # what to do; must come first
-    mode: tyro.conf.Positional[Literal["train", "chat", "export"]] = "train"
+    mode: tyro.conf.Positional[Literal["train", "chat"]] = "train"
     # settings that the other options start from: default: minutes on a CPU; gpu: minutes on a GPU;
     # easy_vqa: the data set of that name
     preset: Literal["default", "gpu", "easy_vqa"] = "default"
@@ -225,18 +232,17 @@ GPU = Config(
         shuffle=2,
         decoder_width=256,
         decoder_depth=4,
-        length=224,
     ),
     all=Stage(6000, rate=1e-3, vision_rate=1e-3, warmup=300),
-    train=Train(images=128, questions=8, turns=8, eval_every=1000),
+    train=Train(images=128, eval_every=1000),
 )
 EASY_VQA = Config(
     preset="easy_vqa",
     test=1000,
     data=Data(name="easy_vqa", size=64, flips=True, shift=4),
-    model=Model(patch=8, shuffle=2, length=224),
+    model=Model(patch=8, shuffle=2),
     all=Stage(2500),
-    train=Train(questions=8, turns=8, eval_every=500),
+    train=Train(eval_every=500),
 )
 PRESETS = {"default": Config(), "gpu": GPU, "easy_vqa": EASY_VQA}
 
@@ -335,14 +341,15 @@ def make_loss(config: Config, model: Functional, frozen: Params):
             params,
             batch["tokens"],
             images=seen.unflatten(0, (-1, each))[batch["images"]].flatten(0, 1),
-            segment_ids=batch["segments"],
+            visible=turns_apart(batch["segments"], batch["turns"]),
             positions=batch["positions"],
             **how,
             method="hidden",
         )
-        total, count = linear_cross_entropy(
-            states, output_weight(params), batch["labels"], ignore_index=IGNORED
-        )
+        states = states.flatten(0, 1)[batch["learned"]]
+        labels = batch["labels"].flatten()[batch["learned"]]
+        weight = output_weight(params)
+        total, count = linear_cross_entropy(states, weight, labels, ignore_index=IGNORED)
         return total / count.clamp(min=1), {"weight": count}
 
     loss = gathered(inner, model) if isinstance(model, Sharded) else inner
@@ -562,7 +569,7 @@ def train_stage(t: Training, name: str, params: Params) -> Params:
         compile="regions" if settings.compile else False,
         dynamic=False,
     )
-    if settings.compile and device.startswith("cuda") and world == 1:
+    if settings.graph and device.startswith("cuda") and world == 1:
         step = graphed(step)
     state = init_state(params, optimizer, random.key(config.seed, device=device))
     root = t.run / name / "checkpoints"

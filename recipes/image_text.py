@@ -6,6 +6,10 @@ r"""Embed images and texts in one space (CLIP or SigLIP) and use it: classes by 
 
     python recipes/image_text.py classify --images a.png b.jpg --classes "red circle" "blue square"
 
+    # a local Hugging Face folder of CLIP (with merges.txt), as it is or trained further
+    python recipes/image_text.py classify --published FOLDER --images a.png --classes cat dog
+    python recipes/image_text.py --published FOLDER --data.name my_folder --data.size 224
+
     python recipes/image_text.py --data.name my_folder            # images beside a metadata.jsonl
     python recipes/image_text.py --data.name nlphuji/flickr30k    # or a data set of the Hub
 
@@ -15,13 +19,12 @@ Without arguments it learns pictures of coloured shapes that the project makes i
 such as "a small red circle above a large blue square". Three pairs of colour and kind never occur
 in training. Measured on them and on the others:
 
-    zero-shot      images of one shape, 18 classes by name, each in three sentences
+    zero-shot      images of one shape, 18 classes by name, each in two sentences
     retrieval      recall@k among 1000 validation images and their captions
 
-{RESULT}
-
-The loss is exact over the whole batch: of all ranks, and with --train.chunk in the memory of so
-many pairs. Checkpoints hold all that the run is; --resume --name NAME goes on bit for bit.
+README.md has the figures. The loss is exact over the whole batch: of all ranks, and with
+--train.chunk in the memory of so many pairs. Checkpoints hold all that the run is; --resume
+--name NAME goes on bit for bit.
 """
 
 import contextlib
@@ -62,6 +65,7 @@ from msfs_functional import (
 from msfs_functional import config as configs
 from msfs_functional import distributed_checkpoint as checkpoints
 from msfs_functional import image_corpora as corpora
+from msfs_functional.clip_tokenizer import ClipTokenizer
 from msfs_functional.compiling import graphed
 from msfs_functional.contrastive import in_chunks, sigmoid_loss, softmax_loss
 from msfs_functional.data import Prefetch
@@ -77,9 +81,10 @@ from msfs_functional.tracking import Tracker
 from msfs_functional.train import init_state, make_step
 
 MAY_BE_ZERO = ("seed", "warmup", "chunk")
+Words = Tokenizer | ClipTokenizer
 CHECKPOINTS, TOKENIZER = "checkpoints", "tokenizer.json"
 # Seen in training: "a small red circle". A class is the mean of these sentences.
-TEMPLATES = ("a small {}", "a large {}", "a {}")
+TEMPLATES = ("a small {}", "a large {}")
 
 
 @dataclass(frozen=True)
@@ -127,12 +132,13 @@ class Train:
     learning_rate: float = 2e-3  # peak
     warmup: int = 100  # [steps]
     weight_decay: float = 0.05
-    optimizer: Literal["adamw", "muon"] = "adamw"  # of the matrices of blocks; AdamW for the rest
+    optimizer: Literal["adamw", "muon"] = "muon"  # of the matrices of blocks; AdamW for the rest
     muon_rate: float = 0.02  # peak, of Muon
     clip: float = 1.0  # largest global norm of the gradient; 0 does not clip
     log_every: int = 20  # [steps]
     eval_every: int = 300  # recall and a checkpoint [steps]
-    compile: bool | None = None  # None: on a GPU
+    compile: bool = False  # compile the blocks, for large models
+    graph: bool = True  # on one GPU: a step is one CUDA graph
 
 
 @dataclass(frozen=True)
@@ -152,9 +158,10 @@ class Config:
     # of the computation, parameters stay float32; None: bfloat16 on a GPU
     dtype: Literal["float32", "bfloat16"] | None = None
     threads: int | None = None  # CPU threads; None: all cores
+    published: Path | None = None  # local folder of a published CLIP to begin with, or to use
     images: tuple[Path, ...] = ()  # classify: files
     classes: tuple[str, ...] = ()  # classify: their names
-    # sentences around a class's name; none: "a {}"
+    # sentences around a class's name; none: "a {}", for a published model seven that suit it
     templates: tuple[str, ...] = ()
     test: int = 1000  # images that retrieval and zero-shot are measured on, at most
     debug: bool = False  # show tracebacks
@@ -197,8 +204,37 @@ def read_data(data: Data, test: int) -> Splits:
     return Splits(train, valid, labelled, tuple(classes))
 
 
-def make_model(config: Config, tokenizer: Tokenizer) -> Functional:
+def make_tokenizer(config: Config, texts: Sequence[str]) -> Words:
+    """CLIP's own for a published model, else byte-level BPE of these texts."""
+    if config.published is not None:
+        return ClipTokenizer.load(config.published)
+    return train_bpe(texts, config.model.vocabulary)
+
+
+def load_published(config: Config) -> vision_format.Published:
+    """A published CLIP, in float32.
+
+    Raises:
+        ValueError: no such folder, another kind of model, images or texts of another size.
+    """
+    found = vision_format.load(str(config.published), dtype=torch.float32)
+    settings = found.config
+    if not isinstance(settings, CLIPConfig) or settings.bias is not None:
+        raise ValueError(f"--published ({config.published}) must hold a CLIP, not {settings}")
+    size, length = settings.image.size, settings.text.max_length
+    if (config.data.size,) * 2 != size or config.model.length > length:
+        raise ValueError(
+            f"--published takes images of {size} pixels and at most {length} tokens: pass "
+            f"--data.size {size[0]} and --model.length {length}, or less"
+        )
+    return found
+
+
+def make_model(config: Config, tokenizer: Words) -> Functional:
     """CLIP's towers or SigLIP's, as published ones are built, so that transformers loads them."""
+    if config.published is not None:
+        return clip(load_published(config).config)
+    assert isinstance(tokenizer, Tokenizer)
     sizes = config.model
     common: dict[str, Any] = {"width": sizes.width, "heads": sizes.heads, "hidden": sizes.hidden}
     place = {"image": config.data.size, "patch": sizes.patch, "depth": sizes.depth}
@@ -219,14 +255,18 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Functional:
             projection_bias=True,
         )
         image = vit.siglip_vision(**common, **place)
-        return clip(CLIPConfig(image, text, scale=10.0, bias=-10.0))
+        # At first all pairs look alike: then each is as likely as one of a batch (Zhai's 32k: -10).
+        bias = -math.log(config.train.batch)
+        return clip(CLIPConfig(image, text, scale=10.0, bias=bias))
     text = TextConfig(**common, **words, eos=tokenizer.vocab_size, projection=sizes.embedding)
     image = vit.clip_vision(**common, **place, projection=sizes.embedding)
     return clip(CLIPConfig(image, text))
 
 
-def encode(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> Tensor:
+def encode(tokenizer: Words, texts: Sequence[str], length: int) -> Tensor:
     """Ids (N, length), padded on the right; what is longer loses its end."""
+    if isinstance(tokenizer, ClipTokenizer):
+        return tokenizer.batch(texts, length)
     end = tokenizer.vocab_size  # an id of its own: published CLIPs take id 2 for another sign
     rows = [[*row[: length - 1], end] for row in tokenizer.encode(list(texts), bos=True)]
     ids = torch.full((len(rows), length), PAD)
@@ -235,9 +275,14 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> Tensor:
     return ids
 
 
-def to_pixels(pictures: Tensor, dtype: torch.dtype) -> Tensor:
-    """8 bits to [-1, 1]: what the tower takes."""
-    return (pictures.float() / 127.5 - 1).to(dtype)
+def to_pixels(config: Config, pictures: Tensor) -> Tensor:
+    """8 bits to what the tower takes: [-1, 1], or with CLIP's own mean and deviation."""
+    dtype = getattr(torch, str(config.dtype))
+    if config.published is None:
+        return (pictures.float() / 127.5 - 1).to(dtype)
+    scales = zip(images.CLIP_MEAN, images.CLIP_STD, strict=True)
+    parts = [(pictures[:, c] / 255 - m) / s for c, (m, s) in enumerate(scales)]
+    return torch.stack(parts, 1).to(dtype)
 
 
 def embedder(config: Config, model: Functional) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -247,7 +292,7 @@ def embedder(config: Config, model: Functional) -> Callable[..., tuple[Tensor, T
     def embed(params: Params, batch: Any, key: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if not isinstance(model, Sharded):  # which casts what it gathers
             params = cast(params, dtype)
-        u = model.apply(params, to_pixels(batch["images"], dtype), method="embed_image")
+        u = model.apply(params, to_pixels(config, batch["images"]), method="embed_image")
         v = model.apply(params, batch["ids"], method="embed_text")
         return u, v
 
@@ -292,9 +337,7 @@ def make_optimizer(config: Train) -> optim.Transformation:
 class Pairs:
     """Batch n is a function of the seed and n: which images, and which of an image's texts."""
 
-    def __init__(
-        self, config: Config, data: Pictured, tokenizer: Tokenizer, share: tuple[int, int]
-    ):
+    def __init__(self, config: Config, data: Pictured, tokenizer: Words, share: tuple[int, int]):
         self.size, self.seed, self.share = config.train.batch, config.data.seed, share
         rows = [i for i, texts in enumerate(data.captions) if texts]
         if len(rows) < self.size or self.size % share[1]:
@@ -346,9 +389,9 @@ class Pairs:
 class Embedded:
     """A trained model as two functions of raw images and texts."""
 
-    def __init__(self, config: Config, model: Functional, params: Params, tokenizer: Tokenizer):
-        self.dtype = getattr(torch, str(config.dtype))
-        self.model, self.params, self.tokenizer = model, cast(params, self.dtype), tokenizer
+    def __init__(self, config: Config, model: Functional, params: Params, tokenizer: Words):
+        self.config, self.model, self.tokenizer = config, model, tokenizer
+        self.params = cast(params, getattr(torch, str(config.dtype)))
         self.length, self.device = config.model.length, str(config.device)
 
     @torch.no_grad()
@@ -356,7 +399,7 @@ class Embedded:
         """Unit vectors, (N, E) in float32, of 8-bit images."""
         parts = [
             self.model.apply(
-                self.params, to_pixels(part.to(self.device), self.dtype), method="embed_image"
+                self.params, to_pixels(self.config, part.to(self.device)), method="embed_image"
             )
             for part in pictures.split(batch)
         ]
@@ -446,11 +489,10 @@ def train(config: Config) -> None:
     rank, world = agreement.rank(), agreement.world()
     texts = [text for texts in splits.train.captions for text in texts]
     with agreement.together():
-        tokenizer = (
-            Tokenizer.from_json(saved.files[TOKENIZER].decode())
-            if saved
-            else train_bpe(texts, config.model.vocabulary)
-        )
+        if saved and config.published is None:
+            tokenizer = Tokenizer.from_json(saved.files[TOKENIZER].decode())
+        else:
+            tokenizer = make_tokenizer(config, texts)
         plain = model = make_model(config, tokenizer)
     share = (0, 1)
     if world > 1:
@@ -467,9 +509,14 @@ def train(config: Config) -> None:
         compile="regions" if settings.compile else False,
         dynamic=False,
     )
-    if settings.compile and device.startswith("cuda") and world == 1:
+    if settings.graph and device.startswith("cuda") and world == 1:
         step = graphed(step)
-    params = model.init(config.seed, device=torch.device(device).type if world > 1 else device)
+    if config.published is None:
+        params = plain.init(config.seed, device=device)
+    else:
+        params = {name: p.to(device) for name, p in load_published(config).params.items()}
+    if isinstance(model, Sharded):
+        params = sharding.shard(params, TOWERS.rules, model.mesh)
     state = init_state(params, optimizer, random.key(config.seed, device=device))
     if saved:
         state = checkpoints.load(saved.path, state).state
@@ -544,10 +591,14 @@ def report(config: Config, embedded: Embedded, splits: Splits, tracker: Tracker)
     tracker.figure("curves", pictures.training_curves(records, panels))
 
 
-def trained(config: Config) -> tuple[Functional, Params, Tokenizer]:
+def trained(config: Config) -> tuple[Functional, Params, Words]:
     """What the run that `config` names has learned, from its latest checkpoint."""
     found = checkpoints.load(config.out / str(config.name) / CHECKPOINTS)
-    tokenizer = Tokenizer.from_json(found.files[TOKENIZER].decode())
+    tokenizer: Words = (
+        Tokenizer.from_json(found.files[TOKENIZER].decode())
+        if config.published is None
+        else make_tokenizer(config, ())
+    )
     model = make_model(config, tokenizer)
     like = {"params": dict(model.shapes)}
     params = checkpoints.load(found.path, like, partial=True).state["params"]
@@ -573,9 +624,15 @@ def classify(config: Config) -> None:
     config = checked(config)
     if not config.images:
         raise ValueError("--images (none) must name the files to classify")
-    model, params, tokenizer = trained(config)
+    if config.published is not None:
+        found = load_published(config)
+        params = {name: p.to(config.device) for name, p in found.params.items()}
+        model, tokenizer = clip(found.config), make_tokenizer(config, ())
+    else:
+        model, params, tokenizer = trained(config)
     embedded = Embedded(config, model, params, tokenizer)
-    templates = config.templates or ("a {}",)
+    own = zero_shot.TEMPLATES if config.published else ("a {}",)
+    templates = config.templates or own
     classes = zero_shot.class_vectors(embedded.texts, config.classes, templates)
     for path in config.images:
         picture = images.resize(images.read(path), config.data.size, fit=config.data.fit)
@@ -644,6 +701,10 @@ def main(config: Config) -> None:
 
 
 def command_line(args: Sequence[str]) -> Config:
+    if args[:1] == ["classify"] and configs.option(args, "--published"):  # of no run
+        data, model = Data(size=224), Model(length=77)
+        start = Config(mode="classify", name="published", data=data, model=model)
+        return configs.parse(start, args, description=str(__doc__), prog="image_text.py")
     start = configs.starting_point(args, {"default": Config()}, modes=("classify", "export"))
     return configs.parse(start, args, description=str(__doc__), prog="image_text.py")
 

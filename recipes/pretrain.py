@@ -51,7 +51,6 @@ wait for data, and
 (`msfs_functional.utilisation`). --train.profile 3 leaves a trace of three steps.
 """
 
-import contextlib
 import hashlib
 import json
 import math
@@ -62,13 +61,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in translate.py; must stand before torch
 
-import datasets
 import torch
-import torch.distributed as dist
 import tyro
 from torch import Tensor
 
@@ -76,6 +73,7 @@ from msfs_functional import (
     agreement,
     checkpoint,
     errors,
+    launching,
     meshes,
     optim,
     pictures,
@@ -86,8 +84,9 @@ from msfs_functional import (
 )
 from msfs_functional import config as configs
 from msfs_functional import distributed_checkpoint as checkpoints
+from msfs_functional.compiling import graphed
 from msfs_functional.data import Prefetch
-from msfs_functional.documents import held_out, is_held_out, open_stream, read_documents
+from msfs_functional.documents import Corpus, is_held_out, read_documents, stream_documents
 from msfs_functional.gathering import Sharded, gathered, sharded
 from msfs_functional.generation import Generator, Sampling, Settings
 from msfs_functional.layouts import DECODER, DECODER_BY_TOKENS
@@ -124,14 +123,14 @@ class Data:
     # files for validation, as `files`; none: some of the training documents, set aside
     valid: tuple[Path, ...] = ()
     valid_share: float = 0.05  # of the documents, to set aside
-    valid_documents: int = 200  # of a stream, of those set aside
+    valid_documents: int = 200  # of a stream's that are set aside, or stories
     field: str = "text"  # column or key of the text
     # independent parts of a stream, a multiple of the processes that read; None: one for each.
     # Resuming with other processes takes the same number
     lanes: int | None = None
-    stories: int = 14_000  # to train on, where there is nothing else
-    length: int = 256  # tokens of a packed row, the most that attention spans
-    batch: int = 8  # rows of one step, over all processes
+    stories: int = 24_000  # to train on, where there is nothing else
+    length: int = 192  # tokens of a packed row, the most that attention spans
+    batch: int = 6  # rows of one step, over all processes
     seed: int = 0  # of the stories, of splits and of the order, not of the model
 
 
@@ -151,14 +150,14 @@ class Vocabulary:
 class Model:
     """Size of the decoder; None keeps what the size says."""
 
-    size: Literal["tiny", "small", "gpt2", "large"] = "tiny"
+    size: Literal["nano", "tiny", "small", "gpt2", "large"] = "nano"
     vocab: int | None = None  # rows of the embedding; None: as many as the vocabulary has ids
     width: int | None = None  # of the residual stream
     depth: int | None = None  # blocks
     heads: int | None = None  # attention heads
     kv_heads: int | None = None  # key heads, must divide the heads
     hidden: int | None = None  # width inside the feed-forward layers
-    qk_norm: bool = True  # RMSNorm of each head's queries and keys: copying is learned sooner
+    qk_norm: bool = False  # RMSNorm of each head's queries and keys
     dropout: float = 0.0  # probability
     # implementation of attention; None: flash on a GPU, sdpa on a CPU
     attention: Literal["flash", "sdpa", "reference"] | None = None
@@ -169,12 +168,12 @@ class Optimizer:
     """AdamW, or Muon for the matrices of blocks and AdamW beside it; a cosine with warm-up."""
 
     kind: Literal["adamw", "muon"] = "muon"
-    learning_rate: float = 4e-3  # peak, of AdamW
+    learning_rate: float = 5e-3  # peak, of AdamW
     muon_rate: float = 0.02  # peak, of Muon
-    warmup: int = 50  # [steps]
+    warmup: int = 100  # [steps]
     weight_decay: float = 0.1  # decoupled, on matrices only [1/update, times the learning rate]
     b1: float = 0.9  # decay of the first moment
-    b2: float = 0.98  # decay of the second moment
+    b2: float = 0.95  # decay of the second moment
     clip: float = 1.0  # largest global norm of the gradient; 0 does not clip
 
 
@@ -182,10 +181,10 @@ class Optimizer:
 class Train:
     """Length and mechanics of training."""
 
-    steps: int = 700  # optimizer steps
+    steps: int = 4_300  # optimizer steps
     accumulation: int = 1  # microbatches of one step
-    log_every: int = 20  # [steps]
-    eval_every: int = 175  # validation loss and a checkpoint [steps]
+    log_every: int = 43  # [steps]
+    eval_every: int = 860  # validation loss and a checkpoint [steps]
     keep: int = 2  # checkpoints to keep besides the best
     compile: bool | None = None  # compile the step; None: on a GPU
     # steps to trace with torch's profiler, after three others; leaves trace-<rank>.json.gz
@@ -242,36 +241,25 @@ class Config:
     sample: Sample = field(default_factory=Sample)
 
 
-class Corpus(NamedTuple):
-    """What there is to train and validate on."""
-
-    train: list[str]  # documents; of a stream the first ones
-    valid: list[str]
-    stream: datasets.IterableDataset | None = None
-
-
 def read_data(config: Config) -> Corpus:
     data = config.data
     if data.stream is not None:
         if data.files:
             raise ValueError("--data.stream and --data.files are two sources: give one of them")
-        place = {"config": data.config, "split": data.split, "field": data.field}
-        stream = open_stream(data.stream, **place)
-        aside = {"number": data.valid_documents, "share": data.valid_share, "field": data.field}
-        valid = (
-            read_documents(data.valid, data.valid, field=data.field)[1]
-            if data.valid
-            else held_out(stream, **aside)
+        return stream_documents(
+            data.stream,
+            data.valid,
+            config=data.config,
+            split=data.split,
+            field=data.field,
+            valid_share=data.valid_share,
+            valid_documents=data.valid_documents,
+            first=0 if config.vocabulary.file else config.vocabulary.documents,
         )
-        first = [] if config.vocabulary.file else stream.take(config.vocabulary.documents)
-        texts = (record[data.field] for record in first)
-        share = 0.0 if data.valid else data.valid_share
-        return Corpus([text for text in texts if not is_held_out(text, share)], valid, stream)
     if data.files:
         share = {"valid_share": data.valid_share, "field": data.field, "seed": data.seed}
-        return Corpus(*read_documents(data.files, data.valid, **share))
-    number = max(2 * data.batch, round(data.stories * data.valid_share / 2))
-    valid = stories(data.seed, number, split="valid")
+        return read_documents(data.files, data.valid, **share)
+    valid = stories(data.seed, data.valid_documents, split="valid")
     return Corpus(stories(data.seed, data.stories), valid)
 
 
@@ -390,20 +378,19 @@ def prepare(config: Config, watchdog: Watchdog) -> tuple[Config, Path, Corpus, A
 
     What is wrong with any process is told here, and every process then ends.
     """
-    several = agreement.world() > 1
     watchdog.at("reading the data")
     with agreement.together():
         config = checked(config)
     config = replace(config, name=agreement.from_all(config.name)[0])
     run = config.out / str(config.name)
-    restarts = agreement.highest(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+    restarts = launching.restarts()
     with agreement.together():
         meshes.degrees(agreement.world(), **degrees(config.mesh))
         corpus = read_data(config)
         found = config.resume or (restarts and checkpoint.checkpoints(run / CHECKPOINTS))
         if not found and not restarts and agreement.rank() == 0:
             configs.check_free(run, overwrite=config.overwrite)
-    if several:
+    if agreement.world() > 1:
         own = {**asdict(config), "device": torch.device(str(config.device)).type}
         text = "\0".join([*corpus.train, "", *corpus.valid])
         digest = hashlib.sha256(text.encode()).hexdigest()
@@ -418,14 +405,17 @@ def make_train_step(config: Config, model: Functional, optimizer: optim.Transfor
     gradient = None
     if isinstance(model, Sharded):
         gradient = model.gradient  # gathers and sums beside the computation
-    return make_step(
+    step = make_step(
         make_loss(config, model),
         optimizer,
         accumulation=config.train.accumulation,
         clip_norm=config.optimizer.clip or None,
         compile="regions" if config.train.compile else False,
+        dynamic=False,  # all batches have one shape
         gradient=gradient,
     )
+    one_gpu = str(config.device).startswith("cuda") and agreement.world() == 1
+    return graphed(step) if one_gpu and config.train.compile else step
 
 
 def train(config: Config, watchdog: Watchdog) -> None:
@@ -470,7 +460,7 @@ def train(config: Config, watchdog: Watchdog) -> None:
         elif not rank:
             configs.new_run(run, config, overwrite=config.overwrite)
 
-    resume = resume_command(config, run)
+    resume = launching.resume_command("recipes/pretrain.py", run)
     watchdog.remedy, watchdog.traces = f"; go on with: {resume}", run
     watchdog.at("opening the run")
     writer = checkpoints.Writer(run / CHECKPOINTS, keep_last=settings.keep)
@@ -490,7 +480,8 @@ def train(config: Config, watchdog: Watchdog) -> None:
     with tracker:
         tracker.note(about(config, plain, tokenizer, corpus))
         trace = profiled(run / f"trace-{rank}.json.gz", settings.profile)
-        with writer, errors.interruptible() as stop, trace as traced:
+        stopping = errors.interruptible(launched=world > 1)
+        with writer, stopping as stop, trace as traced:
             for count in range(first + 1, settings.steps + 1):
                 with meter.waiting():
                     watchdog.at(f"the data of step {count}")
@@ -536,16 +527,6 @@ def about(config: Config, model: Functional, tokenizer: Tokenizer, corpus: Corpu
         f"{size:,} parameters, {config.device}, {config.dtype}, "
         f"{'compiled' if config.train.compile else 'eager'}, {agreement.world()} processes"
     )
-
-
-def resume_command(config: Config, run: Path) -> str:
-    """The same launch again, from the checkpoint; every node of several gives it."""
-    launch = "python"
-    if agreement.world() > 1:
-        local = os.environ.get("LOCAL_WORLD_SIZE", agreement.world())
-        nodes = agreement.world() // int(local)
-        launch = f"torchrun --nnodes {nodes} --nproc-per-node {local}"
-    return f"{launch} recipes/pretrain.py --resume --out {config.out} --name {run.name}"
 
 
 def continuations(
@@ -619,7 +600,7 @@ def draw(tracker: Tracker) -> None:
 
 def trained(config: Config) -> tuple[Functional, Params, Tokenizer]:
     """What the run `config` names has learned, from its latest checkpoint."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if launching.several():
         raise ValueError(f"{config.mode} works with one process: start it without torchrun")
     root = config.out / str(config.name) / CHECKPOINTS
     found = checkpoints.load(root)
@@ -697,18 +678,9 @@ def main(config: Config) -> None:
     modes: dict[str, Callable[[Config], None]] = {"sample": sample, "export": export}
     if config.mode != "train":
         return modes[config.mode](config)
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    timeout = max(config.mesh.timeout, 1.0) if several else math.inf
-    with Watchdog(timeout) as watchdog:
-        if several:
-            watchdog.at("joining the other processes")
-            kind = torch.device(config.device).type if config.device else None
-            meshes.join(kind, timeout=60 + 2 * timeout)  # the watchdog, which says more, is first
-            watchdog.joined()
-        with agreement.said_once() if not config.debug else contextlib.nullcontext():
-            train(config, watchdog)
-    if several:
-        dist.destroy_process_group()
+    options = {"device": config.device, "debug": config.debug}
+    with launching.processes(config.mesh.timeout, **options) as watchdog:
+        train(config, watchdog)
 
 
 def command_line(args: Sequence[str]) -> Config:

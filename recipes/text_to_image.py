@@ -457,9 +457,8 @@ def train_stage(
     first = int(state.step)
     if first >= stage.steps:
         return state
-    how: Any = bool(config.compile)
-    if how and config.objective != "meanflow":
-        how = "regions"  # a block is compiled once, not once for each; jvp wants one graph
+    # A block is compiled once, not once for each; under MeanFlow's jvp a region would not be one.
+    how: Any = "regions" if config.compile and config.objective == "flow" else False
     share, shares = 0, 1
     if agreement.world() > 1:
         mesh = meshes.mesh(**asdict(config.mesh), device=torch.device(device).type)
@@ -470,7 +469,7 @@ def train_stage(
         state = placed_like(like, state)
     options: dict[str, Any] = {"clip_norm": 1.0, "ema_decay": ema, "compile": how}
     step = make_step(loss_fn, optimizer, dynamic=False, **options)
-    if how and device.startswith("cuda") and shares == 1:
+    if config.compile and device.startswith("cuda") and shares == 1:
         step = graphed(step)  # small kernels by the hundred: launching them would take longer
     size, own = len(optree.tree_leaves(data)[0]), stage.batch // shares
     mine = slice(share * own, (share + 1) * own)

@@ -5,7 +5,15 @@ import pytest
 import torch
 
 from msfs_functional import image_figures
-from msfs_functional.answering import Answerer, cut_tiles, gaze, pack_samples, prompt_ids, sample_of
+from msfs_functional.answering import (
+    Answerer,
+    cut_tiles,
+    gaze,
+    pack_samples,
+    prompt_ids,
+    sample_of,
+    turns_apart,
+)
 from msfs_functional.generation import Generator
 from msfs_functional.images import tiles
 from msfs_functional.losses import linear_cross_entropy
@@ -47,12 +55,15 @@ def test_rows_hold_every_sample_once():
             here = packed["segments"][r] == segment
             ids, labels = packed["tokens"][r][here].tolist(), packed["labels"][r][here].tolist()
             assert packed["positions"][r][here].tolist() == list(range(len(ids)))
+            assert packed["turns"][r][here].tolist() == [0] * 5 + [1] * (len(ids) - 5)
             sample = samples[packed["images"][len(found)]]
             assert ids == sample.ids[:-1]
             assert labels == [IGNORED] * (len(ids) - 3) + [6, 7, EOS]
             found.append(sample.image)
     assert sorted(found) == list(range(5))
     nothing = packed["segments"] == 0
+    labels, learned = packed["labels"].flatten(), packed["learned"]
+    assert labels[learned].tolist() == [*labels[labels != IGNORED], *[IGNORED] * (128 - 15)]
     assert (packed["labels"][nothing] == IGNORED).all() and (packed["tokens"][nothing] == PAD).all()
 
 
@@ -69,7 +80,7 @@ def test_packed_samples_of_shared_images_learn_what_each_learns_alone():
             params,
             packed["tokens"],
             images=seen[packed["images"]],
-            segment_ids=packed["segments"],
+            visible=turns_apart(packed["segments"], packed["turns"]),
             positions=packed["positions"],
             method="hidden",
         )
@@ -77,7 +88,8 @@ def test_packed_samples_of_shared_images_learn_what_each_learns_alone():
         return linear_cross_entropy(states, weight, labels, ignore_index=IGNORED)[0]
 
     assert len(pack_samples(samples, 40, multiple=1)["tokens"]) == 1
-    alone = sum(loss_of([sample]) for sample in samples)
+    apart = [(i, [turn]) for i, some in zip((1, 0, 1), turns, strict=True) for turn in some]
+    alone = sum(loss_of([sample_of(i, turn, config)]) for i, turn in apart)
     torch.testing.assert_close(loss_of(samples), alone)
     ids = torch.tensor([samples[0].ids])
     whole = model.apply(params, ids, pixels[1:]), model.apply(params, ids, images=seen[1:])

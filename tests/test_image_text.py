@@ -13,7 +13,15 @@ import torch
 import transformers
 from PIL import Image
 
-from msfs_functional import checkpoint, config, distributed_checkpoint, errors, tracking
+from msfs_functional import (
+    checkpoint,
+    clip_tokenizer,
+    config,
+    distributed_checkpoint,
+    errors,
+    images,
+    tracking,
+)
 from msfs_functional.models import vision_format
 from msfs_functional.synthetic import shapes
 
@@ -109,6 +117,40 @@ def test_what_is_exported_is_what_transformers_loads(trained):
     torch.testing.assert_close(own, logits, rtol=1e-4, atol=1e-4)
     trained_params = final_params(trained)
     assert all(torch.equal(params[name], trained_params[name]) for name in params)
+
+
+MERGES = Path(os.environ.get("MSFS_DATA", "nowhere")) / "tokenizers/clip"
+
+
+@pytest.mark.skipif(not MERGES.is_dir(), reason="MSFS_DATA has no CLIP tokenizer")
+def test_a_published_clip_classifies_as_transformers_says_and_learns_on(tmp_path, capsys):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2}
+    options = transformers.CLIPConfig(
+        text_config=sizes, vision_config={**sizes, "image_size": 32, "patch_size": 8},
+        projection_dim=16,
+    )  # fmt: skip
+    theirs = transformers.CLIPModel(options).eval()
+    theirs.save_pretrained(tmp_path / "hub")
+    name = next(p for p in MERGES.iterdir() if p.name in clip_tokenizer.FILES).name
+    (tmp_path / "hub" / name).write_bytes((MERGES / name).read_bytes())
+    image = np.asarray(shapes.render(shapes.scenes(0, 1)[0]))
+    Image.fromarray(image).save(tmp_path / "a.png")
+    names = ("cat", "dog")
+    run = ["classify", "--published", tmp_path / "hub", "--images", tmp_path / "a.png"]
+    recipe(*run, "--data.size", 32, "--classes", *names, "--templates", "a {}")
+    said = capsys.readouterr().out
+    tokenizer = clip_tokenizer.ClipTokenizer.load(tmp_path / "hub")
+    ids = tokenizer.batch([f"a {name}" for name in names])
+    pixels = images.normalize(images.read(tmp_path / "a.png"), images.CLIP_MEAN, images.CLIP_STD)
+    with torch.no_grad():
+        chances = theirs(input_ids=ids, pixel_values=pixels[None]).logits_per_image.softmax(-1)[0]
+    best = int(chances.argmax())
+    assert f"a.png: {names[best]} {chances[best]:.0%}" in said
+    recipe(*TINY, "--published", tmp_path / "hub", "--out", tmp_path, "--name", "on")
+    before, after = theirs.state_dict(), final_params(tmp_path / "on")
+    moved = (before["visual_projection.weight"] - after["image.projection.weight"]).abs()
+    assert 0 < moved.max() < 0.05
 
 
 def test_embedding_in_chunks_changes_no_loss(trained, tmp_path):

@@ -1,5 +1,6 @@
 """Losses equal the formula; the fused one equals the plain one under every transform."""
 
+import math
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from msfs_kernels import linear_cross_entropy as fused
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
-from msfs_functional.losses import cross_entropy, linear_cross_entropy
+from msfs_functional.losses import cross_entropy, disagreement, linear_cross_entropy
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -239,6 +240,14 @@ def test_the_triton_rows_equal_the_formula_in_the_interpreter():
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", INTERPRETED], check=True, env=environment, timeout=120)
+
+
+def test_disagreement_is_both_divergences_of_the_items_that_count():
+    p, q = torch.tensor([[0.5, 0.5], [0.9, 0.1]]), torch.tensor([[0.25, 0.75], [0.2, 0.8]])
+    labels = torch.tensor([1, 0])  # the second row is ignored
+    expected = 0.25 * math.log(0.5 / 0.25) - 0.25 * math.log(0.5 / 0.75)  # sum of (p - q) ln(p / q)
+    assert float(disagreement(p.log(), q.log() + 3, labels)) == pytest.approx(expected, rel=1e-5)
+    assert float(disagreement(p.log(), p.log(), labels)) == 0
 
 
 @pytest.mark.gpu

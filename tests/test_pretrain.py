@@ -23,9 +23,9 @@ sys.path.insert(0, str(RECIPES))
 import pretrain  # noqa: E402
 
 TINY = """--model.width 16 --model.heads 2 --model.kv-heads 2 --model.hidden 24 --model.depth 1
-    --vocabulary.size 400 --data.stories 60 --data.length 200 --data.batch 4 --train.steps 6
-    --train.eval-every 3 --train.log-every 1 --optimizer.warmup 2 --sample.number 2 --device cpu
-    --threads 1""".split()
+    --vocabulary.size 400 --data.stories 60 --data.valid-documents 8 --data.length 200
+    --data.batch 4 --train.steps 6 --train.eval-every 3 --train.log-every 1 --optimizer.warmup 2
+    --sample.number 2 --device cpu --threads 1""".split()
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +121,7 @@ def test_a_trained_run_is_exported_as_a_folder_that_others_load(trained, capsys)
     assert capsys.readouterr().out.endswith(f"tensors in {trained / 'export'}\n")
     config, params, hub, tokenizer = pretrained.load(trained / "export")
     state = final_state(trained)
-    assert params.keys() == decoder(config).shapes.keys() and hub["model_type"] == "qwen3"
+    assert params.keys() == decoder(config).shapes.keys() and hub["model_type"] == "llama"
     assert all(torch.equal(value, state[f"params/{name}"]) for name, value in params.items())
     assert Tokenizer.from_json(str(tokenizer)).vocab_size == config.vocab
 

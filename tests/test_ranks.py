@@ -5,6 +5,7 @@ import test_caption as caption
 import test_contrastive as contrastive
 import test_distributed_checkpoint as checkpoints
 import test_image_text as image_text
+import test_ranks_refuse as refusals
 import test_sharding as sharding
 import test_text_to_image as pictures
 from ranks import check_claims
@@ -12,14 +13,16 @@ from ranks import check_claims
 
 @pytest.mark.ranks
 @pytest.mark.timeout(900)
-def test_several_ranks_equal_one_process_and_go_on_for_one_another(tmp_path, monkeypatch):
+def test_several_ranks_equal_one_process_and_go_on_for_one_another(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CHECKPOINT_TEST", str(tmp_path))
     monkeypatch.setenv("RECIPES_OUT", str(tmp_path))
     four = sharding.FOUR + checkpoints.FOUR
     two = sharding.TWO + checkpoints.TWO + pictures.TWO + contrastive.TWO
-    runs = [([run], 2) for run in caption.TWO + image_text.TWO]  # each starts and ends its group
-    check_claims((four, 4), (two, 2), *runs)
+    # Those of recipes start and end their process group themselves.
+    runs = [([run], 2) for run in caption.TWO + image_text.TWO + refusals.RUNS]
+    check_claims((four, 4), (two + refusals.TWO, 2), *runs, (refusals.AFTER, 2))
     checkpoints.resumed_on_one()
     pictures.as_on_one_process(tmp_path)
     for recipe in (caption, image_text):
         recipe.equal_one_process(tmp_path)
+    refusals.exported_by_one(capsys)

@@ -50,7 +50,8 @@ UNTIED = dataclasses.replace(CONFIG, tied=False, depth=1)
 UNNORMED = dataclasses.replace(CONFIG, qk_norm=False, depth=1)
 PAIRS = TransformerConfig(29, width=12, depth=1, heads=2, hidden=18, dropout=0.0)
 # Without eps Adam inflates gradients that are rounding alone, such as those of a key's bias.
-OPTIMIZER = optim.chain(optim.clip_by_global_norm(0.5), optim.adamw(1e-2, eps=1e-3))
+OPTIMIZER, CLIP = optim.adamw(1e-2, eps=1e-3), 0.5
+CHAINED = optim.chain(optim.clip_by_global_norm(CLIP), OPTIMIZER)
 CLOSE = {"rtol": 1e-5, "atol": 2e-6}  # after five steps in float32
 
 
@@ -78,7 +79,8 @@ def share(tokens: torch.Tensor, on) -> torch.Tensor:
 
 def train(loss_fn, params, data, optimizer, **options):
     state = init_state(params, optimizer, random.key(1), ema_decay=0.9)
-    step = make_step(loss_fn, optimizer, ema_decay=0.9, **{"compile": False, **options})
+    options = {"compile": False, "clip_norm": None if optimizer is CHAINED else CLIP, **options}
+    step = make_step(loss_fn, optimizer, ema_decay=0.9, **options)
     history = []
     for tokens in data:
         state, metrics = step(state, tokens)
@@ -120,6 +122,19 @@ def equal_one_process(
     return state, model
 
 
+class Largest(TorchDispatchMode):
+    """Elements of the largest floating tensor that an operation made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and not isinstance(out, DTensor):
+            if out.is_floating_point() and not func.is_view:
+                self.elements = max(self.elements, out.numel())
+        return out
+
+
 # Two ranks.
 
 
@@ -131,7 +146,10 @@ def shards_are_cut_from_the_unsharded_init():
             (transformer, PAIRS, TRANSFORMER),
         ):
             whole = build(config).init(3, device=DEVICE)
-            own = sharded(build(config), layout, on).init(3)
+            with Largest() as made:
+                own = sharded(build(config), layout, on).init(3)
+            sizes = [value.to_local().numel() for value in own.values()]
+            assert made.elements <= max(sizes), "a rank has made more than its shard"
             cut = sharding.shard(whole, layout.rules, on)
             for name, value in own.items():
                 assert value.placements == cut[name].placements
@@ -147,7 +165,7 @@ def describe_lists_every_parameter():
 
 
 def data_parallel():
-    state, _ = equal_one_process({"dp_shard": 2})
+    state, _ = equal_one_process({"dp_shard": 2}, optimizer=CHAINED)
     moments = state.opt_state[1][0].mu["embedding.weight"]
     assert isinstance(moments, DTensor) and moments.placements == (Shard(0),)
     assert moments.to_local().numel() < moments.numel()
@@ -234,7 +252,7 @@ def fused_loss_in_chunks():
 
 def translation_model():
     options = {"build": transformer, "config": PAIRS, "layout": TRANSFORMER, "loss": translation}
-    equal_one_process({"dp_shard": 2}, **options)
+    equal_one_process({"dp_shard": 2}, own=True, **options)
     equal_one_process({"tp": 2}, **options)
 
 
@@ -260,9 +278,12 @@ def overlapped_gathers_and_sums():
     """Blocks are gathered ahead and their gradients summed behind; in every layout of two ranks."""
     for given in ({"dp_shard": 2}, {"dp_replicate": 2}, {"tp": 2}):
         equal_one_process(given, own=True)
-    options = {"build": transformer, "config": PAIRS, "layout": TRANSFORMER, "loss": translation}
-    equal_one_process({"dp_shard": 2}, own=True, **options)
-    equal_one_process({"dp_shard": 2}, own=True, compile="regions", config=UNNORMED)
+    with pytest.MonkeyPatch.context() as patch:  # what Inductor makes of a block is not the claim
+        plain = torch.compile
+        patch.setattr(
+            torch, "compile", lambda fn, **given: plain(fn, dynamic=False, backend="aot_eager")
+        )
+        equal_one_process({"dp_shard": 2}, own=True, compile="regions", config=UNNORMED)
 
 
 def gradients_are_reduced_once_a_step():
@@ -333,16 +354,15 @@ def compiled_sequence_parallel_loss():
         torch.testing.assert_close(gradient, want[1][name], **CLOSE)
 
 
-def whole_tree_optimizers():
-    for optimizer in (optim.muon(1e-2, dtype=torch.float32), optim.adafactor(1e-2)):
-        equal_one_process({"dp_shard": 2}, optimizer=optimizer)
+def factored_optimizer():
+    equal_one_process({"dp_shard": 2}, optimizer=optim.adafactor(1e-2))
 
 
 def muon_on_every_mesh():
     """Its matrices are whole for the update, however they are cut."""
     muon = optim.muon(1e-2, dtype=torch.float32)
+    config = dataclasses.replace(UNNORMED, kv_heads=4)
     for given in ({"tp": 2, "dp_shard": 2}, {"dp_replicate": 2, "dp_shard": 2}, {"tp": 4}):
-        config = dataclasses.replace(UNNORMED, kv_heads=4)
         state, _ = equal_one_process(given, config=config, optimizer=muon)
         moment = state.opt_state[0][0].mu["blocks.0.attention.q.weight"]
         assert moment.placements == state.params["blocks.0.attention.q.weight"].placements
@@ -534,7 +554,7 @@ TWO = [
     accumulated_microbatches,
     overlapped_gathers_and_sums,
     gradients_are_reduced_once_a_step,
-    whole_tree_optimizers,
+    factored_optimizer,
     guard_agrees_on_all_ranks,
     transforms,
     compiled_step,
@@ -561,14 +581,12 @@ def data_parallel_over_four():
 
 
 def hybrid():
-    equal_one_process({"dp_replicate": 2, "dp_shard": 2})
     equal_one_process({"dp_replicate": 2, "dp_shard": 2}, own=True)
 
 
 def tensor_and_data_parallel():
     equal_one_process({"tp": 2, "dp_shard": 2})
     options = {"layout": DECODER_BY_TOKENS, "loss": fused_loss}
-    equal_one_process({"tp": 2, "dp_shard": 2}, **options)
     equal_one_process({"tp": 2, "dp_shard": 2}, own=True, **options)
 
 

@@ -155,5 +155,5 @@ def test_documents_of_text_files_stand_between_blank_lines(tmp_path):
 
 
 def test_documents_of_files_and_their_share_for_validation(folder):
-    train, valid = read_documents([folder / "all.txt"], valid_share=0.1)
+    train, valid, _ = read_documents([folder / "all.txt"], valid_share=0.1)
     assert len(valid) == 10 and sorted(train + valid) == sorted(text.strip() for text in TEXTS)

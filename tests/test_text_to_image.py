@@ -114,9 +114,12 @@ def test_a_run_of_losses_that_are_not_finite_stops(tmp_path, monkeypatch):
         recipe.main(tiny(tmp_path, "run", most_skipped=7))
 
 
+SHORT = {stage: recipe.Stage(8, 4, 1e-3, warmup=2) for stage in ("autoencoder", "denoiser")}
+
+
 def on_two_ranks() -> None:
     out = Path(os.environ["CHECKPOINT_TEST"]) / "pictures"
-    recipe.main(tiny(out, "two", mesh=recipe.Mesh(dp_shard=2)))
+    recipe.main(tiny(out, "two", mesh=recipe.Mesh(dp_shard=2), **SHORT))
 
 
 TWO = [on_two_ranks]
@@ -125,7 +128,7 @@ TWO = [on_two_ranks]
 def as_on_one_process(tmp_path: Path) -> None:
     """What the run of two ranks left is what a run of one process leaves."""
     out = tmp_path / "pictures"
-    recipe.main(tiny(out, "one"))
+    recipe.main(tiny(out, "one", **SHORT))
     one, two = denoiser(out / "one"), denoiser(out / "two")
     assert one.keys() == two.keys()
     for name, value in one.items():

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from torch.func import grad, vmap
+from torch.func import grad, grad_and_value, vmap
 
 from msfs_functional import random
 from msfs_functional.models import vision_format
@@ -277,3 +277,21 @@ def test_exports_that_no_family_has_are_refused(tmp_path):
     config = replace(SMALL, positions="sincos")
     with pytest.raises(ValueError, match="no published family"):
         vision_format.save(tmp_path, config, vit(config).init(0))
+
+
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_the_last_layer_computes_no_more_than_the_class_token(positions):
+    sizes = {"width": 16, "depth": 2, "heads": 2, "hidden": 24, "image": 8, "patch": 4}
+    tower = vit(ViTConfig(**sizes, positions=positions))
+    params = tower.init(0, dtype=torch.float64)
+    pixels = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+
+    def whole(params):
+        return tower.apply(params, pixels, method="hidden_states")[:, 0].sin().sum()
+
+    def short(params):
+        return tower.apply(params, pixels, method="pooled").sin().sum()
+
+    results = grad_and_value(short)(params), grad_and_value(whole)(params)
+    for own, expected in zip(*results, strict=True):
+        torch.testing.assert_close(own, expected)

@@ -97,10 +97,16 @@ def flash_attention(
         and (scale is None or type(scale) is float)
         and type(precision) is str
     ):
-        kind = short.kind_of(q, k, v, is_causal, scale, precision, deterministic)
-        results = None if kind is None else short.attention(q, k, v, kind)
-        if results is not None:
-            return results if return_lse else results[0]
+        scalars = (is_causal, scale, precision, deterministic)
+        kind = short.kind_of(q, k, v, *scalars)
+        if kind is not None:
+            results = short.attention(q, k, v, kind, scalars)
+            if results is not None:
+                return tuple(results) if return_lse else results[0]
+        elif not torch.compiler.is_compiling():
+            results = short.attention_in_forward_mode(flash_attention, q, k, v, scalars, return_lse)
+            if results is not None:
+                return results
     problem = checks.find_problem(
         q,
         k,

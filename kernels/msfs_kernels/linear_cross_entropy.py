@@ -36,7 +36,7 @@ OPS = torch.ops.msfs_kernels
 INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels"
 SCALARS = "float label_smoothing, int ignore_index, float z_loss, float softcap"  # 0: no cap
 GRADIENTS = "(Tensor dhidden, Tensor dweight, Tensor dbias)"
-CHUNK = {"cpu": 2**21, "cuda": 2**28}  # logits held at once: a cache's worth, 512 MiB in bf16
+CHUNK = {"cpu": 2**21, "cuda": 2**29}  # logits held at once: a cache's worth, 1 GiB in bf16
 
 
 def linear_cross_entropy(
@@ -143,7 +143,8 @@ def chunk_gradient(
     if logits.device.type == "cuda" and logits.dtype is not torch.float64:
         from .triton_cross_entropy import gradient_of_logits_ as fused
 
-        return fused(logits, bias, labels, *scalars, store)
+        label_smoothing, ignore_index, z_loss, softcap = scalars
+        return fused(logits, bias, labels, label_smoothing, ignore_index, z_loss, softcap, store)
     if bias is not None:
         logits += bias[:, None]
     return gradient_of_logits_(logits, labels, *scalars)

@@ -38,7 +38,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msfs_kernels.configs import Config, choose, fuses
+from msfs_kernels.configs import Config, choose, fitted, fuses
 from msfs_kernels.options import Options, empty_tokens_first
 from msfs_kernels.triton_common import (
     LOG2E,
@@ -562,7 +562,8 @@ def choose_keys(q: Tensor, k: Tensor, v: Tensor, options: Options, *, fused: boo
     names = ("fused", "keys", "own") if fused else ("keys",)
     found = [choose(name, q.dtype, head_dim, options.causal, length) for name in names]
     holding = [config for config in found if k.shape[2] <= config.block_n]
-    return min(holding, key=lambda config: config.block_n) if fused and holding else found[0]
+    best = min(holding, key=lambda config: config.block_n) if fused and holding else found[0]
+    return fitted(best, q.shape[2], k.shape[2])
 
 
 def plan_keys(
@@ -634,7 +635,8 @@ def plan_queries(
     (B, H, T, K), (_, G, S, V) = q.shape, v.shape
     masks = masks_of(options, (B, H, T, S))
     KP, VP = padded(K), padded(V)
-    config = config or choose("queries", q.dtype, max(KP, VP), options.causal, max(T, S))
+    if config is None:
+        config = fitted(choose("queries", q.dtype, max(KP, VP), options.causal, max(T, S)), T, S)
     BM, BN = config.block_m, config.block_n
     tma = config.tma and tma_ready(q, k, v, do)
     return Launch(

@@ -471,7 +471,9 @@ def launch(
     key = (plan, x.device.index, options[TENSOR_OPTIONS:], *signatures)
     prepared = PREPARED.get(key)
     if prepared is None:
-        described = plan(*tensors, options)
+        everything = distinct(everything)
+        options = Options(*everything[len(tensors) :], *options[TENSOR_OPTIONS:])
+        described = plan(*everything[: len(tensors)], options)
         compiled = described.run()
         if key not in PREPARED:
             PREPARED[key] = prepare(described, compiled, everything)
@@ -492,6 +494,20 @@ def recorded() -> Iterator[list[tuple[Prepared | None, tuple[Tensor | None, ...]
         yield RECORDED
     finally:
         RECORDED = before
+
+
+def distinct(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The same tensors, each a Python object of its own: one given twice, as q and as k say,
+    is two arguments, which may be two tensors at the next call.
+    """
+    seen: set[int] = set()
+    found = []
+    for x in tensors:
+        if x is not None and id(x) in seen:
+            x = x.detach()
+        seen.add(id(x))
+        found.append(x)
+    return tuple(found)
 
 
 def prepare(

@@ -1,7 +1,8 @@
 """Cross-entropy of a block of logits and its gradient, in place: one Triton program a row.
 
 The row is read twice: once for its maximum and sum (online, as in attention), once to be replaced
-by its gradient. A row of 32,768 bf16 logits is 64 KiB, so the second reading comes from the cache.
+by its gradient. A row of 32,768 bf16 logits is 64 KiB, and the second reading comes from the cache
+if few rows are on their way at once: hence programs of many threads, two to a multiprocessor.
 """
 
 # Device functions are Python to pyright: tiles, constants and pointers have no types of theirs.
@@ -13,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .triton_common import tanh
+
+BLOCK = 16384  # logits at a time
 
 
 @triton.jit
@@ -93,7 +96,7 @@ def gradient_of_logits_(
     if losses.numel() == 0:
         return losses, logits
     bias = None if bias is None else bias.contiguous()
-    block = min(4096, triton.next_power_of_2(vocab))
+    block = min(BLOCK, triton.next_power_of_2(vocab))
     row_kernel[(M * N,)](
         logits,
         bias,
@@ -110,6 +113,6 @@ def gradient_of_logits_(
         CAP=softcap > 0,
         STORE=store,
         BLOCK=block,
-        num_warps=8 if block >= 2048 else 4,
+        num_warps=max(4, block // 512),
     )
     return losses, logits

@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msfs_kernels.configs import Config, choose
+from msfs_kernels.configs import Config, choose, fitted
 from msfs_kernels.options import Options, empty_tokens_first
 from msfs_kernels.triton_common import (
     LN2,
@@ -190,7 +190,8 @@ def plan_forward(
     masks = masks_of(options, (B, H, T, S))
     KP, VP = padded(K), padded(V)
     kind = "decode" if T <= MOST_QUERIES else "forward"  # a tall tile would be empty but for them
-    config = config or choose(kind, q.dtype, max(KP, VP), options.causal, max(T, S))
+    if config is None:
+        config = fitted(choose(kind, q.dtype, max(KP, VP), options.causal, max(T, S)), T, S)
     BM, BN = config.block_m, config.block_n
     tma = config.tma and tma_ready(q, k, v)
     simple = (

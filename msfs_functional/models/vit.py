@@ -225,16 +225,19 @@ class ViT(nn.Module):
         self,
         pixels: Float[Tensor, "B C h w"],
         *,
+        layers: int | None = None,
+        key: Int64[Tensor, "2"] | None = None,
+        maps: list[Tensor] | None = None,
         implementation: Implementation = "flash",
-        **options: Any,
     ) -> Float[Tensor, "B D"]:
         """What stands for the image, see `ViTConfig.pooling`.
 
         Raises:
             ValueError: pooling is None.
         """
-        states = self.hidden_states(pixels, implementation=implementation, **options)
         config = self.config
+        alone = config.pooling == "class" and maps is None and not encoder.drops(config, key)
+        states = self._states(pixels, layers, key, maps, implementation, alone)
         if config.pooling == "attention":
             x = self.pool(states, implementation)
         elif config.pooling == "mean":
@@ -260,6 +263,18 @@ class ViT(nn.Module):
         Raises:
             ValueError: pixels of another shape, more layers than there are.
         """
+        return self._states(pixels, layers, key, maps, implementation, False)
+
+    def _states(
+        self,
+        pixels: Tensor,
+        layers: int | None,
+        key: Tensor | None,
+        maps: list[Tensor] | None,
+        implementation: Implementation,
+        alone: bool,
+    ) -> Float[Tensor, "B T D"]:
+        """Every token's state, or the first one's alone."""
         config = self.config
         layers = self._check(pixels, layers)
         grid = pixels.shape[-2] // config.patch, pixels.shape[-1] // config.patch
@@ -278,7 +293,9 @@ class ViT(nn.Module):
                 device=x.device,
                 dtype=torch.promote_types(x.dtype, torch.float32),
             )
-        options = {"rotary": rotary, "maps": maps, "implementation": implementation}
+        options: dict[str, Any] = {"rotary": rotary, "maps": maps, "implementation": implementation}
+        if alone:
+            options["at"] = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
         blocks = self.blocks if layers is None else list(self.blocks)[:layers]
         x = encoder.run(self.block, blocks, x, rest, **options)
         return self.norm(x) if config.norm == "states" and layers is None else x

@@ -14,7 +14,7 @@ P tokens of an image, D the decoder's width, V vocabulary.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -173,6 +173,7 @@ class VLM(nn.Module):
         lengths: Int[Tensor, "B"] | None = None,
         prefix_lengths: Int[Tensor, "B"] | None = None,
         segment_ids: Int[Tensor, "B T"] | None = None,
+        visible: Bool[Tensor, "B 1 T T"] | None = None,
         positions: Int[Tensor, "*B T"] | None = None,
         key: Int64[Tensor, "2"] | None = None,
         implementation: Implementation | AttentionFn = "flash",
@@ -207,6 +208,7 @@ class VLM(nn.Module):
             embeddings=x,
             positions=positions,
             segment_ids=segment_ids,
+            visible=visible,
             key_lengths=lengths,
             prefix_lengths=prefix_lengths,
             key=decoder_key,
@@ -383,15 +385,23 @@ def output_weight(params: Params) -> Float[Tensor, "V D"]:
 
 
 def language_model(
-    config: VLMConfig, params: Params, *, implementation: Implementation | AttentionFn = "flash"
+    config: VLMConfig,
+    params: Params,
+    *,
+    implementation: Implementation | AttentionFn = "flash",
+    fused: bool = False,
 ) -> LanguageModel:
     """The decoder in the form of module `generation`; what it sees comes from `prefill_inputs`.
+
+    fused copies its matrices into fewer (`decoder.fuse`): a token takes fewer launches.
 
     generate = Generator(language_model(config, params))
     generate(prompts, settings, inputs=prefill_inputs(model, params, prompts, pixels))
     """
-    model = decoders.decoder(config.decoder)
-    return decoders.language_model(model, part(params, "decoder"), implementation=implementation)
+    own, settings = part(params, "decoder"), config.decoder
+    if fused and not settings.fused:
+        own, settings = decoders.fuse(own), replace(settings, fused=True)
+    return decoders.language_model(decoders.decoder(settings), own, implementation=implementation)
 
 
 def prefill_inputs(
