@@ -17,6 +17,12 @@ Stages of each seed, in folders of their own (--resume goes on where it was stop
               then it answers again, for a second round
 
 The report says how many answers to held-out prompts the checker finds right before and after.
+Measured with the defaults and seed 0, torch 2.13, one thread of a busy CPU: 27.0% sampled and 20.5%
+greedy before, 79.3% and 91.3% after, 1.4 nats of KL an answer. Three seeds together are not timed.
+
+With --data.files the pairs are people's: reward models (single ones and an ensemble, by which DPO's
+win rate is judged) and DPO, split by prompt. Several processes: the steps are on shards, the rest on
+whole parameters.
 """
 
 import json
