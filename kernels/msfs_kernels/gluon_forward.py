@@ -216,9 +216,8 @@ def step_over(
         )  # fmt: skip
     new_p = gl.convert_layout(new_p.to(v_s.dtype), p.type.layout)
     if FENCE == 2:
-        out, p, new_p, total = warpgroup_mma_wait(0, [out, p, new_p, total])
-    else:
-        out, p = warpgroup_mma_wait(0, [out, p])
+        mbarrier.wait(v_full.index(old), (before // STAGES) & 1)
+    out, p = warpgroup_mma_wait(0, [out, p])
     mbarrier.arrive(v_free.index(old), count=1)
     out = out * gl.convert_layout(shrink, gl.SliceLayout(1, out.type.layout))[:, None]
     return out, new_p, top, total
@@ -227,7 +226,8 @@ def step_over(
 @gluon.jit
 def consumer(
     o, lse, buffers, barriers, work, scale_log2, C: gl.constexpr, CAUSAL: gl.constexpr,
-    STAGES: gl.constexpr, CONSUMERS: gl.constexpr, TURNS: gl.constexpr, FENCE: gl.constexpr,
+    STAGES: gl.constexpr, CONSUMERS: gl.constexpr, EVEN: gl.constexpr,
+    TURNS: gl.constexpr, FENCE: gl.constexpr,
 ):  # fmt: skip
     tiles, blocks, heads, H, group, T, S, wave = work
     q_s, k_s, v_s, o_s = buffers
@@ -262,7 +262,7 @@ def consumer(
         s = warpgroup_mma_wait(0, [s])
         mbarrier.arrive(k_free.index(stage), count=1)
         p, shrink, top, total = softmax(
-            s, top, total, row, (n - 1) * BN, T, S, scale_log2, CAUSAL, True
+            s, top, total, row, (n - 1) * BN, T, S, scale_log2, CAUSAL, not EVEN
         )
         p = gl.convert_layout(p.to(v_s.dtype), P_LAYOUT)
         count += 1
@@ -308,8 +308,8 @@ def consumer(
 )  # one compilation for all shapes
 def forward_kernel(
     q, k, v, o, lse, tiles, blocks, heads, H, group, T, S, scale_log2, wave,
-    CAUSAL: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, TURNS: gl.constexpr,
-    FENCE: gl.constexpr,
+    CAUSAL: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, EVEN: gl.constexpr,
+    TURNS: gl.constexpr, FENCE: gl.constexpr,
 ):  # fmt: skip
     """q, k, v, o are descriptors of tiles of one head; tiles = blocks * heads, heads = B * H."""
     BN: gl.constexpr = k.block_type.shape[2]
@@ -340,9 +340,9 @@ def forward_kernel(
         gl.warp_specialize(
             [
                 (consumer, (o, lse, buffers, barriers, work, scale_log2, 0, CAUSAL, STAGES,
-                            CONSUMERS, TURNS, FENCE)),
+                            CONSUMERS, EVEN, TURNS, FENCE)),
                 (consumer, (o, lse, buffers, barriers, work, scale_log2, 1, CAUSAL, STAGES,
-                            CONSUMERS, TURNS, FENCE)),
+                            CONSUMERS, EVEN, TURNS, FENCE)),
                 (producer, (q, k, v, buffers, barriers, work, CAUSAL, STAGES, CONSUMERS)),
             ],
             [4, 1],
@@ -352,11 +352,11 @@ def forward_kernel(
         gl.warp_specialize(
             [
                 (consumer, (o, lse, buffers, barriers, work, scale_log2, 0, CAUSAL, STAGES,
-                            CONSUMERS, TURNS, FENCE)),
+                            CONSUMERS, EVEN, TURNS, FENCE)),
                 (consumer, (o, lse, buffers, barriers, work, scale_log2, 1, CAUSAL, STAGES,
-                            CONSUMERS, TURNS, FENCE)),
+                            CONSUMERS, EVEN, TURNS, FENCE)),
                 (consumer, (o, lse, buffers, barriers, work, scale_log2, 2, CAUSAL, STAGES,
-                            CONSUMERS, TURNS, FENCE)),
+                            CONSUMERS, EVEN, TURNS, FENCE)),
                 (producer, (q, k, v, buffers, barriers, work, CAUSAL, STAGES, CONSUMERS)),
             ],
             [4, 4, 1],
@@ -380,7 +380,7 @@ def descriptor(x: Tensor, rows: int) -> TensorDescriptor:
 def plan_forward(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, options: Options, *,
     programs: int = 132, block: int = 128, stages: int = 2, consumers: int = 2, turns: bool = False,
-    fence: int = 1,
+    fence: int = 2,
 ) -> Launch:  # fmt: skip
     (B, H, T, _), (_, G, S, _) = q.shape, v.shape
     blocks = triton.cdiv(T, 64 * consumers)
@@ -408,6 +408,7 @@ def plan_forward(
             CAUSAL=options.causal,
             STAGES=stages,
             CONSUMERS=consumers,
+            EVEN=not options.causal and S % block == 0,
             TURNS=turns,
             FENCE=fence,
             num_warps=4,
