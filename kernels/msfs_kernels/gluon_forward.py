@@ -158,8 +158,45 @@ def exp2(x):
 
 
 @gluon.jit
+def exp2_shared(x, SHARE: gl.constexpr):
+    """exp2(x) for x <= 0, one of SHARE elements by the multiply-add units.
+
+    With head dim 64 the special function unit has as much to do as the matrix unit. 2^x = 2^n 2^f:
+    n = round(x) falls out of adding 1.5 * 2^23, whose last bits then are n; 2^f on [-1/2, 1/2] is a
+    cubic, right to 1.0e-4, a tenth of what rounding P to 16 bits takes; n goes to the exponent.
+    """
+    if SHARE == 4:
+        return gl.inline_asm_elementwise(
+            "{ .reg .f32 x, t, f; .reg .b32 n, b;"
+            " ex2.approx.ftz.f32 $0, $4; ex2.approx.ftz.f32 $1, $5; ex2.approx.ftz.f32 $2, $6;"
+            " max.NaN.f32 x, $7, 0fC2FE0000; add.rn.f32 t, x, 0f4B400000;"
+            " sub.rn.f32 f, t, 0f4B400000; sub.rn.f32 f, x, f;"
+            " fma.rn.f32 x, f, 0f3D61512E, 0f3E780627; fma.rn.f32 x, x, f, 0f3F317AFD;"
+            " fma.rn.f32 x, x, f, 0f3F800000; mov.b32 n, t; shl.b32 n, n, 23;"
+            " mov.b32 b, x; add.s32 b, b, n; mov.b32 $3, b; }",
+            "=f,=f,=f,=f,f,f,f,f", [x], dtype=gl.float32, is_pure=True, pack=4,
+        )  # fmt: skip
+    elif SHARE == 8:
+        return gl.inline_asm_elementwise(
+            "{ .reg .f32 x, t, f; .reg .b32 n, b;"
+            " ex2.approx.ftz.f32 $0, $8; ex2.approx.ftz.f32 $1, $9; ex2.approx.ftz.f32 $2, $10;"
+            " ex2.approx.ftz.f32 $4, $12; ex2.approx.ftz.f32 $5, $13; ex2.approx.ftz.f32 $6, $14;"
+            " ex2.approx.ftz.f32 $7, $15;"
+            " max.NaN.f32 x, $11, 0fC2FE0000; add.rn.f32 t, x, 0f4B400000;"
+            " sub.rn.f32 f, t, 0f4B400000; sub.rn.f32 f, x, f;"
+            " fma.rn.f32 x, f, 0f3D61512E, 0f3E780627; fma.rn.f32 x, x, f, 0f3F317AFD;"
+            " fma.rn.f32 x, x, f, 0f3F800000; mov.b32 n, t; shl.b32 n, n, 23;"
+            " mov.b32 b, x; add.s32 b, b, n; mov.b32 $3, b; }",
+            "=f,=f,=f,=f,=f,=f,=f,=f,f,f,f,f,f,f,f,f", [x], dtype=gl.float32, is_pure=True, pack=8,
+        )  # fmt: skip
+    else:
+        return exp2(x)
+
+
+@gluon.jit
 def softmax(
     s, top, total, row, start, T, S, scale_log2, CAUSAL: gl.constexpr, MASKED: gl.constexpr,
+    SHARE: gl.constexpr,
 ):  # fmt: skip
     """(P, a, m', l') of the next key block, as in the plain kernel; keys start at `start`."""
     if MASKED:
@@ -173,7 +210,7 @@ def softmax(
     base = new_top
     if MASKED:
         base = gl.where(new_top == float("-inf"), 0.0, new_top)
-    p = exp2(s * scale_log2 - base[:, None])
+    p = exp2_shared(s * scale_log2 - base[:, None], SHARE)
     shrink = exp2(top - base)
     return p, shrink, new_top, total * shrink + gl.sum(p, 1)
 
@@ -182,7 +219,7 @@ def softmax(
 def step_over(
     out, p, top, total, q_t, k_s, v_s, k_full, k_free, v_full, v_free, count, start, row, T, S,
     scale_log2, C: gl.constexpr, CAUSAL: gl.constexpr, MASKED: gl.constexpr, STAGES: gl.constexpr,
-    CONSUMERS: gl.constexpr, TURNS: gl.constexpr, FENCE: gl.constexpr,
+    CONSUMERS: gl.constexpr, TURNS: gl.constexpr, FENCE: gl.constexpr, SHARE: gl.constexpr,
 ):  # fmt: skip
     """One round of the loop above: block `count` of the ring by K, the one before it by V."""
     BN: gl.constexpr = k_s.shape[3]
@@ -204,7 +241,7 @@ def step_over(
     s = warpgroup_mma_wait(1, [s])
     mbarrier.arrive(k_free.index(stage), count=1)
     new_p, shrink, top, total = softmax(
-        s, top, total, row, start, T, S, scale_log2, CAUSAL, MASKED
+        s, top, total, row, start, T, S, scale_log2, CAUSAL, MASKED, SHARE
     )
     if FENCE == 1:
         # The assembler would rather move the exponentials behind the wait; not past a store that
@@ -227,7 +264,7 @@ def step_over(
 def consumer(
     o, lse, buffers, barriers, work, scale_log2, C: gl.constexpr, CAUSAL: gl.constexpr,
     STAGES: gl.constexpr, CONSUMERS: gl.constexpr, EVEN: gl.constexpr,
-    TURNS: gl.constexpr, FENCE: gl.constexpr,
+    TURNS: gl.constexpr, FENCE: gl.constexpr, SHARE: gl.constexpr,
 ):  # fmt: skip
     tiles, blocks, heads, H, group, T, S, wave = work
     q_s, k_s, v_s, o_s = buffers
@@ -262,7 +299,7 @@ def consumer(
         s = warpgroup_mma_wait(0, [s])
         mbarrier.arrive(k_free.index(stage), count=1)
         p, shrink, top, total = softmax(
-            s, top, total, row, (n - 1) * BN, T, S, scale_log2, CAUSAL, not EVEN
+            s, top, total, row, (n - 1) * BN, T, S, scale_log2, CAUSAL, not EVEN, SHARE
         )
         p = gl.convert_layout(p.to(v_s.dtype), P_LAYOUT)
         count += 1
@@ -271,13 +308,13 @@ def consumer(
                 out, p, top, total = step_over(
                     out, p, top, total, q_t, k_s, v_s, k_full, k_free, v_full, v_free, count,
                     j * BN, row, T, S, scale_log2, C, CAUSAL, True, STAGES, CONSUMERS, TURNS,
-                    FENCE,
+                    FENCE, SHARE,
                 )  # fmt: skip
                 count += 1
         for j in range(gl.minimum(n - 1, full) - 1, -1, -1):
             out, p, top, total = step_over(
                 out, p, top, total, q_t, k_s, v_s, k_full, k_free, v_full, v_free, count, j * BN,
-                row, T, S, scale_log2, C, CAUSAL, False, STAGES, CONSUMERS, TURNS, FENCE,
+                row, T, S, scale_log2, C, CAUSAL, False, STAGES, CONSUMERS, TURNS, FENCE, SHARE,
             )  # fmt: skip
             count += 1
         mbarrier.arrive(q_free.index(C), count=1)
@@ -309,7 +346,7 @@ def consumer(
 def forward_kernel(
     q, k, v, o, lse, tiles, blocks, heads, H, group, T, S, scale_log2, wave,
     CAUSAL: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, EVEN: gl.constexpr,
-    TURNS: gl.constexpr, FENCE: gl.constexpr,
+    TURNS: gl.constexpr, FENCE: gl.constexpr, SHARE: gl.constexpr,
 ):  # fmt: skip
     """q, k, v, o are descriptors of tiles of one head; tiles = blocks * heads, heads = B * H."""
     BN: gl.constexpr = k.block_type.shape[2]
@@ -340,9 +377,9 @@ def forward_kernel(
         gl.warp_specialize(
             [
                 (consumer, (o, lse, buffers, barriers, work, scale_log2, 0, CAUSAL, STAGES,
-                            CONSUMERS, EVEN, TURNS, FENCE)),
+                            CONSUMERS, EVEN, TURNS, FENCE, SHARE)),
                 (consumer, (o, lse, buffers, barriers, work, scale_log2, 1, CAUSAL, STAGES,
-                            CONSUMERS, EVEN, TURNS, FENCE)),
+                            CONSUMERS, EVEN, TURNS, FENCE, SHARE)),
                 (producer, (q, k, v, buffers, barriers, work, CAUSAL, STAGES, CONSUMERS)),
             ],
             [4, 1],
@@ -352,11 +389,11 @@ def forward_kernel(
         gl.warp_specialize(
             [
                 (consumer, (o, lse, buffers, barriers, work, scale_log2, 0, CAUSAL, STAGES,
-                            CONSUMERS, EVEN, TURNS, FENCE)),
+                            CONSUMERS, EVEN, TURNS, FENCE, SHARE)),
                 (consumer, (o, lse, buffers, barriers, work, scale_log2, 1, CAUSAL, STAGES,
-                            CONSUMERS, EVEN, TURNS, FENCE)),
+                            CONSUMERS, EVEN, TURNS, FENCE, SHARE)),
                 (consumer, (o, lse, buffers, barriers, work, scale_log2, 2, CAUSAL, STAGES,
-                            CONSUMERS, EVEN, TURNS, FENCE)),
+                            CONSUMERS, EVEN, TURNS, FENCE, SHARE)),
                 (producer, (q, k, v, buffers, barriers, work, CAUSAL, STAGES, CONSUMERS)),
             ],
             [4, 4, 1],
@@ -380,7 +417,7 @@ def descriptor(x: Tensor, rows: int) -> TensorDescriptor:
 def plan_forward(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, options: Options, *,
     programs: int = 132, block: int = 128, stages: int = 2, consumers: int = 2, turns: bool = False,
-    fence: int = 2,
+    fence: int = 2, share: int = 0,
 ) -> Launch:  # fmt: skip
     (B, H, T, _), (_, G, S, _) = q.shape, v.shape
     blocks = triton.cdiv(T, 64 * consumers)
@@ -411,6 +448,7 @@ def plan_forward(
             EVEN=not options.causal and S % block == 0,
             TURNS=turns,
             FENCE=fence,
+            SHARE=share,
             num_warps=4,
         ),
     )
