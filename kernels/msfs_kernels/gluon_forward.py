@@ -60,6 +60,9 @@ from msfs_kernels.options import Options
 from msfs_kernels.triton_common import LOG2E, Launch
 from msfs_kernels.triton_forward import heads_in_cache
 
+# Triton 3.7 renamed them.
+copy_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+copy_out = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 ROWS = gl.constexpr(64)  # queries of a consumer: the height of a warpgroup's product
 FIRST_TURN = gl.constexpr(8)  # hardware barriers 8, 9, 10; Triton itself takes the low ones
 
@@ -97,7 +100,7 @@ def key_blocks(row, T, S, CAUSAL: gl.constexpr, BM: gl.constexpr, BN: gl.constex
 def load(x, coordinates, full, buffer):
     """Asks the copy engine for a (1, 1, rows, head dim) tile; `full` opens when it is there."""
     mbarrier.expect(full, x.block_type.nbytes)
-    tma.async_copy_global_to_shared(x, coordinates, full, buffer)
+    copy_in(x, coordinates, full, buffer)
 
 
 @gluon.jit
@@ -296,6 +299,7 @@ def consumer(
         zero = gl.zeros([ROWS, BN], gl.float32, S_LAYOUT)
         k_t = k_s.index(stage).reshape([BN, D]).permute((1, 0))
         s = warpgroup_mma(q_t, k_t, zero, use_acc=False, is_async=True)
+        next_block, next_head = place(step + 1, tiles, blocks, heads, wave)
         s = warpgroup_mma_wait(0, [s])
         mbarrier.arrive(k_free.index(stage), count=1)
         p, shrink, top, total = softmax(
@@ -334,9 +338,9 @@ def consumer(
         tma.store_wait(0)
         o_t.reshape([ROWS, D]).store(out.to(o_s.dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(o, [flat_head // H, flat_head % H, row, 0], o_t)
+        copy_out(o, [flat_head // H, flat_head % H, row, 0], o_t)
         step += 1
-        block, flat_head = place(step, tiles, blocks, heads, wave)
+        block, flat_head = next_block, next_head
     tma.store_wait(0)
 
 
