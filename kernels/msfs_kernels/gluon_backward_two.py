@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from msfs_kernels.gluon_forward import ROWS, copy_in, copy_out, descriptor, exp2, key_blocks, load, pass_turn, place, wait_turn
+from msfs_kernels.gluon_forward import ROWS, copy_in, copy_out, descriptor, exp2, key_blocks, load, place
 from msfs_kernels.options import Options
 from msfs_kernels.triton_common import LOG2E, Launch
 from msfs_kernels.triton_forward import heads_in_cache

@@ -3,7 +3,7 @@
 The plain kernel (`triton_forward.py`) says what is computed; this file computes the same and says
 when. A warpgroup (4 warps) starts a product with `warpgroup_mma(..., is_async=True)` and goes on;
 `warpgroup_mma_wait(n)` waits until at most its n latest products run. The two products of a key
-block are far apart, so that always one is running while the exponentials are taken:
+block are taken in different rounds, so that one of them runs while exponentials are taken:
 
     S_0 = Q K_0'    P_0 = softmax(S_0)
     for j = 1, 2, ..:
@@ -13,22 +13,19 @@ block are far apart, so that always one is running while the exponentials are ta
         P_j, m, l = softmax(S_j)           runs under the second product
         wait for O
         O *= e^{m_old - m}
-    O += P_last V_last
+    start O += P_last V_last
+    start S_0 of the next tile             runs while O / l is stored
 
 **Roles.** A program is 2 or 3 consumer warpgroups with 64 queries each and one producer warp, which
-does nothing but ask the copy engine (TMA) for tiles. Key and value tiles go round in rings of
-STAGES buffers in shared memory. Two barriers (mbarrier) guard each buffer: `full` opens when the
-bytes have arrived, `free` when every consumer is done with them. The n-th use of a barrier has
-phase n & 1; waiting for phase 1 of a new barrier passes at once, which is how the first round finds
-its buffers free. The producer hands its registers to the consumers.
+does nothing but ask the copy engine (TMA) for tiles. Tiles of keys and values go round in rings of
+STAGES buffers in shared memory, those of queries in a ring of two for each consumer. Two barriers
+(mbarrier) guard a buffer: `full` opens when the bytes have arrived, `free` when every reader is
+done with them. The n-th use of a barrier has phase n & 1; waiting for phase 1 of a new barrier
+passes at once, which is how the first round finds its buffers free. The producer needs few
+registers and hands its share to the consumers.
 
-**Turns.** With TURNS the consumers start their products one after the other, by named barriers of
-the hardware: while one takes exponentials, the matrix unit belongs to the others.
-
-**Persistent.** One program a multiprocessor walks over the query tiles, so that the producer loads
-the next tile's queries while the consumers still store the last result. Every second round goes
-backwards: under a causal mask tiles come longest first, and who got the longest of one round gets
-the shortest of the next.
+**Persistent.** One program a multiprocessor walks over the query tiles, so that nothing but the
+very first tile waits for its queries. `place` says in which order.
 
 Key blocks are visited from the last to the first, those with an edge (causal diagonal, end of keys)
 first and with a mask. The copy engine fills what lies outside a tensor with zeros and does not store
@@ -41,6 +38,10 @@ Source: Shah et al. 2024 (FlashAttention-3), sections 3.1 and 3.2.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalOperand=false
 # pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
+# pyright: reportAssignmentType=false, reportGeneralTypeIssues=false
+
+import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -57,21 +58,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from msfs_kernels.options import Options
-from msfs_kernels.triton_common import LOG2E, Launch
-from msfs_kernels.triton_forward import heads_in_cache
+from msfs_kernels.triton_common import LN2, LOG2E, Launch
 
+ROWS = gl.constexpr(64)  # queries of a consumer: the height of a warpgroup's product
 # Triton 3.7 renamed them.
 copy_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 copy_out = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
-ROWS = gl.constexpr(64)  # queries of a consumer: the height of a warpgroup's product
-FIRST_TURN = gl.constexpr(8)  # hardware barriers 8, 9, 10; Triton itself takes the low ones
 
 
 @gluon.jit
 def place(step, tiles, blocks, heads, wave):
     """(query block, flat head) of this program's step-th tile, or a block below 0 if it has none.
 
-    Order of tiles as in `longest_first`.
+    Heads go in groups of `wave`, in each the longest tiles of a causal mask first. Every second
+    round of programs goes backwards: who got the longest of one round gets the shortest of the
+    next.
     """
     programs = gl.num_programs(0)
     mine = gl.program_id(0)
@@ -105,14 +106,14 @@ def load(x, coordinates, full, buffer):
 
 @gluon.jit
 def producer(
-    q, k, v, buffers, barriers, work, CAUSAL: gl.constexpr,
-    STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
+    q, k, v, buffers, barriers, work, CAUSAL: gl.constexpr, STAGES: gl.constexpr,
+    CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     tiles, blocks, heads, H, group, T, S, wave = work
-    BN: gl.constexpr = k.block_type.shape[2]
     q_s, k_s, v_s, o_s = buffers
     q_full, q_free, k_full, k_free, v_full, v_free = barriers
     BM: gl.constexpr = ROWS * CONSUMERS
+    BN: gl.constexpr = k.block_type.shape[2]
     count = 0
     step = 0
     block, flat_head = place(step, tiles, blocks, heads, wave)
@@ -121,8 +122,9 @@ def producer(
         head = flat_head % H
         row = block * BM
         for c in gl.static_range(CONSUMERS):
-            mbarrier.wait(q_free.index(c), (step & 1) ^ 1)
-            load(q, [batch, head, row + c * ROWS, 0], q_full.index(c), q_s.index(c))
+            slot = step % 2 * CONSUMERS + c
+            mbarrier.wait(q_free.index(slot), (step // 2 & 1) ^ 1)
+            load(q, [batch, head, row + c * ROWS, 0], q_full.index(slot), q_s.index(slot))
         n, full = key_blocks(row, T, S, CAUSAL, BM, BN)
         for j in range(n - 1, -1, -1):
             stage = count % STAGES
@@ -137,22 +139,6 @@ def producer(
 
 
 @gluon.jit
-def wait_turn(C: gl.constexpr):
-    gl.inline_asm_elementwise(
-        "{ bar.sync $1, 256; mov.u32 $0, 0; }", "=r,n", [FIRST_TURN + C], dtype=gl.int32,
-        is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def pass_turn(C: gl.constexpr):
-    gl.inline_asm_elementwise(
-        "{ bar.arrive $1, 256; mov.u32 $0, 0; }", "=r,n", [FIRST_TURN + C], dtype=gl.int32,
-        is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
 def exp2(x):
     """2^x by the special function unit; below 2^-126 it gives 0, which saves two instructions."""
     return gl.inline_asm_elementwise(
@@ -161,113 +147,103 @@ def exp2(x):
 
 
 @gluon.jit
-def exp2_shared(x, SHARE: gl.constexpr):
-    """exp2(x) for x <= 0, one of SHARE elements by the multiply-add units.
-
-    With head dim 64 the special function unit has as much to do as the matrix unit. 2^x = 2^n 2^f:
-    n = round(x) falls out of adding 1.5 * 2^23, whose last bits then are n; 2^f on [-1/2, 1/2] is a
-    cubic, right to 1.0e-4, a tenth of what rounding P to 16 bits takes; n goes to the exponent.
-    """
-    if SHARE == 4:
-        return gl.inline_asm_elementwise(
-            "{ .reg .f32 x, t, f; .reg .b32 n, b;"
-            " ex2.approx.ftz.f32 $0, $4; ex2.approx.ftz.f32 $1, $5; ex2.approx.ftz.f32 $2, $6;"
-            " max.NaN.f32 x, $7, 0fC2FE0000; add.rn.f32 t, x, 0f4B400000;"
-            " sub.rn.f32 f, t, 0f4B400000; sub.rn.f32 f, x, f;"
-            " fma.rn.f32 x, f, 0f3D61512E, 0f3E780627; fma.rn.f32 x, x, f, 0f3F317AFD;"
-            " fma.rn.f32 x, x, f, 0f3F800000; mov.b32 n, t; shl.b32 n, n, 23;"
-            " mov.b32 b, x; add.s32 b, b, n; mov.b32 $3, b; }",
-            "=f,=f,=f,=f,f,f,f,f", [x], dtype=gl.float32, is_pure=True, pack=4,
-        )  # fmt: skip
-    elif SHARE == 8:
-        return gl.inline_asm_elementwise(
-            "{ .reg .f32 x, t, f; .reg .b32 n, b;"
-            " ex2.approx.ftz.f32 $0, $8; ex2.approx.ftz.f32 $1, $9; ex2.approx.ftz.f32 $2, $10;"
-            " ex2.approx.ftz.f32 $4, $12; ex2.approx.ftz.f32 $5, $13; ex2.approx.ftz.f32 $6, $14;"
-            " ex2.approx.ftz.f32 $7, $15;"
-            " max.NaN.f32 x, $11, 0fC2FE0000; add.rn.f32 t, x, 0f4B400000;"
-            " sub.rn.f32 f, t, 0f4B400000; sub.rn.f32 f, x, f;"
-            " fma.rn.f32 x, f, 0f3D61512E, 0f3E780627; fma.rn.f32 x, x, f, 0f3F317AFD;"
-            " fma.rn.f32 x, x, f, 0f3F800000; mov.b32 n, t; shl.b32 n, n, 23;"
-            " mov.b32 b, x; add.s32 b, b, n; mov.b32 $3, b; }",
-            "=f,=f,=f,=f,=f,=f,=f,=f,f,f,f,f,f,f,f,f", [x], dtype=gl.float32, is_pure=True, pack=8,
-        )  # fmt: skip
-    else:
-        return exp2(x)
-
-
-@gluon.jit
 def softmax(
-    s, top, total, row, start, T, S, scale_log2, CAUSAL: gl.constexpr, MASKED: gl.constexpr,
-    SHARE: gl.constexpr,
-):  # fmt: skip
-    """(P, a, m', l') of the next key block, as in the plain kernel; keys start at `start`."""
+    s, top, total, row, start, T, S, scale_log2, CAUSAL: gl.constexpr, MASKED: gl.constexpr
+):
+    """(P, a, m', l') of the key block at `start`, as in the plain kernel, but l in 8 parts a row.
+
+    A thread holds columns 2 c and 2 c + 1 of every 8: taking maxima and sums over the eights first
+    makes four short chains of dependent instructions of two long ones, and the parts of l are put
+    together once, at the end.
+    """
+    BM: gl.constexpr = s.shape[0]
+    BN: gl.constexpr = s.shape[1]
+    S_ROWS: gl.constexpr = gl.SliceLayout(1, s.type.layout)
     if MASKED:
-        j = start + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))[None, :]
-        seen = j < S
+        j = gl.arange(0, BN, gl.SliceLayout(0, s.type.layout))[None, :]
         if CAUSAL:
-            i = row + gl.arange(0, s.shape[0], gl.SliceLayout(1, s.type.layout))[:, None]
-            seen = seen & (j <= i + (S - T))
-        s = gl.where(seen, s, float("-inf"))
-    new_top = gl.maximum(top, gl.max(s, 1) * scale_log2)
+            i = row + gl.arange(0, BM, S_ROWS)[:, None]
+            s = gl.where(j <= gl.minimum(S - 1, i + (S - T)) - start, s, float("-inf"))
+        elif start + BN > S:
+            s = gl.where(j < S - start, s, float("-inf"))
+    highest = gl.max(gl.max(s.reshape([BM, BN // 8, 8]), 1), 1)
+    new_top = gl.maximum(top, gl.convert_layout(highest, S_ROWS) * scale_log2)
     base = new_top
-    if MASKED:
+    if MASKED:  # a row that has seen no key yet: -inf - 0 in place of -inf + inf
         base = gl.where(new_top == float("-inf"), 0.0, new_top)
-    p = exp2_shared(s * scale_log2 - base[:, None], SHARE)
+    p = exp2(s * scale_log2 - base[:, None])
     shrink = exp2(top - base)
-    return p, shrink, new_top, total * shrink + gl.sum(p, 1)
+    parts = gl.sum(p.reshape([BM, BN // 8, 8]), 1)
+    shrink_parts = gl.convert_layout(shrink, gl.SliceLayout(1, parts.type.layout))
+    return p, shrink, new_top, total * shrink_parts[:, None] + parts
 
 
 @gluon.jit
-def step_over(
+def start_scores(q_t, k_s, k_full, count, STAGES: gl.constexpr):
+    """Starts Q K' with block `count` of the ring, when it is there."""
+    BN: gl.constexpr = k_s.shape[3]
+    stage = count % STAGES
+    mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    zero = gl.zeros([ROWS, BN], gl.float32, S_LAYOUT)
+    k_t = k_s.index(stage).reshape([BN, k_s.shape[4]]).permute((1, 0))
+    return warpgroup_mma(q_t, k_t, zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def start_output(p, v_s, v_full, out, count, STAGES: gl.constexpr):
+    """(O, P) of O += P V with block `count` of the ring, started when it is there; P in 16 bits must
+    live until the product is done.
+    """
+    stage = count % STAGES
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, out.type.layout, 2)
+    p = gl.convert_layout(p.to(v_s.dtype), P_LAYOUT)
+    mbarrier.wait(v_full.index(stage), (count // STAGES) & 1)
+    v_t = v_s.index(stage).reshape([v_s.shape[3], v_s.shape[4]])
+    return warpgroup_mma(p, v_t, out, is_async=True), p
+
+
+@gluon.jit
+def round_of(
     out, p, top, total, q_t, k_s, v_s, k_full, k_free, v_full, v_free, count, start, row, T, S,
-    scale_log2, C: gl.constexpr, CAUSAL: gl.constexpr, MASKED: gl.constexpr, STAGES: gl.constexpr,
-    CONSUMERS: gl.constexpr, TURNS: gl.constexpr, FENCE: gl.constexpr, SHARE: gl.constexpr,
+    scale_log2, CAUSAL: gl.constexpr, MASKED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One round of the loop above: block `count` of the ring by K, the one before it by V."""
-    BN: gl.constexpr = k_s.shape[3]
-    D: gl.constexpr = k_s.shape[4]
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
-    stage = count % STAGES
     before = count - 1
-    old = before % STAGES
-    mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
-    if TURNS:
-        wait_turn(C)
-    zero = gl.zeros([ROWS, BN], gl.float32, S_LAYOUT)
-    k_t = k_s.index(stage).reshape([BN, D]).permute((1, 0))
-    s = warpgroup_mma(q_t, k_t, zero, use_acc=False, is_async=True)
-    mbarrier.wait(v_full.index(old), (before // STAGES) & 1)
-    out = warpgroup_mma(p, v_s.index(old).reshape([BN, D]), out, is_async=True)
-    if TURNS:
-        pass_turn((C + 1) % CONSUMERS)
+    s = start_scores(q_t, k_s, k_full, count, STAGES)
+    out, used = start_output(p, v_s, v_full, out, before, STAGES)
     s = warpgroup_mma_wait(1, [s])
-    mbarrier.arrive(k_free.index(stage), count=1)
-    new_p, shrink, top, total = softmax(
-        s, top, total, row, start, T, S, scale_log2, CAUSAL, MASKED, SHARE
-    )
-    if FENCE == 1:
-        # The assembler would rather move the exponentials behind the wait; not past a store that
-        # might depend on them. total is never negative.
-        gl.inline_asm_elementwise(
-            "{ .reg .pred q; .reg .b32 a; mov.b32 a, 0; setp.lt.f32 q, $1, 0f00000000;"
-            " @q st.shared.f32 [a], $1; mov.b32 $0, $1; }",
-            "=f,f", [total], dtype=gl.float32, is_pure=False, pack=1,
-        )  # fmt: skip
-    new_p = gl.convert_layout(new_p.to(v_s.dtype), p.type.layout)
-    if FENCE == 2:
-        mbarrier.wait(v_full.index(old), (before // STAGES) & 1)
-    out, p = warpgroup_mma_wait(0, [out, p])
-    mbarrier.arrive(v_free.index(old), count=1)
+    mbarrier.arrive(k_free.index(count % STAGES), count=1)
+    p, shrink, top, total = softmax(s, top, total, row, start, T, S, scale_log2, CAUSAL, MASKED)
+    # This barrier is open. The assembler likes to move the exponentials behind the wait for O, where
+    # nothing runs under them; it does not move them past this.
+    mbarrier.wait(v_full.index(before % STAGES), (before // STAGES) & 1)
+    out, used = warpgroup_mma_wait(0, [out, used])
+    mbarrier.arrive(v_free.index(before % STAGES), count=1)
     out = out * gl.convert_layout(shrink, gl.SliceLayout(1, out.type.layout))[:, None]
-    return out, new_p, top, total
+    return out, p, top, total
+
+
+@gluon.jit
+def finish(o, lse, o_t, out, top, total, batch, head, H, row, T):
+    """Stores o = O / l and the log-sum-exp; zeros and -inf for a query without keys."""
+    total = gl.convert_layout(gl.sum(total, 1), top.type.layout)
+    seen = total != 0.0
+    total = gl.where(seen, total, 1.0)
+    i = row + gl.arange(0, ROWS, top.type.layout)
+    log_sum = gl.where(seen, (top + gl.log2(total)) * LN2, float("-inf"))
+    gl.store(lse + (batch * H + head).to(gl.int64) * T + i, log_sum, mask=i < T)
+    out = out * gl.convert_layout(1.0 / total, gl.SliceLayout(1, out.type.layout))[:, None]
+    tma.store_wait(0)  # the last result has left the buffer
+    o_t.reshape([ROWS, o_t.shape[3]]).store(out.to(o.dtype))
+    fence_async_shared()
+    copy_out(o, [batch, head, row, 0], o_t)
 
 
 @gluon.jit
 def consumer(
     o, lse, buffers, barriers, work, scale_log2, C: gl.constexpr, CAUSAL: gl.constexpr,
-    STAGES: gl.constexpr, CONSUMERS: gl.constexpr, EVEN: gl.constexpr,
-    TURNS: gl.constexpr, FENCE: gl.constexpr, SHARE: gl.constexpr,
+    STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     tiles, blocks, heads, H, group, T, S, wave = work
     q_s, k_s, v_s, o_s = buffers
@@ -277,70 +253,62 @@ def consumer(
     D: gl.constexpr = k_s.shape[4]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
-    S_ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
-    if TURNS and C == CONSUMERS - 1:
-        pass_turn(0)
+    no_top = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
+    no_total = gl.sum(gl.zeros([ROWS, BN], gl.float32, S_LAYOUT).reshape([ROWS, BN // 8, 8]), 1)
+
     count = 0
     step = 0
-    q_t = q_s.index(C).reshape([ROWS, D])
-    o_t = o_s.index(C)
     block, flat_head = place(step, tiles, blocks, heads, wave)
+    n, full = key_blocks(block * BM, T, S, CAUSAL, BM, BN)
+    q_t = q_s.index(C).reshape([ROWS, D])
+    mbarrier.wait(q_full.index(C), 0)
+    s = start_scores(q_t, k_s, k_full, count, STAGES)
+    s = warpgroup_mma_wait(0, [s])
+    mbarrier.arrive(k_free.index(0), count=1)
     while block >= 0:
-        n, full = key_blocks(block * BM, T, S, CAUSAL, BM, BN)
         row = block * BM + C * ROWS
-        out = gl.zeros([ROWS, D], gl.float32, O_LAYOUT)
-        top = gl.full([ROWS], float("-inf"), gl.float32, S_ROWS)
-        total = gl.zeros([ROWS], gl.float32, S_ROWS)
-
-        mbarrier.wait(q_full.index(C), step & 1)
-        stage = count % STAGES
-        mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
-        zero = gl.zeros([ROWS, BN], gl.float32, S_LAYOUT)
-        k_t = k_s.index(stage).reshape([BN, D]).permute((1, 0))
-        s = warpgroup_mma(q_t, k_t, zero, use_acc=False, is_async=True)
-        next_block, next_head = place(step + 1, tiles, blocks, heads, wave)
-        s = warpgroup_mma_wait(0, [s])
-        mbarrier.arrive(k_free.index(stage), count=1)
         p, shrink, top, total = softmax(
-            s, top, total, row, (n - 1) * BN, T, S, scale_log2, CAUSAL, not EVEN, SHARE
+            s, no_top, no_total, row, (n - 1) * BN, T, S, scale_log2, CAUSAL, True
         )
-        p = gl.convert_layout(p.to(v_s.dtype), P_LAYOUT)
         count += 1
+        slot = step % 2 * CONSUMERS + C
+        q_t = q_s.index(slot).reshape([ROWS, D])
+        out = gl.zeros([ROWS, D], gl.float32, O_LAYOUT)
         if CAUSAL:
             for j in range(n - 2, full - 1, -1):
-                out, p, top, total = step_over(
+                out, p, top, total = round_of(
                     out, p, top, total, q_t, k_s, v_s, k_full, k_free, v_full, v_free, count,
-                    j * BN, row, T, S, scale_log2, C, CAUSAL, True, STAGES, CONSUMERS, TURNS,
-                    FENCE, SHARE,
+                    j * BN, row, T, S, scale_log2, CAUSAL, True, STAGES,
                 )  # fmt: skip
                 count += 1
         for j in range(gl.minimum(n - 1, full) - 1, -1, -1):
-            out, p, top, total = step_over(
+            out, p, top, total = round_of(
                 out, p, top, total, q_t, k_s, v_s, k_full, k_free, v_full, v_free, count, j * BN,
-                row, T, S, scale_log2, C, CAUSAL, False, STAGES, CONSUMERS, TURNS, FENCE, SHARE,
+                row, T, S, scale_log2, CAUSAL, False, STAGES,
             )  # fmt: skip
             count += 1
-        mbarrier.arrive(q_free.index(C), count=1)
-        before = count - 1
-        old = before % STAGES
-        mbarrier.wait(v_full.index(old), (before // STAGES) & 1)
-        out = warpgroup_mma(p, v_s.index(old).reshape([BN, D]), out, is_async=True)
-        out, p = warpgroup_mma_wait(0, [out, p])
-        mbarrier.arrive(v_free.index(old), count=1)
-
-        seen = total != 0.0
-        total = gl.where(seen, total, 1.0)
-        i = row + gl.arange(0, ROWS, S_ROWS)
-        log_sum = gl.where(seen, (top + gl.log2(total)) * 0.6931471805599453, float("-inf"))
-        gl.store(lse + flat_head.to(gl.int64) * T + i, log_sum, mask=i < T)
-        out = out * gl.convert_layout(1.0 / total, gl.SliceLayout(1, O_LAYOUT))[:, None]
-        tma.store_wait(0)
-        o_t.reshape([ROWS, D]).store(out.to(o_s.dtype))
-        fence_async_shared()
-        copy_out(o, [flat_head // H, flat_head % H, row, 0], o_t)
+        mbarrier.arrive(q_free.index(slot), count=1)
+        batch = flat_head // H
+        head = flat_head % H
         step += 1
-        block, flat_head = next_block, next_head
+        block, flat_head = place(step, tiles, blocks, heads, wave)
+        free = v_free.index((count - 1) % STAGES)
+        if block >= 0:
+            n, full = key_blocks(block * BM, T, S, CAUSAL, BM, BN)
+            slot = step % 2 * CONSUMERS + C
+            mbarrier.wait(q_full.index(slot), step // 2 & 1)
+            q_t = q_s.index(slot).reshape([ROWS, D])
+            last, used = start_output(p, v_s, v_full, out, count - 1, STAGES)
+            s = start_scores(q_t, k_s, k_full, count, STAGES)
+            done, used = warpgroup_mma_wait(1, [last, used])
+            mbarrier.arrive(free, count=1)
+            finish(o, lse, o_s.index(C), done, top, total, batch, head, H, row, T)
+            s = warpgroup_mma_wait(0, [s])
+            mbarrier.arrive(k_free.index(count % STAGES), count=1)
+        else:
+            last, used = start_output(p, v_s, v_full, out, count - 1, STAGES)
+            done, used = warpgroup_mma_wait(0, [last, used])
+            finish(o, lse, o_s.index(C), done, top, total, batch, head, H, row, T)
     tma.store_wait(0)
 
 
@@ -349,41 +317,42 @@ def consumer(
 )  # one compilation for all shapes
 def forward_kernel(
     q, k, v, o, lse, tiles, blocks, heads, H, group, T, S, scale_log2, wave,
-    CAUSAL: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, EVEN: gl.constexpr,
-    TURNS: gl.constexpr, FENCE: gl.constexpr, SHARE: gl.constexpr,
+    CAUSAL: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
-    """q, k, v, o are descriptors of tiles of one head; tiles = blocks * heads, heads = B * H."""
-    BN: gl.constexpr = k.block_type.shape[2]
+    """q, k, v, o are descriptors of tiles of one head; tiles = blocks * heads, heads = B * H, group
+    = H / G.
+    """
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    q_s = gl.allocate_shared_memory(q.dtype, [CONSUMERS] + q.block_type.shape, q.layout)
+    q_s = gl.allocate_shared_memory(q.dtype, [2 * CONSUMERS] + q.block_type.shape, q.layout)
     o_s = gl.allocate_shared_memory(o.dtype, [CONSUMERS] + o.block_type.shape, o.layout)
     k_s = gl.allocate_shared_memory(k.dtype, [STAGES] + k.block_type.shape, k.layout)
     v_s = gl.allocate_shared_memory(v.dtype, [STAGES] + v.block_type.shape, v.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], BARRIER)
-    q_free = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], BARRIER)
+    q_full = gl.allocate_shared_memory(gl.int64, [2 * CONSUMERS, 1], BARRIER)
+    q_free = gl.allocate_shared_memory(gl.int64, [2 * CONSUMERS, 1], BARRIER)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    for c in gl.static_range(CONSUMERS):
-        mbarrier.init(q_full.index(c), count=1)
-        mbarrier.init(q_free.index(c), count=1)
-    for s in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(s), count=1)
-        mbarrier.init(k_free.index(s), count=CONSUMERS)
-        mbarrier.init(v_full.index(s), count=1)
-        mbarrier.init(v_free.index(s), count=CONSUMERS)
+    for slot in gl.static_range(2 * CONSUMERS):
+        mbarrier.init(q_full.index(slot), count=1)
+        mbarrier.init(q_free.index(slot), count=1)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(stage), count=1)
+        mbarrier.init(k_free.index(stage), count=CONSUMERS)
+        mbarrier.init(v_full.index(stage), count=1)
+        mbarrier.init(v_free.index(stage), count=CONSUMERS)
     fence_async_shared()
     buffers = (q_s, k_s, v_s, o_s)
     barriers = (q_full, q_free, k_full, k_free, v_full, v_free)
     work = (tiles, blocks, heads, H, group, T, S, wave)
+    # A program has 512 registers for one thread of each of its warpgroups.
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
                 (consumer, (o, lse, buffers, barriers, work, scale_log2, 0, CAUSAL, STAGES,
-                            CONSUMERS, EVEN, TURNS, FENCE, SHARE)),
+                            CONSUMERS)),
                 (consumer, (o, lse, buffers, barriers, work, scale_log2, 1, CAUSAL, STAGES,
-                            CONSUMERS, EVEN, TURNS, FENCE, SHARE)),
+                            CONSUMERS)),
                 (producer, (q, k, v, buffers, barriers, work, CAUSAL, STAGES, CONSUMERS)),
             ],
             [4, 1],
@@ -393,11 +362,11 @@ def forward_kernel(
         gl.warp_specialize(
             [
                 (consumer, (o, lse, buffers, barriers, work, scale_log2, 0, CAUSAL, STAGES,
-                            CONSUMERS, EVEN, TURNS, FENCE, SHARE)),
+                            CONSUMERS)),
                 (consumer, (o, lse, buffers, barriers, work, scale_log2, 1, CAUSAL, STAGES,
-                            CONSUMERS, EVEN, TURNS, FENCE, SHARE)),
+                            CONSUMERS)),
                 (consumer, (o, lse, buffers, barriers, work, scale_log2, 2, CAUSAL, STAGES,
-                            CONSUMERS, EVEN, TURNS, FENCE, SHARE)),
+                            CONSUMERS)),
                 (producer, (q, k, v, buffers, barriers, work, CAUSAL, STAGES, CONSUMERS)),
             ],
             [4, 4, 1],
@@ -418,17 +387,38 @@ def descriptor(x: Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), [*strides, 1], block, layout)
 
 
+def multiprocessors(x: Tensor) -> int:
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
+
+
+def balanced_wave(blocks: int, programs: int) -> int:
+    """The fewest heads whose tiles make pairs of whole rounds: then all programs do the same work."""
+    return 2 * programs // math.gcd(blocks, 2 * programs)
+
+
+class Tile(NamedTuple):
+    """Warpgroups of 64 queries, keys of a block, buffers of the ring."""
+
+    consumers: int
+    block: int
+    stages: int
+
+
+TILES = {64: Tile(2, 128, 4), 128: Tile(2, 128, 2)}  # by head dim
+
+
 def plan_forward(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, options: Options, *,
-    programs: int = 132, block: int = 128, stages: int = 2, consumers: int = 2, turns: bool = False,
-    fence: int = 2, share: int = 0,
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, options: Options,
+    tile: Tile | None = None,
 ) -> Launch:  # fmt: skip
-    (B, H, T, _), (_, G, S, _) = q.shape, v.shape
+    (B, H, T, D), (_, G, S, _) = q.shape, v.shape
+    consumers, block, stages = tile or TILES[D]
     blocks = triton.cdiv(T, 64 * consumers)
     tiles = blocks * B * H
+    programs = min(multiprocessors(q), tiles)
     return Launch(
         forward_kernel,
-        (min(programs, tiles),),
+        (programs,),
         (
             descriptor(q, 64),
             descriptor(k, block),
@@ -443,16 +433,12 @@ def plan_forward(
             T,
             S,
             options.scale * LOG2E.value,
-            heads_in_cache(k, v, H // G) if options.causal else 1,
+            balanced_wave(blocks, programs) if options.causal else 1,
         ),
         dict(
             CAUSAL=options.causal,
             STAGES=stages,
             CONSUMERS=consumers,
-            EVEN=not options.causal and S % block == 0,
-            TURNS=turns,
-            FENCE=fence,
-            SHARE=share,
             num_warps=4,
         ),
     )
