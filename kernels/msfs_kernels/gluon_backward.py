@@ -277,8 +277,7 @@ def key_kernel(
     q, k, v, do, log_sums, delta, sums, dk, dv, heads, H, group, T, S, padded_T, scale, scale_log2,
     wave, CAUSAL: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """dK and dV of 2 KEYS keys of one kv head (heads = B * G), and their shares of dQ added to sums.
-    """
+    """dK and dV of 2 KEYS keys of one kv head (heads = B * G), and their shares of dQ added to sums."""
     blocks = (S + 2 * KEYS - 1) // (2 * KEYS)
     pack = gl.program_id(0) // (wave * blocks)
     rest = gl.program_id(0) - pack * (wave * blocks)

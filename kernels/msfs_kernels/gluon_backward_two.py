@@ -18,15 +18,59 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from msfs_kernels.gluon_forward import ROWS, copy_in, copy_out, descriptor, exp2, key_blocks, load, place
+from msfs_kernels.gluon_forward import (
+    ROWS,
+    copy_in,
+    copy_out,
+    descriptor,
+    exp2,
+    key_blocks,
+    load,
+    place,
+)
 from msfs_kernels.options import Options
 from msfs_kernels.triton_common import LOG2E, Launch
 from msfs_kernels.triton_forward import heads_in_cache
 
 
-@gluon.jit(do_not_specialize=["do_b", "do_h", "do_t", "o_b", "o_h", "o_t", "dlse_b", "dlse_h", "dlse_t", "H", "T", "padded_T"])
-def prepare_kernel(do, o, lse, dlse, log_sums, delta, do_b, do_h, do_t, o_b, o_h, o_t, dlse_b, dlse_h, dlse_t, H, T, padded_T,
-                   D: gl.constexpr, BM: gl.constexpr):
+@gluon.jit(
+    do_not_specialize=[
+        "do_b",
+        "do_h",
+        "do_t",
+        "o_b",
+        "o_h",
+        "o_t",
+        "dlse_b",
+        "dlse_h",
+        "dlse_t",
+        "H",
+        "T",
+        "padded_T",
+    ]
+)
+def prepare_kernel(
+    do,
+    o,
+    lse,
+    dlse,
+    log_sums,
+    delta,
+    do_b,
+    do_h,
+    do_t,
+    o_b,
+    o_h,
+    o_t,
+    dlse_b,
+    dlse_h,
+    dlse_t,
+    H,
+    T,
+    padded_T,
+    D: gl.constexpr,
+    BM: gl.constexpr,
+):
     """delta = rowsum(do * o) - dlse and lse in log2 units, both padded; lse is +inf where there is no key or no query."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     rows: gl.constexpr = gl.SliceLayout(1, layout)
@@ -38,11 +82,17 @@ def prepare_kernel(do, o, lse, dlse, log_sums, delta, do_b, do_h, do_t, o_b, o_h
     d = gl.arange(0, D, gl.SliceLayout(0, layout))
     inside = i < T
     at = i.to(gl.int64)[:, None]
-    a = gl.load(do + batch * do_b + head * do_h + at * do_t + d[None, :], mask=inside[:, None], other=0.0)
-    b = gl.load(o + batch * o_b + head * o_h + at * o_t + d[None, :], mask=inside[:, None], other=0.0)
+    a = gl.load(
+        do + batch * do_b + head * do_h + at * do_t + d[None, :], mask=inside[:, None], other=0.0
+    )
+    b = gl.load(
+        o + batch * o_b + head * o_h + at * o_t + d[None, :], mask=inside[:, None], other=0.0
+    )
     total = gl.sum(a.to(gl.float32) * b.to(gl.float32), 1)
     if dlse is not None:
-        total -= gl.load(dlse + batch * dlse_b + head * dlse_h + i.to(gl.int64) * dlse_t, mask=inside, other=0.0).to(gl.float32)
+        total -= gl.load(
+            dlse + batch * dlse_b + head * dlse_h + i.to(gl.int64) * dlse_t, mask=inside, other=0.0
+        ).to(gl.float32)
     start = flat_head.to(gl.int64)
     sums = gl.load(lse + start * T + i, mask=inside, other=float("-inf")) * 1.4426950408889634
     sums = gl.where(sums == float("-inf"), float("inf"), sums)
@@ -63,8 +113,20 @@ def query_blocks(column, T, S, CAUSAL: gl.constexpr, BM: gl.constexpr, KEYS: gl.
 
 
 @gluon.jit
-def key_producer(q, k, v, do, log_sums, delta, buffers, barriers, work, CAUSAL: gl.constexpr, STAGES: gl.constexpr,
-                 CONSUMERS: gl.constexpr):
+def key_producer(
+    q,
+    k,
+    v,
+    do,
+    log_sums,
+    delta,
+    buffers,
+    barriers,
+    work,
+    CAUSAL: gl.constexpr,
+    STAGES: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+):
     tiles, blocks, heads, H, group, T, S, wave = work
     k_s, v_s, q_s, do_s, lse_s, delta_s = buffers
     k_full, k_free, q_full, q_free, do_full, do_free = barriers
@@ -105,8 +167,20 @@ def key_producer(q, k, v, do, log_sums, delta, buffers, barriers, work, CAUSAL: 
 
 
 @gluon.jit
-def key_consumer(dk_out, dv_out, buffers, barriers, work, scale, scale_log2, C: gl.constexpr, CAUSAL: gl.constexpr,
-                 STAGES: gl.constexpr, CONSUMERS: gl.constexpr, LATE: gl.constexpr):
+def key_consumer(
+    dk_out,
+    dv_out,
+    buffers,
+    barriers,
+    work,
+    scale,
+    scale_log2,
+    C: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    STAGES: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    LATE: gl.constexpr,
+):
     tiles, blocks, heads, H, group, T, S, wave = work
     k_s, v_s, q_s, do_s, lse_s, delta_s = buffers
     k_full, k_free, q_full, q_free, do_full, do_free = barriers
@@ -163,7 +237,9 @@ def key_consumer(dk_out, dv_out, buffers, barriers, work, scale, scale_log2, C: 
                 delta = delta_s.index(stage).reshape([BM]).load(COLS)
                 dp = warpgroup_mma_wait(2, [dp])
                 ds = p * (dp - delta[None, :])
-                mbarrier.wait(q_full.index(stage), phase)  # passed already: keeps the products behind
+                mbarrier.wait(
+                    q_full.index(stage), phase
+                )  # passed already: keeps the products behind
                 dv, dk, p_a, ds_a = warpgroup_mma_wait(0, [dv, dk, p_a, ds_a])
                 mbarrier.arrive(do_free.index(old), count=1, pred=it > 0)
                 mbarrier.arrive(q_free.index(old), count=1, pred=it > 0)
@@ -226,14 +302,38 @@ def key_consumer(dk_out, dv_out, buffers, barriers, work, scale, scale_log2, C: 
 
 
 @gluon.jit(do_not_specialize=["tiles", "blocks", "heads", "H", "group", "T", "S", "wave"])
-def key_kernel(q, k, v, do, log_sums, delta, dk, dv, tiles, blocks, heads, H, group, T, S, scale, scale_log2, wave,
-               CAUSAL: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, LATE: gl.constexpr):
+def key_kernel(
+    q,
+    k,
+    v,
+    do,
+    log_sums,
+    delta,
+    dk,
+    dv,
+    tiles,
+    blocks,
+    heads,
+    H,
+    group,
+    T,
+    S,
+    scale,
+    scale_log2,
+    wave,
+    CAUSAL: gl.constexpr,
+    STAGES: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    LATE: gl.constexpr,
+):
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     k_s = gl.allocate_shared_memory(k.dtype, [CONSUMERS] + k.block_type.shape, k.layout)
     v_s = gl.allocate_shared_memory(v.dtype, [CONSUMERS] + v.block_type.shape, v.layout)
     q_s = gl.allocate_shared_memory(q.dtype, [STAGES] + q.block_type.shape, q.layout)
     do_s = gl.allocate_shared_memory(do.dtype, [STAGES] + do.block_type.shape, do.layout)
-    lse_s = gl.allocate_shared_memory(gl.float32, [STAGES] + log_sums.block_type.shape, log_sums.layout)
+    lse_s = gl.allocate_shared_memory(
+        gl.float32, [STAGES] + log_sums.block_type.shape, log_sums.layout
+    )
     delta_s = gl.allocate_shared_memory(gl.float32, [STAGES] + delta.block_type.shape, delta.layout)
     k_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], BARRIER)
     k_free = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], BARRIER)
@@ -256,9 +356,57 @@ def key_kernel(q, k, v, do, log_sums, delta, dk, dv, tiles, blocks, heads, H, gr
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (key_consumer, (dk, dv, buffers, barriers, work, scale, scale_log2, 0, CAUSAL, STAGES, CONSUMERS, LATE)),
-                (key_consumer, (dk, dv, buffers, barriers, work, scale, scale_log2, 1, CAUSAL, STAGES, CONSUMERS, LATE)),
-                (key_producer, (q, k, v, do, log_sums, delta, buffers, barriers, work, CAUSAL, STAGES, CONSUMERS)),
+                (
+                    key_consumer,
+                    (
+                        dk,
+                        dv,
+                        buffers,
+                        barriers,
+                        work,
+                        scale,
+                        scale_log2,
+                        0,
+                        CAUSAL,
+                        STAGES,
+                        CONSUMERS,
+                        LATE,
+                    ),
+                ),
+                (
+                    key_consumer,
+                    (
+                        dk,
+                        dv,
+                        buffers,
+                        barriers,
+                        work,
+                        scale,
+                        scale_log2,
+                        1,
+                        CAUSAL,
+                        STAGES,
+                        CONSUMERS,
+                        LATE,
+                    ),
+                ),
+                (
+                    key_producer,
+                    (
+                        q,
+                        k,
+                        v,
+                        do,
+                        log_sums,
+                        delta,
+                        buffers,
+                        barriers,
+                        work,
+                        CAUSAL,
+                        STAGES,
+                        CONSUMERS,
+                    ),
+                ),
             ],
             [4, 1],
             [240, 24],
@@ -266,10 +414,74 @@ def key_kernel(q, k, v, do, log_sums, delta, dk, dv, tiles, blocks, heads, H, gr
     else:
         gl.warp_specialize(
             [
-                (key_consumer, (dk, dv, buffers, barriers, work, scale, scale_log2, 0, CAUSAL, STAGES, CONSUMERS, LATE)),
-                (key_consumer, (dk, dv, buffers, barriers, work, scale, scale_log2, 1, CAUSAL, STAGES, CONSUMERS, LATE)),
-                (key_consumer, (dk, dv, buffers, barriers, work, scale, scale_log2, 2, CAUSAL, STAGES, CONSUMERS, LATE)),
-                (key_producer, (q, k, v, do, log_sums, delta, buffers, barriers, work, CAUSAL, STAGES, CONSUMERS)),
+                (
+                    key_consumer,
+                    (
+                        dk,
+                        dv,
+                        buffers,
+                        barriers,
+                        work,
+                        scale,
+                        scale_log2,
+                        0,
+                        CAUSAL,
+                        STAGES,
+                        CONSUMERS,
+                        LATE,
+                    ),
+                ),
+                (
+                    key_consumer,
+                    (
+                        dk,
+                        dv,
+                        buffers,
+                        barriers,
+                        work,
+                        scale,
+                        scale_log2,
+                        1,
+                        CAUSAL,
+                        STAGES,
+                        CONSUMERS,
+                        LATE,
+                    ),
+                ),
+                (
+                    key_consumer,
+                    (
+                        dk,
+                        dv,
+                        buffers,
+                        barriers,
+                        work,
+                        scale,
+                        scale_log2,
+                        2,
+                        CAUSAL,
+                        STAGES,
+                        CONSUMERS,
+                        LATE,
+                    ),
+                ),
+                (
+                    key_producer,
+                    (
+                        q,
+                        k,
+                        v,
+                        do,
+                        log_sums,
+                        delta,
+                        buffers,
+                        barriers,
+                        work,
+                        CAUSAL,
+                        STAGES,
+                        CONSUMERS,
+                    ),
+                ),
             ],
             [4, 4, 1],
             [160, 160, 24],
@@ -277,8 +489,20 @@ def key_kernel(q, k, v, do, log_sums, delta, dk, dv, tiles, blocks, heads, H, gr
 
 
 @gluon.jit
-def query_producer(q, k, v, do, log_sums, delta, buffers, barriers, work, CAUSAL: gl.constexpr, STAGES: gl.constexpr,
-                   CONSUMERS: gl.constexpr):
+def query_producer(
+    q,
+    k,
+    v,
+    do,
+    log_sums,
+    delta,
+    buffers,
+    barriers,
+    work,
+    CAUSAL: gl.constexpr,
+    STAGES: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+):
     tiles, blocks, heads, H, group, T, S, wave = work
     q_s, do_s, k_s, v_s, lse_s, delta_s = buffers
     q_full, q_free, k_full, k_free, v_full, v_free = barriers
@@ -312,8 +536,19 @@ def query_producer(q, k, v, do, log_sums, delta, buffers, barriers, work, CAUSAL
 
 
 @gluon.jit
-def query_consumer(dq_out, buffers, barriers, work, scale, scale_log2, C: gl.constexpr, CAUSAL: gl.constexpr,
-                   STAGES: gl.constexpr, CONSUMERS: gl.constexpr, LATE: gl.constexpr):
+def query_consumer(
+    dq_out,
+    buffers,
+    barriers,
+    work,
+    scale,
+    scale_log2,
+    C: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    STAGES: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    LATE: gl.constexpr,
+):
     tiles, blocks, heads, H, group, T, S, wave = work
     q_s, do_s, k_s, v_s, lse_s, delta_s = buffers
     q_full, q_free, k_full, k_free, v_full, v_free = barriers
@@ -364,7 +599,9 @@ def query_consumer(dq_out, buffers, barriers, work, scale, scale_log2, C: gl.con
                 dp = warpgroup_mma_wait(1, [dp])
                 mbarrier.arrive(v_free.index(stage), count=1)
                 ds = p * (dp - delta[:, None])
-                mbarrier.wait(v_full.index(stage), phase)  # passed already: keeps the product behind
+                mbarrier.wait(
+                    v_full.index(stage), phase
+                )  # passed already: keeps the product behind
                 dq, ds_a = warpgroup_mma_wait(0, [dq, ds_a])
                 mbarrier.arrive(k_free.index(old), count=1, pred=it > 0)
                 ds_a = gl.convert_layout(ds.to(dtype), A_LAYOUT)
@@ -391,15 +628,40 @@ def query_consumer(dq_out, buffers, barriers, work, scale, scale_log2, C: gl.con
 
 
 @gluon.jit(do_not_specialize=["tiles", "blocks", "heads", "H", "group", "T", "S", "wave"])
-def query_kernel(q, k, v, do, log_sums, delta, dq, tiles, blocks, heads, H, group, T, S, scale, scale_log2, wave,
-                 CAUSAL: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, LATE: gl.constexpr):
+def query_kernel(
+    q,
+    k,
+    v,
+    do,
+    log_sums,
+    delta,
+    dq,
+    tiles,
+    blocks,
+    heads,
+    H,
+    group,
+    T,
+    S,
+    scale,
+    scale_log2,
+    wave,
+    CAUSAL: gl.constexpr,
+    STAGES: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    LATE: gl.constexpr,
+):
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     q_s = gl.allocate_shared_memory(q.dtype, [CONSUMERS] + q.block_type.shape, q.layout)
     do_s = gl.allocate_shared_memory(do.dtype, [CONSUMERS] + do.block_type.shape, do.layout)
     k_s = gl.allocate_shared_memory(k.dtype, [STAGES] + k.block_type.shape, k.layout)
     v_s = gl.allocate_shared_memory(v.dtype, [STAGES] + v.block_type.shape, v.layout)
-    lse_s = gl.allocate_shared_memory(gl.float32, [CONSUMERS] + log_sums.block_type.shape, log_sums.layout)
-    delta_s = gl.allocate_shared_memory(gl.float32, [CONSUMERS] + delta.block_type.shape, delta.layout)
+    lse_s = gl.allocate_shared_memory(
+        gl.float32, [CONSUMERS] + log_sums.block_type.shape, log_sums.layout
+    )
+    delta_s = gl.allocate_shared_memory(
+        gl.float32, [CONSUMERS] + delta.block_type.shape, delta.layout
+    )
     q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], BARRIER)
     q_free = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], BARRIER)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
@@ -421,9 +683,55 @@ def query_kernel(q, k, v, do, log_sums, delta, dq, tiles, blocks, heads, H, grou
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (query_consumer, (dq, buffers, barriers, work, scale, scale_log2, 0, CAUSAL, STAGES, CONSUMERS, LATE)),
-                (query_consumer, (dq, buffers, barriers, work, scale, scale_log2, 1, CAUSAL, STAGES, CONSUMERS, LATE)),
-                (query_producer, (q, k, v, do, log_sums, delta, buffers, barriers, work, CAUSAL, STAGES, CONSUMERS)),
+                (
+                    query_consumer,
+                    (
+                        dq,
+                        buffers,
+                        barriers,
+                        work,
+                        scale,
+                        scale_log2,
+                        0,
+                        CAUSAL,
+                        STAGES,
+                        CONSUMERS,
+                        LATE,
+                    ),
+                ),
+                (
+                    query_consumer,
+                    (
+                        dq,
+                        buffers,
+                        barriers,
+                        work,
+                        scale,
+                        scale_log2,
+                        1,
+                        CAUSAL,
+                        STAGES,
+                        CONSUMERS,
+                        LATE,
+                    ),
+                ),
+                (
+                    query_producer,
+                    (
+                        q,
+                        k,
+                        v,
+                        do,
+                        log_sums,
+                        delta,
+                        buffers,
+                        barriers,
+                        work,
+                        CAUSAL,
+                        STAGES,
+                        CONSUMERS,
+                    ),
+                ),
             ],
             [4, 1],
             [240, 24],
@@ -431,10 +739,71 @@ def query_kernel(q, k, v, do, log_sums, delta, dq, tiles, blocks, heads, H, grou
     else:
         gl.warp_specialize(
             [
-                (query_consumer, (dq, buffers, barriers, work, scale, scale_log2, 0, CAUSAL, STAGES, CONSUMERS, LATE)),
-                (query_consumer, (dq, buffers, barriers, work, scale, scale_log2, 1, CAUSAL, STAGES, CONSUMERS, LATE)),
-                (query_consumer, (dq, buffers, barriers, work, scale, scale_log2, 2, CAUSAL, STAGES, CONSUMERS, LATE)),
-                (query_producer, (q, k, v, do, log_sums, delta, buffers, barriers, work, CAUSAL, STAGES, CONSUMERS)),
+                (
+                    query_consumer,
+                    (
+                        dq,
+                        buffers,
+                        barriers,
+                        work,
+                        scale,
+                        scale_log2,
+                        0,
+                        CAUSAL,
+                        STAGES,
+                        CONSUMERS,
+                        LATE,
+                    ),
+                ),
+                (
+                    query_consumer,
+                    (
+                        dq,
+                        buffers,
+                        barriers,
+                        work,
+                        scale,
+                        scale_log2,
+                        1,
+                        CAUSAL,
+                        STAGES,
+                        CONSUMERS,
+                        LATE,
+                    ),
+                ),
+                (
+                    query_consumer,
+                    (
+                        dq,
+                        buffers,
+                        barriers,
+                        work,
+                        scale,
+                        scale_log2,
+                        2,
+                        CAUSAL,
+                        STAGES,
+                        CONSUMERS,
+                        LATE,
+                    ),
+                ),
+                (
+                    query_producer,
+                    (
+                        q,
+                        k,
+                        v,
+                        do,
+                        log_sums,
+                        delta,
+                        buffers,
+                        barriers,
+                        work,
+                        CAUSAL,
+                        STAGES,
+                        CONSUMERS,
+                    ),
+                ),
             ],
             [4, 4, 1],
             [160, 160, 24],
@@ -446,29 +815,93 @@ def vector(x: Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows], layout)
 
 
-def plan_keys(q, k, v, do, log_sums, delta, dk, dv, options: Options, *, programs=132, block=64, stages=2, consumers=2, late=False) -> Launch:
+def plan_keys(
+    q,
+    k,
+    v,
+    do,
+    log_sums,
+    delta,
+    dk,
+    dv,
+    options: Options,
+    *,
+    programs=132,
+    block=64,
+    stages=2,
+    consumers=2,
+    late=False,
+) -> Launch:
     (B, H, T, _), (_, G, S, _) = q.shape, v.shape
     blocks = triton.cdiv(S, 64 * consumers)
     tiles = blocks * B * G
     return Launch(
         key_kernel,
         (min(programs, tiles),),
-        (descriptor(q, block), descriptor(k, 64), descriptor(v, 64), descriptor(do, block), vector(log_sums, block), vector(delta, block),
-         descriptor(dk, 64), descriptor(dv, 64), tiles, blocks, B * G, H, H // G, T, S, options.scale, options.scale * LOG2E.value,
-         heads_in_cache(q, do, 1) if options.causal else 1),
+        (
+            descriptor(q, block),
+            descriptor(k, 64),
+            descriptor(v, 64),
+            descriptor(do, block),
+            vector(log_sums, block),
+            vector(delta, block),
+            descriptor(dk, 64),
+            descriptor(dv, 64),
+            tiles,
+            blocks,
+            B * G,
+            H,
+            H // G,
+            T,
+            S,
+            options.scale,
+            options.scale * LOG2E.value,
+            heads_in_cache(q, do, 1) if options.causal else 1,
+        ),
         dict(CAUSAL=options.causal, STAGES=stages, CONSUMERS=consumers, LATE=late, num_warps=4),
     )
 
 
-def plan_queries(q, k, v, do, log_sums, delta, dq, options: Options, *, programs=132, block=128, stages=2, consumers=2, late=False) -> Launch:
+def plan_queries(
+    q,
+    k,
+    v,
+    do,
+    log_sums,
+    delta,
+    dq,
+    options: Options,
+    *,
+    programs=132,
+    block=128,
+    stages=2,
+    consumers=2,
+    late=False,
+) -> Launch:
     (B, H, T, _), (_, G, S, _) = q.shape, v.shape
     blocks = triton.cdiv(T, 64 * consumers)
     tiles = blocks * B * H
     return Launch(
         query_kernel,
         (min(programs, tiles),),
-        (descriptor(q, 64), descriptor(k, block), descriptor(v, block), descriptor(do, 64), vector(log_sums, 64), vector(delta, 64),
-         descriptor(dq, 64), tiles, blocks, B * H, H, H // G, T, S, options.scale, options.scale * LOG2E.value,
-         heads_in_cache(k, v, H // G) if options.causal else 1),
+        (
+            descriptor(q, 64),
+            descriptor(k, block),
+            descriptor(v, block),
+            descriptor(do, 64),
+            vector(log_sums, 64),
+            vector(delta, 64),
+            descriptor(dq, 64),
+            tiles,
+            blocks,
+            B * H,
+            H,
+            H // G,
+            T,
+            S,
+            options.scale,
+            options.scale * LOG2E.value,
+            heads_in_cache(k, v, H // G) if options.causal else 1,
+        ),
         dict(CAUSAL=options.causal, STAGES=stages, CONSUMERS=consumers, LATE=late, num_warps=4),
     )

@@ -392,7 +392,7 @@ def multiprocessors(x: Tensor) -> int:
 
 
 def balanced_wave(blocks: int, programs: int) -> int:
-    """The fewest heads whose tiles make pairs of whole rounds: then all programs do the same work."""
+    """The fewest heads whose tiles make pairs of whole rounds: all programs then do as much."""
     return 2 * programs // math.gcd(blocks, 2 * programs)
 
 

@@ -1,11 +1,11 @@
 """Where the Gluon kernels take over from the plain Triton kernels, and where they step back.
 
-They do the common case on one generation of chips: 16-bit inputs, head dim 64 or 128, causal or
-full, any lengths and head groups, on Hopper, with a Triton that can compile them (Gluon is young
-and renames things). All else is the plain kernels' work. The question is asked once for each shape:
-`triton_common.launch` remembers the answer as part of the launch.
+They do the common case on one generation of chips: 16-bit inputs of head dim 64 or 128, causal or
+full, any lengths, strides and head groups, on Hopper, with a Triton that can compile them (Gluon is
+young and renames things). All else is the plain kernels' work.
 """
 
+import functools
 import warnings
 from typing import Any
 
@@ -17,59 +17,82 @@ from msfs_kernels import triton_forward
 from msfs_kernels.options import Options
 from msfs_kernels.triton_common import INTERPRETED, TENSOR_OPTIONS, Launch, tma_ready
 
-gluon_forward: Any
+gluon_forward: Any = None
+gluon_backward: Any = None
 try:
-    from msfs_kernels import gluon_forward
+    from msfs_kernels import gluon_backward, gluon_forward
 except (ImportError, AttributeError):  # a Triton without Gluon, or with other names
-    gluon_forward = None
+    pass
 
 HEAD_DIMS = (64, 128)
 
 
 def plain_options(options: Options) -> bool:
-    """Whether nothing but the causal mask, the scale and what no 16-bit forward reads is set."""
-    if any(x is not None for x in options[:TENSOR_OPTIONS]):
-        return False
-    return options.scale > 0 and options == Options(
-        causal=options.causal,
-        scale=options.scale,
-        precision=options.precision,
-        deterministic=options.deterministic,
+    """Whether nothing is set but what the Gluon kernels know or 16-bit kernels ignore."""
+    return (
+        all(x is None for x in options[:TENSOR_OPTIONS])
+        and options.window < 0
+        and options.softcap == 0
+        and options.dropout == 0
+        and options.scale > 0
     )
 
 
 def suits(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
-    """Whether the Gluon kernels can do this work on this device."""
+    """Whether Gluon's forward can do this work, on this device."""
+    return readable(q, k, v, options) and compiled(
+        "forward", q.dtype, q.shape[-1], options.causal, q.device
+    )
+
+
+def suits_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
+    """Whether Gluon's backward can do this work; its sums of dq have no fixed order."""
     return (
-        gluon_forward is not None
-        and not INTERPRETED
-        and q.is_cuda
-        and torch.cuda.get_device_capability(q.device) == (9, 0)
-        and q.element_size() == 2
+        not options.deterministic
+        and readable(q, k, v, options)
+        and tma_ready(do)
+        and compiled("backward", q.dtype, q.shape[-1], options.causal, q.device)
+    )
+
+
+def readable(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
+    """Whether the Gluon kernels know these dtypes, shapes, strides and options."""
+    return (
+        q.shape[-1] in HEAD_DIMS
         and q.shape[-1] == v.shape[-1]
-        and q.shape[-1] in HEAD_DIMS
+        and q.element_size() == 2
+        and q.is_cuda
+        and not INTERPRETED
         and plain_options(options)
         and tma_ready(q, k, v)
     )
 
 
-REFUSED: set[Any] = set()  # kernels that this Triton could not compile
+@functools.cache
+def compiled(
+    kernel: str, dtype: torch.dtype, head_dim: int, causal: bool, device: torch.device
+) -> bool:
+    """Whether the kernel for this dtype, head dim and mask compiles here; it is kept if so."""
+    if gluon_forward is None or torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    with torch.cuda.device(device):
+        x = torch.empty((1, 64, 1, head_dim), dtype=dtype, device=device).transpose(1, 2)
+        rows = torch.empty((1, 64), device=device)
+        options = Options(causal=causal)
+        if kernel == "forward":
+            return compiles(gluon_forward.plan_forward(x, x, x, x, rows, options))
+        return compiles(gluon_backward.plan_keys(x, x, x, x, rows, rows, rows, x, x, options))
 
 
 def compiles(launch: Launch) -> bool:
-    """Whether this Triton compiles the launch's kernel, which then is kept; says once if not."""
-    if launch.kernel in REFUSED:
-        return False
+    """Whether this Triton compiles the launch's kernel; says so if not."""
     try:
         launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.constants)
-    except (
-        Exception
-    ) as problem:  # whatever a compiler may raise: the plain kernels do the same work
-        REFUSED.add(launch.kernel)
+    except Exception as problem:  # whatever a compiler may raise: other kernels do the same work
         warnings.warn(
             f"Triton {triton.__version__} does not compile {launch.kernel.__name__} of the Gluon"
-            f" kernels ({type(problem).__name__}); the plain Triton kernels, which are slower, run"
-            " in its place. Triton 3.6 compiles it.",
+            f" kernels ({type(problem).__name__}), so the plain Triton kernels run, which give the"
+            " same results more slowly. Triton 3.6 compiles it.",
             stacklevel=2,
         )
         return False
@@ -79,9 +102,10 @@ def compiles(launch: Launch) -> bool:
 def plan_forward(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, options: Options
 ) -> Launch:
-    """The forward launch for these tensors: the faster kernel of those that can do the work."""
+    """The forward launch for these tensors: Gluon's kernel where it can do the work.
+
+    `triton_common.launch` remembers the answer for each shape.
+    """
     if suits(q, k, v, options):
-        launch = gluon_forward.plan_forward(q, k, v, o, lse, options)
-        if compiles(launch):
-            return launch
+        return gluon_forward.plan_forward(q, k, v, o, lse, options)
     return triton_forward.plan_forward(q, k, v, o, lse, options)
