@@ -31,6 +31,8 @@ their places when it rounds the sums to 16 bits.
 Source: Dao 2023 (FlashAttention-2), Algorithm 2; Shah et al. 2024 (FlashAttention-3), section 3.
 """
 
+# Lists have no stars in Triton's language, and tuples are taken apart whole.
+# ruff: noqa: RUF005, RUF059
 # Device functions are Python to pyright: tiles, constants and pointers have no types of theirs.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalOperand=false
 # pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
@@ -51,7 +53,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from msfs_kernels.gluon_forward import copy_in, copy_out, descriptor, exp2, load
+from msfs_kernels.gluon_forward import copy_in, copy_out, descriptor, exp2
 from msfs_kernels.options import Options, empty_tokens_first
 from msfs_kernels.triton_common import LOG2E, Launch, launch
 from msfs_kernels.triton_forward import heads_in_cache
@@ -99,7 +101,7 @@ def prepare_kernel(
 
 @gluon.jit
 def query_blocks(column, T, S, CAUSAL: gl.constexpr):
-    """(first, first unmasked, end) query for keys column .. column + 2 KEYS - 1: multiples of BM."""
+    """(first, first unmasked, end) query of 2 KEYS keys from column on, in multiples of BM."""
     low = 0
     full = 0
     high = (T + BM - 1) // BM * BM
@@ -277,7 +279,7 @@ def key_kernel(
     q, k, v, do, log_sums, delta, sums, dk, dv, heads, H, group, T, S, padded_T, scale, scale_log2,
     wave, CAUSAL: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """dK and dV of 2 KEYS keys of one kv head (heads = B * G), and their shares of dQ added to sums."""
+    """dK and dV of 2 KEYS keys of one kv head (heads = B * G); their shares of dQ go to sums."""
     blocks = (S + 2 * KEYS - 1) // (2 * KEYS)
     pack = gl.program_id(0) // (wave * blocks)
     rest = gl.program_id(0) - pack * (wave * blocks)

@@ -27,13 +27,15 @@ registers and hands its share to the consumers.
 **Persistent.** One program a multiprocessor walks over the query tiles, so that nothing but the
 very first tile waits for its queries. `place` says in which order.
 
-Key blocks are visited from the last to the first, those with an edge (causal diagonal, end of keys)
-first and with a mask. The copy engine fills what lies outside a tensor with zeros and does not store
-there.
+Key blocks are visited from the last to the first, those with an edge (the causal diagonal, the end
+of the keys) first and with a mask. The copy engine fills what lies outside a tensor with zeros and
+stores nothing there.
 
 Source: Shah et al. 2024 (FlashAttention-3), sections 3.1 and 3.2.
 """
 
+# Lists have no stars in Triton's language, and tuples are taken apart whole.
+# ruff: noqa: RUF005, RUF059
 # Device functions are Python to pyright: tiles, constants and pointers have no types of theirs.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalOperand=false
 # pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
@@ -192,8 +194,8 @@ def start_scores(q_t, k_s, k_full, count, STAGES: gl.constexpr):
 
 @gluon.jit
 def start_output(p, v_s, v_full, out, count, STAGES: gl.constexpr):
-    """(O, P) of O += P V with block `count` of the ring, started when it is there; P in 16 bits must
-    live until the product is done.
+    """Starts O += P V with block `count` of the ring, when it is there: (O, P in 16 bits), both to
+    be waited for.
     """
     stage = count % STAGES
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, out.type.layout, 2)
@@ -215,8 +217,8 @@ def round_of(
     s = warpgroup_mma_wait(1, [s])
     mbarrier.arrive(k_free.index(count % STAGES), count=1)
     p, shrink, top, total = softmax(s, top, total, row, start, T, S, scale_log2, CAUSAL, MASKED)
-    # This barrier is open. The assembler likes to move the exponentials behind the wait for O, where
-    # nothing runs under them; it does not move them past this.
+    # This barrier is open already. The assembler likes to move the exponentials behind the wait
+    # for O, where nothing runs under them; past this it does not move them.
     mbarrier.wait(v_full.index(before % STAGES), (before // STAGES) & 1)
     out, used = warpgroup_mma_wait(0, [out, used])
     mbarrier.arrive(v_free.index(before % STAGES), count=1)
