@@ -13,19 +13,17 @@ block are taken in different rounds, so that one of them runs while exponentials
         P_j, m, l = softmax(S_j)           runs under the second product
         wait for O
         O *= e^{m_old - m}
-    start O += P_last V_last
-    start S_0 of the next tile             runs while O / l is stored
+    O += P_last V_last
 
-**Roles.** A program is 2 or 3 consumer warpgroups with 64 queries each and one producer warp, which
+**Roles.** A program is two consumer warpgroups with 64 queries each and one producer warp, which
 does nothing but ask the copy engine (TMA) for tiles. Tiles of keys and values go round in rings of
-STAGES buffers in shared memory, those of queries in a ring of two for each consumer. Two barriers
-(mbarrier) guard a buffer: `full` opens when the bytes have arrived, `free` when every reader is
-done with them. The n-th use of a barrier has phase n & 1; waiting for phase 1 of a new barrier
-passes at once, which is how the first round finds its buffers free. The producer needs few
-registers and hands its share to the consumers.
+STAGES buffers in shared memory. Two barriers (mbarrier) guard a buffer: `full` opens when the bytes
+have arrived, `free` when every reader is done with them. The n-th use of a barrier has phase n & 1;
+waiting for phase 1 of a new barrier passes at once, which is how the first round finds its buffers
+free. The producer needs few registers and hands its share to the consumers.
 
-**Persistent.** One program a multiprocessor walks over the query tiles, so that nothing but the
-very first tile waits for its queries. `place` says in which order.
+**Persistent.** One program a multiprocessor walks over the query tiles, so that the producer loads
+the next tile while the consumers store the last result. `place` says in which order.
 
 Key blocks are visited from the last to the first, those with an edge (the causal diagonal, the end
 of the keys) first and with a mask. The copy engine fills what lies outside a tensor with zeros and
@@ -43,7 +41,6 @@ Source: Shah et al. 2024 (FlashAttention-3), sections 3.1 and 3.2.
 # pyright: reportAssignmentType=false, reportGeneralTypeIssues=false
 
 import math
-from typing import NamedTuple
 
 import torch
 import triton
@@ -63,6 +60,7 @@ from msfs_kernels.options import Options
 from msfs_kernels.triton_common import LN2, LOG2E, Launch
 
 ROWS = gl.constexpr(64)  # queries of a consumer: the height of a warpgroup's product
+CONSUMERS = gl.constexpr(2)
 # Triton 3.7 renamed them.
 copy_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 copy_out = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
@@ -109,13 +107,12 @@ def load(x, coordinates, full, buffer):
 @gluon.jit
 def producer(
     q, k, v, buffers, barriers, work, CAUSAL: gl.constexpr, STAGES: gl.constexpr,
-    CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     tiles, blocks, heads, H, group, T, S, wave = work
+    BN: gl.constexpr = k.block_type.shape[2]
     q_s, k_s, v_s, o_s = buffers
     q_full, q_free, k_full, k_free, v_full, v_free = barriers
     BM: gl.constexpr = ROWS * CONSUMERS
-    BN: gl.constexpr = k.block_type.shape[2]
     count = 0
     step = 0
     block, flat_head = place(step, tiles, blocks, heads, wave)
@@ -124,9 +121,8 @@ def producer(
         head = flat_head % H
         row = block * BM
         for c in gl.static_range(CONSUMERS):
-            slot = step % 2 * CONSUMERS + c
-            mbarrier.wait(q_free.index(slot), (step // 2 & 1) ^ 1)
-            load(q, [batch, head, row + c * ROWS, 0], q_full.index(slot), q_s.index(slot))
+            mbarrier.wait(q_free.index(c), (step & 1) ^ 1)
+            load(q, [batch, head, row + c * ROWS, 0], q_full.index(c), q_s.index(c))
         n, full = key_blocks(row, T, S, CAUSAL, BM, BN)
         for j in range(n - 1, -1, -1):
             stage = count % STAGES
@@ -152,57 +148,21 @@ def exp2(x):
 def softmax(
     s, top, total, row, start, T, S, scale_log2, CAUSAL: gl.constexpr, MASKED: gl.constexpr
 ):
-    """(P, a, m', l') of the key block at `start`, as in the plain kernel, but l in 8 parts a row.
-
-    A thread holds columns 2 c and 2 c + 1 of every 8: taking maxima and sums over the eights first
-    makes four short chains of dependent instructions of two long ones, and the parts of l are put
-    together once, at the end.
-    """
-    BM: gl.constexpr = s.shape[0]
-    BN: gl.constexpr = s.shape[1]
-    S_ROWS: gl.constexpr = gl.SliceLayout(1, s.type.layout)
+    """(P, a, m', l') of the next key block, as in the plain kernel; keys start at `start`."""
     if MASKED:
-        j = gl.arange(0, BN, gl.SliceLayout(0, s.type.layout))[None, :]
+        j = start + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))[None, :]
+        seen = j < S
         if CAUSAL:
-            i = row + gl.arange(0, BM, S_ROWS)[:, None]
-            s = gl.where(j <= gl.minimum(S - 1, i + (S - T)) - start, s, float("-inf"))
-        elif start + BN > S:
-            s = gl.where(j < S - start, s, float("-inf"))
-    highest = gl.max(gl.max(s.reshape([BM, BN // 8, 8]), 1), 1)
-    new_top = gl.maximum(top, gl.convert_layout(highest, S_ROWS) * scale_log2)
+            i = row + gl.arange(0, s.shape[0], gl.SliceLayout(1, s.type.layout))[:, None]
+            seen = seen & (j <= i + (S - T))
+        s = gl.where(seen, s, float("-inf"))
+    new_top = gl.maximum(top, gl.max(s, 1) * scale_log2)
     base = new_top
     if MASKED:  # a row that has seen no key yet: -inf - 0 in place of -inf + inf
         base = gl.where(new_top == float("-inf"), 0.0, new_top)
     p = exp2(s * scale_log2 - base[:, None])
     shrink = exp2(top - base)
-    parts = gl.sum(p.reshape([BM, BN // 8, 8]), 1)
-    shrink_parts = gl.convert_layout(shrink, gl.SliceLayout(1, parts.type.layout))
-    return p, shrink, new_top, total * shrink_parts[:, None] + parts
-
-
-@gluon.jit
-def start_scores(q_t, k_s, k_full, count, STAGES: gl.constexpr):
-    """Starts Q K' with block `count` of the ring, when it is there."""
-    BN: gl.constexpr = k_s.shape[3]
-    stage = count % STAGES
-    mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
-    zero = gl.zeros([ROWS, BN], gl.float32, S_LAYOUT)
-    k_t = k_s.index(stage).reshape([BN, k_s.shape[4]]).permute((1, 0))
-    return warpgroup_mma(q_t, k_t, zero, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def start_output(p, v_s, v_full, out, count, STAGES: gl.constexpr):
-    """Starts O += P V with block `count` of the ring, when it is there: (O, P in 16 bits), both to
-    be waited for.
-    """
-    stage = count % STAGES
-    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, out.type.layout, 2)
-    p = gl.convert_layout(p.to(v_s.dtype), P_LAYOUT)
-    mbarrier.wait(v_full.index(stage), (count // STAGES) & 1)
-    v_t = v_s.index(stage).reshape([v_s.shape[3], v_s.shape[4]])
-    return warpgroup_mma(p, v_t, out, is_async=True), p
+    return p, shrink, new_top, total * shrink + gl.sum(p, 1)
 
 
 @gluon.jit
@@ -211,41 +171,35 @@ def round_of(
     scale_log2, CAUSAL: gl.constexpr, MASKED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One round of the loop above: block `count` of the ring by K, the one before it by V."""
+    BN: gl.constexpr = k_s.shape[3]
+    D: gl.constexpr = k_s.shape[4]
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    stage = count % STAGES
     before = count - 1
-    s = start_scores(q_t, k_s, k_full, count, STAGES)
-    out, used = start_output(p, v_s, v_full, out, before, STAGES)
+    old = before % STAGES
+    mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
+    zero = gl.zeros([ROWS, BN], gl.float32, S_LAYOUT)
+    k_t = k_s.index(stage).reshape([BN, D]).permute((1, 0))
+    s = warpgroup_mma(q_t, k_t, zero, use_acc=False, is_async=True)
+    mbarrier.wait(v_full.index(old), (before // STAGES) & 1)
+    out = warpgroup_mma(p, v_s.index(old).reshape([BN, D]), out, is_async=True)
     s = warpgroup_mma_wait(1, [s])
-    mbarrier.arrive(k_free.index(count % STAGES), count=1)
-    p, shrink, top, total = softmax(s, top, total, row, start, T, S, scale_log2, CAUSAL, MASKED)
+    mbarrier.arrive(k_free.index(stage), count=1)
+    new_p, shrink, top, total = softmax(s, top, total, row, start, T, S, scale_log2, CAUSAL, MASKED)
+    new_p = gl.convert_layout(new_p.to(v_s.dtype), p.type.layout)
     # This barrier is open already. The assembler likes to move the exponentials behind the wait
     # for O, where nothing runs under them; past this it does not move them.
-    mbarrier.wait(v_full.index(before % STAGES), (before // STAGES) & 1)
-    out, used = warpgroup_mma_wait(0, [out, used])
-    mbarrier.arrive(v_free.index(before % STAGES), count=1)
+    mbarrier.wait(v_full.index(old), (before // STAGES) & 1)
+    out, p = warpgroup_mma_wait(0, [out, p])
+    mbarrier.arrive(v_free.index(old), count=1)
     out = out * gl.convert_layout(shrink, gl.SliceLayout(1, out.type.layout))[:, None]
-    return out, p, top, total
-
-
-@gluon.jit
-def finish(o, lse, o_t, out, top, total, batch, head, H, row, T):
-    """Stores o = O / l and the log-sum-exp; zeros and -inf for a query without keys."""
-    total = gl.convert_layout(gl.sum(total, 1), top.type.layout)
-    seen = total != 0.0
-    total = gl.where(seen, total, 1.0)
-    i = row + gl.arange(0, ROWS, top.type.layout)
-    log_sum = gl.where(seen, (top + gl.log2(total)) * LN2, float("-inf"))
-    gl.store(lse + (batch * H + head).to(gl.int64) * T + i, log_sum, mask=i < T)
-    out = out * gl.convert_layout(1.0 / total, gl.SliceLayout(1, out.type.layout))[:, None]
-    tma.store_wait(0)  # the last result has left the buffer
-    o_t.reshape([ROWS, o_t.shape[3]]).store(out.to(o.dtype))
-    fence_async_shared()
-    copy_out(o, [batch, head, row, 0], o_t)
+    return out, new_p, top, total
 
 
 @gluon.jit
 def consumer(
     o, lse, buffers, barriers, work, scale_log2, C: gl.constexpr, CAUSAL: gl.constexpr,
-    STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
+    STAGES: gl.constexpr, EVEN: gl.constexpr,
 ):  # fmt: skip
     tiles, blocks, heads, H, group, T, S, wave = work
     q_s, k_s, v_s, o_s = buffers
@@ -255,27 +209,34 @@ def consumer(
     D: gl.constexpr = k_s.shape[4]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    no_top = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
-    no_total = gl.sum(gl.zeros([ROWS, BN], gl.float32, S_LAYOUT).reshape([ROWS, BN // 8, 8]), 1)
-
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
+    S_ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     count = 0
     step = 0
-    block, flat_head = place(step, tiles, blocks, heads, wave)
-    n, full = key_blocks(block * BM, T, S, CAUSAL, BM, BN)
     q_t = q_s.index(C).reshape([ROWS, D])
-    mbarrier.wait(q_full.index(C), 0)
-    s = start_scores(q_t, k_s, k_full, count, STAGES)
-    s = warpgroup_mma_wait(0, [s])
-    mbarrier.arrive(k_free.index(0), count=1)
+    o_t = o_s.index(C)
+    block, flat_head = place(step, tiles, blocks, heads, wave)
     while block >= 0:
+        n, full = key_blocks(block * BM, T, S, CAUSAL, BM, BN)
         row = block * BM + C * ROWS
-        p, shrink, top, total = softmax(
-            s, no_top, no_total, row, (n - 1) * BN, T, S, scale_log2, CAUSAL, True
-        )
-        count += 1
-        slot = step % 2 * CONSUMERS + C
-        q_t = q_s.index(slot).reshape([ROWS, D])
         out = gl.zeros([ROWS, D], gl.float32, O_LAYOUT)
+        top = gl.full([ROWS], float("-inf"), gl.float32, S_ROWS)
+        total = gl.zeros([ROWS], gl.float32, S_ROWS)
+
+        mbarrier.wait(q_full.index(C), step & 1)
+        stage = count % STAGES
+        mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
+        zero = gl.zeros([ROWS, BN], gl.float32, S_LAYOUT)
+        k_t = k_s.index(stage).reshape([BN, D]).permute((1, 0))
+        s = warpgroup_mma(q_t, k_t, zero, use_acc=False, is_async=True)
+        next_block, next_head = place(step + 1, tiles, blocks, heads, wave)
+        s = warpgroup_mma_wait(0, [s])
+        mbarrier.arrive(k_free.index(stage), count=1)
+        p, shrink, top, total = softmax(
+            s, top, total, row, (n - 1) * BN, T, S, scale_log2, CAUSAL, not EVEN
+        )
+        p = gl.convert_layout(p.to(v_s.dtype), P_LAYOUT)
+        count += 1
         if CAUSAL:
             for j in range(n - 2, full - 1, -1):
                 out, p, top, total = round_of(
@@ -289,28 +250,26 @@ def consumer(
                 row, T, S, scale_log2, CAUSAL, False, STAGES,
             )  # fmt: skip
             count += 1
-        mbarrier.arrive(q_free.index(slot), count=1)
-        batch = flat_head // H
-        head = flat_head % H
+        mbarrier.arrive(q_free.index(C), count=1)
+        before = count - 1
+        old = before % STAGES
+        mbarrier.wait(v_full.index(old), (before // STAGES) & 1)
+        out = warpgroup_mma(p, v_s.index(old).reshape([BN, D]), out, is_async=True)
+        out, p = warpgroup_mma_wait(0, [out, p])
+        mbarrier.arrive(v_free.index(old), count=1)
+
+        seen = total != 0.0
+        total = gl.where(seen, total, 1.0)
+        i = row + gl.arange(0, ROWS, S_ROWS)
+        log_sum = gl.where(seen, (top + gl.log2(total)) * LN2, float("-inf"))
+        gl.store(lse + flat_head.to(gl.int64) * T + i, log_sum, mask=i < T)
+        out = out * gl.convert_layout(1.0 / total, gl.SliceLayout(1, O_LAYOUT))[:, None]
+        tma.store_wait(0)
+        o_t.reshape([ROWS, D]).store(out.to(o_s.dtype))
+        fence_async_shared()
+        copy_out(o, [flat_head // H, flat_head % H, row, 0], o_t)
         step += 1
-        block, flat_head = place(step, tiles, blocks, heads, wave)
-        free = v_free.index((count - 1) % STAGES)
-        if block >= 0:
-            n, full = key_blocks(block * BM, T, S, CAUSAL, BM, BN)
-            slot = step % 2 * CONSUMERS + C
-            mbarrier.wait(q_full.index(slot), step // 2 & 1)
-            q_t = q_s.index(slot).reshape([ROWS, D])
-            last, used = start_output(p, v_s, v_full, out, count - 1, STAGES)
-            s = start_scores(q_t, k_s, k_full, count, STAGES)
-            done, used = warpgroup_mma_wait(1, [last, used])
-            mbarrier.arrive(free, count=1)
-            finish(o, lse, o_s.index(C), done, top, total, batch, head, H, row, T)
-            s = warpgroup_mma_wait(0, [s])
-            mbarrier.arrive(k_free.index(count % STAGES), count=1)
-        else:
-            last, used = start_output(p, v_s, v_full, out, count - 1, STAGES)
-            done, used = warpgroup_mma_wait(0, [last, used])
-            finish(o, lse, o_s.index(C), done, top, total, batch, head, H, row, T)
+        block, flat_head = next_block, next_head
     tma.store_wait(0)
 
 
@@ -319,61 +278,44 @@ def consumer(
 )  # one compilation for all shapes
 def forward_kernel(
     q, k, v, o, lse, tiles, blocks, heads, H, group, T, S, scale_log2, wave,
-    CAUSAL: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
+    CAUSAL: gl.constexpr, STAGES: gl.constexpr, EVEN: gl.constexpr,
 ):  # fmt: skip
     """q, k, v, o are descriptors of tiles of one head; tiles = blocks * heads, heads = B * H, group
-    = H / G.
+    = H / G. EVEN promises that no key block has an edge.
     """
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    q_s = gl.allocate_shared_memory(q.dtype, [2 * CONSUMERS] + q.block_type.shape, q.layout)
+    q_s = gl.allocate_shared_memory(q.dtype, [CONSUMERS] + q.block_type.shape, q.layout)
     o_s = gl.allocate_shared_memory(o.dtype, [CONSUMERS] + o.block_type.shape, o.layout)
     k_s = gl.allocate_shared_memory(k.dtype, [STAGES] + k.block_type.shape, k.layout)
     v_s = gl.allocate_shared_memory(v.dtype, [STAGES] + v.block_type.shape, v.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [2 * CONSUMERS, 1], BARRIER)
-    q_free = gl.allocate_shared_memory(gl.int64, [2 * CONSUMERS, 1], BARRIER)
+    q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], BARRIER)
+    q_free = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], BARRIER)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    for slot in gl.static_range(2 * CONSUMERS):
-        mbarrier.init(q_full.index(slot), count=1)
-        mbarrier.init(q_free.index(slot), count=1)
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(stage), count=1)
-        mbarrier.init(k_free.index(stage), count=CONSUMERS)
-        mbarrier.init(v_full.index(stage), count=1)
-        mbarrier.init(v_free.index(stage), count=CONSUMERS)
+    for c in gl.static_range(CONSUMERS):
+        mbarrier.init(q_full.index(c), count=1)
+        mbarrier.init(q_free.index(c), count=1)
+    for s in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(s), count=1)
+        mbarrier.init(k_free.index(s), count=CONSUMERS)
+        mbarrier.init(v_full.index(s), count=1)
+        mbarrier.init(v_free.index(s), count=CONSUMERS)
     fence_async_shared()
     buffers = (q_s, k_s, v_s, o_s)
     barriers = (q_full, q_free, k_full, k_free, v_full, v_free)
     work = (tiles, blocks, heads, H, group, T, S, wave)
     # A program has 512 registers for one thread of each of its warpgroups.
-    if CONSUMERS == 2:
-        gl.warp_specialize(
-            [
-                (consumer, (o, lse, buffers, barriers, work, scale_log2, 0, CAUSAL, STAGES,
-                            CONSUMERS)),
-                (consumer, (o, lse, buffers, barriers, work, scale_log2, 1, CAUSAL, STAGES,
-                            CONSUMERS)),
-                (producer, (q, k, v, buffers, barriers, work, CAUSAL, STAGES, CONSUMERS)),
-            ],
-            [4, 1],
-            [240, 24],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (consumer, (o, lse, buffers, barriers, work, scale_log2, 0, CAUSAL, STAGES,
-                            CONSUMERS)),
-                (consumer, (o, lse, buffers, barriers, work, scale_log2, 1, CAUSAL, STAGES,
-                            CONSUMERS)),
-                (consumer, (o, lse, buffers, barriers, work, scale_log2, 2, CAUSAL, STAGES,
-                            CONSUMERS)),
-                (producer, (q, k, v, buffers, barriers, work, CAUSAL, STAGES, CONSUMERS)),
-            ],
-            [4, 4, 1],
-            [160, 160, 24],
-        )  # fmt: skip
+    gl.warp_specialize(
+        [
+            (consumer, (o, lse, buffers, barriers, work, scale_log2, 0, CAUSAL, STAGES, EVEN)),
+            (consumer, (o, lse, buffers, barriers, work, scale_log2, 1, CAUSAL, STAGES, EVEN)),
+            (producer, (q, k, v, buffers, barriers, work, CAUSAL, STAGES)),
+        ],
+        [4, 1],
+        [240, 24],
+    )
 
 
 def descriptor(x: Tensor, rows: int) -> TensorDescriptor:
@@ -398,24 +340,15 @@ def balanced_wave(blocks: int, programs: int) -> int:
     return 2 * programs // math.gcd(blocks, 2 * programs)
 
 
-class Tile(NamedTuple):
-    """Warpgroups of 64 queries, keys of a block, buffers of the ring."""
-
-    consumers: int
-    block: int
-    stages: int
-
-
-TILES = {64: Tile(2, 128, 4), 128: Tile(2, 128, 2)}  # by head dim
+BLOCK = 128  # keys
+STAGES = {64: 4, 128: 2}  # by head dim
 
 
 def plan_forward(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, options: Options,
-    tile: Tile | None = None,
-) -> Launch:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, options: Options
+) -> Launch:
     (B, H, T, D), (_, G, S, _) = q.shape, v.shape
-    consumers, block, stages = tile or TILES[D]
-    blocks = triton.cdiv(T, 64 * consumers)
+    blocks = triton.cdiv(T, 128)
     tiles = blocks * B * H
     programs = min(multiprocessors(q), tiles)
     return Launch(
@@ -423,8 +356,8 @@ def plan_forward(
         (programs,),
         (
             descriptor(q, 64),
-            descriptor(k, block),
-            descriptor(v, block),
+            descriptor(k, BLOCK),
+            descriptor(v, BLOCK),
             descriptor(o, 64),
             lse,
             tiles,
@@ -439,8 +372,8 @@ def plan_forward(
         ),
         dict(
             CAUSAL=options.causal,
-            STAGES=stages,
-            CONSUMERS=consumers,
+            STAGES=STAGES[D],
+            EVEN=not options.causal and S % BLOCK == 0,
             num_warps=4,
         ),
     )

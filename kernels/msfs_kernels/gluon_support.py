@@ -18,13 +18,38 @@ from msfs_kernels.options import Options
 from msfs_kernels.triton_common import INTERPRETED, TENSOR_OPTIONS, Launch, tma_ready
 
 gluon_forward: Any = None
-gluon_backward: Any = None
 try:
-    from msfs_kernels import gluon_backward, gluon_forward
+    from msfs_kernels import gluon_forward
 except (ImportError, AttributeError):  # a Triton without Gluon, or with other names
     pass
 
-HEAD_DIMS = (64, 128)
+FASTER = {(64, False), (128, False), (128, True)}  # (head dim, causal), kernels/LOG.md
+
+
+def plan_forward(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, options: Options
+) -> Launch:
+    """The forward launch for these tensors: Gluon's kernel where it can do the work and is faster.
+
+    `triton_common.launch` remembers the answer for each shape.
+    """
+    if (q.shape[-1], options.causal) in FASTER and suits(q, k, v, options):
+        return gluon_forward.plan_forward(q, k, v, o, lse, options)
+    return triton_forward.plan_forward(q, k, v, o, lse, options)
+
+
+def suits(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
+    """Whether Gluon's forward can do this work on this device."""
+    return (
+        q.shape[-1] in (64, 128)
+        and q.shape[-1] == v.shape[-1]
+        and q.element_size() == 2
+        and q.is_cuda
+        and not INTERPRETED
+        and plain_options(options)
+        and tma_ready(q, k, v)
+        and compiled(q.dtype, q.shape[-1], options.causal, q.device)
+    )
 
 
 def plain_options(options: Options) -> bool:
@@ -38,50 +63,15 @@ def plain_options(options: Options) -> bool:
     )
 
 
-def suits(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
-    """Whether Gluon's forward can do this work, on this device."""
-    return readable(q, k, v, options) and compiled(
-        "forward", q.dtype, q.shape[-1], options.causal, q.device
-    )
-
-
-def suits_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
-    """Whether Gluon's backward can do this work; its sums of dq have no fixed order."""
-    return (
-        not options.deterministic
-        and readable(q, k, v, options)
-        and tma_ready(do)
-        and compiled("backward", q.dtype, q.shape[-1], options.causal, q.device)
-    )
-
-
-def readable(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
-    """Whether the Gluon kernels know these dtypes, shapes, strides and options."""
-    return (
-        q.shape[-1] in HEAD_DIMS
-        and q.shape[-1] == v.shape[-1]
-        and q.element_size() == 2
-        and q.is_cuda
-        and not INTERPRETED
-        and plain_options(options)
-        and tma_ready(q, k, v)
-    )
-
-
 @functools.cache
-def compiled(
-    kernel: str, dtype: torch.dtype, head_dim: int, causal: bool, device: torch.device
-) -> bool:
-    """Whether the kernel for this dtype, head dim and mask compiles here; it is kept if so."""
+def compiled(dtype: torch.dtype, head_dim: int, causal: bool, device: torch.device) -> bool:
+    """Whether the forward for this dtype, head dim and mask compiles here; it is kept if so."""
     if gluon_forward is None or torch.cuda.get_device_capability(device) != (9, 0):
         return False
     with torch.cuda.device(device):
-        x = torch.empty((1, 64, 1, head_dim), dtype=dtype, device=device).transpose(1, 2)
-        rows = torch.empty((1, 64), device=device)
-        options = Options(causal=causal)
-        if kernel == "forward":
-            return compiles(gluon_forward.plan_forward(x, x, x, x, rows, options))
-        return compiles(gluon_backward.plan_keys(x, x, x, x, rows, rows, rows, x, x, options))
+        x = torch.empty((1, 128, 1, head_dim), dtype=dtype, device=device).transpose(1, 2)
+        rows = torch.empty((1, 1, 128), device=device)
+        return compiles(gluon_forward.plan_forward(x, x, x, x, rows, Options(causal=causal)))
 
 
 def compiles(launch: Launch) -> bool:
@@ -97,15 +87,3 @@ def compiles(launch: Launch) -> bool:
         )
         return False
     return True
-
-
-def plan_forward(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, options: Options
-) -> Launch:
-    """The forward launch for these tensors: Gluon's kernel where it can do the work.
-
-    `triton_common.launch` remembers the answer for each shape.
-    """
-    if suits(q, k, v, options):
-        return gluon_forward.plan_forward(q, k, v, o, lse, options)
-    return triton_forward.plan_forward(q, k, v, o, lse, options)

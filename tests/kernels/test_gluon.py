@@ -5,9 +5,9 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from msfs_kernels import gluon_support, triton_backend  # noqa: E402
+from msfs_kernels import gluon_support  # noqa: E402
 from msfs_kernels.options import Options  # noqa: E402
-from msfs_kernels.triton_common import Launch, launches_of  # noqa: E402
+from msfs_kernels.triton_common import Launch  # noqa: E402
 from msfs_kernels.triton_compile import compile_launch, resources  # noqa: E402
 from textbook import textbook  # noqa: E402
 
@@ -25,57 +25,40 @@ def make(B: int, heads: int, length: int, head_dim: int, dtype=torch.bfloat16, d
 @pytest.mark.parametrize(
     ("head_dim", "causal", "dtype"), [(64, True, torch.bfloat16), (128, False, torch.float16)]
 )
-def test_every_gluon_kernel_compiles_for_hopper(head_dim, causal, dtype):
-    q, do, o = (make(2, 4, 300, head_dim, dtype) for _ in range(3))
+def test_the_forward_compiles_for_hopper(head_dim, causal, dtype):
+    q, o = (make(2, 4, 300, head_dim, dtype) for _ in range(2))
     k, v = (make(2, 2, 300, head_dim, dtype) for _ in range(2))
-    lse = torch.zeros(2, 4, 300)
     options = Options(causal=causal, scale=head_dim**-0.5)
-    launches = [gluon_support.gluon_forward.plan_forward(q, k, v, o, lse, options)]
-    launches += launches_of(
-        lambda: gluon_support.gluon_backward.backward(do, None, q, k, v, o, lse, options)
-    )
-    took = {x.kernel.__name__: resources(compile_launch(x, 90), 90) for x in launches}
-    assert set(took) == {"forward_kernel", "prepare_kernel", "key_kernel", "finish_kernel"}
-    assert all(x.shared <= 227 * 1024 for x in took.values())
-    assert took["forward_kernel"].wgmma > 0 and took["key_kernel"].wgmma > 0
+    launch = gluon_support.gluon_forward.plan_forward(q, k, v, o, torch.empty(2, 4, 300), options)
+    took = resources(compile_launch(launch, 90), 90)
+    assert took.wgmma > 0
+    assert took.shared <= 227 * 1024
+    assert took.spills <= 64  # bytes a thread, none of them in the loop over keys
 
 
 @pytest.mark.gpu
 @needs_gluon
 @pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(
     ("B", "H", "G", "T", "S"),
-    [(1, 1, 1, 129, 129), (2, 4, 4, 127, 300), (1, 4, 1, 300, 200), (2, 40, 8, 257, 513)],
+    [(1, 1, 1, 1, 1), (2, 4, 4, 127, 300), (1, 4, 1, 300, 200), (2, 40, 8, 257, 513)],
 )
-@pytest.mark.parametrize("causal", [False, True])
-def test_gluon_kernels_equal_the_formula(head_dim, B, H, G, T, S, causal):
+def test_the_forward_equals_the_formula(head_dim, B, H, G, T, S, causal):
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the Gluon kernels are for compute capability 9.0")
     options = Options(causal=causal, scale=head_dim**-0.5)
-    q, do = (make(B, H, T, head_dim, device="cuda") for _ in range(2))
+    q = make(B, H, T, head_dim, device="cuda")
     k, v = (make(B, G, S, head_dim, device="cuda") for _ in range(2))
-    dlse = torch.randn(B, H, T, device="cuda")
     assert gluon_support.suits(q, k, v, options)
-    o, lse = triton_backend.forward(q, k, v, options)
-    grads = triton_backend.backward(do, dlse, q, k, v, o, lse, options, False)[:3]
-
-    def formula(dtype: torch.dtype):
-        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
-        o, lse = textbook(*leaves, is_causal=causal, scale=options.scale, return_lse=True)
-        seen = ~lse.isinf()
-        loss = (o * do.to(dtype)).sum() + (lse * dlse.to(dtype))[seen].sum()
-        return o.detach(), lse.detach(), *torch.autograd.grad(loss, leaves)
-
-    exact, plain = formula(torch.float64), formula(torch.bfloat16)
-    assert torch.equal(lse.isinf(), exact[1].isinf())
-    close = ~lse.isinf()
-    torch.testing.assert_close(lse[close].double(), exact[1][close], atol=1e-4, rtol=1e-4)
-    for name, got, right, rounded in zip(
-        ("o", "dq", "dk", "dv"), (o, *grads), (exact[0], *exact[2:]), (plain[0], *plain[2:]),
-        strict=True,
-    ):  # fmt: skip
-        limit = 2 * (rounded.double() - right).abs().max() + 1e-6
-        assert (got.double() - right).abs().max() <= limit, name
+    o = torch.full_like(q, float("nan"))
+    lse = torch.full((B, H, T), float("nan"), device="cuda")
+    gluon_support.gluon_forward.plan_forward(q, k, v, o, lse, options).run()
+    masks = {"is_causal": causal, "scale": options.scale, "return_lse": True}
+    exact, exact_lse = textbook(*(x.double() for x in (q, k, v)), **masks)
+    plain, _ = textbook(q, k, v, **masks)
+    assert (o - exact).abs().max() <= 2 * (plain - exact).abs().max() + 1e-6
+    torch.testing.assert_close(lse.double(), exact_lse, atol=1e-4, rtol=1e-4)
 
 
 def test_other_work_is_left_to_the_plain_kernels():
