@@ -9,17 +9,16 @@ from msfs_functional.perceptual import LEVELS, WIDTHS
 
 def weights(names: str) -> dict[str, torch.Tensor]:
     """A VGG-16 of small numbers, named as torchvision or as the lpips package does."""
-    found, before, key = {}, 3, random.key(0)
+    found, before, numbers = {}, 3, torch.Generator().manual_seed(0)
     for i, (level, width) in enumerate(zip(LEVELS, WIDTHS, strict=True)):
         for place in level:
             stem = f"features.{place}" if names == "torchvision" else f"net.slice{i + 1}.{place}"
             shape = (width, before, 3, 3)
             scale = (2 / (9 * before)) ** 0.5
-            found[f"{stem}.weight"] = scale * random.normal(random.fold_in(key, place), shape)
+            found[f"{stem}.weight"] = scale * torch.randn(shape, generator=numbers)
             found[f"{stem}.bias"] = torch.full((width,), 0.01)
             before = width
-        lin = random.uniform(random.fold_in(key, 100 + i), (1, width, 1, 1))
-        found[f"lin{i}.model.1.weight"] = lin
+        found[f"lin{i}.model.1.weight"] = torch.rand((1, width, 1, 1), generator=numbers)
     return found
 
 
