@@ -34,6 +34,7 @@ from msfs_functional.packing import PackedBatches
 from msfs_functional.pairs import Pair
 from msfs_functional.params import Functional, Params, cast
 from msfs_functional.pictures import save_png, training_curves
+from msfs_functional.preference import check_reference
 from msfs_functional.rewards import called
 from msfs_functional.rollouts import Roller, Rollout
 from msfs_functional.scoring import answer_logps
@@ -310,6 +311,7 @@ def drift(
     setup: Setup, params: Params, reference: Params, rollouts: Sequence[Rollout], rows: int
 ) -> float:
     """KL(policy || reference) [nats an answer], from `rows` of the policy's own answers (k1)."""
+    check_reference(params, reference)
     total, left = 0.0, rows
     with torch.no_grad():
         both = cast(params, setup.dtype), cast(reference, setup.dtype)

@@ -19,6 +19,7 @@ Dimension key: B examples, T and S tokens.
 """
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -66,6 +67,23 @@ def check_pairs(
         raise ValueError(
             f"rows {same} have equal chosen and rejected completions, and a preference needs two: "
             "drop the pairs"
+        )
+
+
+def check_reference(policy: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> None:
+    """Raises ValueError unless both are parameters of one architecture; names what differs."""
+    missing = sorted(policy.keys() ^ reference.keys())
+    other = [n for n in policy if n in reference and policy[n].shape != reference[n].shape]
+    if missing or other:
+        name = (missing or other)[0]
+        shapes = [
+            str(tuple(side[name].shape)) if name in side else "absent"
+            for side in (policy, reference)
+        ]
+        raise ValueError(
+            f"the reference is of another architecture: {name} is {shapes[0]} in the policy, "
+            f"{shapes[1]} in the reference ({len(missing) + len(other)} differ): start both from "
+            "one model, or score with the reference's own and give its log-probabilities"
         )
 
 

@@ -17,6 +17,12 @@ Stages of each seed, in folders of their own (--resume goes on where it was stop
               then it answers again, for a second round
 
 The report says how many answers to held-out prompts the checker finds right before and after.
+Measured with the defaults and seed 0, torch 2.13, one thread of a busy CPU: 27.0% sampled and 20.5%
+greedy before, 79.3% and 91.3% after, 1.4 nats of KL an answer. Three seeds together are not timed.
+
+With --data.files the pairs are people's: reward models (single ones and an ensemble, by which DPO's
+win rate is judged) and DPO, split by prompt. Several processes: the steps are on shards, the rest
+on whole parameters.
 """
 
 import json
@@ -123,11 +129,11 @@ class Config:
     pretrain: Stage = field(default_factory=lambda: Stage(1000, 64, 2e-3))
     rewards: Stage = field(default_factory=lambda: Stage(150, 64, 3e-4))
     members: int = 8
-    sft: Stage = field(default_factory=lambda: Stage(800, 16, 3e-3))
+    sft: Stage = field(default_factory=lambda: Stage(650, 16, 3e-3))
     # betas to train side by side in one vmapped step, in place of the seeds
     sweep: tuple[float, ...] = ()
     influence: int = 0  # pairs to score by their influence on the loss of held-out pairs
-    dpo: Preferences = field(default_factory=lambda: Preferences(100, 64, 5e-4))
+    dpo: Preferences = field(default_factory=lambda: Preferences(80, 64, 5e-4))
 
 
 # ------------------------------------------------------------------------------------------- losses

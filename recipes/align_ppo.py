@@ -91,7 +91,7 @@ class Learning:
     samples: int = 8  # answers to each
     epochs: int = 1  # passes over a rollout
     minibatches: int = 4  # updates of a pass
-    rate: float = 1e-3  # peak learning rate
+    rate: float = 5e-4  # peak learning rate
     warmup: int = 10  # updates
     # KL of an update [nats a token]: a natural gradient step by the exact Fisher matrix in place of
     # the optimizer's; None: the optimizer
@@ -144,7 +144,7 @@ class Config:
     model: Model = field(default_factory=Model)
     # with --data.files: reading before imitating
     pretrain: Stage = field(default_factory=lambda: Stage(1000, 64, 2e-3))
-    sft: Stage = field(default_factory=lambda: Stage(800, 16, 3e-3))
+    sft: Stage = field(default_factory=lambda: Stage(650, 16, 3e-3))
     rewards: Stage = field(default_factory=lambda: Stage(150, 32, 1e-3))
     rl: Learning = field(default_factory=Learning)
 

@@ -58,9 +58,9 @@ class Config:
     samples: int = 6  # translations of each
     gap: float = 5.0  # least difference of the two of a pair [points of chrF]
     test: int = 300  # sentences of the test split to report on
-    beta: float = 0.1  # strength of the pull to the reference
-    imitation: float = 0.2  # weight of the chosen translations' mean negative log-probability
-    dpo: Stage = field(default_factory=lambda: Stage(120, 32, 3e-4, 10))
+    beta: float = 0.5  # strength of the pull to the reference
+    imitation: float = 1.0  # weight of the chosen translations' mean negative log-probability
+    dpo: Stage = field(default_factory=lambda: Stage(120, 32, 1e-4, 10))
     seed: int = 0
     debug: bool = False  # show tracebacks
 

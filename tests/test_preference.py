@@ -16,6 +16,7 @@ from msfs_functional import preference_variants as variants
 from msfs_functional.logps import sequence_logps, token_logps, token_logps_and_entropies
 from msfs_functional.preference import (
     check_pairs,
+    check_reference,
     dpo,
     dpo_hinge,
     ipo,
@@ -600,3 +601,12 @@ def test_pairs_that_teach_nothing_are_named_by_row():
     with pytest.raises(ValueError, match=r"rows \[1\] have equal chosen and rejected"):
         check_pairs(ids, full, other, tail)
     check_pairs(ids[:1], full[:1], other[:1], tail[:1])
+
+
+def test_a_reference_of_another_architecture_is_named():
+    policy = {"a": torch.zeros(2, 3), "b": torch.zeros(2)}
+    check_reference(policy, {name: value + 1 for name, value in policy.items()})
+    with pytest.raises(ValueError, match=r"a is \(2, 3\) in the policy, \(3, 2\) in the reference"):
+        check_reference(policy, {"a": torch.zeros(3, 2), "b": torch.zeros(2)})
+    with pytest.raises(ValueError, match=r"b is \(2,\) in the policy, absent in the reference"):
+        check_reference(policy, {"a": policy["a"]})
