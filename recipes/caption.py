@@ -224,7 +224,7 @@ class Config:
 
 GPU = Config(
     preset="gpu",
-    data=Data(count=40_000),
+    data=Data(count=24_000),
     model=Model(
         width=256,
         depth=6,
@@ -235,7 +235,7 @@ GPU = Config(
         decoder_width=256,
         decoder_depth=4,
     ),
-    all=Stage(2000, rate=1e-3, vision_rate=1e-3),
+    all=Stage(1200, rate=1e-3, vision_rate=1e-3),
     train=Train(images=128, muon_rate=0.02, eval_every=500),
 )
 EASY_VQA = Config(

@@ -368,10 +368,9 @@ class ViT(nn.Module):
 def initializers(config: ViTConfig) -> Rules[Initializer]:
     """As for `encoder`, but patches start at LeCun's 1 / fan_in, a stem at He's 2 / fan_in."""
     fan = config.channels * config.patch**2 if config.stem == "linear" else config.width
-    rules: Rules[Initializer] = [(r"patches\.weight$", normal(fan**-0.5))]
-    if config.stem == "convolutions":
-        rules.append((r"stem\.\d+\.weight$", kaiming_normal()))
-    return [*rules, *encoder.initializers(config.depth)]
+    patches = (r"patches\.weight$", normal(fan**-0.5))
+    stem = [(r"stem\.\d+\.weight$", kaiming_normal())] if config.stem == "convolutions" else []
+    return [patches, *stem, *encoder.initializers(config.depth)]
 
 
 def vit(config: ViTConfig) -> Functional:
