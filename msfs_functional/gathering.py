@@ -11,7 +11,12 @@ What a parameter of a block goes through (dp_shard, in one step):
 
 Parameters outside of blocks are gathered once around the loss. The optimizer sees shards only.
 Everything is made of the linear maps of `collectives`, so torch.func transforms of the sharded loss
-are right too; compiled, all collectives stand in one graph and overlap with what they can.
+are right too. A step can run in two ways:
+
+    make_step(loss_fn, optimizer)       one graph; Inductor may reorder the collectives in it
+    make_step(loss_fn, optimizer, compile="regions", gradient=model.gradient)
+                                        each block compiled once for all, its gathers and sums on
+                                        streams beside the others' computation (`overlap`)
 """
 
 # pyright: reportAttributeAccessIssue=false

@@ -6,7 +6,8 @@ of it. Prompts are prefilled in one call, then every token is one step of a stat
     begin    prompts -> caches, first tokens          advance    state -> state with one more token
 
 Both write into a state that the `Generator` keeps, so on a GPU each is one CUDA graph: one launch a
-token. Row r of a batch gives the tokens that it gives alone, with the same key.
+token, or for several tokens where nobody looks in between. Row r of a batch gives the tokens that
+it gives alone, with the same key.
 
 Dimension key: B prompts, N = B * samples rows, T prompt tokens, M new tokens at most, V vocabulary.
 """
@@ -35,6 +36,7 @@ from msfs_functional.regions import Regions, region
 
 Prompts = Sequence[Sequence[int]] | Int64[Tensor, "B T"]
 TextFn = Callable[[list[int]], str]  # ids -> text, a tokenizer's decode
+STRIDE = 8  # tokens of one launch on a GPU, where nobody looks in between
 BUCKET = 64  # compiled prompts, outputs and caches have lengths that are multiples of it
 
 
@@ -265,6 +267,17 @@ def in_regions(fn: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     return run
 
 
+def times(fn: Callable[[Any, Any], Any], count: int) -> Callable[[Any, Any], Any]:
+    """fn so many times on one state."""
+
+    def run(state: Any, batch: Any) -> Any:
+        for _ in range(count):
+            out = fn(state, batch)
+        return out
+
+    return run
+
+
 class Text:
     """A row's text, token by token, up to the first stop string."""
 
@@ -331,6 +344,7 @@ class Kept(NamedTuple):
     state: State
     begin: Callable[[State, Any], Any]
     advance: Callable[[State, Any], Any]
+    stride: Callable[[State, Any], Any]  # STRIDE times `advance`
 
 
 class Generator:
@@ -465,8 +479,11 @@ class Generator:
                     longer = (N, capacity, most, settings)
                     state, kept, name = self._give(name, kept), self._take(longer), longer
                     copy_corners(kept.state, state)
-                self._write(kept.advance, kept.state, ())
-                made += 1
+                # Up to the next look, or to where the cache must grow.
+                room = min(limit, (made // every + 1) * every, capacity - longest + 1) - made
+                many = self.compile and room >= STRIDE
+                self._write(kept.stride if many else kept.advance, kept.state, ())
+                made += STRIDE if many else 1
             return self._result(kept.state, rows, settings)
         finally:
             self._give(name, kept)
@@ -543,9 +560,10 @@ class Generator:
             first = compile_per_shape(first, dynamic=False)
             options = self.options
             later = torch.compile(fresh(later), fullgraph=True, dynamic=False, options=options)
+        several = times(later, STRIDE)
         if self.compile and self.device.type == "cuda":
-            first, later = graphed(first), graphed(later)
-        return Kept(state, first, later)
+            first, later, several = graphed(first), graphed(later), graphed(several)
+        return Kept(state, first, later, several)
 
     def _give(self, name: Any, kept: Kept) -> State:
         """Puts a state back; another call may take it and write over it."""

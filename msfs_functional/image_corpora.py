@@ -126,7 +126,7 @@ def shapes_world(
     size: int = shapes.SIDE,
     scene_filter: Callable[[shapes.Scene], bool] | None = None,
 ) -> tuple[Pictured, list[shapes.Scene]]:
-    """`count` rendered scenes with a caption and all questions each, and the scenes themselves.
+    """`count` rendered scenes with their captions and all questions, and the scenes themselves.
 
     Args:
         size: of a side, in pixels.
@@ -144,7 +144,7 @@ def shapes_world(
         [torch.from_numpy(shapes.render(scene, size)).permute(2, 0, 1) for scene in found]
     )
     asked = [shapes.questions(scene, seed + i) for i, scene in enumerate(found)]
-    return Pictured(images, [[shapes.caption(scene)] for scene in found], asked), found
+    return Pictured(images, [shapes.captions(scene) for scene in found], asked), found
 
 
 def is_easy_vqa(folder: Path) -> bool:

@@ -426,7 +426,8 @@ def make_step(
         donate: write the new state into the old one's memory: nothing is allocated, and the state
             that went in is spent.
         gradient: replaces `transforms.accumulate`, for models that keep parameters of their own
-            (`fsdp`); the loss is then not compiled, the update is.
+            (`fsdp`) or gather them beside the computation (`gathering.Sharded.gradient`). The loss
+            is then no graph, its regions are with compile="regions"; the update is.
 
     Raises:
         ValueError: a batch that accumulation does not divide; members that the state does not have;

@@ -63,7 +63,7 @@ class Config:
     sides: tuple[Literal["ours", "graphed", "marian"], ...] = ("ours", "graphed", "marian")
     """marian: what to measure, of our step, our step as one CUDA graph, transformers"""
     profile: bool = False
-    """marian and ensemble: print our kernels"""
+    """marian and ensemble: print the kernels of a step"""
     recipe: settings.Config = field(default_factory=tiny30k)
     """data and ensemble: the training to take the step from"""
     debug: bool = False
@@ -211,7 +211,7 @@ def against_marian(config: Config) -> None:
             f"{name:8}  {rate / 1e6:7.3f}M padded tokens/s  {one.memory:6.2f} GiB  "
             f"first step {one.first:5.1f} s"
         )
-        if config.profile and name == "graphed":
+        if config.profile and name != "ours":
             print(kernels(step))
     if "marian" in figures:
         for name in figures.keys() - {"marian"}:

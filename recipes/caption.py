@@ -138,6 +138,7 @@ class Model:
     heads: int = 4  # of both
     hidden: int = 384  # width inside the feed-forward layers, of both
     patch: int = 8  # [pixels]
+    stem: Literal["linear", "convolutions"] = "convolutions"  # what makes a patch a vector
     positions: Literal["learned", "sincos", "rotary"] = "learned"  # of patches
     shuffle: int = 1  # patches of the side of a square that becomes one token
     decoder_width: int = 128
@@ -171,7 +172,7 @@ class Train:
     # questions that share an image's tokens in a row, without seeing each other
     turns: int = 8
     optimizer: Literal["adamw", "muon"] = "muon"  # of the matrices of blocks; AdamW for the rest
-    muon_rate: float = 0.02  # peak, of Muon
+    muon_rate: float = 0.01  # peak, of Muon
     weight_decay: float = 0.05
     b2: float = 0.98
     clip: float = 1.0  # largest global norm of the gradient; 0 does not clip
@@ -215,8 +216,8 @@ class Config:
     debug: bool = False  # show tracebacks
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
-    projector: Stage = field(default_factory=lambda: Stage(50, warmup=10))
-    all: Stage = field(default_factory=lambda: Stage(1600))
+    projector: Stage = field(default_factory=lambda: Stage(20, warmup=5))
+    all: Stage = field(default_factory=lambda: Stage(1100))
     train: Train = field(default_factory=Train)
     mesh: Mesh = field(default_factory=Mesh)
 
@@ -229,19 +230,20 @@ GPU = Config(
         depth=6,
         hidden=768,
         patch=4,
+        stem="linear",
         shuffle=2,
         decoder_width=256,
         decoder_depth=4,
     ),
-    all=Stage(6000, rate=1e-3, vision_rate=1e-3, warmup=300),
-    train=Train(images=128, eval_every=1000),
+    all=Stage(2000, rate=1e-3, vision_rate=1e-3),
+    train=Train(images=128, muon_rate=0.02, eval_every=500),
 )
 EASY_VQA = Config(
     preset="easy_vqa",
     test=1000,
     data=Data(name="easy_vqa", size=64, flips=True, shift=4),
     model=Model(patch=8, shuffle=2),
-    all=Stage(2500),
+    all=Stage(2000),
     train=Train(eval_every=500),
 )
 PRESETS = {"default": Config(), "gpu": GPU, "easy_vqa": EASY_VQA}
@@ -298,6 +300,7 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Functional:
         vision = vit.tiny(
             image=config.data.size // sizes.tiles,
             patch=sizes.patch,
+            stem=sizes.stem,
             width=sizes.width,
             depth=sizes.depth,
             positions=sizes.positions,

@@ -116,7 +116,7 @@ class Model:
     text_depth: int = 2  # layers of the text tower
     heads: int = 4
     hidden: int = 384  # width inside the feed-forward layers
-    patch: int = 8  # [pixels]
+    patch: int = 4  # [pixels]
     embedding: int = 64  # dims of the common space; SigLIP's is the width
     vocabulary: int = 512  # most ids of the byte-level BPE [tokens]
     length: int = 16  # of a text, longer ones are cut [tokens]
@@ -126,17 +126,17 @@ class Model:
 class Train:
     """Length and mechanics of training: AdamW, a cosine with warm-up."""
 
-    steps: int = 1200
+    steps: int = 500
     batch: int = 128  # pairs of one step, over all processes
     chunk: int = 0  # pairs that are embedded at once; 0: all
     learning_rate: float = 2e-3  # peak
-    warmup: int = 100  # [steps]
+    warmup: int = 50  # [steps]
     weight_decay: float = 0.05
     optimizer: Literal["adamw", "muon"] = "muon"  # of the matrices of blocks; AdamW for the rest
     muon_rate: float = 0.02  # peak, of Muon
     clip: float = 1.0  # largest global norm of the gradient; 0 does not clip
     log_every: int = 20  # [steps]
-    eval_every: int = 300  # recall and a checkpoint [steps]
+    eval_every: int = 250  # recall and a checkpoint [steps]
     compile: bool = False  # compile the blocks, for large models
     graph: bool = True  # on one GPU: a step is one CUDA graph
 

@@ -129,7 +129,7 @@ class Data:
     # Resuming with other processes takes the same number
     lanes: int | None = None
     stories: int = 24_000  # to train on, where there is nothing else
-    length: int = 192  # tokens of a packed row, the most that attention spans
+    length: int = 224  # tokens of a packed row, the most that attention spans
     batch: int = 6  # rows of one step, over all processes
     seed: int = 0  # of the stories, of splits and of the order, not of the model
 
@@ -181,10 +181,10 @@ class Optimizer:
 class Train:
     """Length and mechanics of training."""
 
-    steps: int = 4_300  # optimizer steps
+    steps: int = 3_600  # optimizer steps
     accumulation: int = 1  # microbatches of one step
-    log_every: int = 43  # [steps]
-    eval_every: int = 860  # validation loss and a checkpoint [steps]
+    log_every: int = 40  # [steps]
+    eval_every: int = 600  # validation loss and a checkpoint [steps]
     keep: int = 2  # checkpoints to keep besides the best
     compile: bool | None = None  # compile the step; None: on a GPU
     # steps to trace with torch's profiler, after three others; leaves trace-<rank>.json.gz
@@ -208,7 +208,7 @@ class Sample:
     """What to sample at the end."""
 
     number: int = 100  # samples without a beginning, and as many that go on with validation stories
-    temperature: float = 0.7  # 0 is greedy
+    temperature: float = 0.5  # 0 is greedy
     top_p: float = 1.0  # probability that the kept candidates hold
     show: int = 4  # of each kind
     prompt: str | None = None  # `sample` goes on with this text

@@ -20,7 +20,7 @@ def picture(path, colour="red", size=(8, 8)):
 def test_the_shapes_world_keeps_combinations_and_their_names_from_training():
     data, scenes = corpora.shapes_world(0, 200)
     assert data.images.shape == (200, 3, 32, 32) and data.images.dtype == torch.uint8
-    assert data.captions[3] == [shapes.caption(scenes[3])]
+    assert data.captions[3] == shapes.captions(scenes[3])
     said = [text for pairs in data.questions for pair in pairs for text in pair]
     said += [text for captions in data.captions for text in captions]
     names = [f"{colour} {kind}" for colour, kind in shapes.HELD_OUT]

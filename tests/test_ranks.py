@@ -8,10 +8,12 @@ import test_image_text as image_text
 import test_ranks_refuse as refusals
 import test_sharding as sharding
 import test_text_to_image as pictures
-from ranks import check_claims
+import torch
+from ranks import DEVICE, check_claims
 
 
 @pytest.mark.ranks
+@pytest.mark.skipif(DEVICE != "cpu", reason="the claims below are for GPUs")
 @pytest.mark.timeout(900)
 def test_several_ranks_equal_one_process_and_go_on_for_one_another(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CHECKPOINT_TEST", str(tmp_path))
@@ -26,3 +28,12 @@ def test_several_ranks_equal_one_process_and_go_on_for_one_another(tmp_path, mon
     for recipe in (caption, image_text):
         recipe.equal_one_process(tmp_path)
     refusals.exported_by_one(capsys)
+
+
+@pytest.mark.gpu
+@pytest.mark.ranks
+@pytest.mark.skipif(
+    DEVICE != "cuda" or torch.cuda.device_count() < 2, reason="needs RANKS_DEVICE=cuda and two GPUs"
+)
+def test_two_gpus_equal_one():
+    check_claims((sharding.GPUS, 2))

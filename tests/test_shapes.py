@@ -21,6 +21,8 @@ def combinations(found: list[Scene]) -> set[tuple[str, str]]:
 
 def test_a_scene_by_hand():
     assert shapes.caption(HAND) == "a small red circle above a large blue square"
+    turned = "a large blue square below a small red circle"
+    assert shapes.captions(HAND) == [shapes.caption(HAND), turned]
     asked = dict(shapes.questions(HAND))
     assert asked["how many squares?"] == "one" and asked["how many triangles?"] == "zero"
     assert asked["what colour is the shape above the square?"] == "red"

@@ -565,6 +565,17 @@ TWO = [
 ]
 
 
+GPUS = [
+    shards_are_cut_from_the_unsharded_init,
+    overlapped_gathers_and_sums,
+    context_parallelism,
+    vocabulary_parallel,
+    sequence_parallel,
+    fsdp2_path,
+    accumulated_microbatches,
+]
+
+
 # Four ranks.
 
 

@@ -17,14 +17,15 @@ from msfs_functional import checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 import text_to_image as recipe
+import text_to_image_settings as settings
 
 
 def tiny(out: Path, name: str, **options):
-    stage = recipe.Stage(12, 4, 1e-3, warmup=2)
+    stage = settings.Stage(12, 4, 1e-3, warmup=2)
     sizes = {"width": 16, "depth": 1, "pixels": 4, "save_every": 8, "draw_every": 10}
     sizes |= {"autoencoder": stage, "denoiser": stage, "samples": 4, "sample_steps": 2}
-    sizes |= {"data": recipe.Data(pictures=60), "measured": 0}
-    return recipe.Config(out=out, name=name, device="cpu", **{**sizes, **options})
+    sizes |= {"data": settings.Data(pictures=60), "measured": 0}
+    return settings.Config(out=out, name=name, device="cpu", **{**sizes, **options})
 
 
 def denoiser(run: Path) -> dict[str, torch.Tensor]:
@@ -90,8 +91,8 @@ def test_classes_of_files_are_learnt_in_pixels_by_meanflow_and_measured(
     few = functools.partial(recipe.features.trained, steps=4, batch=8)
     monkeypatch.setattr(recipe.features, "trained", few)
     options = {"objective": "meanflow", "latents": False, "patch": 4, "sample_steps": 1}
-    options |= {"denoiser": recipe.Stage(8, 4, 1e-3, warmup=2)}
-    data = recipe.Data(source=f"mnist:{tmp_path}")
+    options |= {"denoiser": settings.Stage(8, 4, 1e-3, warmup=2)}
+    data = settings.Data(source=f"mnist:{tmp_path}")
     recipe.main(tiny(tmp_path, "run", data=data, measured=12, **options))
     said = capsys.readouterr().out
     assert "12 samples, 40 real pictures, 64 features of a classifier of 10 classes" in said
@@ -114,12 +115,12 @@ def test_a_run_of_losses_that_are_not_finite_stops(tmp_path, monkeypatch):
         recipe.main(tiny(tmp_path, "run", most_skipped=7))
 
 
-SHORT = {stage: recipe.Stage(8, 4, 1e-3, warmup=2) for stage in ("autoencoder", "denoiser")}
+SHORT = {stage: settings.Stage(8, 4, 1e-3, warmup=2) for stage in ("autoencoder", "denoiser")}
 
 
 def on_two_ranks() -> None:
     out = Path(os.environ["CHECKPOINT_TEST"]) / "pictures"
-    recipe.main(tiny(out, "two", mesh=recipe.Mesh(dp_shard=2), **SHORT))
+    recipe.main(tiny(out, "two", mesh=settings.Mesh(dp_shard=2), **SHORT))
 
 
 TWO = [on_two_ranks]
@@ -149,9 +150,9 @@ def as_on_one_process(tmp_path: Path) -> None:
         ({"resume": True, "overwrite": True}, "give one of them"),
         ({"mode": "sample", "resume": True}, r"--prompts \(none\)"),
         ({"mode": "evaluate"}, "is not finished: go on with --resume"),
-        ({"data": recipe.Data(size=36)}, r"--data.size \(36\) must be a multiple of 8"),
-        ({"data": recipe.Data(size=64)}, r"--data.size \(64\) must be 32 for shapes"),
-        ({"data": recipe.Data(source="mnist:/nowhere")}, "no train-images-idx3-ubyte.gz"),
+        ({"data": settings.Data(size=36)}, r"--data.size \(36\) must be a multiple of 8"),
+        ({"data": settings.Data(size=64)}, r"--data.size \(64\) must be 32 for shapes"),
+        ({"data": settings.Data(source="mnist:/nowhere")}, "no train-images-idx3-ubyte.gz"),
         ({"features": "resnet"}, "needs --weights"),
     ),
 )

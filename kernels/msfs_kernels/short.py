@@ -44,9 +44,11 @@ def facts(x: Tensor) -> tuple:
     return x.shape, x.stride(), x.dtype, x.device
 
 
-def record(kernel: Callable, inputs: Sequence[Tensor], scratch: torch.Size) -> tuple[Any, Any]:
+def record(
+    kernel: Callable, inputs: Sequence[Tensor], scratch: torch.Size | None = None
+) -> tuple[Any, Any]:
     """kernel()'s results, and their Replay if it only launches kernels on the inputs, its results
-    and uninitialised tensors of the shape `scratch`; else None.
+    and uninitialised tensors (of the shape `scratch`, if given: others it fills); else None.
     """
     from .triton_common import recorded
 
@@ -65,7 +67,7 @@ def record(kernel: Callable, inputs: Sequence[Tensor], scratch: torch.Size) -> t
                 numbers.append(-1)
                 continue
             number = places.get(x.data_ptr())
-            if number is None and x.shape == scratch:
+            if number is None and (scratch is None or x.shape == scratch):
                 number = places[x.data_ptr()] = len(known)
                 known.append(x)
             if number is None or facts(x) != facts(known[number]):
@@ -181,7 +183,7 @@ def attention(
 
 def remembered_attention(q: Tensor, k: Tensor, v: Tensor, kind: tuple, options: Options) -> Any:
     """The op's (o, lse), the long way; recorded for the next call of this kind."""
-    outputs, replay = record(lambda: call("attention", q, k, v, *options), (q, k, v), q.shape[:3])
+    outputs, replay = record(lambda: call("attention", q, k, v, *options), (q, k, v))
     remember(kind, replay)
     return outputs
 

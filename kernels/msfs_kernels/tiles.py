@@ -22,7 +22,7 @@ from .options import Options, accumulate_dtype
 from .philox import philox_4x32
 
 CPU_TILE = 1 << 19  # logits in a tile: 2 MiB of float32, about an L2 cache
-CUDA_TILE = 1 << 25
+CUDA_TILE = 1 << 24
 
 
 class Logits(NamedTuple):

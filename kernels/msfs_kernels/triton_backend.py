@@ -4,7 +4,7 @@ bits.
 
 from torch import Tensor
 
-from msfs_kernels import triton_decode, triton_forward
+from msfs_kernels import gluon_support, triton_decode, triton_forward
 from msfs_kernels.options import Options
 from msfs_kernels.triton_backward import backward
 from msfs_kernels.triton_tangent import tangent
@@ -18,4 +18,4 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
     """
     if q.numel() and k.numel() and triton_decode.suits(q, k):
         return triton_decode.decode(q, k, v, options)
-    return triton_forward.forward(q, k, v, options)
+    return triton_forward.forward(q, k, v, options, gluon_support.plan_forward)

@@ -18,6 +18,7 @@ definition serves tiles of scores and tiles of transposed scores.
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -432,7 +433,15 @@ PREPARED: dict[Any, Prepared | None] = {}
 
 
 COLLECTED: list[Launch] | None = None  # where launches go in place of the device
-RECORDED: list[tuple[Prepared | None, tuple[Tensor | None, ...]]] | None = None
+
+
+class Recording(threading.local):
+    """What `recorded` collects: of this thread, as the backward has threads of its own."""
+
+    launches: list[tuple[Prepared | None, tuple[Tensor | None, ...]]] | None = None
+
+
+RECORDING = Recording()
 
 
 def launches_of(fn: Callable[[], object]) -> list[Launch]:
@@ -477,23 +486,22 @@ def launch(
         compiled = described.run()
         if key not in PREPARED:
             PREPARED[key] = prepare(described, compiled, everything)
-        if RECORDED is not None:
-            RECORDED.append((PREPARED[key], tensors))
+        if RECORDING.launches is not None:
+            RECORDING.launches.append((PREPARED[key], tensors))
         return
-    if RECORDED is not None:
-        RECORDED.append((prepared, tensors))
+    if RECORDING.launches is not None:
+        RECORDING.launches.append((prepared, tensors))
     prepared.run(everything)
 
 
 @contextmanager
 def recorded() -> Iterator[list[tuple[Prepared | None, tuple[Tensor | None, ...]]]]:
     """Collects (prepared launch, tensors) of every `launch` within."""
-    global RECORDED
-    before, RECORDED = RECORDED, []
+    before, RECORDING.launches = RECORDING.launches, []
     try:
-        yield RECORDED
+        yield RECORDING.launches
     finally:
-        RECORDED = before
+        RECORDING.launches = before
 
 
 def distinct(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:

@@ -27,6 +27,8 @@ Source: Dao 2023 (FlashAttention-2), Algorithm 1; Milakov and Gimelshein 2018, o
 # pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -237,14 +239,16 @@ def plan_forward(
     )
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, options: Options, plan: Callable[..., Launch] = plan_forward
+) -> tuple[Tensor, Tensor]:
     """o (B, H, T, V) in q's dtype and lse (B, H, T) float32 in nats; zeros and -inf where a query
-    sees no key.
+    sees no key. `plan` says which kernel.
     """
     (B, H, T, _), V = q.shape, v.shape[-1]
     o = empty_tokens_first(q, B, H, T, V)
     lse = q.new_empty((B, H, T), dtype=torch.float32)
     if o.numel() == 0 or k.shape[2] == 0:
         return o.zero_(), lse.fill_(float("-inf"))
-    launch(plan_forward, (q, k, v, o, lse), options)
+    launch(plan, (q, k, v, o, lse), options)
     return o, lse

@@ -167,7 +167,7 @@ def tiny(vocab: int, **options: Any) -> DecoderConfig:
 
 def nano(vocab: int, **options: Any) -> DecoderConfig:
     """Learns stories of 200 words in minutes of two CPU cores: 3 blocks of 64, 0.16M parameters."""
-    sizes = {"width": 64, "depth": 3, "heads": 4, "hidden": 192, "max_length": 192}
+    sizes = {"width": 64, "depth": 3, "heads": 4, "hidden": 192, "max_length": 224}
     return DecoderConfig(vocab, **{**sizes, **options})
 
 

@@ -144,6 +144,14 @@ def caption(scene: Scene) -> str:
     return f" {scene.relation} ".join(words)
 
 
+def captions(scene: Scene) -> list[str]:
+    """The caption, and of two shapes the same seen from the other one."""
+    if scene.relation is None:
+        return [caption(scene)]
+    turned = Scene(scene.shapes[::-1], OPPOSITE[scene.relation])
+    return [caption(scene), caption(turned)]
+
+
 def questions(scene: Scene, seed: int = 0) -> list[tuple[str, str]]:
     """Everything that can be asked about a scene without ambiguity, with answers of one word.
 

@@ -1,0 +1,89 @@
+"""Where the Gluon kernels take over from the plain Triton kernels, and where they step back.
+
+They do the common case on one generation of chips: 16-bit inputs of head dim 64 or 128, causal or
+full, any lengths, strides and head groups, on Hopper, with a Triton that can compile them (Gluon is
+young and renames things). All else is the plain kernels' work.
+"""
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from msfs_kernels import triton_forward
+from msfs_kernels.options import Options
+from msfs_kernels.triton_common import INTERPRETED, TENSOR_OPTIONS, Launch, tma_ready
+
+gluon_forward: Any = None
+try:
+    from msfs_kernels import gluon_forward
+except (ImportError, AttributeError):  # a Triton without Gluon, or with other names
+    pass
+
+FASTER = {(64, False), (128, False), (128, True)}  # (head dim, causal), kernels/LOG.md
+
+
+def plan_forward(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, options: Options
+) -> Launch:
+    """The forward launch for these tensors: Gluon's kernel where it can do the work and is faster.
+
+    `triton_common.launch` remembers the answer for each shape.
+    """
+    if (q.shape[-1], options.causal) in FASTER and suits(q, k, v, options):
+        return gluon_forward.plan_forward(q, k, v, o, lse, options)
+    return triton_forward.plan_forward(q, k, v, o, lse, options)
+
+
+def suits(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
+    """Whether Gluon's forward can do this work on this device."""
+    return (
+        q.shape[-1] in (64, 128)
+        and q.shape[-1] == v.shape[-1]
+        and q.element_size() == 2
+        and q.is_cuda
+        and not INTERPRETED
+        and plain_options(options)
+        and tma_ready(q, k, v)
+        and compiled(q.dtype, q.shape[-1], options.causal, q.device)
+    )
+
+
+def plain_options(options: Options) -> bool:
+    """Whether nothing is set but what the Gluon kernels know or 16-bit kernels ignore."""
+    return (
+        all(x is None for x in options[:TENSOR_OPTIONS])
+        and options.window < 0
+        and options.softcap == 0
+        and options.dropout == 0
+        and options.scale > 0
+    )
+
+
+@functools.cache
+def compiled(dtype: torch.dtype, head_dim: int, causal: bool, device: torch.device) -> bool:
+    """Whether the forward for this dtype, head dim and mask compiles here; it is kept if so."""
+    if gluon_forward is None or torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    with torch.cuda.device(device):
+        x = torch.empty((1, 128, 1, head_dim), dtype=dtype, device=device).transpose(1, 2)
+        rows = torch.empty((1, 1, 128), device=device)
+        return compiles(gluon_forward.plan_forward(x, x, x, x, rows, Options(causal=causal)))
+
+
+def compiles(launch: Launch) -> bool:
+    """Whether this Triton compiles the launch's kernel; says so if not."""
+    try:
+        launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.constants)
+    except Exception as problem:  # whatever a compiler may raise: other kernels do the same work
+        warnings.warn(
+            f"Triton {triton.__version__} does not compile {launch.kernel.__name__} of the Gluon"
+            f" kernels ({type(problem).__name__}), so the plain Triton kernels run, which give the"
+            " same results more slowly. Triton 3.6 compiles it.",
+            stacklevel=2,
+        )
+        return False
+    return True
