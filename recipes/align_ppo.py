@@ -17,6 +17,12 @@ Stages of each seed, in folders of their own (--resume goes on where it was stop
     3  rl       rollouts on the training parameters, rewards, advantages, updates
 
 The report says how many answers to held-out prompts the checker finds right before and after.
+Measured with the defaults and seed 0, torch 2.13, one thread of a busy CPU: 27.0% sampled and 20.5%
+greedy before, 71.5% and 84.8% after, 1.1 nats of KL an answer. Three seeds together are not timed.
+
+A rollout that gets no usable reward is named and skipped; after --rl.patience of them in a row the
+run saves and stops. Several processes: each answers its share of the prompts with whole parameters,
+updates are on shards.
 """
 
 import math
