@@ -41,14 +41,14 @@ the step, prints the command to go on with, and exits with 0.
 
 Without arguments it learns small stories that the project makes itself, and a judge says how many
 of its samples hold together: who gives a thing has it, she is not he, the red ball stays red.
-Measured with --train.steps 3600 --train.eval-every 600 on two cores of a busy Intel Xeon, torch 2.11,
-seeds 0, 1 and 2 of model and data: 0.349, 0.341 and 0.332 nats a token on validation; of 100 samples
-the judge confirms 22% and 23% (seeds 1 and 2), of 100 that go on with held-out beginnings, whose
-pairs of names or of words no training story has, 28% and 36%, where names drawn at random among those
-who are there would give 0.4%. It took 299 s (seed 0 was stopped at 320 s before it sampled). The
-default's 2,800 steps are a share of that, 233 s; what they give is not measured. What was needed:
-one token a word (byte pairs make a vocabulary three times as large), a model small enough for 4
-million tokens in minutes, Muon, and stories that name a thing's kind often.
+Measured with --train.steps 3600 --train.eval-every 600 on two cores of a busy Intel Xeon, torch
+2.11, seeds 0, 1 and 2 of model and data: 0.349, 0.341 and 0.332 nats a token on validation; of 100
+samples the judge confirms 22% and 23% (seeds 1 and 2), of 100 that go on with held-out beginnings,
+whose pairs of names or of words no training story has, 28% and 36%, where names drawn at random
+among those who are there would give 0.4%. It took 299 s (seed 0 was stopped at 320 s before it
+sampled). The default's 2,800 steps are a share of that, 233 s; what they give is not measured. What
+was needed: one token a word (byte pairs make a vocabulary three times as large), a model small
+enough for 4 million tokens in minutes, Muon, and stories that name a thing's kind often.
 
 Documents are packed into rows with segment ids, so that attention never crosses them. Validation
 loss is in nats a token, ends of documents included; bits per byte divide the same sum by the bytes
