@@ -66,7 +66,7 @@ STAGES = 3  # of the ring of queries
 
 @gluon.jit
 def query_blocks(column, T, S, CAUSAL: gl.constexpr):
-    """(first, first unmasked, end) query of a program's keys from column on, in multiples of BM."""
+    """(first, first unmasked, end) query of a program's keys, in multiples of BM."""
     low = 0
     full = 0
     high = (T + BM - 1) // BM * BM
@@ -80,7 +80,7 @@ def query_blocks(column, T, S, CAUSAL: gl.constexpr):
 
 @gluon.jit
 def key_block(step, tiles, blocks, heads, wave, CAUSAL: gl.constexpr):
-    """(key block, flat kv head) of this program's step-th tile: the first keys have most queries."""
+    """(key block, flat kv head) of this program's step-th tile, those with most queries first."""
     block, flat_head = place(step, tiles, blocks, heads, wave)
     if CAUSAL:
         block = gl.where(block >= 0, blocks - 1 - block, -1)
@@ -266,7 +266,7 @@ def plan_keys(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor,
     options: Options,
 ) -> Launch:  # fmt: skip
-    """The launch that writes dk and dv of head dim 64; lse in nats and delta are dense (B, H, T)."""
+    """The launch that writes dk and dv of head dim 64; lse in nats and delta are dense."""
     (B, H, T, _), (_, G, S, _) = q.shape, v.shape
     blocks = triton.cdiv(S, 128)
     tiles = blocks * B * G

@@ -43,7 +43,7 @@ def plan_keys(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, share: Tensor | None,
     dk: Tensor, dv: Tensor, dq: Tensor | None, options: Options,
 ) -> Launch:  # fmt: skip
-    """The launch that writes dk and dv where dq has its own kernel: Gluon's from 1,024 tokens on."""
+    """The launch that writes dk and dv where dq has its own kernel: Gluon's from T = 1,024 on."""
     T, S = q.shape[2], k.shape[2]
     if (
         q.shape[-1] == 64
