@@ -15,12 +15,16 @@ import secrets
 import sys
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from msfs_functional import errors
+
+# Beside torch: what numbers, streams of data and files depend on.
+LIBRARIES = ("msfs_functional", "triton", "numpy", "datasets", "tokenizers", "safetensors")
 
 
 def world() -> int:
@@ -105,7 +109,7 @@ def said_once(seconds: float = 5.0) -> Iterator[None]:
 
 
 def start_alike(facts: Mapping[str, Any]) -> None:
-    """Checks that every rank holds what rank 0 holds, and runs the same Python and PyTorch.
+    """Checks that every rank holds what rank 0 holds, and runs the same Python and libraries.
 
     Args:
         facts: JSON-able; dicts in them are compared entry by entry, so that the message can name
@@ -115,6 +119,9 @@ def start_alike(facts: Mapping[str, Any]) -> None:
         ValueError: on every rank, one that differs and how.
     """
     versions = {"python": sys.version.split()[0], "torch": str(torch.__version__)}
+    for name in LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
     mine = _flat(json.loads(json.dumps({**facts, "version": versions}, default=str)))
     first, *others = from_all(mine)
     for number, theirs in enumerate(others, start=1):

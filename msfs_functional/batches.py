@@ -9,6 +9,7 @@ import queue
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -308,6 +309,16 @@ class TokenBatches:
         self.epoch, self.step = int(state["epoch"]), int(state["step"])
 
 
+class Resumable(Protocol):
+    """Batches that know where they are: `TokenBatches`, `packing.PackedBatches` and their like."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+
 class Prefetch:
     """The same batches, made by a background thread and handed out on `device`.
 
@@ -315,7 +326,7 @@ class Prefetch:
     is the position after the last batch handed out, whatever the thread has made ahead of it.
     """
 
-    def __init__(self, batches: TokenBatches, device: torch.device | str, *, depth: int = 4):
+    def __init__(self, batches: Resumable, device: torch.device | str, *, depth: int = 4):
         if depth < 1:
             raise ValueError(f"depth ({depth}) must be at least 1 batch")
         self._batches, self._device, self._depth = batches, torch.device(device), depth
@@ -363,11 +374,11 @@ class Prefetch:
         self._state = state
         return {name: value.to(self._device, non_blocking=True) for name, value in batch.items()}
 
-    def state(self) -> dict[str, int]:
+    def state(self) -> dict[str, Any]:
         """Position after the last batch handed out."""
         return self._state
 
-    def restore(self, state: dict[str, int]) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         """Goes to a position that `state` gave; what was made ahead is thrown away."""
         self.close()
         self._batches.restore(state)

@@ -17,7 +17,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -373,3 +373,34 @@ def load(
         state = optree.tree_unflatten(structure, leaves)
     about = manifest["about"]
     return Restored(state, meta["extra"], files, about["step"], about["metric"], path)
+
+
+def to_evaluate(root: str | Path, which: Literal["latest", "best"], average: int = 1) -> list[Path]:
+    """The checkpoints whose mean parameters are to be used: one, or the `average` last ones.
+
+    Where none carries a metric, the best is the latest.
+    """
+    found = checkpoints(root)
+    if average > 1 and found:
+        return [each.path for each in found[-average:]]
+    scored = any(each.metric is not None for each in found)
+    return [load(root, which=which if scored else "latest").path]
+
+
+def mean(
+    places: Sequence[Path],
+    part: str,
+    shapes: Mapping[str, Sequence[int]],
+    *,
+    device: torch.device | str | None = None,
+) -> dict[str, Tensor]:
+    """The mean over checkpoints of the tensors under `part`, such as "params" or "ema".
+
+    Raises:
+        ValueError: as `load`, with `shapes` for what it is to be like.
+    """
+    like = {name: torch.Size(shape) for name, shape in shapes.items()}
+    loaded = [
+        load(place, {part: like}, partial=True, device=device).state[part] for place in places
+    ]
+    return {name: torch.stack([each[name] for each in loaded]).mean(0) for name in like}

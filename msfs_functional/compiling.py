@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import optree
 import torch
+from msfs_kernels.dispatch import is_sharded
 from torch import Tensor
 from torch.fx.experimental import _config
 from torch.utils._triton import has_triton
@@ -16,9 +17,17 @@ from msfs_functional.transforms import NAMESPACE
 
 S = TypeVar("S")
 
-# Left on, a layer norm's gradients over input and weights share one kernel that sums in two orders:
-# on an H200, for 32,768 rows of 512, 176 microseconds where two kernels take 81.
-INDUCTOR: dict[str, Any] = {"triton.mix_order_reduction": False}
+
+def inductor_options() -> dict[str, Any]:
+    """What differs from Inductor's defaults in a training step."""
+    from msfs_functional.epilogues import ReluInProducts
+
+    return {
+        # Left on, a layer norm's gradients over input and weights share one kernel that sums in two
+        # orders: on an H200, for 32,768 rows of 512, 176 microseconds where two kernels take 81.
+        "triton.mix_order_reduction": False,
+        "joint_custom_pre_pass": ReluInProducts(),
+    }
 
 
 def why_not_compile(device: torch.device | str) -> str | None:
@@ -65,6 +74,7 @@ def compile_per_shape(fn: Callable[..., Any], dynamic: bool | None) -> Callable[
             None: a graph for the first shapes, one with symbols for all others.
     """
     graphs: dict[Any, Callable[..., Any]] = {}
+    options = inductor_options()
 
     def run(params: Any, batch: Any, *rest: Any) -> Any:
         leaves = optree.tree_leaves(batch, namespace=NAMESPACE)
@@ -76,7 +86,7 @@ def compile_per_shape(fn: Callable[..., Any], dynamic: bool | None) -> Callable[
         if dynamic is False or not graphs:
             # Left to itself, Dynamo makes sizes symbols that differed in other functions of the
             # same source line: only what is marked here shall be one.
-            graph = torch.compile(fresh(fn), fullgraph=True, dynamic=False, options=INDUCTOR)
+            graph = torch.compile(fresh(fn), fullgraph=True, dynamic=False, options=options)
         else:
             graph = next(iter(graphs.values()))
         graphs[shapes] = graph
@@ -97,7 +107,8 @@ def graphed(step: Callable[[S, Any], tuple[S, Any]]) -> Callable[[S, Any], tuple
     kernels on the same numbers. Every batch is copied into the graph's own memory, the first one
     too: tensors of another kind (views, say) would compile anew, which a recording forbids. Metrics
     are copied out; the graphs share one pool. A state in other memory (a restored one) is recorded
-    anew.
+    anew. Collectives of NCCL are recorded, too; all ranks then replay together, and must let go of
+    the graphs (of what is returned here) before they leave the process group.
 
     Args:
         step: step(state, batch) -> (state, metrics) that writes the new state into the old one's
@@ -109,16 +120,24 @@ def graphed(step: Callable[[S, Any], tuple[S, Any]]) -> Callable[[S, Any], tuple
     graphs: dict[Any, tuple[list[Any], torch.cuda.CUDAGraph | None, Any]] = {}  # by shapes
     home: list[int] = []
     pool: Any = None
+    last: Any = None  # the same object lies where it lay: looking takes longer than a small replay
 
-    def run(state: S, batch: Any) -> tuple[S, Any]:
-        nonlocal home, pool
-        memory = optree.tree_leaves(state, namespace=NAMESPACE)  # pyright: ignore
+    def at_home(state: S) -> None:
+        nonlocal home, pool, last
+        if state is last:
+            return
+        last = state
+        memory: list[Any] = optree.tree_leaves(state, namespace=NAMESPACE)  # pyright: ignore
+        memory = [leaf.to_local() if is_sharded(leaf) else leaf for leaf in memory]
         if elsewhere := {str(leaf.device) for leaf in memory if not leaf.is_cuda}:
             raise ValueError(f"graphed needs a state on a GPU, got one on {sorted(elsewhere)}")
         places = [leaf.data_ptr() for leaf in memory]
         if places != home:
             graphs.clear()
             home, pool = places, torch.cuda.graph_pool_handle()
+
+    def run(state: S, batch: Any) -> tuple[S, Any]:
+        at_home(state)
         leaves, spec, *_ = optree.tree_flatten(batch, namespace=NAMESPACE)
         shapes = tuple((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in leaves)
         if shapes not in graphs:

@@ -9,6 +9,7 @@ Whatever is not split yet is split here, by a fixed seed, before anybody looks a
 distinct source sentence: two translations of one sentence never stand on two sides.
 """
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -16,7 +17,7 @@ import logging
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -211,12 +212,15 @@ def _from_text_files(paths: Sequence[Path]) -> _Pairs:
     return _Pairs(*sides)
 
 
-def _from_hub(name: str, config: str | None, split: str, source, target) -> _Pairs:
+@contextlib.contextmanager
+def hub_errors(name: str, config: str | None, split: str, *, embedded: str) -> Iterator[None]:
+    """What goes wrong with a dataset of the Hub, as ValueErrors of one line; without a network it
+    names the `embedded` data."""
     retries = logging.getLogger("huggingface_hub")  # one line a try; what they end in is raised
     level = retries.level
     retries.setLevel(logging.ERROR)
     try:
-        data = datasets.load_dataset(name, config, split=split)
+        yield
     except datasets.exceptions.DatasetNotFoundError as error:
         raise ValueError(
             f"unknown dataset {name!r} ({error}): it is no file here and no dataset on the Hub"
@@ -224,7 +228,7 @@ def _from_hub(name: str, config: str | None, split: str, source, target) -> _Pai
     except ConnectionError as error:
         raise ValueError(
             f"cannot fetch dataset {name!r} ({error}): connect to the network, name local files, "
-            f"or use {EMBEDDED!r}, which needs none"
+            f"or use {embedded}, which needs none"
         ) from None
     except (ValueError, RuntimeError, OSError, datasets.exceptions.DatasetsError) as error:
         # An unknown config or split, most often: the message lists the ones there are.
@@ -234,6 +238,11 @@ def _from_hub(name: str, config: str | None, split: str, source, target) -> _Pai
         ) from None
     finally:
         retries.setLevel(level)
+
+
+def _from_hub(name: str, config: str | None, split: str, source, target) -> _Pairs:
+    with hub_errors(name, config, split, embedded=repr(EMBEDDED)):
+        data = datasets.load_dataset(name, config, split=split)
     assert isinstance(data, datasets.Dataset)
     columns = {column: list(data[column]) for column in data.column_names}
     return _from_table(columns, source, target, f"dataset {name!r}")

@@ -66,12 +66,14 @@ class Compiled:
     Args:
         check_every: tokens between two looks at `state.done`.
         keep: searches that are kept compiled, with the tensors of their state; the oldest go first.
+        compile: False only records CUDA graphs, of the kernels that eager decoding runs: less fast,
+            and ready at once, for searches of many shapes.
     """
 
-    def __init__(self, check_every: int = 8, keep: int = 32):
+    def __init__(self, check_every: int = 8, keep: int = 32, compile: bool = True):
         if min(check_every, keep) < 1:
             raise ValueError(f"check_every ({check_every}) and keep ({keep}) must be at least 1")
-        self.check_every, self.keep = check_every, keep
+        self.check_every, self.keep, self.compile = check_every, keep, compile
         self._kept: dict[Any, tuple[Any, Callable[[], None]]] = {}
 
     def __call__(self, updates: Updates, state: Any, steps: int) -> Any:
@@ -81,7 +83,7 @@ class Compiled:
         with torch.no_grad():
             if key not in self._kept:
                 own = optree.tree_map(lambda x: x.clone(), state)
-                self._kept[key] = own, _donating(updates, own)
+                self._kept[key] = own, _donating(updates, own, self.compile)
                 if len(self._kept) > self.keep:
                     del self._kept[next(iter(self._kept))]
             own, advance = self._kept[key]
@@ -94,7 +96,7 @@ class Compiled:
             return optree.tree_map(lambda x: x.clone(), own)
 
 
-def _donating(updates: Updates, state: Any) -> Callable[[], None]:
+def _donating(updates: Updates, state: Any, compile: bool) -> Callable[[], None]:
     """`state[...] = update(state)`, compiled, for every update; on CUDA the replay of their graph.
 
     Each is compiled by itself: in one graph, Inductor fuses a write into a cache, a gather from it
@@ -108,7 +110,7 @@ def _donating(updates: Updates, state: Any) -> Callable[[], None]:
                 if old is not value:
                     old.copy_(value)
 
-        return torch.compile(write, fullgraph=True, dynamic=False)
+        return torch.compile(write, fullgraph=True, dynamic=False) if compile else write
 
     compiled = [donating(update) for update in updates]
 

@@ -246,6 +246,7 @@ def meanflow_loss(
     r: Float[Tensor, "B"],
     t: Float[Tensor, "B"],
     *,
+    velocity: Float[Tensor, "B ..."] | None = None,
     power: float = 1.0,
     c: float = 1e-3,
 ) -> Float[Tensor, ""]:
@@ -256,12 +257,14 @@ def meanflow_loss(
 
     Args:
         model_fn: (z (B, ...), r (B,), t (B,)) -> u (B, ...); its operations need forward rules.
+        velocity: v; default: eps - x_0. With w (eps - x_0) + (1 - w) u(z, t, t) of the network
+            without a condition, the samples come out guided by w in one call a step.
         power, c: each squared error is divided by (itself + c) ** power, held fixed; 0 is plain.
 
-    Source: Geng et al. 2025, algorithm 1.
+    Source: Geng et al. 2025, algorithm 1; equation 19 (velocity).
     """
     z = add_noise(x_0, eps, Level(1 - t, t))
-    v = eps - x_0
+    v = eps - x_0 if velocity is None else velocity
     tangents = (v, torch.zeros_like(r), torch.ones_like(t))
     u, du_dt = jvp(model_fn, (z, r, t), tangents)[:2]
     fixed = v - per_example(t - r, v) * du_dt.detach()

@@ -125,7 +125,7 @@ class Interrupt:
 
 
 @contextlib.contextmanager
-def interruptible(notice: str | None = None) -> Iterator[Interrupt]:
+def interruptible(notice: str | None = None, *, launched: bool = False) -> Iterator[Interrupt]:
     """Turn the first Ctrl-C or SIGTERM into a flag that a loop reads after a finished step.
 
         with interruptible() as stop:
@@ -141,6 +141,8 @@ def interruptible(notice: str | None = None) -> Iterator[Interrupt]:
 
     Args:
         notice: what the first signal prints on stderr; None for the usual words, "" for nothing.
+        launched: by torchrun, say, which passes SIGTERM on to processes that a scheduler has sent
+            it to already: a second SIGTERM then is the first one again, only Ctrl-C ends at once.
     """
     stop = Interrupt()
     if threading.current_thread() is not threading.main_thread():
@@ -152,7 +154,8 @@ def interruptible(notice: str | None = None) -> Iterator[Interrupt]:
     def note(number: int, frame: FrameType | None) -> None:
         stop.received = signal.Signals(number)
         for each in handled:
-            signal.signal(each, signal.SIG_DFL)
+            known = launched and each == signal.SIGTERM
+            signal.signal(each, signal.SIG_IGN if known else signal.SIG_DFL)
         if text:  # a buffered print may not be entered twice, a plain write may
             cursor = "\x1b[?25h" if os.isatty(2) else ""  # a progress bar may have hidden it
             os.write(2, f"{cursor}\n{stop.received.name}: {text}\n".encode())

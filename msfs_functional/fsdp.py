@@ -114,7 +114,11 @@ def fully_sharded(
         if axis_size(mesh, "dp_replicate") > 1
         else mesh["dp_shard"]
     )
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce_dtype or torch.float32)
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype,
+        reduce_dtype=reduce_dtype or torch.float32,
+        cast_forward_inputs=False,  # tables of rotary positions stay float32
+    )
     module = copy.deepcopy(model.skeleton)
     units = [part for path, part in module.named_modules() if re.search(layout.blocks, path)]
     for unit in (*(units if layout.blocks else ()), module):

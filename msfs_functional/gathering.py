@@ -11,7 +11,12 @@ What a parameter of a block goes through (dp_shard, in one step):
 
 Parameters outside of blocks are gathered once around the loss. The optimizer sees shards only.
 Everything is made of the linear maps of `collectives`, so torch.func transforms of the sharded loss
-are right too; compiled, all collectives stand in one graph and overlap with what they can.
+are right too. A step can run in two ways:
+
+    make_step(loss_fn, optimizer)       one graph; Inductor may reorder the collectives in it
+    make_step(loss_fn, optimizer, compile="regions", gradient=model.gradient)
+                                        each block compiled once for all, its gathers and sums on
+                                        streams beside the others' computation (`overlap`)
 """
 
 # pyright: reportAttributeAccessIssue=false
@@ -23,6 +28,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import msfs_kernels.sharding  # noqa: F401, forward mode over DTensors
+import optree
 import torch
 from jaxtyping import Int64
 from msfs_kernels.dispatch import is_sharded
@@ -33,12 +39,12 @@ from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from msfs_functional import random, sharding
+from msfs_functional import overlap, random, sharding
 from msfs_functional.collectives import KINDS, chunk_bounds, collective, psum
 from msfs_functional.meshes import DATA_AXES, active, axis_rank, axis_size, data_rank
 from msfs_functional.params import Functional, Methods, Params, Rules
 from msfs_functional.sharding import Cuts, placements
-from msfs_functional.transforms import add_terms, value_and_grad
+from msfs_functional.transforms import NAMESPACE, add_terms, value_and_grad
 
 Gather = tuple[tuple[str, int, int, str], ...]  # collectives as (kind, dim, size, group), in order
 LossFn = Callable[[Any, Any, Tensor], tuple[Tensor, dict[str, Tensor]]]
@@ -167,6 +173,7 @@ class Plan:
     steps: Mapping[str, Gather]
     dtype: torch.dtype | None
     reduce_dtype: torch.dtype | None
+    place: int = 0  # of the unit that these parameters are, in `Sharded.units`
 
     def whole(self, params: Params) -> Params:
         return {
@@ -186,6 +193,9 @@ class Plan:
         if torch.compiler.is_compiling():
             whole = checkpoint(self.whole, params, use_reentrant=False, preserve_rng_state=False)
             return fn(whole, *args)
+        pipeline = overlap.active()
+        if pipeline is not None and pipeline.knows(self.place, params):
+            return pipeline.run(self.place, fn, params, args)
         whole = self.whole(params)
         outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
         if torch._C._are_functorch_transforms_active() or outer or not torch.is_grad_enabled():
@@ -245,6 +255,7 @@ class Sharded(Functional):
         placements: {parameter name: a placement for each axis of `active(mesh)`}.
         plan: how all parameters become whole.
         root: the same of those outside of blocks.
+        units: those outside of blocks, then block by block; None where several axes cut one.
         inner: the model of whole parameters, as tp cuts them; the same with blocks in shards.
     """
 
@@ -253,6 +264,7 @@ class Sharded(Functional):
     placements: dict[str, tuple[Placement, ...]]
     plan: Plan
     root: Plan
+    units: tuple[overlap.Unit, ...] | None
     inner: tuple[Functional, Functional]
 
     def init(
@@ -276,12 +288,16 @@ class Sharded(Functional):
 
     @torch.no_grad()
     def gradient(self, fn: Callable[..., Any], params: Params, calls: Iterable[tuple]) -> Any:
-        """As `transforms.accumulate`, with one gather and one sum over ranks for all calls.
+        """As `transforms.accumulate`, for `train.make_step(..., gradient=model.gradient)`.
 
-        For `train.make_step(..., accumulation=n, gradient=model.gradient)`. Each rank holds whole
-        parameters and whole gradients meanwhile, where `accumulate` gathers and reduces block by
-        block, n times over. Gradients are added up in `reduce_dtype`.
+        One call: blocks are gathered and gradients summed beside the computation (`overlap`).
+        Several: one gather and one sum over ranks for all of them. Each rank holds whole parameters
+        and whole gradients meanwhile, where `accumulate` gathers and reduces block by block, n
+        times over. Gradients are added up in `reduce_dtype`.
         """
+        calls = list(calls)
+        if len(calls) == 1 and self.units is not None:
+            return self._overlapped(fn, params, calls[0])
         whole, total, sums = self.plan.whole(params), None, {}
         one = value_and_grad(fn, has_aux=True)
         for call in calls:
@@ -301,6 +317,25 @@ class Sharded(Functional):
             spec = (p.device_mesh, p.placements, p.shape)
             sums[name] = Distributed.apply(g.to(p.dtype), spec)
         return total, {name: sums[name] for name in params}
+
+    def _overlapped(self, fn: Callable[..., Any], params: Params, call: tuple) -> Any:
+        leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+        assert self.units is not None
+        pipeline = overlap.Pipeline(leaves, self.units, self.plan.dtype, self.plan.reduce_dtype)
+        with torch.enable_grad(), pipeline.running():
+            value, aux = fn(leaves, *call)
+            inputs = [pipeline.anchor, *leaves.values()]
+            _, *direct = torch.autograd.grad(value, inputs, allow_unused=True)
+        summed, grads = pipeline.gradients(), {}
+        for (name, p), g in zip(params.items(), direct, strict=True):
+            assert isinstance(p, DTensor)
+            if name in summed:
+                own = Distributed.apply(summed[name], (p.device_mesh, p.placements, p.shape))
+                g = own if g is None else g + own
+            grads[name] = torch.zeros_like(p) if g is None else g
+        terms: Any = value, aux
+        detached = optree.tree_map(Tensor.detach, terms, namespace=NAMESPACE)
+        return detached, grads
 
 
 def sharded(
@@ -334,13 +369,15 @@ def sharded(
         split_model(skeleton, layout, tp, mesh.get_group("tp").group_name)
     names = {id(p): name for name, p in skeleton.named_parameters()}
     in_blocks: set[str] = set()
+    blocks: list[dict[str, str]] = []  # {name in the block: name of the parameter} of each
     for path, module in skeleton.named_modules():
         if layout.blocks and re.search(layout.blocks, path):
             own = {slot: names[id(p)] for slot, p in module.named_parameters()}
             in_blocks |= set(own.values())
-            gather_in(
-                module, layout.methods, plan({slot: steps[name] for slot, name in own.items()})
-            )
+            blocks.append(own)
+            within = {slot: steps[name] for slot, name in own.items()}
+            gather_in(module, layout.methods, plan(within, place=len(blocks)))
+    root = {name: name for name in model.shapes if name not in in_blocks}
     inherited = {f.name: getattr(model, f.name) for f in fields(Functional)}
     inherited |= {"skeleton": skeleton, "_methods": Methods(skeleton)}
     parts = {n: tp_shape(shape, placed[n], active(mesh)) for n, shape in model.shapes.items()}
@@ -351,12 +388,26 @@ def sharded(
         layout=layout,
         placements=placed,
         plan=plan(steps),
-        root=plan({name: s for name, s in steps.items() if name not in in_blocks}),
+        root=plan({name: steps[name] for name in root}),
+        units=units_of([root, *blocks], steps),
         inner=(
             Functional(**{**inherited, "shapes": parts}),
             Functional(**{**inherited, "shapes": mixed}),
         ),
     )
+
+
+def units_of(
+    parts: Sequence[Mapping[str, str]], steps: Mapping[str, Gather]
+) -> tuple[overlap.Unit, ...] | None:
+    units = []
+    for names in parts:
+        ways = {slot: overlap.way(steps[name]) for slot, name in names.items()}
+        known = {slot: way for slot, way in ways.items() if way is not None}
+        if len(known) < len(ways):
+            return None
+        units.append(overlap.Unit(names, known))
+    return tuple(units)
 
 
 def split_model(skeleton: nn.Module, layout: Layout, tp: int, group: str) -> None:

@@ -6,7 +6,8 @@ of it. Prompts are prefilled in one call, then every token is one step of a stat
     begin    prompts -> caches, first tokens          advance    state -> state with one more token
 
 Both write into a state that the `Generator` keeps, so on a GPU each is one CUDA graph: one launch a
-token. Row r of a batch gives the tokens that it gives alone, with the same key.
+token, or for several tokens where nobody looks in between. Row r of a batch gives the tokens that
+it gives alone, with the same key.
 
 Dimension key: B prompts, N = B * samples rows, T prompt tokens, M new tokens at most, V vocabulary.
 """
@@ -14,7 +15,7 @@ Dimension key: B prompts, N = B * samples rows, T prompt tokens, M new tokens at
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import optree
 import torch
@@ -31,15 +32,18 @@ from msfs_functional.compiling import (
     why_not_compile,
 )
 from msfs_functional.decoding import keep_min_p, keep_top_k, keep_top_p
+from msfs_functional.regions import Regions, region
 
 Prompts = Sequence[Sequence[int]] | Int64[Tensor, "B T"]
 TextFn = Callable[[list[int]], str]  # ids -> text, a tokenizer's decode
+STRIDE = 8  # tokens of one launch on a GPU, where nobody looks in between
 BUCKET = 64  # compiled prompts, outputs and caches have lengths that are multiples of it
 
 
 class LanguageModel(NamedTuple):
     """A model as generation sees it. Caches are pytrees of tensors with their rows in dim 0; a
-    longer cache begins with the entries of a shorter one."""
+    longer cache begins with the entries of a shorter one. A cache that goes in is spent: functions
+    may write into its memory."""
 
     init_cache: Callable[[int, int], Any]  # (rows, tokens at most) -> cache
     prefill: Callable[..., tuple[Tensor, Any]]
@@ -159,22 +163,35 @@ class Advance:
         return self.append(s._replace(cache=cache, positions=s.positions + ~s.ended), logits)
 
     def append(self, s: State, logits: Float[Tensor, "N V"]) -> State:
-        logits = logits.float()
-        token = self.settings.sampling.draw(s.keys, s.count, logits)
-        logp = logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
-        token = torch.where(s.ended, self.settings.pad, token)
-        ended = s.ended
-        for stop in self.settings.stop_tokens:
-            ended = ended | (token == stop)
-        logp = torch.where(s.ended, 0.0, logp)
-        return s._replace(
-            last=token,
-            count=s.count + 1,
-            tokens=s.tokens.index_copy(1, s.count[None], token[:, None]),
-            logps=s.logps.index_copy(1, s.count[None], logp[:, None]),
-            lengths=s.lengths + ~s.ended,
-            ended=ended,
-        )
+        rows = s.keys, s.count, s.tokens, s.logps, s.lengths, s.ended
+        token, count, tokens, logps, lengths, ended = with_token(logits, *rows, self.settings)
+        changed = {"tokens": tokens, "logps": logps, "lengths": lengths, "ended": ended}
+        return s._replace(last=token, count=count, **changed)
+
+
+@region
+def with_token(
+    logits: Float[Tensor, "N V"],
+    keys: Int64[Tensor, "N 2"],
+    count: Int64[Tensor, ""],
+    tokens: Int64[Tensor, "N M"],
+    logps: Float[Tensor, "N M"],
+    lengths: Int64[Tensor, "N"],
+    ended: Bool[Tensor, "N"],
+    settings: Settings,
+) -> tuple[Tensor, ...]:
+    """(tokens drawn from the logits, count, tokens, logps, lengths, ended), as in `State`."""
+    logits = logits.float()
+    token = settings.sampling.draw(keys, count, logits)
+    logp = logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
+    token = torch.where(ended, settings.pad, token)
+    over = ended
+    for stop in settings.stop_tokens:
+        over = over | (token == stop)
+    logp = torch.where(ended, 0.0, logp)
+    tokens = tokens.index_copy(1, count[None], token[:, None])
+    logps = logps.index_copy(1, count[None], logp[:, None])
+    return token, count + 1, tokens, logps, lengths + ~ended, over
 
 
 def begin(advance: Advance, state: State, batch: Mapping[str, Any]) -> State:
@@ -237,6 +254,28 @@ def writing(update: Callable[[Any, Any], Any]) -> Callable[[State, Any], Any]:
         return state, {}
 
     return write
+
+
+def in_regions(fn: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """fn, whose regions are compiled."""
+    regions = Regions(dynamic=False)
+
+    def run(state: Any, batch: Any) -> Any:
+        with regions.compiled():
+            return fn(state, batch)
+
+    return run
+
+
+def times(fn: Callable[[Any, Any], Any], count: int) -> Callable[[Any, Any], Any]:
+    """fn so many times on one state."""
+
+    def run(state: Any, batch: Any) -> Any:
+        for _ in range(count):
+            out = fn(state, batch)
+        return out
+
+    return run
 
 
 class Text:
@@ -305,6 +344,7 @@ class Kept(NamedTuple):
     state: State
     begin: Callable[[State, Any], Any]
     advance: Callable[[State, Any], Any]
+    stride: Callable[[State, Any], Any]  # STRIDE times `advance`
 
 
 class Generator:
@@ -317,7 +357,9 @@ class Generator:
     Args:
         model: see `LanguageModel`.
         text_fn: ids -> text, a tokenizer's decode: for texts and stop strings.
-        compile: default: on a GPU where that works.
+        compile: default: on a GPU where that works. True: prefill and step are one graph each.
+            "regions": a model's block is compiled once for all (`regions`), which starts many times
+            sooner.
         options: of torch.compile for the step, say {"coordinate_descent_tuning": True}, which
             makes the products of a single row faster.
         every: tokens between two looks at whether all rows have ended (a look makes the CPU wait).
@@ -332,7 +374,7 @@ class Generator:
         model: LanguageModel,
         *,
         text_fn: TextFn | None = None,
-        compile: bool | None = None,
+        compile: bool | Literal["regions"] | None = None,
         options: dict[str, Any] | None = None,
         every: int = 16,
         keep: int = 8,
@@ -379,6 +421,20 @@ class Generator:
             except StopIteration as end:
                 return end.value
 
+    def room(self, prompts: Sequence[Sequence[int]]) -> int:
+        """New tokens that all of these prompts leave room for.
+
+        Raises:
+            ValueError: none.
+        """
+        longest = max(map(len, prompts))
+        if longest >= self.model.max_length:
+            raise ValueError(
+                f"a prompt of {longest} tokens leaves no room in the model's max_length "
+                f"({self.model.max_length}): shorten it"
+            )
+        return self.model.max_length - longest
+
     def stream(
         self,
         prompts: Prompts,
@@ -423,8 +479,11 @@ class Generator:
                     longer = (N, capacity, most, settings)
                     state, kept, name = self._give(name, kept), self._take(longer), longer
                     copy_corners(kept.state, state)
-                self._write(kept.advance, kept.state, ())
-                made += 1
+                # Up to the next look, or to where the cache must grow.
+                room = min(limit, (made // every + 1) * every, capacity - longest + 1) - made
+                many = self.compile and room >= STRIDE
+                self._write(kept.stride if many else kept.advance, kept.state, ())
+                made += STRIDE if many else 1
             return self._result(kept.state, rows, settings)
         finally:
             self._give(name, kept)
@@ -495,13 +554,16 @@ class Generator:
             ended=rows.bool(),
         )
         first, later = writing(functools.partial(begin, advance)), writing(lambda s, _: advance(s))
-        if self.compile:
+        if self.compile == "regions":
+            first, later = in_regions(first), in_regions(later)
+        elif self.compile:
             first = compile_per_shape(first, dynamic=False)
             options = self.options
             later = torch.compile(fresh(later), fullgraph=True, dynamic=False, options=options)
+        several = times(later, STRIDE)
         if self.compile and self.device.type == "cuda":
-            first, later = graphed(first), graphed(later)
-        return Kept(state, first, later)
+            first, later, several = graphed(first), graphed(later), graphed(several)
+        return Kept(state, first, later, several)
 
     def _give(self, name: Any, kept: Kept) -> State:
         """Puts a state back; another call may take it and write over it."""

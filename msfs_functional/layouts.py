@@ -50,3 +50,6 @@ DECODER = Layout(
 DECODER_BY_TOKENS = replace(
     DECODER, inside=r"norm|\.(o|down)\.bias$", split=split_decoder_and_tokens
 )
+
+# Towers and what is made of them (ViT, CLIP, vision-language models): cut over data ranks only.
+TOWERS = Layout(rules=[(r"", WHOLE)], blocks=r"(^|\.)blocks\.\d+$")

@@ -4,9 +4,12 @@ An optimizer's update, traced over a whole tree, is a graph of some twenty opera
 hundreds of parameters, which takes longer to compile than the model. Where parameters are updated
 each alone (`Transformation.kinds`), this module compiles the update of one parameter for each kind
 and shape, and runs it parameter by parameter, in place. Where even elements are updated each alone,
-parameters are seen as rows of 16 numbers, and one graph serves all shapes.
+parameters are seen as rows of 16 numbers, and one graph serves all shapes. Small parameters, most
+of a model's, are then copied together, updated in one launch and copied back: a launch of each
+would take longer than the copies.
 """
 
+import itertools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +23,7 @@ from msfs_functional.transforms import NAMESPACE
 from msfs_functional.updates import Kinds
 
 ROW = 16  # elements: what vectorised memory access wants sizes to be divisible by
+SMALL = 2**16  # elements, of all members: below, a launch takes longer than a copy
 Trained = tuple[Params, Any, Params | None]  # params, opt_state, moving average
 UpdateFn = Callable[[Trained, Params, Tensor | None, Tensor], Trained]
 
@@ -85,18 +89,31 @@ class Leafwise:
         self.kind_of: dict[str, Hashable] = {}
         self.graphs: dict[Hashable, Callable[..., Any]] = {}
         self.one_of_each: list[str] = []
+        self.groups: list[list[str]] = []  # parameters that are updated by one call
         self.shared = Place((), (), None)
         self.update_shared: Callable[..., Any] = lambda *args: []
 
-    def _prepare(self, trained: Trained, spec: Any, size: int) -> None:
-        indices = optree.tree_unflatten(spec, range(size))
+    def _prepare(self, trained: Trained, spec: Any, leaves: list[Any], grads: Params) -> None:
+        indices = optree.tree_unflatten(spec, range(len(leaves)))
         params = trained[0]
         self.places = {name: place(indices, [name], params) for name in params}
         self.kind_of = self.kinds(params)
         self.one_of_each = list({kind: name for name, kind in self.kind_of.items()}.values())
+        self.groups = self._grouped(leaves, grads)
         self.shared = place(indices, self.one_of_each, params)
         if self.shared.common:
             self.update_shared = self._compile(self.shared, self.one_of_each, shared=True)
+
+    def _grouped(self, leaves: list[Any], grads: Params) -> list[list[str]]:
+        """Small parameters of one kind together, every other one alone."""
+        groups: dict[Hashable, list[str]] = {}
+        for name, grad in grads.items():
+            own = [leaves[i] for i in self.places[name].own]
+            key: Hashable = name
+            if self._fits_rows(own) and own[0].numel() <= SMALL:
+                key = self.kind_of[name], tuple(x.dtype for x in own), grad.dtype
+            groups.setdefault(key, []).append(name)
+        return list(groups.values())
 
     def __call__(
         self, trained: Trained, grads: Params, scale: Tensor | None, finite: Tensor
@@ -104,16 +121,17 @@ class Leafwise:
         leaves, spec, *_ = optree.tree_flatten(trained, namespace=NAMESPACE)  # pyright: ignore
         leaves: list[Any]
         if not self.places:
-            self._prepare(trained, spec, len(leaves))
+            self._prepare(trained, spec, leaves, grads)
         results = list(leaves)
         # What all share is read by every parameter's update: it is computed first, written last.
         own, common = ([leaves[i] for i in where] for where in self.shared[:2])
         some = [grads[name] for name in self.one_of_each]
         common = self.update_shared(own, common, some, scale, finite)
-        for name, grad in grads.items():
-            after = self._update(name, leaves, grad, scale, finite)
+        for names in self.groups:
+            after = self._update(names, leaves, grads, scale, finite)
             if not self.donate:
-                for i, value in zip(self.places[name].own, after, strict=True):
+                where = [self.places[name].own for name in names]
+                for i, value in zip(itertools.chain(*where), after, strict=True):
                     results[i] = value.view(leaves[i].shape)
         for i, value in zip(self.shared.common, common, strict=True):
             results[i] = leaves[i].copy_(value) if self.donate else value
@@ -121,11 +139,40 @@ class Leafwise:
         return after_all
 
     def _update(
-        self, name: str, leaves: list[Tensor], grad: Tensor, scale: Tensor | None, finite: Tensor
-    ) -> Any:
-        """One compiled call: what belongs to `name` after the update."""
-        at = self.places[name]
-        own, common = ([leaves[i] for i in where] for where in at[:2])
+        self,
+        names: list[str],
+        leaves: list[Tensor],
+        grads: Params,
+        scale: Tensor | None,
+        finite: Tensor,
+    ) -> list[Tensor]:
+        """What belongs to each of `names` after the update, by one compiled call."""
+        places = [self.places[name] for name in names]
+        common = [leaves[i] for i in places[0].common]
+        own = [[leaves[i] for i in at.own] for at in places]
+        if len(names) == 1:
+            return self._call(names[0], own[0], common, grads[names[0]], scale, finite)
+        flat = [[x.flatten(self.lead) for x in column] for column in zip(*own, strict=True)]
+        joined = [torch.cat(column, -1) for column in flat]
+        grad = torch.cat([grads[name].flatten(self.lead) for name in names], -1)
+        after = self._call(names[0], joined, common, grad, scale, finite)
+        if self.donate:
+            after = joined
+        sizes = [x.shape[-1] for x in flat[0]]
+        parts = [x.view(joined[0].shape).split(sizes, -1) for x in after]
+        if self.donate:
+            torch._foreach_copy_(list(itertools.chain(*flat)), list(itertools.chain(*parts)))
+        return list(itertools.chain(*zip(*parts, strict=True)))
+
+    def _call(
+        self,
+        name: str,
+        own: list[Tensor],
+        common: list[Tensor],
+        grad: Tensor,
+        scale: Tensor | None,
+        finite: Tensor,
+    ) -> list[Tensor]:
         in_rows = self._fits_rows(own)
         if in_rows:
             view = (*grad.shape[: self.lead], -1, ROW)
@@ -136,7 +183,7 @@ class Leafwise:
         key = (self.kind_of[name], shapes, tuple(x.dtype for x in own), grad.dtype)
         graph = self.graphs.get(key)
         if graph is None:
-            graph = self.graphs[key] = self._compile(at, [name])
+            graph = self.graphs[key] = self._compile(self.places[name], [name])
             if in_rows:
                 for x in (*own, grad):
                     torch._dynamo.maybe_mark_dynamic(x, self.lead)

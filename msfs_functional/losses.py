@@ -6,9 +6,13 @@ the counts, divide once.
 Dimension key: ... items (sentences, tokens), D width, V vocabulary.
 """
 
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from msfs_functional.regions import region
 
 PAD = 0
 
@@ -58,6 +62,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     ignore_index: int = PAD,
     z_loss: float = 0.0,
+    softcap: float | None = None,
 ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
     """cross_entropy(hidden @ weight.T + bias, labels), whose logits never exist all at once.
 
@@ -68,6 +73,7 @@ def linear_cross_entropy(
 
     Args:
         hidden, weight, bias: of one dtype; products are in it, softmax and sums in float32.
+        softcap: logits become softcap * tanh(logits / softcap) (Gemma 2); None for no cap.
         others: as in `cross_entropy`.
 
     Raises:
@@ -87,6 +93,8 @@ def linear_cross_entropy(
             f"hidden ({hidden.dtype}), weight ({weight.dtype}) and bias must have one dtype: cast "
             "the parameters"
         )
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap ({softcap}) must be a positive number, or None for no cap")
     from msfs_kernels.linear_cross_entropy import linear_cross_entropy as op
 
     labels = labels.long()
@@ -98,8 +106,30 @@ def linear_cross_entropy(
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
         z_loss=z_loss,
+        softcap=softcap or 0.0,
     )
     return loss.reshape(()), (labels != ignore_index).sum()
+
+
+@region
+def disagreement(
+    p_logits: Float[Tensor, "... V"],
+    q_logits: Float[Tensor, "... V"],
+    labels: Int[Tensor, "..."],
+    *,
+    ignore_index: int = PAD,
+) -> Float[Tensor, ""]:
+    """Sum over items of KL(p, q) + KL(q, p) in nats, p and q the softmax of the logits.
+
+    What R-Drop punishes between two predictions under different dropout (Liang et al. 2021, eq. 2).
+    A region: inside a compiled step it is one pass over the logits, not one for each operation.
+
+    Args:
+        labels: only says which items count: those that are not `ignore_index`.
+    """
+    p, q = (logits.float().log_softmax(-1) for logits in (p_logits, q_logits))
+    divergence = ((p.exp() - q.exp()) * (p - q)).sum(-1)
+    return divergence.masked_fill(labels == ignore_index, 0.0).sum()
 
 
 def _validate(items: torch.Size, labels: Tensor, label_smoothing: float, z_loss: float) -> None:

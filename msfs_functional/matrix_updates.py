@@ -3,10 +3,12 @@
 Dimension key: N matrices of one shape, R rows, C columns.
 """
 
+import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from msfs_kernels.dispatch import is_sharded
 from torch import Tensor
 
 from msfs_functional.updates import (
@@ -57,6 +59,17 @@ def orthogonalize(
     return x.mT if tall else x
 
 
+def orthogonal_updates(matrices: list[Tensor], scale: float, dtype: torch.dtype) -> list[Tensor]:
+    """Matrices of one shape, orthogonalised and scaled; DTensors come back cut as they were."""
+    make = functools.partial(orthogonalize, dtype=dtype)
+    if not is_sharded(matrices[0]):
+        return list((make(torch.stack(matrices)) * scale).unbind())
+    from msfs_functional.sharding import share_out  # one process needs none of it
+
+    made = share_out(make, tree_map(lambda x: x.to(dtype), matrices))  # as `make` begins
+    return tree_map(lambda x, like: x.to(like.dtype) * scale, made, matrices)
+
+
 def scale_by_muon(
     momentum: float = 0.95,
     nesterov: bool = True,
@@ -72,7 +85,9 @@ def scale_by_muon(
     update = orthogonalize(u) 0.2 sqrt(max(R, C)), as large as AdamW's (Liu et al. 2025, eq. 4)
 
     Parameters are (..., R, C), leading dims count matrices. Equal shapes are stacked and go through
-    the same batched products, so the number of kernels grows with the number of shapes only.
+    the same batched products, so the number of kernels grows with the number of shapes only. On a
+    mesh the momentum stays in shards, and the ranks that cut a matrix share the stack out: each
+    makes whole matrices of its own (Liu et al. 2025, section 2.3, without the redundant products).
     """
     check_decay(momentum=momentum)
 
@@ -88,18 +103,19 @@ def scale_by_muon(
         grads = widen(grads)
         mu = tree_map(lambda m, g: torch.lerp(m, g, 1 - momentum), state.mu, grads)
         u = tree_map(lambda m, g: torch.lerp(g, m, momentum), mu, grads) if nesterov else mu
-        names: dict[tuple[int, ...], list[str]] = {}
+        names: dict[Any, list[str]] = {}
         for name, p in params.items():
-            names.setdefault(tuple(p.shape), []).append(name)
+            placed = p.placements if is_sharded(p) else None  # pyright: ignore
+            names.setdefault((tuple(p.shape), placed), []).append(name)
         updates = {}
-        for (*_, rows, columns), group in names.items():
+        for ((*_, rows, columns), _), group in names.items():
             scale = (
                 0.2 * math.sqrt(max(rows, columns))
                 if match_adamw
                 else math.sqrt(max(1, rows / columns))
             )
-            orthogonal = orthogonalize(torch.stack([u[name] for name in group]), dtype=dtype)
-            updates.update(zip(group, (orthogonal * scale).unbind(), strict=True))
+            orthogonal = orthogonal_updates([u[name] for name in group], scale, dtype)
+            updates.update(zip(group, orthogonal, strict=True))
         return {name: updates[name] for name in grads}, MomentumState(mu)
 
     return Transformation(init, update, alike)

@@ -12,15 +12,18 @@ Dimension key: N rows, B rows of a batch, T tokens of a row.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from msfs_functional import random
+from msfs_functional.params import Params
 from msfs_functional.tokenizer import PAD
 
 AHEAD = 64  # documents that wait for a row they fit into
@@ -161,3 +164,26 @@ def batch_of(
         some = values[start : start + size].astype(np.int64)
         part[name] = torch.from_numpy(np.pad(some, ((0, size - len(some)), (0, 0))))
     return part
+
+
+def in_batches(
+    rows: Packed, batch: int, share: tuple[int, int] = (0, 1), device: str | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """All rows once, in batches on a device; `share` as in `PackedBatches`."""
+    for number in range(math.ceil(len(rows.tokens) / batch)):
+        part = batch_of(rows, number, batch, share)
+        yield {name: value.to(device) for name, value in part.items()}
+
+
+def total_loss(loss_fn: Any, params: Params, batches: Iterable[Any]) -> tuple[float, float]:
+    """(sum of the loss, sum of the weight) over batches, without a gradient.
+
+    Args:
+        loss_fn: (params, batch, key) -> (mean loss, {"weight": what it is the mean over}).
+    """
+    total, weight, key = 0.0, 0.0, random.key(0, device=next(iter(params.values())).device)
+    with torch.no_grad():
+        for batch in batches:
+            loss, found = loss_fn(params, batch, key)
+            total, weight = total + float(loss * found["weight"]), weight + float(found["weight"])
+    return total, weight

@@ -1,18 +1,16 @@
-"""Reinforcement learning from rewards on completions, as a few functions to be combined.
+"""Losses of reinforcement learning on completions, as a few functions to be combined.
 
-    PPO          token_rewards -> gae -> whiten -> policy_loss + value_loss
-    GRPO         group_advantages                         -> policy_loss, average over="sequences"
-    Dr. GRPO     group_advantages(scale=False)            -> policy_loss, average over="constant"
-    RLOO         leave_one_out_advantages                 -> policy_loss, ratio of sequences
-    REINFORCE++  token_rewards -> discounted_returns -> whiten -> policy_loss
+    PPO          advantages.gae                           -> policy_loss + value_loss
+    GRPO         advantages.group_advantages              -> policy_loss, average over="sequences"
+    Dr. GRPO     the same, scale="none"                   -> policy_loss, average over="constant"
+    RLOO         advantages.leave_one_out_advantages      -> policy_loss, ratio of sequences
+    REINFORCE++  advantages.discounted_returns, whitened  -> policy_loss
 
 with `kl_estimate` in the reward (through token_rewards) or added to the losses, and
 `importance_weights` on the losses where the sampler's numbers differ from the trainer's.
 
 All is plain tensors, so a rollout is any function and a policy any model. Arrays are (B, T) with a
-mask that is True on the tokens the policy chose; what stands elsewhere changes nothing, wherever it
-stands: prompts, padding, answers of tools. With segment_ids a row holds several packed sequences,
-whose tokens are then each in one stretch.
+mask that is True on the tokens the policy chose; what stands elsewhere changes nothing.
 
 Dimension key: B rows, T tokens.
 """
@@ -20,10 +18,10 @@ Dimension key: B rows, T tokens.
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from msfs_functional.preference import check_mask
+from msfs_functional.checks import check_mask, same_shape
 
 Level = Literal["token", "sequence", "mean"]
 
@@ -34,72 +32,6 @@ class PolicyLoss(NamedTuple):
     losses: Float[Tensor, "B T"]
     ratio: Float[Tensor, "B T"]
     clipped: Bool[Tensor, "B T"]
-
-
-# -------------------------------------------------------------------------------------------- means
-
-
-def masked_mean(x: Float[Tensor, "..."], mask: Bool[Tensor, "..."]) -> Float[Tensor, ""]:
-    """The mean of x where mask is True; 0 where nothing is."""
-    check_mask(mask, x, "x")
-    return torch.where(mask, x, 0.0).sum() / mask.sum().clamp(min=1)
-
-
-def average(
-    losses: Float[Tensor, "B T"],
-    mask: Bool[Tensor, "B T"],
-    *,
-    over: Literal["tokens", "sequences", "constant"] = "tokens",
-    length: int | None = None,
-) -> Float[Tensor, ""]:
-    """One number from per-token losses: the choice that decides what a long answer weighs.
-
-        tokens      sum / number of tokens: each token weighs the same (Yu et al. 2025, DAPO)
-        sequences   mean over rows of the row's mean: each answer weighs the same (GRPO)
-        constant    sum / (B length): no length in the denominator, hence no bias towards long wrong
-                    answers (Liu et al. 2025, Dr. GRPO)
-
-    Rows without a token do not count, except in "constant". For packed rows use tokens or constant.
-
-    Args:
-        length: with "constant" the most tokens a completion may have.
-
-    Raises:
-        ValueError: shapes that do not fit, an unknown `over`, "constant" without a length.
-    """
-    check_mask(mask, losses, "losses")
-    total = torch.where(mask, losses, 0.0)
-    if over == "tokens":
-        return total.sum() / mask.sum().clamp(min=1)
-    if over == "sequences":
-        lengths = mask.sum(-1)
-        return (total.sum(-1) / lengths.clamp(min=1)).sum() / (lengths > 0).sum().clamp(min=1)
-    if over != "constant":
-        raise ValueError(f'over ({over!r}) must be "tokens", "sequences" or "constant"')
-    if length is None or length < 1:
-        raise ValueError(
-            f'length ({length}) must be above 0 with over="constant": the most tokens a completion '
-            "may have"
-        )
-    return total.sum() / (losses.shape[0] * length)
-
-
-def whiten(
-    x: Float[Tensor, "..."], mask: Bool[Tensor, "..."], *, centre: bool = True, eps: float = 1e-8
-) -> Float[Tensor, "..."]:
-    """(x - mean) / sqrt(variance + eps) over where mask is True; zeros elsewhere.
-
-    The variance is the unbiased one; centre=False puts the mean back.
-    """
-    check_mask(mask, x, "x")
-    mean = masked_mean(x, mask)
-    centred = torch.where(mask, x - mean, 0.0)
-    variance = centred.square().sum() / (mask.sum() - 1).clamp(min=1)
-    whitened = centred * (variance + eps).rsqrt()
-    return whitened if centre else torch.where(mask, whitened + mean, 0.0)
-
-
-# --------------------------------------------------------------------------------------- KL penalty
 
 
 def kl_estimate(
@@ -120,7 +52,7 @@ def kl_estimate(
 
     Source: Schulman 2020, "Approximating KL divergence"; k3 in the loss: Shao et al. 2024, eq. 4.
     """
-    _same_shape(logps=logps, reference_logps=reference_logps)
+    same_shape(logps=logps, reference_logps=reference_logps)
     s = reference_logps - logps
     if estimator == "k1":
         return -s
@@ -160,144 +92,6 @@ def adaptive_kl_coefficient(
     return coefficient * (1 + error * items / horizon)
 
 
-def token_rewards(
-    scores: Float[Tensor, "B *G"],
-    mask: Bool[Tensor, "B T"],
-    *,
-    kl: Float[Tensor, "B T"] | None = None,
-    kl_coefficient: float | Float[Tensor, ""] = 0.0,
-    segment_ids: Int[Tensor, "B T"] | None = None,
-) -> Float[Tensor, "B T"]:
-    """-kl_coefficient kl at every token, plus the score at the last one of its sequence.
-
-    Args:
-        scores: a reward for each completion, which is lost where there are no tokens: (B,), or
-            (B, G) with segment_ids in [0, G).
-        kl: from `kl_estimate`, nats a token, no gradient wanted.
-
-    Raises:
-        ValueError: shapes that do not fit.
-
-    Source: Ouyang et al. 2022, equation 2.
-    """
-    packed = segment_ids is not None
-    if mask.ndim != 2 or scores.shape[:1] != mask.shape[:1] or scores.ndim != 1 + packed:
-        raise ValueError(
-            f"scores {tuple(scores.shape)} must be {'(B, G)' if packed else '(B,)'} for a mask "
-            f"(B, T) of {tuple(mask.shape)}: one a completion"
-        )
-    check_mask(mask, mask if kl is None else kl, "kl")
-    here = scores[:, None] if segment_ids is None else scores.gather(-1, segment_ids.long())
-    counts = mask.to(scores.dtype)
-    left = _reverse_scan(counts, _within(torch.ones_like(counts), segment_ids))
-    rewards = torch.where(mask & (left == 1), here, 0.0)
-    if kl is None:
-        return rewards
-    return rewards - kl_coefficient * torch.where(mask, kl, 0.0)
-
-
-# --------------------------------------------------------------------------------------- advantages
-
-
-def discounted_returns(
-    rewards: Float[Tensor, "B T"],
-    mask: Bool[Tensor, "B T"],
-    *,
-    gamma: float = 1.0,
-    segment_ids: Int[Tensor, "B T"] | None = None,
-) -> Float[Tensor, "B T"]:
-    """R_t = r_t + gamma R_{t+1}, over the tokens where mask is True.
-
-    Raises:
-        ValueError: shapes that do not fit, gamma outside [0, 1].
-    """
-    check_mask(mask, rewards, "rewards")
-    _discount("gamma", gamma)
-    decay = _within(torch.where(mask, gamma, 1.0).to(rewards.dtype), segment_ids)
-    return torch.where(mask, _reverse_scan(torch.where(mask, rewards, 0.0), decay), 0.0)
-
-
-def gae(
-    rewards: Float[Tensor, "B T"],
-    values: Float[Tensor, "B T"],
-    mask: Bool[Tensor, "B T"],
-    *,
-    gamma: float = 1.0,
-    lam: float = 0.95,
-    segment_ids: Int[Tensor, "B T"] | None = None,
-) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
-    """Generalized advantage estimates and the returns that values should learn.
-
-        delta_t = r_t + gamma V_{t+1} - V_t        A_t = delta_t + gamma lam A_{t+1}
-        returns = A + V
-
-    t runs over the tokens where mask is True; after a sequence's last one V and A are 0. A sequence
-    cut off by its length may be bootstrapped: add gamma V(next) to its last reward.
-
-    Args:
-        values: predicted before token t was chosen, without gradient.
-        gamma, lam: in [0, 1].
-
-    Returns:
-        (advantages, returns), zeros where masked, in O(log T) parallel steps.
-
-    Raises:
-        ValueError: shapes that do not fit, gamma or lam outside [0, 1].
-
-    Source: Schulman et al. 2016, equation 16.
-    """
-    check_mask(mask, rewards, "rewards")
-    check_mask(mask, values, "values")
-    _discount("gamma", gamma)
-    _discount("lam", lam)
-    rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
-    # The value at the next kept token is itself a scan: masked tokens hand on what follows them.
-    following = _reverse_scan(values, _within((~mask).to(values.dtype), segment_ids))
-    following = _within(torch.ones_like(values), segment_ids) * _shift(following, 1)
-    delta = torch.where(mask, rewards + gamma * following - values, 0.0)
-    decay = _within(torch.where(mask, gamma * lam, 1.0).to(values.dtype), segment_ids)
-    advantages = torch.where(mask, _reverse_scan(delta, decay), 0.0)
-    return advantages, advantages + values
-
-
-def group_advantages(
-    scores: Float[Tensor, "B"], size: int, *, scale: bool = True, eps: float = 1e-4
-) -> Float[Tensor, "B"]:
-    """GRPO: (score - mean) / (std + eps) within each group of `size` completions of one prompt.
-
-    scale=False leaves out the division, which favours prompts that are too easy or too hard
-    (Liu et al. 2025, Dr. GRPO). std is the unbiased one.
-
-    Args:
-        scores: groups one after the other: prompt 0's completions, prompt 1's, ...
-
-    Raises:
-        ValueError: a size below 2, or one that does not divide the scores.
-
-    Source: Shao et al. 2024, section 4.1.
-    """
-    groups = _groups(scores, size)
-    centred = groups - groups.mean(-1, keepdim=True)
-    if scale:
-        std = (centred.square().sum(-1, keepdim=True) / (size - 1)).sqrt()
-        centred = centred / (std + eps)
-    return centred.reshape(-1)
-
-
-def leave_one_out_advantages(scores: Float[Tensor, "B"], size: int) -> Float[Tensor, "B"]:
-    """RLOO: score - mean of the group's other scores = size / (size - 1) (score - mean).
-
-    Arguments and errors as in `group_advantages`.
-
-    Source: Kool et al. 2019; Ahmadian et al. 2024, equation 8.
-    """
-    groups = _groups(scores, size)
-    return (size / (size - 1) * (groups - groups.mean(-1, keepdim=True))).reshape(-1)
-
-
-# ------------------------------------------------------------------------------------------- losses
-
-
 def log_ratio(
     logps: Float[Tensor, "B T"],
     old_logps: Float[Tensor, "B T"],
@@ -333,6 +127,7 @@ def policy_loss(
     *,
     clip: float | None = 0.2,
     clip_high: float | None = None,
+    most: float | None = None,
     level: Level = "token",
 ) -> PolicyLoss:
     """The clipped surrogate, token by token: -min(ratio A, clip(ratio, 1 - e, 1 + e_high) A).
@@ -342,6 +137,8 @@ def policy_loss(
         advantages: (B, T), or (B,) for one a sequence; no gradient flows into them.
         clip: e in (0, 1); None for the plain ratio-weighted policy gradient.
         clip_high: e_high where it differs (Yu et al. 2025, clip-higher).
+        most: largest ratio of all, above 1 + e_high; bounds the loss of bad answers too, which the
+            clip leaves open (two-sided clipping, Prime Intellect 2025, section 3.4).
         level: of the ratio, see `log_ratio`.
 
     Returns:
@@ -352,7 +149,7 @@ def policy_loss(
 
     Source: Schulman et al. 2017, equation 7.
     """
-    advantages = _per_token(advantages, mask).detach()
+    advantages = per_token(advantages, mask).detach()
     ratio = log_ratio(logps, old_logps.detach(), mask, level=level).exp()
     plain = -ratio * advantages
     if clip is None:
@@ -363,6 +160,10 @@ def policy_loss(
         raise ValueError(
             f"clip ({clip}) must be in (0, 1) and clip_high ({high}) above 0: None for no clipping"
         )
+    if most is not None:
+        if not most > 1 + high:
+            raise ValueError(f"most ({most}) must be above 1 + clip_high ({1 + high}), or None")
+        plain = -ratio.clamp(max=most) * advantages
     bounded = -ratio.clamp(1 - clip, 1 + high) * advantages
     losses = torch.where(mask, torch.maximum(plain, bounded), 0.0)
     return PolicyLoss(losses, ratio.detach(), mask & (bounded > plain).detach())
@@ -406,19 +207,32 @@ def importance_weights(
     mask: Bool[Tensor, "B T"],
     *,
     maximum: float = 2.0,
+    minimum: float = 0.0,
     level: Level = "token",
+    beyond: Literal["truncate", "drop"] = "truncate",
 ) -> Float[Tensor, "B T"]:
-    """min(pi / sampler, maximum), to multiply losses of completions that something else sampled.
+    """pi / sampler in bounds, to multiply losses of completions that something else sampled.
 
-    The sampler is the same policy in other arithmetic, or an older one; truncation bounds the
-    variance at the price of a bias (Ionides 2008; Yao et al. 2025). No gradient.
+    The sampler is the same policy in other arithmetic, or an older one; bounds keep the variance
+    finite at the price of a bias (Ionides 2008; Yao et al. 2025). No gradient.
+
+    Args:
+        maximum, minimum: of the ratio.
+        level: of the ratio, see `log_ratio`.
+        beyond: a ratio out of bounds becomes the bound, or 0 (its tokens are dropped).
 
     Raises:
-        ValueError: shapes that do not fit, a maximum not above 0.
+        ValueError: shapes that do not fit, a maximum not above 0 or the minimum.
     """
-    if not maximum > 0:
-        raise ValueError(f"maximum ({maximum}) must be above 0: inf for no truncation")
-    ratio = log_ratio(logps, sampler_logps, mask, level=level).exp().clamp(max=maximum)
+    if not maximum > 0 or not minimum < maximum:
+        raise ValueError(
+            f"maximum ({maximum}) must be above 0 and above minimum ({minimum}): inf for no bound"
+        )
+    ratio = log_ratio(logps, sampler_logps, mask, level=level).exp()
+    if beyond == "truncate":
+        ratio = ratio.clamp(minimum, maximum)
+    else:
+        ratio = torch.where((ratio < minimum) | (ratio > maximum), 0.0, ratio)
     return torch.where(mask, ratio, 0.0).detach()
 
 
@@ -431,80 +245,9 @@ def entropy(logits: Float[Tensor, "... V"]) -> Float[Tensor, "..."]:
     return -(logp.exp() * logp.masked_fill(logits == -torch.inf, 0.0)).sum(-1)
 
 
-def explained_variance(
-    values: Float[Tensor, "B T"], returns: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
-) -> Float[Tensor, ""]:
-    """1 - var(returns - values) / var(returns): 1 for a perfect critic, 0 for a constant one."""
-
-    check_mask(mask, values, "values")
-
-    def variance(x: Tensor) -> Tensor:
-        return masked_mean((x - masked_mean(x, mask)).square(), mask)
-
-    tiny = torch.finfo(returns.dtype).tiny
-    return 1 - variance(returns - values) / variance(returns).clamp(min=tiny)
-
-
-# ------------------------------------------------------------------------------------------- pieces
-
-
-def _reverse_scan(x: Tensor, decay: Tensor) -> Tensor:
-    """y_t = x_t + decay_t y_{t+1} by recursive doubling: log2 T steps, differentiable."""
-    step, T = 1, x.shape[-1]
-    while step < T:
-        x, decay = x + decay * _shift(x, step), decay * _shift(decay, step)
-        step *= 2
-    return x
-
-
-def _shift(x: Tensor, by: int) -> Tensor:
-    """x_{t + by}, zeros past the end."""
-    return torch.cat([x[..., by:], torch.zeros_like(x[..., :by])], -1)
-
-
-def _within(decay: Tensor, segment_ids: Tensor | None) -> Tensor:
-    """decay, but 0 from the last token of a segment to the next segment."""
-    if segment_ids is None:
-        return decay
-    if segment_ids.shape != decay.shape:
-        raise ValueError(
-            f"segment_ids {tuple(segment_ids.shape)} must have the shape of the tokens, "
-            f"{tuple(decay.shape)}"
-        )
-    same = torch.ones_like(segment_ids, dtype=torch.bool)
-    same = torch.cat([segment_ids[..., 1:] == segment_ids[..., :-1], same[..., :1]], -1)
-    return torch.where(same, decay, 0.0)
-
-
-def _groups(scores: Tensor, size: int) -> Tensor:
-    if size < 2:
-        raise ValueError(
-            f"size ({size}) must be at least 2: a completion is judged against others of its prompt"
-        )
-    if scores.ndim != 1 or scores.shape[0] % size:
-        raise ValueError(
-            f"scores {tuple(scores.shape)} must be (B,) with B a multiple of size ({size}): whole "
-            "groups, one after the other"
-        )
-    return scores.unflatten(0, (-1, size))
-
-
-def _per_token(advantages: Tensor, mask: Tensor) -> Tensor:
+def per_token(advantages: Tensor, mask: Tensor) -> Tensor:
+    """Advantages (B,) or (B, T) at every token, zeros where masked."""
     if advantages.shape == mask.shape[:1]:
         advantages = advantages[:, None].expand(mask.shape)
     check_mask(mask, advantages, "advantages")
     return torch.where(mask, advantages, 0.0)
-
-
-def _same_shape(**tensors: Tensor) -> None:
-    (first, like), *others = tensors.items()
-    for name, x in others:
-        if x.shape != like.shape:
-            raise ValueError(
-                f"{name} {tuple(x.shape)} must have the shape of {first} {tuple(like.shape)}"
-            )
-
-
-def _discount(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} ({value}) must be in [0, 1]")

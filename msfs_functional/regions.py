@@ -119,6 +119,23 @@ def region(fn: F) -> F:
     return run  # pyright: ignore[reportReturnType]
 
 
+def bound(fn: F) -> F:
+    """fn, whose regions are those that are active now, also when it is called later.
+
+    A recomputation in the backward pass runs in a thread of its own on a GPU: without this it would
+    find no active regions, run plain code and save other tensors than the forward pass did.
+    """
+    regions = active()
+    if regions is None:
+        return fn
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with regions.compiled():
+            return fn(*args, **kwargs)
+
+    return run  # pyright: ignore[reportReturnType]
+
+
 def region_of(fn: Callable[..., Any]) -> Callable[..., Any]:
     """A pure function of (params, ...) as a region, compiled once for all params of a shape."""
 

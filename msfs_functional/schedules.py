@@ -99,6 +99,20 @@ def noam(width: int, *, warmup: int = 4000, factor: float = 1.0) -> Schedule:
     return inverse_square_root(factor / math.sqrt(width * max(warmup, 1)), warmup=warmup)
 
 
+Name = Literal["inverse_square_root", "cosine", "linear", "wsd", "constant"]
+
+
+def named(name: Name, peak: float, steps: int, *, warmup: int = 0) -> Schedule:
+    """The schedule that a command line calls so; "wsd" falls over the last fifth of the steps."""
+    if name == "inverse_square_root":
+        return inverse_square_root(peak, warmup=warmup)
+    if name == "constant":
+        return constant(peak, warmup=warmup)
+    if name == "wsd":
+        return warmup_stable_decay(peak, steps, warmup=warmup, decay=max(1, steps // 5))
+    return {"cosine": cosine, "linear": linear}[name](peak, steps, warmup=warmup)
+
+
 def as_float(count: Tensor) -> Tensor:
     return torch.as_tensor(count).to(torch.float32)
 

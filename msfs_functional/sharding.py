@@ -14,10 +14,9 @@ cuts, the last ones are smaller or empty.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import optree
 import torch
 from jaxtyping import Int64
 from torch import Tensor
@@ -35,8 +34,6 @@ from msfs_functional import random
 from msfs_functional.collectives import psum
 from msfs_functional.meshes import active
 from msfs_functional.params import Functional, Params, Rules, Window, by_rules, parameter_key
-from msfs_functional.transforms import NAMESPACE
-from msfs_functional.updates import Transformation
 
 Cuts = Mapping[str, Placement]  # {axis: placement}; axes left out replicate
 
@@ -144,12 +141,12 @@ def sum_of_squares(leaves: Sequence[Tensor]) -> Tensor:
             summed = [Replicate() if p.is_partial() else p for p in x.placements]
             x = x.redistribute(placements=summed) if summed != list(x.placements) else x
             cut = tuple(isinstance(p, Shard) for p in x.placements)
-            sums.setdefault((x.device_mesh, cut), []).append(x.to_local().square().sum())
+            sums.setdefault((x.device_mesh, cut), []).append(x.to_local())
         else:
-            sums.setdefault(None, []).append(x.square().sum())
+            sums.setdefault(None, []).append(x)
     totals = []
-    for where, terms in sums.items():
-        total = torch.stack(terms).sum()
+    for where, parts in sums.items():
+        total = torch.stack(torch._foreach_norm(parts)).square().sum()
         if where is not None:
             mesh, cut = where
             for axis, yes in enumerate(cut):
@@ -158,30 +155,29 @@ def sum_of_squares(leaves: Sequence[Tensor]) -> Tensor:
     return torch.stack(totals).sum()
 
 
-def over_whole(transformation: Transformation) -> Transformation:
-    """An optimizer that needs whole tensors, such as Muon, over shards cut in whatever way.
+def share_out(fn: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """fn(torch.stack(tensors)).unbind(), where fn treats each tensor alone and needs it whole.
 
-    Every rank gathers gradients, state and parameters, makes the same update, and keeps its shards
-    of it. To be given those parameters only that need it (`optim.by_group`).
+    Of the N tensors, cut alike, each rank is sent its share whole (an all-to-all over the axes that
+    cut them), runs fn on it, and sends the shards of the result back. Along other axes the ranks do
+    the same.
+
+    Args:
+        fn: (n, *shape) -> (n, *shape), for any n >= 0.
+        tensors: DTensors of one shape, dtype and placement.
     """
-
-    def full(tree: Any) -> Any:
-        whole = lambda x: x.full_tensor() if isinstance(x, DTensor) else x  # noqa: E731
-        return optree.tree_map(whole, tree, namespace=NAMESPACE)
-
-    def cut(like: Any, x: Any) -> Any:
-        if not isinstance(like, DTensor):
-            return x
-        mesh = like.device_mesh
-        whole = DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
-        return whole.redistribute(placements=like.placements)
-
-    def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
-        updates, new = transformation.update(full(grads), full(state), full(params))
-        updates = {name: cut(params[name], value) for name, value in updates.items()}
-        return updates, optree.tree_map(cut, state, new, namespace=NAMESPACE)
-
-    return transformation._replace(update=update)
+    some = tensors[0]
+    assert isinstance(some, DTensor)
+    mesh, shape = some.device_mesh, torch.Size((len(tensors), *some.shape))
+    cut = tuple(Shard(p.dim + 1) if isinstance(p, Shard) else p for p in some.placements)
+    whole = tuple(Shard(0) if isinstance(p, Shard) else p for p in some.placements)
+    like = {"run_check": False, "shape": shape, "stride": contiguous_stride(shape)}
+    parts = torch.stack([x.to_local() for x in tensors if isinstance(x, DTensor)])
+    mine = DTensor.from_local(parts, mesh, cut, **like).redistribute(placements=whole).to_local()
+    made = fn(mine) if mine.numel() else mine
+    back = DTensor.from_local(made, mesh, whole, **like).redistribute(placements=cut).to_local()
+    like = {"run_check": False, "shape": some.shape, "stride": contiguous_stride(some.shape)}
+    return [DTensor.from_local(x, mesh, some.placements, **like) for x in back.unbind()]
 
 
 def describe(params: Params) -> str:

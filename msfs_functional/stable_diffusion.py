@@ -10,7 +10,7 @@ noise -> sampler(UNet(x, t, context), guided) -> latents -> autoencoder -> image
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -31,6 +31,8 @@ from msfs_functional.models.clip import TextConfig, text_tower
 from msfs_functional.models.unet import UNetConfig, unet
 from msfs_functional.models.weight_files import read_json, read_tensors
 from msfs_functional.params import Params, cast
+from msfs_functional.regions import Regions
+from msfs_functional.replay import replayed
 
 Sampler = Literal["ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde"]
 Spacing = Literal["leading", "linspace", "trailing"]
@@ -196,15 +198,32 @@ def encode_prompts(
     return tower.apply(params, ids, method="hidden_states", implementation=implementation)
 
 
+def _compiled(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """fn with its blocks compiled, one of each shape, and with the fastest of cuDNN's convolutions,
+    which its first call searches."""
+    regions = Regions(dynamic=False)
+
+    def run(*args: Any) -> Tensor:
+        before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+        try:
+            with regions.compiled():
+                return fn(*args)
+        finally:
+            torch.backends.cudnn.benchmark = before
+
+    return run
+
+
 @functools.lru_cache
 def _predict_fn(config: UNetConfig, implementation: Implementation, compile: bool) -> Any:
-    """(params, x, t, context) -> prediction; one object for all calls, compiled once a shape."""
+    """(params, x, t, context) -> prediction; one object for all calls, compiled once a shape, and
+    on a GPU replayed as one CUDA graph."""
     network = unet(config)
 
     def predict(params: Params, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         return network.apply(params, x, t, context, implementation=implementation)
 
-    return torch.compile(predict, dynamic=False, fullgraph=True) if compile else predict
+    return replayed(_compiled(predict)) if compile else predict
 
 
 @functools.lru_cache
@@ -214,7 +233,7 @@ def _images_fn(config: AutoencoderConfig, implementation: Implementation, compil
     def images(params: Params, latents: Tensor) -> Tensor:
         return network.apply(params, latents, method="images", implementation=implementation)
 
-    return torch.compile(images, dynamic=False, fullgraph=True) if compile else images
+    return _compiled(images) if compile else images
 
 
 @torch.no_grad()
@@ -240,7 +259,9 @@ def images_of(
         negative: the contexts to keep away from, as of an empty prompt.
         guidance: 1 is the context alone; see `classifier_free_guidance`, for rescale, too.
         spacing: of the steps; default: the published scheduler's.
-        compile: UNet and decoder, once for each shape: minutes, which pay for many images on a GPU.
+        compile: blocks of UNet and decoder, once for each shape: a minute, which pays for many
+            images on a GPU, where a call of the UNet then is one CUDA graph. The fastest
+            convolutions are searched, too, which may round otherwise from run to run.
 
     Raises:
         ValueError: a size that the autoencoder cannot make; steps, guidance or rescale out of

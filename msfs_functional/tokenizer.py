@@ -8,11 +8,15 @@ given; the word-level vocabulary of the classic recipe has one id a piece and UN
 A line is treated as if one space stood before it: a word has the same ids wherever it stands.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+
+from msfs_functional.byte_pairs import learn_merges, letters
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 SPECIALS = ["<pad>", "<bos>", "<eos>", "<unk>"]
@@ -127,7 +131,29 @@ def _train(backend: tokenizers.Tokenizer, lines: Iterable[str], trainer) -> Toke
     return Tokenizer(backend)
 
 
-def train_bpe(lines: Iterable[str], vocab_size: int) -> Tokenizer:
+def _textbook(backend: tokenizers.Tokenizer, lines: Iterable[str], merges: int) -> Tokenizer:
+    """The backend with merges of `learn_merges`."""
+    alphabet = letters()
+    byte_of = {letter: byte for byte, letter in enumerate(alphabet)}
+    spell = lambda piece: "".join(alphabet[byte] for byte in piece)  # noqa: E731
+    counts: Counter[str] = Counter()
+    for line in lines:
+        text: str = backend.normalizer.normalize_str(line)
+        counts.update(piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(text))
+    if not counts:
+        raise ValueError("no text in the lines: a tokenizer needs some to learn from")
+    pieces = {bytes(byte_of[letter] for letter in piece): n for piece, n in counts.items()}
+    learned = [(spell(a), spell(b)) for a, b in learn_merges(pieces, merges)]
+    joined = dict.fromkeys(a + b for a, b in learned)  # two merges can make the same
+    symbols = [*SPECIALS, *sorted(alphabet), *joined]
+    backend.model = models.BPE({symbol: i for i, symbol in enumerate(symbols)}, learned)
+    backend.add_special_tokens([tokenizers.AddedToken(text, special=True) for text in SPECIALS])
+    return Tokenizer(backend)
+
+
+def train_bpe(
+    lines: Iterable[str], vocab_size: int, *, ties: Literal["lower", "greater"] = "lower"
+) -> Tokenizer:
     """Learns byte-level BPE: the same lines and size always give the same tokenizer.
 
     Pass the lines of both languages for a joint vocabulary, of one for a separate one; of the
@@ -136,6 +162,8 @@ def train_bpe(lines: Iterable[str], vocab_size: int) -> Tokenizer:
     Args:
         lines: text, one sentence each.
         vocab_size: most ids to have: 4 specials, 256 bytes, then the merges.
+        ties: of pairs that are equally frequent, merge the one whose ids are lower (fast), or whose
+            bytes are greater (`byte_pairs`, in Python: the textbook's merges).
 
     Raises:
         ValueError: vocab_size leaves no room for a single merge, or there is no text.
@@ -155,6 +183,8 @@ def train_bpe(lines: Iterable[str], vocab_size: int) -> Tokenizer:
         ]
     )
     backend.decoder = decoders.ByteLevel()
+    if ties == "greater":
+        return _textbook(backend, lines, vocab_size - smallest)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,

@@ -20,7 +20,7 @@ Everything that changes from step to step is a tensor, so nothing recompiles, an
 waits for the device.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -36,13 +36,13 @@ from msfs_functional import random
 from msfs_functional.compiling import compile_per_shape, fresh, why_not_compile
 from msfs_functional.leafwise import Leafwise, Trained, UpdateFn
 from msfs_functional.optim import Transformation, apply_updates, ema, global_norm, overwrite
-from msfs_functional.params import Params
+from msfs_functional.params import Functional, Params, stack
 from msfs_functional.regions import Regions, region
 from msfs_functional.transforms import NAMESPACE, accumulate
 from msfs_functional.updates import tree_map
 
 Metrics = dict[str, Tensor]
-LossFn = Callable[[Any, Any, Tensor], tuple[Tensor, Metrics]]
+LossFn = Callable[[Any, Any, Any], tuple[Tensor, Metrics]]  # the key may be None
 Step = Callable[["TrainState", Any], tuple["TrainState", Metrics]]
 OURS = ("loss", "grad_norm", "skipped")
 
@@ -151,6 +151,44 @@ def init_state(
     )
 
 
+def first_state(
+    model: Functional,
+    optimizer: Transformation,
+    seeds: Sequence[int],
+    *,
+    device: torch.device | str | None = None,
+    ema_decay: float | None = None,
+) -> TrainState:
+    """The state of a run before its first step; of an ensemble's where there are several seeds.
+
+    Member i starts, and draws its random numbers, as the run with seeds[i] alone.
+    """
+    members = [model.init(seed, device=device) for seed in seeds]
+    keys = torch.stack([random.key(seed, device=device) for seed in seeds])
+    if len(members) == 1:
+        return init_state(members[0], optimizer, keys[0], ema_decay=ema_decay)
+    return init_state(stack(members), optimizer, keys, ema_decay=ema_decay)
+
+
+@torch.no_grad()
+def mean_loss(
+    loss_fn: LossFn, params: Params, batches: Iterable[Any], *, members: int | None = None
+) -> Tensor:
+    """The loss over all batches, each weighted by its metrics["weight"], without a key.
+
+    Args:
+        loss_fn: as in `make_step`; it gets None for a key, which means evaluation.
+        members: params are stacked so often; the loss is then (members,).
+    """
+    if members is not None:
+        loss_fn = vmap(loss_fn, in_dims=(0, None, None))
+    total, count = 0.0, 0.0
+    for batch in batches:
+        loss, metrics = loss_fn(params, batch, None)
+        total, count = total + loss * metrics["weight"], count + metrics["weight"]
+    return torch.as_tensor(total / count)
+
+
 @region
 def step_key(key: Tensor, step: Tensor, part: Tensor | None) -> Tensor:
     """The key of a step, or of one microbatch of it."""
@@ -250,6 +288,17 @@ def _on_shards(update: UpdateFn) -> UpdateFn:
     return run
 
 
+def _on_matrices(update: UpdateFn, eager: UpdateFn) -> UpdateFn:
+    """An update that looks at whole matrices (Muon) runs eagerly over shards: it sees all of them
+    at once then, and what ranks send one another goes in few parts."""
+
+    def run(trained: Trained, grads: Params, scale: Tensor | None, finite: Tensor) -> Trained:
+        fn = eager if any(map(is_sharded, grads.values())) else update
+        return fn(trained, grads, scale, finite)
+
+    return run
+
+
 def _advance(
     optimizer: Transformation,
     *,
@@ -276,7 +325,8 @@ def _advance(
         overwrite(trained, pure(trained, *rest))
         return trained
 
-    update: UpdateFn = overwriting if donate else pure
+    eager: UpdateFn = overwriting if donate else pure
+    update = eager
     if compile and optimizer.kinds is not None:
         update = Leafwise(
             pure, optimizer.kinds, elementwise=optimizer.elementwise, lead=lead, donate=donate
@@ -284,8 +334,7 @@ def _advance(
     elif compile:
         update = torch.compile(fresh(update), fullgraph=True, dynamic=False)
 
-    if optimizer.elementwise:
-        update = _on_shards(update)
+    update = _on_shards(update) if optimizer.elementwise else _on_matrices(update, eager)
 
     def advance(state: TrainState, grads: Params, sums: Metrics, weight: Tensor) -> Any:
         metrics, scale, finite = _settle(grads, sums, weight, weighted, clip, lead)
@@ -377,7 +426,8 @@ def make_step(
         donate: write the new state into the old one's memory: nothing is allocated, and the state
             that went in is spent.
         gradient: replaces `transforms.accumulate`, for models that keep parameters of their own
-            (`fsdp`); the loss is then not compiled, the update is.
+            (`fsdp`) or gather them beside the computation (`gathering.Sharded.gradient`). The loss
+            is then no graph, its regions are with compile="regions"; the update is.
 
     Raises:
         ValueError: a batch that accumulation does not divide; members that the state does not have;

@@ -21,11 +21,15 @@ from torch import Tensor
 
 from msfs_functional import metrics, pictures
 from msfs_functional.attention import Implementation
+from msfs_functional.batches import TokenBatches
+from msfs_functional.corpora import Splits
 from msfs_functional.decoding import (
+    Runner,
     beam_search,
     ensemble_reorder,
     ensemble_step,
     greedy,
+    run_eager,
 )
 from msfs_functional.models.transformer import Cache, reorder_cache
 from msfs_functional.params import Functional, Params
@@ -92,6 +96,7 @@ def translator(
     extra_length: int = 40,
     batch: int = 64,
     implementation: Implementation = "flash",
+    runner: Runner = run_eager,
 ) -> Translate:
     """A function from sentences to the n_best translations of each, the best first.
 
@@ -104,6 +109,7 @@ def translator(
             are translated one by one.
         extra_length: a target has at most this many tokens more than its source, rounded up to 16.
         batch: sentences decoded at once; like lengths are put together.
+        runner: what makes the steps of a search; a `decoding.Compiled` is kept for all of them.
 
     Raises:
         ValueError: n_best is not from 1 to beams.
@@ -143,7 +149,7 @@ def translator(
         steps = min(width + extra_length, max_length)
         cache = start_fn(params, source, lengths, steps)
         options: dict[str, Any] = {"batch": len(rows), "max_length": steps}
-        options |= {"bos": BOS, "eos": EOS, "pad": PAD}
+        options |= {"bos": BOS, "eos": EOS, "pad": PAD, "runner": runner}
         if beams == 1:
             found = greedy(step_fn, cache, **options)
             scores = found.scores / found.lengths.clamp(min=1) ** length_penalty
@@ -184,6 +190,18 @@ def translator(
         return results
 
     return translate
+
+
+def describe(splits: Splits, stream: TokenBatches, max_length: int) -> str:
+    """Of what a run is made, for its first lines."""
+    dropped = {**splits.dropped, f"longer than {max_length} tokens": stream.dropped}
+    left_out = [f"{number} {reason}" for reason, number in dropped.items() if number]
+    return (
+        f"{len(splits.train)} pairs to train, {len(splits.valid)} to validate, "
+        f"{len(splits.test)} to test\nleft out: {', '.join(left_out) or 'none'}\n"
+        f"{stream.steps_per_epoch} batches an epoch in {len(stream.shapes)} shapes, "
+        f"{stream.padding:.0%} padding"
+    )
 
 
 class Assessment(NamedTuple):
@@ -231,6 +249,27 @@ def read_lines(path: Path | None = None) -> Iterator[str]:
                     f"{path or 'stdin'}, line {number}: byte 0x{line[error.start]:02x} is not "
                     "UTF-8: convert the text, for example with iconv -f latin1 -t utf-8"
                 ) from None
+
+
+def print_translations(
+    translate: Translate, lines: Iterator[str], *, at_once: int, scores: bool = False
+) -> tuple[str, str] | None:
+    """Prints the translations of each line, with `scores` each as score, tab, text.
+
+    Args:
+        at_once: lines to read before any is translated; 1 answers a person line by line.
+
+    Returns:
+        The first line and its best translation; None where there is no line.
+    """
+    first = None
+    while block := list(itertools.islice(lines, at_once)):
+        found = translate(block)
+        for hypotheses in found:
+            for text, score in hypotheses:
+                print(f"{score:.4f}\t{text}" if scores else text, flush=True)
+        first = first or (block[0], found[0][0].text)
+    return first
 
 
 def attention_figure(

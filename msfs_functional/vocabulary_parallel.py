@@ -64,6 +64,7 @@ def _loss(
     label_smoothing: float = 0.0,
     ignore_index: int = PAD,
     z_loss: float = 0.0,
+    softcap: float | None = None,
 ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
     start, stop = chunk_bounds(vocab, group_size(group), group_rank(group))
     if weight.shape != (stop - start, hidden.shape[-1]) or labels.shape != hidden.shape[:-1]:
@@ -76,10 +77,14 @@ def _loss(
         raise ValueError(
             f"label_smoothing ({label_smoothing}) must be in [0, 1], z_loss ({z_loss}) at least 0"
         )
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap ({softcap}) must be a positive number, or None for no cap")
 
     def part(h: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
         s = F.linear(h, weight, bias)
         s = s.to(torch.promote_types(s.dtype, torch.float32))
+        if softcap is not None:
+            s = softcap * torch.tanh(s / softcap)
         local, own = _own(y, vocab, group)
         chosen = _some(s.mT).mT.gather(-1, local[..., None])[..., 0]
         terms = torch.stack([torch.where(own, chosen, 0.0), s.sum(-1)])

@@ -8,6 +8,7 @@
     python recipes/bench_attention.py --tangent     # torch.func.jvp beside jvp_flash_attention
     python recipes/bench_attention.py --overhead    # the host's time a call, beside torch's
     python recipes/bench_attention.py --decode      # few queries against a long cache, beside torch
+    python recipes/bench_attention.py --masks       # windows, lengths, grouped heads: work left
     python recipes/bench_attention.py --second-order      # peak memory of second derivatives
     python recipes/bench_attention.py --tune        # measures tile sizes, rewrites configs.json
     python recipes/bench_attention.py --head-dims 128 --lengths 4096 --peers ours cudnn   # a part
@@ -29,6 +30,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -104,8 +106,20 @@ def jvp_flash() -> Attention:
     return attention
 
 
+def cuda_cpp() -> Attention:
+    """Our forward in CUDA C++, the one to read."""
+    from msfs_kernels import cuda_forward
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+        options = Options(causal=causal, scale=q.shape[-1] ** -0.5)
+        return cuda_forward.forward(q.detach(), k.detach(), v.detach(), options)[0]
+
+    return attention
+
+
 PEERS: dict[str, Callable[[], Attention]] = {
     "ours": lambda: ours,
+    "cuda": cuda_cpp,
     "flash2": lambda: sdpa("FLASH_ATTENTION"),
     "flex": flex,
     "cudnn": lambda: sdpa("CUDNN_ATTENTION"),
@@ -158,13 +172,15 @@ def measure(
     exact: tuple[Tensor, ...] | None,
     rep_ms: int,
 ):
-    """Forward and backward ms, largest errors of o and of the gradients, peak MiB above inputs."""
+    """Forward and backward ms, largest errors of o and of the gradients, peak MiB above inputs;
+    NaN for the backward of a forward kernel.
+    """
     q, k, v = (x.detach().requires_grad_() for x in tensors[:3])
     do = tensors[3]
 
     def both() -> tuple[Tensor, ...]:
         o = attention(q, k, v, causal)
-        return o, *torch.autograd.grad(o, (q, k, v), do)
+        return o, *(torch.autograd.grad(o, (q, k, v), do) if o.requires_grad else ())
 
     both()
     torch.cuda.synchronize()
@@ -177,12 +193,14 @@ def measure(
     if exact is not None:
         errors = [
             float((x[:1, :1].detach().double() - y).abs().max())
-            for x, y in zip(results, exact, strict=True)
+            for x, y in zip(results, exact, strict=False)
         ]
     del results
     with torch.no_grad():
         forward_ms = median_ms(lambda: attention(q, k, v, causal), rep_ms)
     o = attention(q, k, v, causal)
+    if not o.requires_grad:
+        return forward_ms, float("nan"), errors[0], float("nan"), peak
     backward_ms = median_ms(
         lambda: torch.autograd.grad(o, (q, k, v), do, retain_graph=True), rep_ms
     )
@@ -322,33 +340,85 @@ def milliseconds(calls: list[Callable[[], object]], args: argparse.Namespace) ->
 
 
 def bench_decode(args: argparse.Namespace) -> None:
-    """A few new tokens of 8 rows, 32 heads over 8 kv heads of 128, against a cache of keys."""
-    kernel: Callable[..., tuple[Tensor, Tensor]]
-    if args.device == "cuda":
-        from msfs_kernels.triton_backend import forward as kernel
-    else:
-        from msfs_kernels.cpu import forward as kernel
-    options = Options(scale=128**-0.5)
+    """A few new tokens of some rows, 32 heads over 8 kv heads of 128, against a cache of keys:
+    ours beside what torch picks by itself and its FlashAttention-2.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
     rows = []
-    for length in args.lengths or (8192, 16_384, 32_768, 65_536):
-        k, v = (
-            torch.randn(8, 8, length, 128, device=args.device, dtype=torch.bfloat16)
-            for _ in range(2)
-        )
-        gigabytes = 2 * k.numel() * k.element_size() / 1e9
-        for T in (1, 4, 16):
-            q = torch.randn(8, 32, T, 128, device=args.device, dtype=torch.bfloat16)
-            mine = functools.partial(kernel, q, k, v, options)
-            peer = functools.partial(F.scaled_dot_product_attention, q, k, v, enable_gqa=True)
-            with torch.no_grad():
-                ms, peer_ms = milliseconds([mine, peer], args)
-                error = (mine()[0] - peer()).abs().max()
-            rows.append(
-                f"{T:4d} {length:7d} {ms:9.3f} {gigabytes / ms * 1e3:7.0f} {peer_ms:9.3f}"
-                f" {peer_ms / ms:9.2f} {float(error):12.2g}"
+    for batch in (1, 8):
+        for length in args.lengths or (8192, 32_768, 65_536):
+            k, v = (
+                torch.randn(batch, 8, length, 128, device=args.device, dtype=torch.bfloat16)
+                for _ in range(2)
             )
-    print("   T    keys   ours ms    GB/s   sdpa ms  faster by  difference")
+            gigabytes = 2 * k.numel() * k.element_size() / 1e9
+            for T in (1, 4, 16):
+                q = torch.randn(batch, 32, T, 128, device=args.device, dtype=torch.bfloat16)
+                peer = functools.partial(F.scaled_dot_product_attention, q, k, v, enable_gqa=True)
+                calls: list[Callable[[], object]] = [
+                    functools.partial(ours, q, k, v, False),
+                    peer,
+                ]
+                with torch.no_grad():
+                    error = (ours(q, k, v, False) - peer()).abs().max()
+                    ms, peer_ms = milliseconds(calls, args)
+                    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                        (flash_ms,) = milliseconds([peer], args)
+                rows.append(
+                    f"{batch:4d} {T:4d} {length:7d} {ms:9.3f} {gigabytes / ms * 1e3:7.0f}"
+                    f" {peer_ms:9.3f} {flash_ms:9.3f} {peer_ms / ms:8.2f} {flash_ms / ms:8.2f}"
+                    f" {float(error):10.2g}"
+                )
+    print("rows    T    keys   ours ms    GB/s   sdpa ms  flash ms  faster than either  difference")
     print("\n".join(rows))
+
+
+def mask_rows(length: int, device: str) -> dict[str, tuple[int, dict[str, Any]]]:
+    """Name: (kv heads of 16, options), each leaving a part of the work of the first."""
+    half = torch.full((1,), length // 2, device=device)
+    ids = torch.arange(length, device=device) // (length // 8)
+    return {
+        "full": (16, {}),
+        "causal": (16, {"is_causal": True}),
+        "causal, window of 1k": (16, {"is_causal": True, "window": 1024}),
+        "window of 1k, both sides": (16, {"window": 1024}),
+        "keys half as long": (16, {"key_lengths": half}),
+        "causal, 8 packed segments": (16, {"is_causal": True, "segment_ids": ids}),
+        "causal, prefix of half": (16, {"is_causal": True, "prefix_lengths": half}),
+        "4 kv heads": (4, {}),
+        "1 kv head": (1, {}),
+        "softcap": (16, {"softcap": 50.0}),
+        "ALiBi": (16, {"is_causal": True, "alibi_slopes": torch.rand(16, device=device)}),
+        "dropout 0.1": (
+            16,
+            {"dropout": 0.1, "dropout_key": torch.tensor([1, 2], device=device)},
+        ),
+    }
+
+
+def bench_masks(args: argparse.Namespace) -> None:
+    """What each option costs at 16k tokens, 16 heads of 128: time falls with the work left."""
+    from msfs_kernels import flash_attention
+
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    for length in args.lengths or (16_384,):
+        first: list[float] = []
+        print(f"{length} tokens{'':14s} forward ms  of full  backward ms  of full")
+        for name, (kv_heads, options) in mask_rows(length, args.device).items():
+            q, k, v = (
+                torch.randn(1, heads, length, 128, device=args.device, dtype=dtype).requires_grad_()
+                for heads in (16, kv_heads, kv_heads)
+            )
+            o = flash_attention(q, k, v, **options)
+            calls: list[Callable[[], object]] = [
+                torch.no_grad()(functools.partial(flash_attention, q, k, v, **options)),
+                functools.partial(torch.autograd.grad, o, (q, k, v), o, retain_graph=True),
+            ]
+            times = milliseconds(calls, args)
+            first = first or times
+            cells = (f"{ms:9.3f} {ms / full:7.1%}" for ms, full in zip(times, first, strict=True))
+            print(f"{name:26s} " + "   ".join(cells), flush=True)
 
 
 def bench_overhead(args: argparse.Namespace) -> None:
@@ -356,13 +426,16 @@ def bench_overhead(args: argparse.Namespace) -> None:
     q, k, v = (
         torch.randn(1, 2, 16, 64, device=args.device, dtype=torch.bfloat16) for _ in range(3)
     )
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    moves = tuple(torch.randn_like(x) for x in (q, k, v))
 
     def torchs(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
+    do = torch.randn_like(q)
+
     def with_backward(attention: Attention) -> object:
-        return torch.autograd.grad(attention(leaves[0], leaves[1], leaves[2], False), leaves, q)
+        return torch.autograd.grad(attention(leaves[0], leaves[1], leaves[2], False), leaves, do)
 
     calls: dict[str, list[Callable[[], object]]] = {
         "forward": [lambda: ours(q, k, v, False), lambda: torchs(q, k, v, False)],
@@ -371,7 +444,7 @@ def bench_overhead(args: argparse.Namespace) -> None:
             lambda: torchs(leaves[0], leaves[1], leaves[2], False),
         ],
         "forward and backward": [lambda: with_backward(ours), lambda: with_backward(torchs)],
-        "jvp": [lambda: torch.func.jvp(lambda x, y, z: ours(x, y, z, False), (q, k, v), (q, k, v))],
+        "jvp": [lambda: torch.func.jvp(lambda x, y, z: ours(x, y, z, False), (q, k, v), moves)],
     }
     if args.device == "cuda":
         lse, options = q.new_empty((1, 2, 16), dtype=torch.float32), Options(scale=0.125)
@@ -584,7 +657,8 @@ def check(args: argparse.Namespace) -> None:
         raise SystemExit("--check --device cpu needs TRITON_INTERPRET=1: the kernels are Triton's")
     start, late, results, first = time.time(), [], [], set()
     knobs.compilation.listener = lambda **facts: late.append(1 - facts["cache_hit"])
-    seeds = fuzz_set(args.cases, args.seed, args.largest)
+    shard, shards = args.shard
+    seeds = fuzz_set(args.cases, args.seed, args.largest)[shard::shards]
     for seed, sibling in compiled_cases(seeds, args, start):
         check_case(seed, sibling, args, results)
         first |= {seed} if sibling == 0 else set()
@@ -748,6 +822,7 @@ def main() -> None:
     parser.add_argument("--tangent", action="store_true", help="measure torch.func.jvp")
     parser.add_argument("--overhead", action="store_true", help="measure the host's time a call")
     parser.add_argument("--decode", action="store_true", help="measure few tokens against a cache")
+    parser.add_argument("--masks", action="store_true", help="measure what each option costs")
     parser.add_argument(
         "--second-order", action="store_true", help="peak memory of second derivatives"
     )
@@ -766,7 +841,7 @@ def main() -> None:
         "--peers",
         nargs="+",
         choices=list(PEERS),
-        default=["ours", "flash2", "flex", "cudnn", "flash4"],
+        default=["ours", "cuda", "flash2", "flex", "cudnn", "flash4"],
     )
     parser.add_argument(
         "--kernels", nargs="+", default=["forward", "fused", "own", "keys", "queries", "tangent"]
@@ -780,6 +855,10 @@ def main() -> None:
         "--launch-only", action="store_true", help="--check without comparing, for a memory checker"
     )
     parser.add_argument("--cases", type=int, default=48, help="draws for --check")
+    parser.add_argument(
+        "--shard", type=int, nargs=2, default=(0, 1), metavar=("I", "N"),
+        help="every Nth draw of --check from the Ith on, so that N machines share them",
+    )  # fmt: skip
     parser.add_argument("--largest", type=int, default=300, help="tokens, for --check")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
@@ -797,6 +876,7 @@ def main() -> None:
         "check": check,
         "overhead": bench_overhead,
         "decode": bench_decode,
+        "masks": bench_masks,
         "second_order": bench_second_order,
         "tangent": bench_tangent,
     }

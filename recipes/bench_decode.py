@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 import transformers
 import tyro
+from measuring import kernels
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -235,10 +236,7 @@ def main(config: Config) -> dict:
     console.print(table)
     if config.profile:
         search = next(iter(searches.values()))
-        with torch.profiler.profile() as profile:
-            search(source, lengths)
-        by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-        print(profile.key_averages().table(sort_by=by, row_limit=30, max_name_column_width=90))
+        print(kernels(lambda: search(source, lengths), steps=2))
     if config.out is not None:
         config.out.write_text(json.dumps(result, indent=1))
     return result

@@ -7,23 +7,25 @@ Random weights: the work is the same as with trained ones. Training: fp32 parame
 squared error of eps; diffusers' UNet runs under bf16 autocast, compiled whole, with fused AdamW.
 Ours compiles one block of each shape (--compile regions) or the whole loss (--compile whole). Both
 run in channels_last. Sampling: diffusers' pipeline with compiled UNet and decoder, DPM-Solver++ 2M.
-Caches of compiled code are off, so that the first step is a first one.
+Caches of compiled code are new and empty folders, so that the first step is a first one.
 
 `--small` shows on a CPU that all of it works; its figures mean nothing.
 """
 
 import os
+import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
-os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")  # must stand before torch
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()  # must stand before torch
+os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()
 
 import diffusers
 import torch
 import torch.nn.functional as F
 import tyro
-from measuring import fresh, measure
+from measuring import fresh, measure, synchronize
 from torch import Tensor
 
 from msfs_functional import errors, optim, random
@@ -32,6 +34,7 @@ from msfs_functional.clip_tokenizer import ClipTokenizer
 from msfs_functional.compiling import graphed
 from msfs_functional.models import diffusers_format
 from msfs_functional.models.clip import TextConfig
+from msfs_functional.models.convolutions import channels_last, stored_channels_last
 from msfs_functional.models.unet import unet
 from msfs_functional.params import Params, cast
 from msfs_functional.train import init_state, make_step
@@ -52,13 +55,25 @@ class Config:
     """ours: one block of each shape, or the loss as one graph"""
     graph: bool = False
     """ours: replay the training step as one CUDA graph"""
+    search: bool = False
+    """training: cuDNN searches its fastest convolutions, on both sides"""
     sides: tuple[Literal["ours", "diffusers"], ...] = ("ours", "diffusers")
     batches: tuple[int, ...] = (1, 8)
     """images at once, of sampling"""
     repeats: int = 3
     """timed calls, of sampling"""
+    profile: bool = False
+    """print our kernels of one step, or of one call"""
     debug: bool = False
     """show tracebacks"""
+
+
+def show_kernels(run: Callable[[], object]) -> None:
+    with torch.profiler.profile() as profile:
+        run()
+        synchronize()
+    by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    print(profile.key_averages().table(sort_by=by, row_limit=45, max_name_column_width=80))
 
 
 def sizes(small: bool) -> dict[str, Any]:
@@ -90,13 +105,6 @@ def made_up_batch(small: bool, device: str) -> dict[str, Tensor]:
     return batch
 
 
-def channels_last(params: Params) -> Params:
-    return {
-        name: value.to(memory_format=torch.channels_last) if value.ndim == 4 else value
-        for name, value in params.items()
-    }
-
-
 def our_training(config: Config, batch: dict[str, Tensor], device: str) -> Callable[[], object]:
     with torch.device("meta"):
         options = diffusers.UNet2DConditionModel(**sizes(config.small)).config
@@ -104,16 +112,14 @@ def our_training(config: Config, batch: dict[str, Tensor], device: str) -> Calla
     dtype = torch.float32 if config.small else torch.bfloat16
 
     def loss_fn(params: Params, batch: dict[str, Tensor], key: Tensor):
-        params = cast(params, dtype)
+        params = channels_last(cast(params, dtype))
         x, context = batch["x"].to(dtype), batch["context"].to(dtype)
         y = model.apply(params, x, batch["t"], context)
         return F.mse_loss(y.float(), batch["eps"]), {}
 
     optimizer = optim.adamw(1e-5)
-    params = model.init(0, device=device)
+    params = stored_channels_last(model.init(0, device=device))
     state = init_state(params, optimizer, random.key(1, device=device))
-    params = channels_last(state.params)
-    state = replace(state, params=params, opt_state=optimizer.init(params))
     how: Any = False if config.small else True if config.compile == "whole" else "regions"
     step = make_step(loss_fn, optimizer, compile=how, dynamic=False)
     step = graphed(step) if config.graph else step
@@ -143,19 +149,24 @@ def their_training(config: Config, batch: dict[str, Tensor], device: str) -> Cal
 
 
 def train(config: Config, device: str) -> None:
+    torch.backends.cudnn.benchmark = config.search
     batch = made_up_batch(config.small, device)
     builds = {"ours": our_training, "diffusers": their_training}
     rates = {}
     for name in config.sides:
         torch._dynamo.reset()
         fresh()
-        figures = measure(builds[name](config, batch, device), config.warmup, config.steps)
+        run = builds[name](config, batch, device)
+        figures = measure(run, config.warmup, config.steps)
         rates[name] = len(batch["x"]) / figures.seconds
         print(
             f"{name:10} {rates[name]:8.1f} latents/s  {figures.memory:6.1f} GiB  "
             f"first step {figures.first:6.1f} s",
             flush=True,
         )
+        if config.profile and name == "ours":
+            show_kernels(run)
+        del run
     if len(rates) == 2:
         print(f"ours / diffusers: {rates['ours'] / rates['diffusers']:.3f}")
 
@@ -209,9 +220,10 @@ def sample(config: Config, device: str) -> None:
         process,
         0,
     )
+    layout = lambda params: channels_last(stored_channels_last(params))  # noqa: E731
     ours = ours._replace(
-        unet=(ours.unet[0], channels_last(ours.unet[1])),
-        autoencoder=(ours.autoencoder[0], channels_last(ours.autoencoder[1])),
+        unet=(ours.unet[0], layout(ours.unet[1])),
+        autoencoder=(ours.autoencoder[0], layout(ours.autoencoder[1])),
     )
     if not config.small:
         theirs.unet = torch.compile(theirs.unet)
@@ -244,6 +256,8 @@ def sample(config: Config, device: str) -> None:
                 f"first call {figures.first:6.1f} s",
                 flush=True,
             )
+            if config.profile and name == "ours":
+                show_kernels(runs[name])
         if len(rates) == 2:
             print(f"batch {batch}  ours / diffusers: {rates['ours'] / rates['diffusers']:.3f}")
 

@@ -23,8 +23,6 @@ from typing import Any, Literal
 import torch
 import transformers
 import tyro
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from msfs_functional.generation import GREEDY, Generator, Settings
@@ -43,9 +41,12 @@ class Config:
     prompt: int = 128  # tokens
     new: int = 128  # tokens
     implementation: Literal["flash", "sdpa", "reference"] = "flash"  # of our attention
-    tune: bool = True  # Inductor's coordinate descent, which writes products of one row as kernels
+    # blocks compiled once for all, or each whole step as one graph
+    compile: Literal["regions", "whole"] = "regions"
+    tune: bool = False  # whole: with Inductor's coordinate descent, which takes minutes
     peer: bool = True  # time transformers too
-    repeats: int = 10  # timed runs; the median counts
+    same: bool = True  # compare greedy tokens in float32
+    repeats: int = 10  # timed runs; the median counts; 0 times nothing
     seed: int = 0
     tiny: bool = False  # a tiny model, nothing compiled: only to see that everything runs
     check: bool = False  # exit code 1 unless the goals are met
@@ -88,7 +89,7 @@ def our_generate(theirs: Any, config: Config, dtype: torch.dtype) -> Callable[[T
     model, params = decoder(replace(shape, fused=True)), cast(fuse(params), dtype)
     generate = Generator(
         language_model(model, params, implementation=config.implementation),
-        compile=not config.tiny,
+        compile=False if config.tiny else "regions" if config.compile == "regions" else True,
         options={"coordinate_descent_tuning": True} if config.tune else None,
     )
     return lambda tokens: generate(tokens, Settings(config.new, GREEDY)).tokens
@@ -108,8 +109,62 @@ def seconds(run: Callable[[], object], repeats: int, device: str) -> float:
     return sorted(times[2:])[repeats // 2]
 
 
+def compare_speed(
+    config: Config, theirs: Any, prompts: dict[int, Tensor], result: dict[str, Any]
+) -> None:
+    """Prints tokens/s of both; profiles ours."""
+    dtype = getattr(torch, config.dtype)
+    theirs = theirs.to(dtype)
+    runs = {"ours": our_generate(theirs, config, dtype)}
+    if config.peer:
+        runs["transformers"] = their_generate(theirs, config)
+    for batch, tokens in prompts.items():
+        rates = {}
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run(tokens).cpu()
+            first = time.perf_counter() - start
+            took = seconds(lambda: run(tokens), config.repeats, config.device)  # noqa: B023
+            rates[name] = batch * config.new / took
+            result[f"{name}, batch {batch}"] = {"tokens_per_s": rates[name], "first_call_s": first}
+            times = f"ours {rates['ours'] / rates[name]:5.2f}x" if name != "ours" else ""
+            print(
+                f"{name:12}  batch {batch:3}  {rates[name]:10,.0f} tokens/s  "
+                f"{1e3 * took / config.new:7.3f} ms a token  first call {first:5.1f} s  {times}",
+                flush=True,
+            )
+        if config.peer and batch in GOALS and not config.tiny:
+            result["met"] &= rates["ours"] >= GOALS[batch] * rates["transformers"]
+        if config.profile:
+            profile(lambda: runs["ours"](tokens), config.device)  # noqa: B023
+
+
+def compare_tokens(
+    config: Config, theirs: Any, prompts: dict[int, Tensor], result: dict[str, Any]
+) -> None:
+    """Prints how many rows are equal in float32."""
+    torch.compiler.reset()
+    ours, peer = our_generate(theirs, config, torch.float32), their_generate(theirs, config)
+    for batch, tokens in prompts.items():
+        equal = ours(tokens) == peer(tokens)
+        result["met"] &= bool(equal.all())
+        print(
+            f"float32, batch {batch}: {int(equal.all(1).sum())} of {batch} rows have equal tokens, "
+            f"{equal.float().mean():.2%} of all tokens",
+            flush=True,
+        )
+
+
+def profile(run: Callable[[], object], device: str) -> None:
+    """Prints the kernels of a run."""
+    with torch.profiler.profile() as found:
+        run()
+    by = "self_cuda_time_total" if device == "cuda" else "self_cpu_time_total"
+    table = found.key_averages().table(sort_by=by, row_limit=30, max_name_column_width=90)
+    print(table, flush=True)
+
+
 def main(config: Config) -> dict:
-    console = Console(width=120)
     torch.set_float32_matmul_precision("highest")
     torch._dynamo.config.recompile_limit = 64
     if config.tiny:
@@ -123,7 +178,7 @@ def main(config: Config) -> dict:
         config = replace(config, **smaller)
     device = torch.device(config.device)
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-    console.print(
+    print(
         f"{chip or 'CPU'}, torch {torch.__version__}, transformers {transformers.__version__}, "
         f"{config}"
     )
@@ -135,52 +190,14 @@ def main(config: Config) -> dict:
         for batch in config.batches
     }
     result: dict = {"chip": chip, "torch": torch.__version__, "met": True}
-    table = Table(
-        "greedy generation", "batch", "tokens/s", "ms a token", "x", "same in float32", "first call"
-    )
-    same = {}
-    ours, peer = our_generate(theirs, config, torch.float32), their_generate(theirs, config)
-    for batch, tokens in prompts.items():
-        equal = ours(tokens) == peer(tokens)
-        same[batch] = f"{int(equal.all(1).sum())} of {batch} rows, {equal.float().mean():.2%}"
-        result["met"] &= bool(equal.all())
-    del ours, peer
-    torch.compiler.reset()
-    dtype = getattr(torch, config.dtype)
-    theirs = theirs.to(dtype)
-    ours, peer = our_generate(theirs, config, dtype), their_generate(theirs, config)
-    for batch, tokens in prompts.items():
-        rates = {}
-        runs = {"ours": ours, "transformers": peer} if config.peer else {"ours": ours}
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run(tokens).cpu()
-            first = time.perf_counter() - start
-            took = seconds(lambda: run(tokens), config.repeats, device.type)  # noqa: B023
-            rates[name] = batch * config.new / took
-            result[f"{name}, batch {batch}"] = {"tokens_per_s": rates[name], "first_call_s": first}
-            ratio = rates["ours"] / rates[name]
-            table.add_row(
-                name,
-                str(batch),
-                f"{rates[name]:,.0f}",
-                f"{1e3 * took / config.new:.3f}",
-                "" if name == "ours" else f"ours {ratio:.2f}x",
-                same[batch] if name == "ours" else "",
-                f"{first:.1f} s",
-            )
-        if config.peer and batch in GOALS and not config.tiny:
-            result["met"] &= rates["ours"] >= GOALS[batch] * rates["transformers"]
-    console.print(table)
-    if config.profile:
-        with torch.profiler.profile() as profile:
-            ours(prompts[config.batches[0]])
-        by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-        print(profile.key_averages().table(sort_by=by, row_limit=30, max_name_column_width=90))
+    if config.repeats:
+        compare_speed(config, theirs, prompts, result)
+    if config.same:
+        compare_tokens(config, theirs.float(), prompts, result)
     if config.out is not None:
         config.out.write_text(json.dumps(result, indent=1))
     if config.check and not result["met"]:
-        console.print("goals not met: same tokens in float32, and " + str(GOALS))
+        print(f"goals not met: same tokens in float32, and {GOALS}")
         sys.exit(1)
     return result
 

@@ -1,37 +1,59 @@
 """Tokens a second of one sharded training step: the functional path beside FSDP2, in one run.
 
     python recipes/bench_mesh.py --preset tiny --steps 3                     # CPU, one process
-    torchrun --nproc-per-node 2 recipes/bench_mesh.py                        # 1.3B, 2 x 4096 a GPU
+    torchrun --nproc-per-node 4 recipes/bench_mesh.py                        # 1.3B, 2 x 4096 a GPU
     torchrun --nproc-per-node 4 recipes/bench_mesh.py --mesh.tp 2 --paths functional
+    torchrun --nproc-per-node 4 recipes/bench_mesh.py --mesh.cp 4 --batch 8 --paths functional
 
 Each path trains the same decoder on the same random tokens: bf16 products, fp32 shards, fp32 sums
-of gradients, AdamW, blocks recomputed if asked; tp also cuts tokens and vocabulary. It prints the
-first step's seconds, tokens/s a rank (median of the steps after two), peak memory of rank 0 and the
-loss, which must agree.
+of gradients, fused linear and cross-entropy, AdamW, blocks recomputed if asked; tp also cuts tokens
+and vocabulary, cp cuts the sequences.
+
+    functional   blocks compiled once for all; gathers and sums beside them (`overlap`); on GPUs the
+                 whole step, collectives included, is one CUDA graph
+    launched     the same without the CUDA graph
+    fsdp2        fully_shard with every block compiled, behind the same step (`fsdp`)
+    torch        the same module in a loop of torch's own: clip_grad_norm_, fused AdamW
+    whole        the functional loss as one graph of Inductor's, which reorders collectives
+
+It prints the first step's seconds, tokens/s a rank, model FLOPs utilisation, peak memory of rank 0
+and the first losses, which must agree. MFU is that of `pretrain.py`, with 989 TFLOP/s as the peak.
+--trace adds how much of the communication had computation beside it, and the kernels that took
+longest.
 """
 
+import collections
 import functools
-import statistics
-import time
-from dataclasses import dataclass, field
+import json
+import math
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path as File
 from typing import Any, Literal
 
 import torch
 import torch._inductor.config as inductor
 import tyro
+from measuring import fresh, measure, synchronize
+from torch.distributed.tensor import DTensor
 
-from msfs_functional import errors, optim, random
+from msfs_functional import context_parallel, errors, optim, random
+from msfs_functional.compiling import graphed
 from msfs_functional.fsdp import fully_sharded
 from msfs_functional.gathering import gathered, sharded
 from msfs_functional.layouts import DECODER_BY_TOKENS
-from msfs_functional.losses import cross_entropy
-from msfs_functional.meshes import data_rank, mesh
+from msfs_functional.losses import linear_cross_entropy
+from msfs_functional.meshes import axis_size, data_rank, mesh
 from msfs_functional.models import decoder as models
+from msfs_functional.params import Functional
 from msfs_functional.train import init_state, make_step
 from msfs_functional.transforms import remat
 from msfs_functional.vocabulary_parallel import sharded_linear_cross_entropy
 
-Path = Literal["functional", "regions", "fsdp2"]
+Path = Literal["functional", "launched", "fsdp2", "torch", "whole"]
+PEAK = 989e12  # of an H100 or H200 in bfloat16 [FLOP/s]
+RATE = 3e-5  # learning rate: at a larger one rounding alone drives the paths apart in ten steps
 
 
 @dataclass(frozen=True)
@@ -39,6 +61,7 @@ class Mesh:
     dp_replicate: int = 1
     dp_shard: int = -1
     tp: int = 1
+    cp: int = 1
 
 
 @dataclass(frozen=True)
@@ -47,78 +70,222 @@ class Config:
     vocab: int = 50304
     depth: int | None = None  # blocks; default: the preset's
     length: int = 4096  # tokens of a sequence, at most the preset's max_length
-    batch: int = 2  # sequences a rank
-    steps: int = 10
-    paths: tuple[Path, ...] = ("functional", "regions", "fsdp2")
-    overlap: bool = True  # Inductor buckets collectives and reorders them beside computation
+    batch: int = 2  # sequences of a data rank
+    steps: int = 10  # timed, after three others
+    paths: tuple[Path, ...] = ("functional", "launched", "fsdp2", "torch")
     recompute: bool = False  # blocks are recomputed in the backward pass
+    trace: bool = False
+    compile: bool = True
     mesh: Mesh = field(default_factory=Mesh)
     debug: bool = False
 
 
-def run(path: Path, config: Config) -> str:
-    on = mesh(config.mesh.dp_replicate, config.mesh.dp_shard, config.mesh.tp)
-    options = {} if config.depth is None else {"depth": config.depth}
-    plain = models.decoder(models.PRESETS[config.preset](config.vocab, **options))
-    make = fully_sharded if path == "fsdp2" else sharded
-    model = make(plain, DECODER_BY_TOKENS, on, dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    around: dict[str, Any] = {"around_block": remat} if config.recompute else {}
+class WithLoss(models.Decoder):
+    """fully_shard gathers around a module's forward only: the loss belongs into it."""
 
+    def forward(self, tokens, labels, **options):  # pyright: ignore
+        states = self.hidden(tokens, **options)
+        weight = (self.embedding if self.config.tied else self.output).weight
+        return linear_cross_entropy(states, weight, labels, ignore_index=-1)
+
+
+def make_loss(config: Config, path: Path, model: Functional, on: Any) -> Callable[..., Any]:
+    options: dict[str, Any] = {"around_block": remat} if config.recompute else {}
     loss_of = sharded_linear_cross_entropy(on, config.vocab)
+    if config.mesh.cp > 1:
+        options["implementation"] = context_parallel.ring_attention(on)
 
-    def loss_fn(params, tokens, key):
-        if config.mesh.tp > 1:
-            states = model.apply(params, tokens[:, :-1], method="hidden", **around)
-            weight = models.output_weight(params)
-            loss, count = loss_of(states, weight, tokens[:, 1:], ignore_index=-1)
+    def loss_fn(params, batch, key):
+        tokens, labels, positions = batch
+        if path in ("fsdp2", "torch"):
+            loss, count = model.apply(params, tokens, labels, **options)
         else:
-            logits = model.apply(params, tokens[:, :-1], **around)
-            loss, count = cross_entropy(logits, tokens[:, 1:], ignore_index=-1)
+            states = model.apply(params, tokens, positions=positions, method="hidden", **options)
+            loss, count = loss_of(states, models.output_weight(params), labels, ignore_index=-1)
         return loss / count, {}
 
-    optimizer = optim.adamw(3e-4)
-    gradient, compile = None, path if path == "regions" else True
-    if path == "fsdp2":
-        gradient = model.gradient  # pyright: ignore[reportAttributeAccessIssue]
-        for block in model.module.blocks:  # pyright: ignore
+    return gathered(loss_fn, model)
+
+
+def make_batch(config: Config, on: Any, length: int) -> tuple[torch.Tensor, ...]:
+    """Tokens, labels and positions that this rank holds; sequence i is the same on every mesh."""
+    first, rows = data_rank(on)[0] * config.batch, []
+    for i in range(first, first + config.batch):
+        generator = torch.Generator().manual_seed(i)
+        rows.append(torch.randint(0, config.vocab, (length + 1,), generator=generator))
+    tokens = torch.stack(rows)
+    parts = tokens[:, :-1], tokens[:, 1:], torch.arange(length)[None]
+    own = [context_parallel.own_tokens(x, on).contiguous().to(on.device_type) for x in parts]
+    return own[0], own[1], own[2][0]
+
+
+def flops_per_token(config: models.DecoderConfig, shapes: dict[str, torch.Size]) -> float:
+    looked_up = "embedding" if not config.tied else "positions"
+    matrices = [math.prod(s) for n, s in shapes.items() if len(s) == 2 and looked_up not in n]
+    attention = config.depth * config.heads * config.size_of_head * config.max_length
+    return 6 * sum(matrices) + 6 * attention
+
+
+def build(path: Path, config: Config, on: Any) -> tuple[Any, models.DecoderConfig]:
+    options: dict[str, Any] = {} if config.depth is None else {"depth": config.depth}
+    preset = models.PRESETS[config.preset](config.vocab)
+    sizes = replace(preset, max_length=min(config.length, preset.max_length), **options)
+    plain, make = models.decoder(sizes), sharded
+    if path in ("fsdp2", "torch"):
+        make = fully_sharded
+        with torch.device("meta"):
+            plain = replace(plain, skeleton=WithLoss(sizes))
+    model: Any = make(
+        plain, DECODER_BY_TOKENS, on, dtype=torch.bfloat16, reduce_dtype=torch.float32
+    )
+    if make is fully_sharded and config.compile:
+        for block in model.module.blocks:
             block.compile()
+    return model, sizes
+
+
+def our_step(path: Path, config: Config, model: Any, on: Any, batch: Any) -> Callable[[], Any]:
+    optimizer = optim.adamw(RATE)
     state = init_state(model.init(0), optimizer, random.key(0))
-    step = make_step(
-        gathered(loss_fn, model), optimizer, clip_norm=1.0, compile=compile, gradient=gradient
+    compile = config.compile and ("regions" if path in ("functional", "launched") else True)
+    gradient = None if path == "whole" else model.gradient
+    loss_fn = make_loss(config, path, model, on)
+    step = make_step(loss_fn, optimizer, clip_norm=1.0, compile=compile, gradient=gradient)
+    if path == "functional" and torch.cuda.is_available():
+        step = graphed(step)
+
+    def once() -> Any:
+        nonlocal state
+        state, metrics = step(state, batch)
+        return metrics["loss"], metrics["grad_norm"]
+
+    return once
+
+
+def torch_step(model: Any, batch: Any) -> Callable[[], Any]:
+    """What users of fully_shard write."""
+    model.init(0)
+    module, world = model.module, torch.distributed.get_world_size()
+    weights = list(module.parameters())
+    fused = torch.cuda.is_available()
+    optimizer = torch.optim.AdamW(weights, RATE, weight_decay=0.01, fused=fused)
+    tokens, labels, _ = batch
+
+    def once() -> Any:
+        total, count = module(tokens, labels)
+        loss = total / count
+        (loss / world).backward()  # gradients are sums over ranks (see fully_sharded)
+        norm: Any = torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach(), norm
+
+    return once
+
+
+def run(path: Path, config: Config) -> str:
+    on = mesh(config.mesh.dp_replicate, config.mesh.dp_shard, config.mesh.tp, config.mesh.cp)
+    model, sizes = build(path, config, on)
+    batch = make_batch(config, on, sizes.max_length)
+    step = torch_step(model, batch) if path == "torch" else our_step(path, config, model, on, batch)
+    history = []
+
+    def once() -> None:
+        history.append(step())
+
+    fresh()
+    found = measure(once, 3, config.steps)
+    told = ", ".join(f"{mean(loss):.4f} ({whole(norm):.3f})" for loss, norm in history[:4])
+    shares = axis_size(on, "tp") * axis_size(on, "cp")
+    rate = config.batch * sizes.max_length / found.seconds / shares
+    used = rate * flops_per_token(sizes, model.shapes) / PEAK
+    line = (
+        f"{path:10} first step {found.first:5.1f} s  {1e3 * found.seconds:7.1f} ms  "
+        f"{rate:8,.0f} tokens/s a rank  MFU {used:.1%}  {found.memory:5.1f} GiB\n"
+        f"    losses (and gradient norms) of the first steps: {told}"
     )
-    device, share = torch.device(on.device_type), data_rank(on)[0]
-    length = min(config.length, plain.skeleton.config.max_length)  # pyright: ignore
-    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    generator = torch.Generator().manual_seed(share)
-    tokens = torch.randint(0, config.vocab, (config.batch, length + 1), generator=generator)
-    tokens, seconds, metrics = tokens.to(device), [], {}
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    for _ in range(config.steps):
-        start = time.perf_counter()
-        state, metrics = step(state, tokens)
-        sync()
-        seconds.append(time.perf_counter() - start)
-    rate = tokens[:, 1:].numel() / statistics.median(seconds[2:] or seconds) / config.mesh.tp
-    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else float("nan")
-    loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
-    return (
-        f"{path:12} first step {seconds[0]:6.1f} s  {rate:10,.0f} tokens/s a rank  "
-        f"{peak:6.1f} GiB  loss {loss:.5f}  norm {norm:.4f}"
-    )
+    return line + (f"\n{traced(once)}" if config.trace else "")
+
+
+def mean(loss: torch.Tensor) -> float:
+    """Over ranks: torch's loop has each rank's own."""
+    loss = loss.clone()
+    torch.distributed.all_reduce(loss)
+    return float(loss) / torch.distributed.get_world_size()
+
+
+def whole(norm: Any) -> float:
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def traced(once: Callable[[], Any]) -> str:
+    """What the GPU did in two steps: how much of the communication was hidden, the top kernels."""
+    kinds = torch.profiler.ProfilerActivity
+    activities = [kinds.CUDA if torch.cuda.is_available() else kinds.CPU]
+    with torch.profiler.profile(activities=activities) as profile:
+        once()
+        once()
+        synchronize()
+    if torch.distributed.get_rank():
+        return ""
+    with tempfile.TemporaryDirectory() as folder:
+        path = File(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_bytes())["traceEvents"]
+    kernels = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    if not kernels:
+        return "no kernels: nothing ran on a GPU"
+    spans = [(e["ts"], e["ts"] + e["dur"], "nccl" in e["name"]) for e in kernels]
+    talk, work = (union([s[:2] for s in spans if s[2] == yes]) for yes in (True, False))
+    all_of_it = union([s[:2] for s in spans])
+    length = lambda found: sum(b - a for a, b in found) / 2e3  # noqa: E731  [ms a step]
+    hidden = length(talk) + length(work) - length(all_of_it)
+    whole = (max(b for _, b, _ in spans) - min(a for a, *_ in spans)) / 2e3
+    lines = [
+        f"    a step of {whole:.1f} ms: computation {length(work):.1f} ms, communication "
+        f"{length(talk):.1f} ms, {hidden / max(length(talk), 1e-9):.0%} of it hidden, "
+        f"idle {whole - length(all_of_it):.1f} ms"
+    ]
+    times, counts = collections.Counter(), collections.Counter()
+    for e in kernels:
+        times[e["name"]] += e["dur"] / 2e3
+        counts[e["name"]] += 1
+    for name, ms in times.most_common(22):
+        lines.append(f"    {ms:7.2f} ms {counts[name] / 2:6.1f} x {name[:90]}")
+    return "\n".join(lines)
+
+
+def union(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The same time in spans that do not overlap."""
+    found: list[tuple[float, float]] = []
+    for a, b in sorted(spans):
+        if found and a <= found[-1][1]:
+            found[-1] = (found[-1][0], max(b, found[-1][1]))
+        else:
+            found.append((a, b))
+    return found
 
 
 def main(config: Config) -> None:
-    if config.overlap and torch.cuda.is_available():
-        inductor.reorder_for_compute_comm_overlap = True
-        inductor.bucket_all_gathers_fx = inductor.bucket_reduce_scatters_fx = "all"
+    mesh(config.mesh.dp_replicate, config.mesh.dp_shard, config.mesh.tp, config.mesh.cp)
+    first = not torch.distributed.get_rank()
+    if first:
+        kind = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        world = torch.distributed.get_world_size()
+        print(f"{world} x {kind}, torch {torch.__version__}, {config.mesh}", flush=True)
     for path in config.paths:
         torch._dynamo.reset()
-        line = run(path, config)
-        if not torch.distributed.get_rank():
+        whole = path == "whole" and torch.cuda.is_available()
+        bucket = "all" if whole else "none"
+        with inductor.patch(
+            reorder_for_compute_comm_overlap=whole,
+            bucket_all_gathers_fx=bucket,
+            bucket_reduce_scatters_fx=bucket,
+        ):
+            line = run(path, config)
+        if first:
             print(line, flush=True)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        fresh()
     torch.distributed.destroy_process_group()
 
 

@@ -268,11 +268,12 @@ def compare_training(config: Config, device: str) -> None:
     def loss_fn(params: Params, batch: Any, key: Tensor):
         params = cast(params, dtype)
         states = model.apply(params, batch["ids"], batch["pixels"].to(dtype), method="hidden")
-        weight = output_weight(params)
-        loss, count = linear_cross_entropy(states, weight, batch["labels"], ignore_index=IGNORED)
+        states = states.flatten(0, 1)[batch["learned"]]  # logits of answers alone
+        loss, count = linear_cross_entropy(states, output_weight(params), batch["labels"])
         return loss / count, {}
 
-    batch = {"ids": ids, "pixels": pixels, "labels": labels}
+    learned = (labels != IGNORED).flatten().nonzero()[:, 0]
+    batch = {"ids": ids, "pixels": pixels, "learned": learned, "labels": labels.flatten()[learned]}
     place = torch.arange(T, device=device)
     inputs = {
         "input_ids": ids,
@@ -300,7 +301,7 @@ def compare_answers(config: Config, device: str) -> None:
     def our_answers() -> Callable[[], object]:
         model = vlm(ours)
         params = cast(model.init(0, device=device), dtype)
-        generate = Generator(language_model(ours, params))
+        generate = Generator(language_model(ours, params, fused=True))
         settings = Settings(new, sampling=GREEDY)
 
         def run() -> object:

@@ -14,13 +14,14 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 import translate
+import translate_settings as settings
 import tyro
-from measuring import fresh, measure, synchronize
+from measuring import fresh, kernels, measure, synchronize
 from torch import Tensor
 
 from msfs_functional import errors, optim, random
@@ -30,15 +31,16 @@ from msfs_functional.losses import linear_cross_entropy
 from msfs_functional.models.transformer import TransformerConfig, output_weight, transformer
 from msfs_functional.params import cast
 from msfs_functional.train import init_state, make_step
+from msfs_functional.translation import Tokenizers
 
 
-def tiny30k() -> translate.Config:
+def tiny30k() -> settings.Config:
     """The tiny model on Multi30k, in few shapes: what an ensemble has members of."""
-    preset = translate.PRESETS["multi30k"]
+    preset = settings.PRESETS["multi30k"]
     return replace(
         preset,
         data=replace(preset.data, buckets=2),
-        model=translate.Model("tiny", dropout=0.3),
+        model=settings.Model("tiny", dropout=0.3),
         train=replace(preset.train, consistency=0.0),
     )
 
@@ -58,7 +60,11 @@ class Config:
     """steps before, compiling included"""
     members: int = 8
     """of the ensemble"""
-    recipe: translate.Config = field(default_factory=tiny30k)
+    sides: tuple[Literal["ours", "graphed", "marian"], ...] = ("ours", "graphed", "marian")
+    """marian: what to measure, of our step, our step as one CUDA graph, transformers"""
+    profile: bool = False
+    """marian and ensemble: print the kernels of a step"""
+    recipe: settings.Config = field(default_factory=tiny30k)
     """data and ensemble: the training to take the step from"""
     debug: bool = False
     """show tracebacks"""
@@ -193,42 +199,46 @@ def against_marian(config: Config) -> None:
     print(f"{hardware()}: {size}, {padding:.0%} of the source is padding, bf16")
     figures = {}
     ours_graphed = functools.partial(our_step, graph=True)
-    sides = {"ours": our_step, "ours, CUDA graph": ours_graphed, "Marian": marian_step}
-    for name, make in sides.items():
+    sides = {"ours": our_step, "graphed": ours_graphed, "marian": marian_step}
+    for name in config.sides:
         fresh()
         compiled = not config.small
-        one = measure(make(size, batch, compiled), config.warmup, config.steps)
+        step = sides[name](size, batch, compiled)
+        one = measure(step, config.warmup, config.steps)
         figures[name] = one
         rate = tokens / one.seconds
         print(
-            f"{name:17}  {rate / 1e6:7.3f}M padded tokens/s  {one.memory:6.2f} GiB  "
+            f"{name:8}  {rate / 1e6:7.3f}M padded tokens/s  {one.memory:6.2f} GiB  "
             f"first step {one.first:5.1f} s"
         )
-    for name in list(sides)[:2]:
-        print(f"{name} / Marian: {figures['Marian'].seconds / figures[name].seconds:.2f}x tokens/s")
+        if config.profile and name != "ours":
+            print(kernels(step))
+    if "marian" in figures:
+        for name in figures.keys() - {"marian"}:
+            ratio = figures["marian"].seconds / figures[name].seconds
+            print(f"{name} / marian: {ratio:.2f}x tokens/s")
 
 
 # ------------------------------------------------------------------------- steps of the recipe
 
 
-def recipe_step(config: translate.Config) -> tuple[Callable, Any, TokenBatches]:
+def recipe_step(config: settings.Config) -> tuple[Callable, Any, TokenBatches]:
     """The recipe's own step, its first state and its stream of batches."""
     splits = translate.read_data(config.data)
-    tokenizers = translate.learn_tokenizers(config.vocabulary, splits)
+    tokenizers = Tokenizers.learn(splits.train, **asdict(config.vocabulary))
     batches = translate.make_batches(config.data, splits.train, tokenizers, seed=0)
     model = translate.make_model(config, tokenizers)
     optimizer = translate.make_optimizer(config.optimizer, config.train.steps)
-    step = translate.make_train_step(config, model, optimizer)
-    return step, translate.first_state(config, model, optimizer), batches
+    return *translate.make_train_step(config, model, optimizer), batches
 
 
-def recipe_config(config: Config) -> translate.Config:
+def recipe_config(config: Config) -> settings.Config:
     if not config.small:
-        return translate.checked(config.recipe)
+        return settings.checked(config.recipe)
     tiny = replace(
-        translate.Config(), model=translate.Model("tiny", width=16, heads=2, depth=1, hidden=32)
+        settings.Config(), model=settings.Model("tiny", width=16, heads=2, depth=1, hidden=32)
     )
-    return translate.checked(replace(tiny, data=replace(tiny.data, batch=512)))
+    return settings.checked(replace(tiny, data=replace(tiny.data, batch=512)))
 
 
 def timed(step: Callable, state: Any, batches: Iterator, steps: int) -> float:
@@ -275,6 +285,8 @@ def against_single_runs(config: Config) -> None:
         batches.close()
         timed(step, state, iter(kept), len(kept))
         seconds[members] = timed(step, state, iter(kept), len(kept))
+        if config.profile:
+            print(kernels(lambda: step(state, kept[0])))  # noqa: B023
         print(f"{members} members: {1e3 * seconds[members]:.2f} ms a step")
     ratio = seconds[config.members] / (config.members * seconds[1])
     print(f"{hardware()}: {config.members} members take {ratio:.2f} of the time of as many runs")

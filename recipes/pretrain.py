@@ -43,17 +43,14 @@ nats in 65 s, none of 50 samples confirmed. The whole default run with Muon is n
 
 Documents are packed into rows with segment ids, so that attention never crosses them. Validation
 loss is in nats a token, ends of documents included; bits per byte divide the same sum by the bytes
-of the text. Model FLOPs utilisation counts what the model needs, not what is recomputed:
+of the text. Every evaluation also records tokens/s of one process, the share of time that steps
+wait for data, and
 
     MFU = tokens/s * (6 N + 6 depth heads head_dim length) / peak FLOP/s of all processes
 
-with N parameters in matrices (an embedding that only looks up is none), two operations each in the
-forward and four in the backward pass, and scores and values of attention, causal: half of a row.
-The peak is that of the data sheet for known GPUs, else of a matrix product measured at the start.
+(`msfs_functional.utilisation`). --train.profile 3 leaves a trace of three steps.
 """
 
-import contextlib
-import gzip
 import hashlib
 import json
 import math
@@ -61,25 +58,22 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in translate.py; must stand before torch
 
-import numpy as np
-import optree
 import torch
-import torch.distributed as dist
 import tyro
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from msfs_functional import (
     agreement,
     checkpoint,
     errors,
+    launching,
     meshes,
     optim,
     pictures,
@@ -90,48 +84,65 @@ from msfs_functional import (
 )
 from msfs_functional import config as configs
 from msfs_functional import distributed_checkpoint as checkpoints
+from msfs_functional.compiling import graphed
+from msfs_functional.data import Prefetch
+from msfs_functional.documents import Corpus, is_held_out, read_documents, stream_documents
 from msfs_functional.gathering import Sharded, gathered, sharded
 from msfs_functional.generation import Generator, Sampling, Settings
 from msfs_functional.layouts import DECODER, DECODER_BY_TOKENS
 from msfs_functional.losses import linear_cross_entropy
 from msfs_functional.models import decoder as models
 from msfs_functional.models import pretrained
-from msfs_functional.packing import PackedBatches, batch_of, pack
+from msfs_functional.packing import PackedBatches, in_batches, pack, total_loss
 from msfs_functional.params import Functional, Params, cast
-from msfs_functional.synthetic.stories import RULES, beginning, judge, stories
-from msfs_functional.tokenizer import BOS, EOS, PAD, Tokenizer, train_bpe
+from msfs_functional.streams import StreamedBatches
+from msfs_functional.synthetic.stories import RULES, beginning, shares, stories
+from msfs_functional.tokenizer import BOS, EOS, PAD, Tokenizer, train_bpe, train_word_level
 from msfs_functional.tracking import Tracker
 from msfs_functional.train import init_state, make_step
-from msfs_functional.transforms import NAMESPACE
+from msfs_functional.utilisation import Meter, flops_per_token, peak_flops, profiled
 from msfs_functional.vocabulary_parallel import sharded_linear_cross_entropy
 from msfs_functional.watchdog import Watchdog
 
 MAY_BE_ZERO = ("seed", "warmup", "profile")
 CHECKPOINTS, TOKENIZER = "checkpoints", "tokenizer.json"
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bfloat16 [FLOP/s]
 
 
 @dataclass(frozen=True)
 class Data:
     """Where the documents come from."""
 
-    # .txt (documents stand between blank lines) or .jsonl files, also .gz; none: the stories of
-    # this project
+    # .txt (documents stand between blank lines) or .jsonl files, also .gz, held in memory; without
+    # files and stream: the stories of this project
     files: tuple[Path, ...] = ()
-    valid: tuple[Path, ...] = ()  # the same for validation; none: cut off the training documents
-    valid_share: float = 0.05  # of the documents, to cut off
-    field: str = "text"  # of a .jsonl object
-    stories: int = 14_000  # to train on, where there are no files
-    length: int = 256  # tokens of a packed row, the most that attention spans
-    batch: int = 8  # rows of one step, over all processes
+    # a dataset of the Hugging Face Hub, or a path or pattern of .jsonl, .parquet or .txt files:
+    # read as it is needed
+    stream: str | None = None
+    config: str | None = None  # of the dataset on the Hub
+    split: str = "train"  # of it
+    # files for validation, as `files`; none: some of the training documents, set aside
+    valid: tuple[Path, ...] = ()
+    valid_share: float = 0.05  # of the documents, to set aside
+    valid_documents: int = 200  # of a stream's that are set aside, or stories
+    field: str = "text"  # column or key of the text
+    # independent parts of a stream, a multiple of the processes that read; None: one for each.
+    # Resuming with other processes takes the same number
+    lanes: int | None = None
+    stories: int = 24_000  # to train on, where there is nothing else
+    length: int = 224  # tokens of a packed row, the most that attention spans
+    batch: int = 6  # rows of one step, over all processes
     seed: int = 0  # of the stories, of splits and of the order, not of the model
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Byte-level BPE, learned from the training documents only."""
+    """Learned from the training documents only."""
 
-    size: int = 640  # most ids [tokens]: 4 specials, 256 bytes, merges
+    # byte-level BPE, which spells any text, or whole words; None: words for the stories, which have
+    # 200 of them, else bpe
+    kind: Literal["bpe", "words"] | None = None
+    size: int = 8_000  # most ids [tokens]: 4 specials, 256 bytes of bpe, merges or words
+    documents: int = 10_000  # of a stream, to learn from
     file: Path | None = None  # a tokenizer that was saved before, in place of learning one
 
 
@@ -139,14 +150,14 @@ class Vocabulary:
 class Model:
     """Size of the decoder; None keeps what the size says."""
 
-    size: Literal["tiny", "small", "gpt2", "large"] = "tiny"
+    size: Literal["nano", "tiny", "small", "gpt2", "large"] = "nano"
     vocab: int | None = None  # rows of the embedding; None: as many as the vocabulary has ids
     width: int | None = None  # of the residual stream
     depth: int | None = None  # blocks
     heads: int | None = None  # attention heads
     kv_heads: int | None = None  # key heads, must divide the heads
     hidden: int | None = None  # width inside the feed-forward layers
-    qk_norm: bool = True  # RMSNorm of each head's queries and keys: copying is learned sooner
+    qk_norm: bool = False  # RMSNorm of each head's queries and keys
     dropout: float = 0.0  # probability
     # implementation of attention; None: flash on a GPU, sdpa on a CPU
     attention: Literal["flash", "sdpa", "reference"] | None = None
@@ -157,12 +168,12 @@ class Optimizer:
     """AdamW, or Muon for the matrices of blocks and AdamW beside it; a cosine with warm-up."""
 
     kind: Literal["adamw", "muon"] = "muon"
-    learning_rate: float = 4e-3  # peak, of AdamW
+    learning_rate: float = 5e-3  # peak, of AdamW
     muon_rate: float = 0.02  # peak, of Muon
-    warmup: int = 50  # [steps]
+    warmup: int = 100  # [steps]
     weight_decay: float = 0.1  # decoupled, on matrices only [1/update, times the learning rate]
     b1: float = 0.9  # decay of the first moment
-    b2: float = 0.98  # decay of the second moment
+    b2: float = 0.95  # decay of the second moment
     clip: float = 1.0  # largest global norm of the gradient; 0 does not clip
 
 
@@ -170,10 +181,10 @@ class Optimizer:
 class Train:
     """Length and mechanics of training."""
 
-    steps: int = 700  # optimizer steps
+    steps: int = 3_600  # optimizer steps
     accumulation: int = 1  # microbatches of one step
-    log_every: int = 20  # [steps]
-    eval_every: int = 175  # validation loss and a checkpoint [steps]
+    log_every: int = 40  # [steps]
+    eval_every: int = 600  # validation loss and a checkpoint [steps]
     keep: int = 2  # checkpoints to keep besides the best
     compile: bool | None = None  # compile the step; None: on a GPU
     # steps to trace with torch's profiler, after three others; leaves trace-<rank>.json.gz
@@ -197,7 +208,7 @@ class Sample:
     """What to sample at the end."""
 
     number: int = 100  # samples without a beginning, and as many that go on with validation stories
-    temperature: float = 0.7  # 0 is greedy
+    temperature: float = 0.5  # 0 is greedy
     top_p: float = 1.0  # probability that the kept candidates hold
     show: int = 4  # of each kind
     prompt: str | None = None  # `sample` goes on with this text
@@ -230,54 +241,58 @@ class Config:
     sample: Sample = field(default_factory=Sample)
 
 
-def read_documents(path: Path, name: str) -> list[str]:
-    """The documents of one file, without white space around them; empty ones are left out."""
-    packed = path.suffix == ".gz"
-    kind = path.with_suffix("").suffix if packed else path.suffix
-    if kind not in (".txt", ".raw", ".jsonl"):
-        raise ValueError(f"{path} must be .txt or .jsonl, or one of them as .gz: rename it")
-    try:
-        text = (gzip.decompress(path.read_bytes()) if packed else path.read_bytes()).decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error.reason}): convert it") from None
-    if kind != ".jsonl":
-        documents = "\n".join(line.rstrip() for line in text.splitlines()).split("\n\n")
-    else:
-        documents = []
-        for number, line in enumerate(text.splitlines(), start=1):
-            try:
-                documents.append(json.loads(line)[name])
-            except (ValueError, TypeError, KeyError):
-                raise ValueError(
-                    f"{path}, line {number} is no JSON object with {name!r}: name its text with "
-                    f"--data.field"
-                ) from None
-    return [stripped for document in documents if (stripped := document.strip())]
-
-
-def read_data(data: Data) -> tuple[list[str], list[str]]:
-    """(documents to train on, documents to validate on)."""
-    if not data.files:
-        valid = max(2 * data.batch, round(data.stories * data.valid_share / 2))
-        return stories(data.seed, data.stories), stories(data.seed, valid, split="valid")
-    train = [text for path in data.files for text in read_documents(path, data.field)]
-    valid = [text for path in data.valid for text in read_documents(path, data.field)]
-    if not data.valid:
-        aside = math.ceil(len(train) * data.valid_share)
-        order = np.random.default_rng(data.seed).permutation(len(train))
-        train, valid = [train[i] for i in order[aside:]], [train[i] for i in order[:aside]]
-    if not train or not valid:
-        raise ValueError(
-            f"{len(train)} documents to train and {len(valid)} to validate on: give more text, "
-            f"with blank lines between documents, or --data.valid"
+def read_data(config: Config) -> Corpus:
+    data = config.data
+    if data.stream is not None:
+        if data.files:
+            raise ValueError("--data.stream and --data.files are two sources: give one of them")
+        return stream_documents(
+            data.stream,
+            data.valid,
+            config=data.config,
+            split=data.split,
+            field=data.field,
+            valid_share=data.valid_share,
+            valid_documents=data.valid_documents,
+            first=0 if config.vocabulary.file else config.vocabulary.documents,
         )
-    return train, valid
+    if data.files:
+        share = {"valid_share": data.valid_share, "field": data.field, "seed": data.seed}
+        return read_documents(data.files, data.valid, **share)
+    valid = stories(data.seed, data.valid_documents, split="valid")
+    return Corpus(stories(data.seed, data.stories), valid)
 
 
 def learn_tokenizer(vocabulary: Vocabulary, documents: list[str]) -> Tokenizer:
     if vocabulary.file is not None:
         return Tokenizer.load(vocabulary.file)
-    return train_bpe(documents, vocabulary.size)
+    learn = train_word_level if vocabulary.kind == "words" else train_bpe
+    return learn(documents, vocabulary.size)
+
+
+def make_batches(
+    config: Config, corpus: Corpus, tokenizer: Tokenizer, share: tuple[int, int]
+) -> PackedBatches | StreamedBatches:
+    """Packed rows without end; `share` is this process's (number, count)."""
+    data = config.data
+
+    def encode(documents: list[str]) -> list[list[int]]:
+        return tokenizer.encode(documents, bos=True, eos=True)
+
+    if corpus.stream is None:
+        return PackedBatches(encode(corpus.train), data.length, data.batch, data.seed, share)
+    aside = 0.0 if data.valid else data.valid_share
+    return StreamedBatches(
+        corpus.stream,
+        encode,
+        data.length,
+        data.batch,
+        data.seed,
+        share,
+        lanes=data.lanes,
+        field=data.field,
+        skip_fn=lambda text: is_held_out(text, aside),
+    )
 
 
 def make_model(config: Config, tokenizer: Tokenizer) -> Functional:
@@ -334,44 +349,11 @@ def make_optimizer(config: Optimizer, steps: int) -> optim.Transformation:
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     muon = optim.muon(rate, weight_decay=decay, matrices=[(r"", True)], dtype=dtype)
     rest = r"norm|bias|embedding|positions|^output"
-    return optim.by_group([(rest, adamw), (r"", sharding.over_whole(muon))])
-
-
-def flops_per_token(model: Functional, length: int) -> float:
-    """Of forward and backward; the formula stands at the top."""
-    config: Any = model.skeleton.config
-    lookups = ("positions.weight",) if config.tied else ("positions.weight", "embedding.weight")
-    matrices = sum(
-        math.prod(shape)
-        for name, shape in model.shapes.items()
-        if len(shape) == 2 and name not in lookups
-    )
-    return 6 * matrices + 6 * config.depth * config.heads * config.size_of_head * length
-
-
-def peak_flops(device: str) -> float:
-    """Of one process: the data sheet's for a known GPU, else the best of some matrix products."""
-    if device.startswith("cuda"):
-        name = torch.cuda.get_device_name()
-        known = [peak for part, peak in PEAKS.items() if part in name]
-        if known:
-            return known[0]
-    x, best = torch.ones(768, 768, device=device), math.inf
-    for _ in range(8):
-        begin = time.perf_counter()
-        (x @ x).sum().item()
-        best = min(best, time.perf_counter() - begin)
-    return 2 * len(x) ** 3 / best
+    return optim.by_group([(rest, adamw), (r"", muon)])
 
 
 def degrees(mesh: Mesh) -> dict[str, int]:
     return {axis: n for axis, n in asdict(mesh).items() if axis in meshes.AXES}
-
-
-def whole(tree: Any) -> Any:
-    """The state with every shard gathered; all ranks call it together."""
-    full = lambda x: x.full_tensor() if isinstance(x, DTensor) else x  # noqa: E731
-    return optree.tree_map(full, tree, namespace=NAMESPACE)
 
 
 def validate(
@@ -383,53 +365,63 @@ def validate(
     share: tuple[int, int],
 ) -> dict[str, float]:
     """Loss [nats/token] and bits per byte."""
-    loss_fn, batch = make_loss(config, model, dropout=False), config.data.batch
+    loss_fn = make_loss(config, model, dropout=False)
     rows = pack(tokenizer.encode(documents, bos=True, eos=True), config.data.length)
-    nats, count, key = 0.0, 0.0, random.key(0, device=config.device)
-    with torch.no_grad():
-        for number in range(math.ceil(len(rows.tokens) / batch)):
-            part = batch_of(rows, number, batch, share)
-            part = {name: value.to(str(config.device)) for name, value in part.items()}
-            loss, found = loss_fn(params, part, key)
-            nats, count = nats + float(loss * found["weight"]), count + float(found["weight"])
+    batches = in_batches(rows, config.data.batch, share, str(config.device))
+    nats, count = total_loss(loss_fn, params, batches)
     size = sum(len(document.encode()) for document in documents)
     return {"valid/loss": nats / count, "valid/bits_per_byte": nats / math.log(2) / size}
 
 
-def prepare(config: Config, watchdog: Watchdog) -> tuple[Config, Path, list[str], list[str], Any]:
-    """(config, run, documents, documents of validation, the checkpoint to go on from or None).
+def prepare(config: Config, watchdog: Watchdog) -> tuple[Config, Path, Corpus, Any]:
+    """(config, run, corpus, the checkpoint to go on from or None).
 
     What is wrong with any process is told here, and every process then ends.
     """
-    several = agreement.world() > 1
     watchdog.at("reading the data")
     with agreement.together():
         config = checked(config)
     config = replace(config, name=agreement.from_all(config.name)[0])
     run = config.out / str(config.name)
-    restarts = agreement.highest(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+    restarts = launching.restarts()
     with agreement.together():
         meshes.degrees(agreement.world(), **degrees(config.mesh))
-        documents, held_out = read_data(config.data)
+        corpus = read_data(config)
         found = config.resume or (restarts and checkpoint.checkpoints(run / CHECKPOINTS))
         if not found and not restarts and agreement.rank() == 0:
             configs.check_free(run, overwrite=config.overwrite)
-    if several:
+    if agreement.world() > 1:
         own = {**asdict(config), "device": torch.device(str(config.device)).type}
-        text = "\0".join([*documents, "", *held_out])
-        corpus = hashlib.sha256(text.encode()).hexdigest()
-        agreement.start_alike({"configuration": own, "sha256 of the corpus": corpus})
+        text = "\0".join([*corpus.train, "", *corpus.valid])
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        agreement.start_alike({"configuration": own, "sha256 of the corpus": digest})
     watchdog.at("looking for a checkpoint")
     resume = agreement.from_all(bool(found))[0]
     saved = checkpoints.load(run / CHECKPOINTS) if resume else None
-    config = replace(config, overwrite=config.overwrite or restarts > 0)
-    return config, run, documents, held_out, saved
+    return replace(config, overwrite=config.overwrite or restarts > 0), run, corpus, saved
+
+
+def make_train_step(config: Config, model: Functional, optimizer: optim.Transformation):
+    gradient = None
+    if isinstance(model, Sharded):
+        gradient = model.gradient  # gathers and sums beside the computation
+    step = make_step(
+        make_loss(config, model),
+        optimizer,
+        accumulation=config.train.accumulation,
+        clip_norm=config.optimizer.clip or None,
+        compile="regions" if config.train.compile else False,
+        dynamic=False,  # all batches have one shape
+        gradient=gradient,
+    )
+    one_gpu = str(config.device).startswith("cuda") and agreement.world() == 1
+    return graphed(step) if one_gpu and config.train.compile else step
 
 
 def train(config: Config, watchdog: Watchdog) -> None:
     """data -> model -> loss -> step -> loop -> report"""
     begin = time.perf_counter()
-    config, run, documents, held_out, saved = prepare(config, watchdog)
+    config, run, corpus, saved = prepare(config, watchdog)
     watchdog.at("building the model")
     settings, device = config.train, str(config.device)
     rank, world = agreement.rank(), agreement.world()
@@ -437,7 +429,7 @@ def train(config: Config, watchdog: Watchdog) -> None:
         tokenizer = (
             Tokenizer.from_json(saved.files[TOKENIZER].decode())
             if saved
-            else learn_tokenizer(config.vocabulary, documents)
+            else learn_tokenizer(config.vocabulary, corpus.train)
         )
         plain = model = make_model(config, tokenizer)
     share = (0, 1)
@@ -447,26 +439,20 @@ def train(config: Config, watchdog: Watchdog) -> None:
         layout = DECODER_BY_TOKENS if config.mesh.sequence else DECODER
         dtype = getattr(torch, str(config.dtype))
         model = sharded(plain, layout, on, dtype=dtype, reduce_dtype=torch.float32)
-    ids = tokenizer.encode(documents, bos=True, eos=True)
-    batches = PackedBatches(ids, config.data.length, config.data.batch, config.data.seed, share)
-
-    optimizer, gradient = make_optimizer(config.optimizer, settings.steps), None
-    if settings.accumulation > 1 and isinstance(model, Sharded):
-        gradient = model.gradient  # gathers and reduces once for all microbatches
-    step = make_step(
-        make_loss(config, model),
-        optimizer,
-        accumulation=settings.accumulation,
-        clip_norm=config.optimizer.clip or None,
-        compile="regions" if settings.compile else False,
-        gradient=gradient,
-    )
+    with agreement.together():
+        stream = make_batches(config, corpus, tokenizer, share)
+        if saved:
+            stream.restore(saved.extra["batches"])
+        if isinstance(stream, StreamedBatches):
+            stream.check()
+    batches = Prefetch(stream, device)
+    optimizer = make_optimizer(config.optimizer, settings.steps)
+    step = make_train_step(config, model, optimizer)
     params = model.init(config.seed, device=torch.device(device).type if world > 1 else device)
     state = init_state(params, optimizer, random.key(config.seed, device=device))
     if saved:
         watchdog.at("loading the checkpoint")
         state = checkpoints.load(saved.path, state).state
-        batches.restore(saved.extra["batches"])
     first = int(state.step)
     with agreement.together():
         if saved and not rank:
@@ -474,95 +460,73 @@ def train(config: Config, watchdog: Watchdog) -> None:
         elif not rank:
             configs.new_run(run, config, overwrite=config.overwrite)
 
-    flops = flops_per_token(plain, config.data.length) / (peak_flops(device) * world)
-    resume = resume_command(config, run)
+    resume = launching.resume_command("recipes/pretrain.py", run)
     watchdog.remedy, watchdog.traces = f"; go on with: {resume}", run
     watchdog.at("opening the run")
     writer = checkpoints.Writer(run / CHECKPOINTS, keep_last=settings.keep)
     tracker = Tracker(
         run, settings.steps, name="pretrain", step=first, every=settings.log_every, rank=rank
     )
-
-    size = sum(math.prod(shape) for shape in plain.shapes.values())
-    about = (
-        f"{len(documents)} documents of {sum(map(len, ids)) / len(ids):.0f} tokens to train, "
-        f"{len(held_out)} to validate, {tokenizer.vocab_size} ids\n{size:,} parameters, {device}, "
-        f"{config.dtype}, {'compiled' if settings.compile else 'eager'}, {world} processes"
-    )
+    meter = Meter(flops_per_token(plain, config.data.length) / peak_flops(device), world)
 
     def save(count: int, score: float | None) -> None:
         watchdog.at(f"saving step {count}")
         tracker.flush()
         files = {TOKENIZER: tokenizer.to_json(), configs.FILE: configs.to_json(config)}
-        writer.save(count, state, extra={"batches": batches.state()}, files=files, metric=score)
+        places = agreement.from_all(batches.state())  # of a stream, each has its own
+        merged = {name: value for place in places for name, value in place.items()}
+        writer.save(count, state, extra={"batches": merged}, files=files, metric=score)
 
     with tracker:
-        tracker.note(about)
-        with writer, errors.interruptible() as stop, profiled(config, run) as traced:
-            tokens, busy, waited = 0, 0.0, 0.0
+        tracker.note(about(config, plain, tokenizer, corpus))
+        trace = profiled(run / f"trace-{rank}.json.gz", settings.profile)
+        stopping = errors.interruptible(launched=world > 1)
+        with writer, stopping as stop, trace as traced:
             for count in range(first + 1, settings.steps + 1):
-                start = time.perf_counter()
-                watchdog.at(f"the data of step {count}")
-                batch = next(batches)
-                seen = int((batch["labels"] != PAD).sum()) * share[1]
-                batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-                waited += time.perf_counter() - start
-                watchdog.at(f"step {count}")
-                state, values = step(state, batch)
-                tokens += seen
-                tracker.log(count, values, tokens=values.pop("weight"))
-                traced()
-                halt = agreement.highest(stop.received or 0)
-                if count % settings.eval_every == 0 or count == settings.steps:
-                    float(values["loss"])  # waits for the device
-                    busy += time.perf_counter() - start
+                with meter.waiting():
+                    watchdog.at(f"the data of step {count}")
+                    batch = next(batches)
+                with meter.working():
+                    watchdog.at(f"step {count}")
+                    state, values = step(state, batch)
+                    meter.tokens.append(values.pop("weight"))
+                    tracker.log(count, values, tokens=meter.tokens[-1])
+                    traced()
+                    halt = agreement.highest(stop.received or 0)
+                    if evaluate := count % settings.eval_every == 0 or count == settings.steps:
+                        float(values["loss"])  # waits for the device
+                if evaluate:
                     watchdog.at(f"validation after step {count}")
                     with tracker.paused():
-                        scores = validate(config, model, state.params, tokenizer, held_out, share)
-                        speed = {"mfu": tokens / busy * flops, "data_wait": waited / busy}
-                        tracker.record(count, {**scores, **speed})
+                        params = state.params
+                        scores = validate(config, model, params, tokenizer, corpus.valid, share)
+                        tracker.record(count, {**scores, **meter.read()})
                         save(count, -scores["valid/loss"])
-                    tokens, busy, waited = 0, 0.0, 0.0
-                else:
-                    busy += time.perf_counter() - start
-                    if halt:
-                        save(count, None)
+                elif halt:
+                    save(count, None)
                 if halt and count < settings.steps:
                     writer.wait()
                     tracker.note(f"saved after step {count}; go on with: {resume}")
                     raise SystemExit(0 if halt == signal.SIGTERM else 128 + halt)
             watchdog.at("gathering the parameters")
             writer.wait()
-            params = whole(state.params)
+            params = sharding.gather(state.params)
+        batches.close()
         watchdog.close()
         if not rank:
-            report(config, plain, tokenizer, params, held_out, tracker)
+            report(config, plain, tokenizer, params, corpus.valid, tracker)
             draw(tracker)
             tracker.note(f"{time.perf_counter() - begin:.0f} seconds; everything is in {run}")
 
 
-def resume_command(config: Config, run: Path) -> str:
-    """The same launch again, from the checkpoint; every node of several gives it."""
-    launch = "python"
-    if agreement.world() > 1:
-        local = os.environ.get("LOCAL_WORLD_SIZE", agreement.world())
-        nodes = agreement.world() // int(local)
-        launch = f"torchrun --nnodes {nodes} --nproc-per-node {local}"
-    return f"{launch} recipes/pretrain.py --resume --out {config.out} --name {run.name}"
-
-
-@contextlib.contextmanager
-def profiled(config: Config, run: Path) -> Iterator[Callable[[], None]]:
-    """What to call after each step, so that some are traced (chrome://tracing, perfetto.dev)."""
-    if not config.train.profile:
-        yield lambda: None
-        return
-    path = run / f"trace-{agreement.rank()}.json.gz"
-    plan = torch.profiler.schedule(wait=2, warmup=1, active=config.train.profile, repeat=1)
-    with torch.profiler.profile(
-        schedule=plan, on_trace_ready=lambda profile: profile.export_chrome_trace(str(path))
-    ) as profile:
-        yield profile.step
+def about(config: Config, model: Functional, tokenizer: Tokenizer, corpus: Corpus) -> str:
+    size = sum(math.prod(shape) for shape in model.shapes.values())
+    text = f"{len(corpus.train)} documents to train" if corpus.stream is None else "a stream"
+    return (
+        f"{text}, {len(corpus.valid)} documents to validate, {tokenizer.vocab_size} ids\n"
+        f"{size:,} parameters, {config.device}, {config.dtype}, "
+        f"{'compiled' if config.train.compile else 'eager'}, {agreement.world()} processes"
+    )
 
 
 def continuations(
@@ -576,15 +540,10 @@ def continuations(
     """Whole texts that begin with the prompts, `samples` of each."""
     ids = tokenizer.encode(list(prompts), bos=True)
     ids = [each if text else [BOS] for each, text in zip(ids, prompts, strict=True)]
-    room = config.data.length - max(map(len, ids))
-    if room < 1:
-        raise ValueError(
-            f"a prompt of {max(map(len, ids))} tokens leaves no room in {config.data.length}: "
-            f"shorten it"
-        )
-    kind = Sampling(config.sample.temperature, top_p=config.sample.top_p)
     params = cast(params, getattr(torch, str(config.dtype)))
     generate = Generator(models.language_model(model, params, implementation="sdpa"), compile=False)
+    kind = Sampling(config.sample.temperature, top_p=config.sample.top_p)
+    room = generate.room(ids)
     with torch.no_grad():
         found = generate(
             ids,
@@ -604,30 +563,26 @@ def report(
     tracker: Tracker,
 ) -> None:
     """Samples, judged if they are stories; leaves results.json and samples.txt."""
-    number, show, own = config.sample.number, config.sample.show, not config.data.files
-    prompts = [beginning(text) for text in held_out[:number]] if own else []
+    number, own = config.sample.number, not (config.data.files or config.data.stream)
     kinds = {"free": continuations(config, model, tokenizer, params, [""], number)}
-    if prompts:
+    if own:
+        prompts = [beginning(text) for text in held_out[:number]]
         kinds["begun"] = continuations(config, model, tokenizer, params, prompts)
     records = tracking.read_metrics(tracker.run_dir / tracking.METRICS)
     last = [record for record in records if "valid/loss" in record][-1]
     results = {name: last[name] for name in ("valid/loss", "valid/bits_per_byte", "mfu")}
     for name, texts in kinds.items():
         origin = "without a beginning" if name == "free" else "from held-out beginnings"
-        lines = [f"{len(texts)} samples {origin}"]
+        said = f"{len(texts)} samples {origin}"
         if own:
-            verdicts = [judge(text) for text in texts]
-            told = [verdict for verdict in verdicts if verdict["told"]]  # the others were not read
-            share = {rule: sum(v[rule] for v in told) / max(1, len(told)) for rule in verdicts[0]}
-            share |= {n: sum(v[n] for v in verdicts) / len(texts) for n in ("told", "consistent")}
+            share = shares(texts)
             results |= {f"judge/{name}/{rule}": value for rule, value in share.items()}
-            kept = ", ".join(f"{r} {share[r]:.0%}" for r in RULES if r != "told")
-            lines[0] += (
+            kept = ", ".join(f"{rule} {share[rule]:.0%}" for rule in RULES if rule != "told")
+            said += (
                 f": the judge confirms {share['consistent']:.0%}; {share['told']:.0%} are told to "
                 f"the end, of those keep {kept}"
             )
-        lines += [f"  {text}" for text in texts[:show]]
-        tracker.note("\n".join(lines))
+        tracker.note("\n".join([said, *(f"  {text}" for text in texts[: config.sample.show])]))
     (tracker.run_dir / "results.json").write_text(f"{json.dumps(results)}\n", encoding="utf-8")
     everything = "".join(f"{text}\n" for texts in kinds.values() for text in texts)
     (tracker.run_dir / "samples.txt").write_text(everything, encoding="utf-8")
@@ -645,7 +600,7 @@ def draw(tracker: Tracker) -> None:
 
 def trained(config: Config) -> tuple[Functional, Params, Tokenizer]:
     """What the run `config` names has learned, from its latest checkpoint."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if launching.several():
         raise ValueError(f"{config.mode} works with one process: start it without torchrun")
     root = config.out / str(config.name) / CHECKPOINTS
     found = checkpoints.load(root)
@@ -706,12 +661,14 @@ def checked(config: Config) -> Config:
         print(f"note: {machine.note}", file=sys.stderr)
     if config.threads:
         torch.set_num_threads(config.threads)
+    kind = "bpe" if config.data.files or config.data.stream else "words"
     attention = config.model.attention or ("flash" if "cuda" in machine.device else "sdpa")
     return replace(
         config,
         device=machine.device,
         dtype=machine.dtype,
         name=config.name or configs.free_name(config.out, "pretrain"),
+        vocabulary=replace(config.vocabulary, kind=config.vocabulary.kind or kind),
         model=replace(config.model, attention=attention),
         train=replace(config.train, compile=machine.compile),
     )
@@ -721,18 +678,9 @@ def main(config: Config) -> None:
     modes: dict[str, Callable[[Config], None]] = {"sample": sample, "export": export}
     if config.mode != "train":
         return modes[config.mode](config)
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    timeout = max(config.mesh.timeout, 1.0) if several else math.inf
-    with Watchdog(timeout) as watchdog:
-        if several:
-            watchdog.at("joining the other processes")
-            kind = torch.device(config.device).type if config.device else None
-            meshes.join(kind, timeout=60 + 2 * timeout)  # the watchdog, which says more, is first
-            watchdog.joined()
-        with agreement.said_once() if not config.debug else contextlib.nullcontext():
-            train(config, watchdog)
-    if several:
-        dist.destroy_process_group()
+    options = {"device": config.device, "debug": config.debug}
+    with launching.processes(config.mesh.timeout, **options) as watchdog:
+        train(config, watchdog)
 
 
 def command_line(args: Sequence[str]) -> Config:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import translate
+import translate_settings as settings
 import tyro
 
 from msfs_functional import config as configs
@@ -115,7 +116,7 @@ def train_all(config: Config) -> list[str]:
     return failed
 
 
-def scores(config: translate.Config, decode: translate.Decode) -> tuple[float, float]:
+def scores(config: settings.Config, decode: settings.Decode) -> tuple[float, float]:
     """BLEU on validation and test set with these settings of the search."""
     config = replace(config, decode=decode)
     run = translate.make_translate(config, *translate.load_trained(config))
@@ -134,8 +135,8 @@ def table(config: Config) -> str:
         run = config.out / variant
         if not (run / "results.json").exists():
             continue
-        saved = configs.load(translate.Config, run / configs.FILE)
-        saved = translate.checked(saved)
+        saved = configs.load(settings.Config, run / configs.FILE)
+        saved = settings.checked(saved)
         last = tracking.read_metrics(run / tracking.METRICS)[-1]
         decodings = {
             "best, beam 5": replace(saved.decode, beam=5, batch=256),

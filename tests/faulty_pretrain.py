@@ -1,7 +1,8 @@
 """recipes/pretrain.py, with a fault of one rank; torchrun starts it in place of the recipe.
 
-FAULTS is JSON, an element for each attempt: [kind, rank, step] or null. The kinds: "die" in the
-middle of a step and "die saving" with SIGKILL, "hang" in a step, "preempt" in one with SIGTERM.
+FAULTS is JSON, an element for each attempt: [kind, rank, step of the attempt] or null. The kinds:
+"die" in the middle of a step and "die saving" with SIGKILL, "hang" in a step, "preempt" in one with
+SIGTERM.
 """
 
 import functools
@@ -20,10 +21,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 import pretrain  # noqa: E402
 
 from msfs_functional import distributed_checkpoint, tracking  # noqa: E402
+from msfs_functional.watchdog import Watchdog  # noqa: E402
 
 attempt, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
 kind, of_rank, at_step = json.loads(os.environ["FAULTS"])[attempt] or ("", -1, -1)
 make_loss, write_data = pretrain.make_loss, distributed_checkpoint.Parts.write_data
+joined = Watchdog.joined
+HANG = 4.0  # seconds that the watchdogs wait once a rank hangs
 
 
 def die() -> None:
@@ -36,7 +40,16 @@ def hang() -> None:
 
 
 def preempt() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
+    """The scheduler tells every process, and torchrun, which it tells too, tells them again."""
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+
+
+def joining(self: Watchdog) -> None:
+    assert self.timeout == 77, "--mesh.timeout does not reach the watchdog"
+    faulty_loss.watchdog = self
+    joined(self)
 
 
 def faulty_loss(config, model, **options):
@@ -44,9 +57,11 @@ def faulty_loss(config, model, **options):
 
     def run(params, batch, key):
         out = loss_fn(params, batch, key)
-        if torch.is_grad_enabled() and rank == of_rank and kind in happens:
+        if torch.is_grad_enabled():
             step = faulty_loss.steps = faulty_loss.steps + 1
-            if step == at_step:
+            if step == at_step and kind == "hang":
+                faulty_loss.watchdog.timeout = HANG
+            if step == at_step and kind in happens and rank == of_rank:
                 happens[kind]()
         return out
 
@@ -63,7 +78,7 @@ def faulty_write(self, plan, planner):
 
 happens = {"die": die, "hang": hang, "preempt": preempt}
 faulty_loss.steps = faulty_loss.saves = 0  # of this attempt
-pretrain.make_loss = faulty_loss
+pretrain.make_loss, Watchdog.joined = faulty_loss, joining
 distributed_checkpoint.Parts.write_data = faulty_write
 pretrain.report = pretrain.draw = lambda *args: None
 pretrain.Tracker = functools.partial(tracking.Tracker, tensorboard=False)

@@ -1,15 +1,29 @@
-"""Runs claims on several gloo ranks of this machine, many in one start of processes."""
+"""Runs claims on several ranks of this machine, many in one start of processes."""
 
+import functools
 import os
 import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.device_mesh import DeviceMesh
+
+from msfs_functional import meshes
+
+DEVICE = os.environ.get("RANKS_DEVICE", "cpu")  # "cuda": a GPU for each rank, NCCL between them
+
+
+@functools.cache
+def mesh(**degrees: int) -> DeviceMesh:
+    """The mesh of these degrees over the ranks of this stage."""
+    return meshes.mesh(**degrees, device=DEVICE)
 
 
 def free_port() -> int:
@@ -22,12 +36,16 @@ def check_claims(*stages: tuple[list[Callable[[], None]], int]) -> None:
     """Every claim of a stage (claims, ranks), one after another, stage after stage; fails with the
     names of those that do not hold.
 
-    Processes take most of the time to start: later stages run on some of those of the largest one.
+    Processes are forked from one that has imported everything, and later stages run on some of
+    those of the largest one.
     """
-    results = mp.get_context("spawn").SimpleQueue()
+    start_server(*{claim.__module__ for claims, _ in stages for claim in claims})
+    results = mp.get_context("forkserver").SimpleQueue()
     world = max(ranks for _, ranks in stages)
     planned = [(claims, ranks, free_port()) for claims, ranks in stages]
-    processes = mp.spawn(_rank, (planned, results), world, join=False)
+    args = (planned, dict(os.environ), results)
+    processes = mp.start_processes(_rank, args, world, join=False, start_method="forkserver")
+    assert processes is not None
     failed = ""
     while not processes.join():
         pass
@@ -36,11 +54,19 @@ def check_claims(*stages: tuple[list[Callable[[], None]], int]) -> None:
     assert not failed, failed
 
 
-def _rank(rank: int, stages: list, results) -> None:
+def start_server(*modules: str) -> None:
+    """The process to fork from, if there is none yet; it finds modules where this one does."""
+    mp.get_context("forkserver").set_forkserver_preload([__name__, *sorted(modules)])
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path))):
+        forkserver.ensure_running()
+
+
+def _rank(rank: int, stages: list, environment: dict[str, str], results) -> None:
+    os.environ.update(environment)
     torch.set_num_threads(1)
     for claims, world, port in stages:
         if rank < world:
-            given = {"RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
+            given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
             os.environ.update({name: str(value) for name, value in given.items()})
             os.environ["MASTER_ADDR"] = "127.0.0.1"
             _stage(rank, world, claims, results)
@@ -54,8 +80,14 @@ def _stage(rank: int, world: int, claims: list, results) -> None:
             claim()
         except Exception:
             where = f"rank {rank} of {world}, {claim.__name__}:\n"
-            results.put(where + "".join(traceback.format_exc()[-3000:]) + "\n")
+            told = where + traceback.format_exc()[-3000:] + "\n"
+            print(told, file=sys.stderr, flush=True)
+            results.put(told)
+        if dist.is_initialized():  # what a rank leaves for the next claim is there
+            dist.barrier()
         if rank == 0:
-            print(f"{claim.__name__}: {time.perf_counter() - start:.1f} s", file=sys.stderr)
+            seconds = time.perf_counter() - start
+            print(f"{claim.__name__}: {seconds:.1f} s", file=sys.stderr, flush=True)
+    mesh.cache_clear()
     if dist.is_initialized():
         dist.destroy_process_group()

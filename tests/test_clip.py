@@ -11,6 +11,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.func import grad_and_value
 
 from msfs_functional.clip_tokenizer import END, START, ClipTokenizer
 from msfs_functional.models import vision_format
@@ -269,3 +270,28 @@ def test_bad_merges_and_texts_are_named(tmp_path, tokenizers):
         tokenizers[0].encode("a cat")
     with pytest.raises(ValueError, match=r"length \(1\)"):
         tokenizers[0].batch(["a cat"], 1)
+
+
+@pytest.mark.parametrize("pooling", ["eos", "last"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_last_layer_computes_no_more_than_what_is_read(pooling, causal):
+    """The pooled state, its gradient too, is that of the whole layer."""
+    sizes = {"width": 16, "depth": 2, "heads": 2, "hidden": 24, "projection": None}
+    tower = text_tower(
+        TextConfig(**sizes, vocab=9, max_length=6, eos=8, is_causal=causal, pooling=pooling)
+    )
+    params = tower.init(0, dtype=torch.float64)
+    ids = torch.tensor([[1, 2, 8, 0, 0, 0], [3, 1, 4, 1, 5, 8]])
+    at = {"eos": torch.tensor([2, 5]), "last": torch.tensor([5, 5])}[pooling]
+    for lengths in (None, torch.tensor([4, 6])):
+
+        def whole(params, lengths=lengths):
+            states = tower.apply(params, ids, lengths=lengths, method="hidden_states")
+            return states[torch.arange(2), at].sin().sum()
+
+        def short(params, lengths=lengths):
+            return tower.apply(params, ids, lengths=lengths, method="pooled").sin().sum()
+
+        results = grad_and_value(short)(params), grad_and_value(whole)(params)
+        for own, expected in zip(*results, strict=True):
+            torch.testing.assert_close(own, expected)

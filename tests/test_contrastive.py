@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from ranks import check_claims
 from torch.func import grad
 
 from msfs_functional import random
@@ -195,9 +194,7 @@ def shares_equal_the_whole():
             torch.testing.assert_close(value / 2, expected[name])
 
 
-@pytest.mark.ranks
-def test_shares_of_two_ranks_equal_the_whole_batch():
-    check_claims(([shares_equal_the_whole], 2))
+TWO = [shares_equal_the_whole]  # for test_ranks
 
 
 @pytest.mark.parametrize(

@@ -120,21 +120,30 @@ def test_the_embedded_corpus_is_the_default_in_both_directions(monkeypatch):
         load_pairs(seed=-1)
 
 
-def hub(monkeypatch, folder: Path) -> None:
-    """The name "books" on the Hub is a folder here, read by the real library."""
-    for config, splits in {"en-it": {"train": 50, "test": 10}}.items():
-        (folder / config).mkdir(parents=True)
-        for split, count in splits.items():
-            lines = [
-                json.dumps({"translation": {"en": f"{split} {i}", "it": f"{split} numero {i}"}})
-                for i in range(count)
-            ]
-            write(folder / config / f"{split}.jsonl", "\n".join(lines))
+def opus_books(folder: Path, **splits: int) -> Path:
+    """A folder laid out as opus_books is on the Hub: one Parquet file a split in a folder for each
+    pair of languages, ids and one column of {language: text}, the configurations in README.md."""
+    translation = datasets.Translation(languages=["en", "it"])
+    features = datasets.Features({"id": datasets.Value("string"), "translation": translation})
+    listed = ""
+    for split, count in splits.items():
+        rows = [{"en": f"{split} {i}", "it": f"{split} numero {i}"} for i in range(count)]
+        table = {"id": [str(i) for i in range(count)], "translation": rows}
+        path = folder / "en-it" / f"{split}-00000-of-00001.parquet"
+        datasets.Dataset.from_dict(table, features=features).to_parquet(path)
+        listed += f"  - split: {split}\n    path: en-it/{split}-*\n"
     write(
         folder / "README.md",
-        "---\nconfigs:\n- config_name: en-it\n  data_files:\n  - split: train\n"
-        "    path: en-it/train.jsonl\n  - split: test\n    path: en-it/test.jsonl\n---\n",
+        "---\ndataset_info:\n- config_name: en-it\n  features:\n  - name: id\n    dtype: string\n"
+        "  - name: translation\n    dtype:\n      translation:\n        languages:\n        - en\n"
+        f"        - it\nconfigs:\n- config_name: en-it\n  data_files:\n{listed}---\n",
     )
+    return folder
+
+
+def hub(monkeypatch, folder: Path) -> None:
+    """The name "books" on the Hub is a folder here, read by the real library."""
+    opus_books(folder, train=50, test=10)
     load = datasets.load_dataset
 
     def load_dataset(name, *args, **kwargs):
@@ -142,6 +151,13 @@ def hub(monkeypatch, folder: Path) -> None:
         return load(str(folder) if name == "books" else name, *args, cache_dir=cache, **kwargs)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+
+
+def test_a_downloaded_file_of_opus_books_trains_as_it_is(tmp_path):
+    file = opus_books(tmp_path, train=50) / "en-it" / "train-00000-of-00001.parquet"
+    splits = load_pairs(file, valid_size=5, test_size=5, source="it", target="en")
+    assert ("train numero 7", "train 7") in everything(splits)
+    assert [len(part) for part in (splits.train, splits.valid, splits.test)] == [40, 5, 5]
 
 
 def test_hub_datasets_use_their_splits_and_translation_columns(tmp_path, monkeypatch):

@@ -159,6 +159,32 @@ def test_a_window_hides_what_lies_further_back():
     assert (after[2:5] != before[2:5]).any(-1).all()
 
 
+@pytest.mark.parametrize("prefix", [None, (2, 6)])
+def test_cached_decode_equals_full_forward_far_beyond_the_window(prefix):
+    """A window of 3, 24 tokens: prompts of 9 in two calls (a prefix in one), then one by one."""
+    model, params, ids = MODELS["everything"], build("everything"), tokens(2, 24)
+    given = {} if prefix is None else {"prefix_lengths": torch.tensor(prefix)}
+    expected = model.apply(params, ids, implementation="reference", **given)
+    cache = model.apply(params, 2, 24, method="init_cache", dtype=torch.float64)
+    logits, cache = model.apply(params, ids[:, :7], cache, method="decode", **given)
+    parts = [logits]
+    for start, end in ((7, 9), *((t, t + 1) for t in range(9, 24))):
+        at = torch.tensor(start)
+        logits, cache = model.apply(params, ids[:, start:end], cache, at, method="decode")
+        parts.append(logits)
+    torch.testing.assert_close(torch.cat(parts, 1), expected)
+
+
+def test_a_prefix_beyond_a_window_is_seen_from_inside_alone():
+    params, ids = build("one"), tokens(1, 12)
+    changed = ids.clone()
+    changed[0, 7] = changed[0, 7] % 22 + 1
+    given = {"prefix_lengths": torch.tensor([8])}
+    before, after = (MODELS["one"].apply(params, x, **given)[0] for x in (ids, changed))
+    assert (after[:10] != before[:10]).any(-1).all()  # in the prefix; then a window of 3
+    torch.testing.assert_close(after[10:], before[10:])
+
+
 @each_config
 def test_embeddings_can_stand_in_for_tokens(name):
     model, params, ids = MODELS[name], build(name), tokens(2, 7)

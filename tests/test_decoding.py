@@ -3,6 +3,8 @@
 import functools
 import itertools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -257,23 +259,30 @@ def test_chunked_top_k_equals_topk(seed, sizes):
 # Compiled searches.
 
 
-def test_compiled_searches_equal_eager_and_are_compiled_once():
-    step_fn = table_model(4, 9, 7, sharpness=2.0)
+def equal_and_compiled_once(search: Callable[..., decoding.Hypotheses]) -> None:
     runner = decoding.Compiled(check_every=2)
-    searches = {
-        "beam": functools.partial(
-            decoding.beam_search, step_fn, empty(6, 7), batch=2, beams=3, n_best=3
-        ),
-        "sample": functools.partial(
-            decoding.sample, step_fn, empty(2, 7), random.key(1), batch=2, top_p=0.9
-        ),
-    }
-    for search in searches.values():
-        eager = search(max_length=7, **LIMITS)
-        for _ in range(2):
-            compiled = search(max_length=7, **LIMITS, runner=runner)
-            torch.testing.assert_close(compiled, eager)
-    assert len(runner._kept) == 2
+    eager = search(max_length=7, **LIMITS)
+    for _ in range(2):
+        compiled = search(max_length=7, **LIMITS, runner=runner)
+        torch.testing.assert_close(compiled, eager)
+    assert len(runner._kept) == 1
+
+
+def test_compiled_beam_search_equals_eager_and_is_compiled_once():
+    step_fn = table_model(4, 9, 7, sharpness=2.0)
+    options: dict[str, Any] = {"batch": 2, "beams": 3, "n_best": 3}
+    equal_and_compiled_once(
+        functools.partial(decoding.beam_search, step_fn, empty(6, 7), **options)
+    )
+
+
+def test_traced_sampling_equals_eager_and_is_traced_once(compile_with):
+    compile_with("aot_eager")
+    step_fn = table_model(4, 9, 7, sharpness=2.0)
+    key = random.key(1)
+    equal_and_compiled_once(
+        functools.partial(decoding.sample, step_fn, empty(2, 7), key, batch=2, top_p=0.9)
+    )
 
 
 # The Transformer in a search.
@@ -436,11 +445,13 @@ def test_bad_options_are_named(options, message):
 
 
 @pytest.mark.gpu
-def test_cuda_graphs_return_what_eager_returns():
+@pytest.mark.parametrize("compile", [True, False], ids=["compiled", "eager kernels"])
+def test_cuda_graphs_return_what_eager_returns(compile):
     model, members, _ = two_models()
     params = {name: value.cuda() for name, value in members[0].items()}
     lengths = torch.tensor([5, 3], device="cuda")
-    runner, step_fn = decoding.Compiled(), functools.partial(tf.decode_step(model), params)
+    runner = decoding.Compiled(compile=compile)
+    step_fn = functools.partial(tf.decode_step(model), params)
     for seed in (0, 1):  # the second search replays the graph of the first on another source
         generator = torch.Generator().manual_seed(seed)
         source = torch.randint(3, 17, (2, 5), generator=generator).cuda()

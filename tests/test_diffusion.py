@@ -485,6 +485,24 @@ def test_meanflow_target_by_hand():
     torch.testing.assert_close(grad.double(), (2 * residual * z).sum(1).mean(), rtol=1e-5, atol=0)
 
 
+def test_meanflow_takes_a_guided_velocity():
+    x_0, eps = normal(1, 2, 3), normal(2, 2, 3)
+    r, t = torch.tensor([0.1, 0.4]).double(), torch.tensor([0.5, 0.4]).double()
+    v = eps - x_0
+
+    def model_fn(z: Tensor, r: Tensor, t: Tensor) -> Tensor:
+        return 2 * z + t[:, None]
+
+    def loss(velocity: Tensor | None) -> Tensor:
+        return df.meanflow_loss(model_fn, x_0, eps, r, t, velocity=velocity, power=0.0)
+
+    assert torch.equal(loss(None), loss(v))
+    z = df.add_noise(x_0, eps, ns.rectified_flow(t))
+    fixed = 3 * v - (t - r)[:, None] * (2 * 3 * v + 1)  # du/dt along dz/dt = 3 v
+    expected = (model_fn(z, r, t) - fixed).square().sum(1).mean()
+    torch.testing.assert_close(loss(3 * v), expected)
+
+
 def test_exact_mean_velocity_has_no_meanflow_loss_and_samples_in_one_step():
     """For data at one point, u = (z - x_0) / t for all r, and one step lands on it."""
     point = normal(1, 1, 3)

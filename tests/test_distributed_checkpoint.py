@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import mesh
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from msfs_functional import agreement, checkpoint, optim, random, sharding
@@ -19,7 +20,7 @@ from msfs_functional.distributed_checkpoint import Reader, Writer, _metadata, lo
 from msfs_functional.gathering import gathered, sharded
 from msfs_functional.layouts import DECODER
 from msfs_functional.losses import cross_entropy
-from msfs_functional.meshes import data_rank, mesh
+from msfs_functional.meshes import data_rank
 from msfs_functional.models.decoder import DecoderConfig, decoder
 from msfs_functional.train import init_state, make_step
 

@@ -38,9 +38,9 @@ errors.run(main, lambda: tyro.cli(Config))
 """
 
 
-def loop(seconds: float) -> str:
+def loop(seconds: float, options: str = "") -> str:
     return f"""{HEAD}
-with errors.interruptible() as stop:
+with errors.interruptible({options}) as stop:
     step = 0
     while not stop:
         step += 1
@@ -201,6 +201,17 @@ def test_the_second_signal_ends_at_once(number: signal.Signals) -> None:
     process.send_signal(number)
     assert process.communicate(timeout=30)[0] == ""
     assert process.returncode == -number
+
+
+def test_the_sigterm_of_a_scheduler_and_of_its_launcher_are_one() -> None:
+    process = start(loop(0.5, "launched=True"))
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    process.stderr.readline(), process.stderr.readline()
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=60)[0] == "end 1\nsaved at 1 SIGTERM\n"
+    assert process.returncode == 0
 
 
 def test_an_error_in_the_loop_gives_the_handlers_back() -> None:

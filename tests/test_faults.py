@@ -15,7 +15,7 @@ from msfs_functional import checkpoint
 from msfs_functional.watchdog import describe
 
 HERE = Path(__file__).parent
-SHORT = [*TINY, "--train.steps", "8", "--train.eval-every", "2", "--mesh.timeout", "14"]
+SHORT = [*TINY, "--train.steps", "8", "--train.eval-every", "2", "--mesh.timeout", "77"]
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +31,7 @@ def torchrun(faults: list, *args: object, nodes: int = 1, ranks: int = 2, restar
         "FAULTS": json.dumps(faults),
         "PYTHONPATH": f"{HERE.parent}:{HERE.parent / 'kernels'}",
         "OMP_NUM_THREADS": "1",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": str(int(nodes > 1)),
     }
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nnodes", nodes, "--nproc-per-node", ranks,
@@ -67,7 +68,7 @@ def test_killed_processes_are_started_again_and_a_hanging_one_ends_the_job(tmp_p
     [(code, _, told)] = torchrun(faults, *SHORT, *where, restarts=2)
     assert code != 0 and time.monotonic() - start < 280
     assert [told.count(f"attempt {i} of rank 0") for i in range(4)] == [1, 1, 1, 0], told[-3000:]
-    message = "nothing has happened for 14 s: ranks 0, 1 in step 7; go on with: torchrun"
+    message = "nothing has happened for 4 s: ranks 0, 1 in step 7; go on with: torchrun"
     assert told.count(f"error: {message}") == 1, told[-5000:]
     # The save of step 4 was cut short in the second attempt, and done in the third.
     assert checkpoint.verified(tmp_path / "faulty/checkpoints")[-1].step == 6
@@ -78,16 +79,19 @@ def test_killed_processes_are_started_again_and_a_hanging_one_ends_the_job(tmp_p
 
 
 @pytest.mark.ranks
-def test_a_preempted_run_of_two_nodes_saves_and_exits_with_0(tmp_path):
-    """SIGTERM reaches one process of two nodes (two agents on this machine)."""
+def test_two_nodes_start_again_and_save_when_they_are_preempted(tmp_path):
+    """Two agents on this machine: a process is killed, then SIGTERM reaches one of the new ones."""
     where = ["--out", tmp_path, "--name", "preempted"]
-    ended = torchrun([["preempt", 1, 3]], *SHORT, *where, nodes=2, ranks=1)
+    ended = torchrun(
+        [["die", 1, 4], ["preempt", 1, 1]], *SHORT, *where, nodes=2, ranks=1, restarts=1
+    )
     assert [code for code, *_ in ended] == [0, 0], ended
     told = "".join(out for _, out, _ in ended)
+    step = checkpoint.verified(tmp_path / "preempted/checkpoints")[-1].step
+    assert step in (1, 3)  # of a new run, or of one that goes on from step 2
     command = "torchrun --nnodes 2 --nproc-per-node 1 recipes/pretrain.py --resume --out"
-    assert told.count(f"saved after step 3; go on with: {command}") == 1, told
-    assert checkpoint.verified(tmp_path / "preempted/checkpoints")[-1].step == 3
-    assert list(losses(tmp_path / "preempted")) == [1, 2, 3]
+    assert told.count(f"saved after step {step}; go on with: {command}") == 1, told
+    assert list(losses(tmp_path / "preempted")) == list(range(1, step + 1))
 
 
 def test_a_process_in_which_nothing_happens_ends_in_time(tmp_path):

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from msfs_functional.generation import (
     right_padded,
 )
 from msfs_functional.models import llama2c, pretrained
-from msfs_functional.models.decoder import DecoderConfig, decoder, gpt2, language_model
+from msfs_functional.models.decoder import DecoderConfig, decoder, fuse, gpt2, language_model
 
 CONFIG = DecoderConfig(
     37, width=16, depth=2, heads=4, kv_heads=2, hidden=24, windows=(5, None), tied=False
@@ -206,6 +207,30 @@ def test_greedy_tokens_equal_transformers_generate():
     assert torch.equal(out.tokens, expected) and out.tokens.unique().numel() > 4
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "neither"])
+def test_a_single_row_by_fewer_launches_gives_the_same(kind, fused):
+    sizes = {"width": 16, "depth": 2, "heads": 4, "max_length": 64}
+    config = {
+        "llama": DecoderConfig(37, kv_heads=2, hidden=24, windows=(5, None), **sizes),
+        "gpt2": gpt2(37, hidden=24, **sizes),
+        "neither": DecoderConfig(37, hidden=24, qk_norm=True, logit_softcap=3.0, **sizes),
+    }[kind]
+    model = decoder(config)
+    params = {
+        name: 0.5 * random.normal(random.key(i), shape, dtype=torch.float64) + ("norm" in name)
+        for i, (name, shape) in enumerate(model.shapes.items())
+    }
+    if fused:
+        model, params = decoder(replace(config, fused=True)), fuse(params)
+    fast = Generator(language_model(model, params, fast_row=True))
+    plain = Generator(language_model(model, params))
+    for prompts in (PROMPTS[:1], PROMPTS[1:]):  # the latter are two rows, which it leaves alone
+        out, expected = (g(prompts, Settings(20, GREEDY)) for g in (fast, plain))
+        assert torch.equal(out.tokens, expected.tokens) and out.logps.unique().numel() > 9
+        torch.testing.assert_close(out.logps, expected.logps)
+
+
 @pytest.fixture
 def uncompiled(monkeypatch):
     """A Generator that keeps and rounds as a compiled one does, without the compiler."""
@@ -274,21 +299,66 @@ def test_traced_generation_equals_eager(monkeypatch):
 
 
 def test_a_compiled_step_equals_eager(monkeypatch):
-    """With code generation, which writes into the cache in place."""
+    """With code generation, which writes into the cache in place: the next token is the sum of all
+    so far. (Little to compile; the decoder is traced above, and compiled on a GPU.)"""
     monkeypatch.setattr("msfs_functional.generation.compile_per_shape", lambda fn, dynamic: fn)
-    generate, eager = Generator(small_model(), compile=True), Generator(small_model())
+
+    def logits(cache):
+        return torch.nn.functional.one_hot(cache.sum(1) % 11, 11).float()
+
+    def prefill(tokens, lengths, cache):
+        inside = torch.arange(tokens.shape[1]) < lengths[:, None]
+        cache = torch.where(inside, tokens, 0)
+        return logits(cache), cache
+
+    def step(tokens, cache, positions):
+        cache = cache.index_put((torch.arange(len(tokens)), positions), tokens)
+        return logits(cache), cache
+
+    init_cache = lambda rows, length: torch.zeros(rows, length, dtype=torch.int64)  # noqa: E731
+    model = LanguageModel(init_cache, prefill, step, 64, "cpu")
+    generate = Generator(model, compile=True)
     for prompts in ([[3, 4], [5]], [[6], [7, 8, 9]]):
-        out, expected = (g(prompts, Settings(8, GREEDY)) for g in (generate, eager))
+        out = generate(prompts, Settings(8, GREEDY))
+        for i, prompt in enumerate(prompts):
+            tokens = list(prompt)
+            for _ in range(8):
+                tokens.append(sum(tokens) % 11)
+            assert row(out, i) == tokens[len(prompt) :]
+    assert len(generate._kept) == 1
+
+
+def test_blocks_compiled_once_generate_the_same(monkeypatch):
+    """As "regions", traced: the cache is written in place by a graph that all blocks share."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    plain = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda fn, options=None, **rest: plain(fn, backend=backend, **rest)
+    )
+    monkeypatch.setattr("msfs_functional.generation.BUCKET", 16)
+    settings = Settings(12, Sampling(0.9, top_k=9), stop_tokens=(5,))
+    deep = decoder(replace(CONFIG, windows=(None,), depth=3))
+    params = {name: value for name, value in deep.init(0).items()}
+    model = language_model(deep, params)
+    generate, eager = Generator(model, compile="regions"), Generator(model)
+    for seed, prompts in enumerate((PROMPTS, PROMPTS[::-1])):
+        out, expected = (g(prompts, settings, key=random.key(seed)) for g in (generate, eager))
         assert torch.equal(out.tokens, expected.tokens)
         torch.testing.assert_close(out.logps, expected.logps)
+    assert len(graphs) == 4  # block and drawing, of prefill and of a step
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("compile", [True, "regions"])
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLING], ids=["greedy", "sampling"])
-def test_generation_by_cuda_graphs_equals_eager(sampling):
+def test_generation_by_cuda_graphs_equals_eager(sampling, compile):
     model = language_model(MODEL, build(torch.float32, "cuda"))
-    generate, eager = Generator(model), Generator(model, compile=False)
-    assert generate.compile
+    generate, eager = Generator(model, compile=compile), Generator(model, compile=False)
     for seed, options in ((1, {}), (2, {}), (3, {"samples": 3, "stop_tokens": (5,)}), (4, {})):
         settings, key = Settings(24, sampling, **options), random.key(seed)
         out, expected = generate(PROMPTS, settings, key=key), eager(PROMPTS, settings, key=key)

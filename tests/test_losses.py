@@ -1,5 +1,6 @@
 """Losses equal the formula; the fused one equals the plain one under every transform."""
 
+import math
 import os
 import subprocess
 import sys
@@ -13,12 +14,13 @@ from hypothesis import strategies as st
 from msfs_kernels import linear_cross_entropy as fused
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
-from msfs_functional.losses import cross_entropy, linear_cross_entropy
+from msfs_functional.losses import cross_entropy, disagreement, linear_cross_entropy
 
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"label_smoothing": 0.1},
     {"label_smoothing": 0.1, "z_loss": 1e-2},
+    {"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 1.5},
 ]
 
 
@@ -67,12 +69,16 @@ def test_z_loss_is_the_squared_log_partition():
 def losses(labels, **options):
     """The fused loss and the plain one as functions of (h, w, b)."""
 
+    softcap = options.get("softcap")
+    others = {name: value for name, value in options.items() if name != "softcap"}
+
     def ours(h, w, b):
         return linear_cross_entropy(h, w, labels, bias=b, **options)[0]
 
     def plain(h, w, b):
         logits = h @ w.T if b is None else h @ w.T + b
-        return cross_entropy(logits, labels, **options)[0]
+        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        return cross_entropy(logits, labels, **others)[0]
 
     return ours, plain
 
@@ -116,7 +122,7 @@ NAMES = list(compositions(*problem()[:3]))
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "smooth", "smooth+z"])
+@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "smooth", "smooth+z", "smooth+z+cap"])
 def test_fused_equals_plain_under(name, options):
     h, w, b, labels = problem()
     ours, plain = losses(labels, **options)
@@ -127,7 +133,7 @@ def test_fused_equals_plain_under(name, options):
 @pytest.mark.parametrize("name", ["grad", "vmap(grad)", "jvp", "jvp(grad)", "grad(grad)"])
 def test_fused_equals_plain_compiled_under(name):
     h, w, b, labels = problem()
-    ours, plain = losses(labels, label_smoothing=0.1, z_loss=1e-2)
+    ours, plain = losses(labels, label_smoothing=0.1, z_loss=1e-2, softcap=1.5)
     compose = compositions(h, w, b)[name]
     compiled = torch.compile(lambda: compose(ours), fullgraph=True)()
     torch.testing.assert_close(compiled, compose(plain), rtol=1e-10, atol=1e-12)
@@ -152,7 +158,7 @@ def test_autograd_equals_plain(compiled, bias):
 def test_gradient_is_that_of_finite_differences():
     h, w, b, labels = problem()
     leaves = tuple(x.requires_grad_() for x in (h, w, b))
-    ours, _ = losses(labels, label_smoothing=0.1, z_loss=1e-2)
+    ours, _ = losses(labels, label_smoothing=0.1, z_loss=1e-2, softcap=1.5)
     assert torch.autograd.gradcheck(ours, leaves)
     assert torch.autograd.gradgradcheck(ours, leaves)
 
@@ -208,6 +214,8 @@ def test_wrong_arguments_are_named():
         linear_cross_entropy(h, w, labels, bias=b[:2])
     with pytest.raises(ValueError, match=r"label 11 must be in \[0, 11\)"):
         linear_cross_entropy(h, w, labels + 1, ignore_index=1)
+    with pytest.raises(ValueError, match=r"softcap \(0\) must be a positive number"):
+        linear_cross_entropy(h, w, labels, softcap=0)
     with pytest.raises(ValueError, match="label_smoothing"):
         cross_entropy(h, labels, label_smoothing=1.5)
 
@@ -220,7 +228,7 @@ torch.manual_seed(0)
 for vocab, bias in ((7, None), (130, torch.randn(2, 130))):
     logits, labels = torch.randn(2, 5, vocab) * 4, torch.randint(0, vocab, (2, 5))
     labels[0, 1] = labels[1, 4] = 0
-    for options in ((0.0, 0, 0.0), (0.1, 0, 0.01)):
+    for options in ((0.0, 0, 0.0, 0.0), (0.1, 0, 0.01, 0.0), (0.1, 0, 0.01, 3.0)):
         full = logits.clone() if bias is None else logits + bias[:, None]
         expected = plain(full, labels, *options)
         got = fused(logits.clone(), bias, labels, *options, True)
@@ -232,6 +240,14 @@ def test_the_triton_rows_equal_the_formula_in_the_interpreter():
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", INTERPRETED], check=True, env=environment, timeout=120)
+
+
+def test_disagreement_is_both_divergences_of_the_items_that_count():
+    p, q = torch.tensor([[0.5, 0.5], [0.9, 0.1]]), torch.tensor([[0.25, 0.75], [0.2, 0.8]])
+    labels = torch.tensor([1, 0])  # the second row is ignored
+    expected = 0.25 * math.log(0.5 / 0.25) - 0.25 * math.log(0.5 / 0.75)  # sum of (p - q) ln(p / q)
+    assert float(disagreement(p.log(), q.log() + 3, labels)) == pytest.approx(expected, rel=1e-5)
+    assert float(disagreement(p.log(), p.log(), labels)) == 0
 
 
 @pytest.mark.gpu

@@ -7,7 +7,15 @@ import torch
 from torch.autograd import gradcheck
 from torch.func import grad, vmap
 
-from msfs_functional import ppo
+from msfs_functional import masked, ppo
+from msfs_functional.advantages import (
+    discounted_returns,
+    explained_variance,
+    gae,
+    group_advantages,
+    leave_one_out_advantages,
+    token_rewards,
+)
 
 B, T = 4, 9
 
@@ -46,7 +54,7 @@ def test_gae_equals_the_loop_over_gaps_and_packed_rows(gamma, lam, packed):
     rewards, values, mask = draw(0), draw(1), draw_mask()
     segments = SEGMENTS if packed else torch.zeros(B, T, dtype=torch.long)
     given = {"segment_ids": SEGMENTS} if packed else {}
-    found = ppo.gae(rewards, values, mask, gamma=gamma, lam=lam, **given)
+    found = gae(rewards, values, mask, gamma=gamma, lam=lam, **given)
     expected = loop_gae(rewards, values, mask, segments, gamma, lam)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
@@ -57,15 +65,15 @@ def test_returns_are_gae_without_values(packed):
     rewards, mask = draw(0), draw_mask()
     given = {"segment_ids": SEGMENTS} if packed else {}
     zeros = torch.zeros_like(rewards)
-    found = ppo.discounted_returns(rewards, mask, gamma=0.8, **given)
-    expected, _ = ppo.gae(rewards, zeros, mask, gamma=0.8, lam=1.0, **given)
+    found = discounted_returns(rewards, mask, gamma=0.8, **given)
+    expected, _ = gae(rewards, zeros, mask, gamma=0.8, lam=1.0, **given)
     torch.testing.assert_close(found, expected)
 
 
 def test_gae_of_a_hand_worked_row_with_a_gap():
     mask = torch.tensor([[True, False, True, True]])
     rewards, values = torch.tensor([[1.0, 9.0, 1.0, 1.0]]), torch.tensor([[0.0, 9.0, 2.0, 0.0]])
-    advantages, returns = ppo.gae(rewards, values, mask, gamma=0.5, lam=1.0)
+    advantages, returns = gae(rewards, values, mask, gamma=0.5, lam=1.0)
     assert advantages.tolist() == [[1.75, 0.0, -0.5, 1.0]]
     assert returns.tolist() == [[1.75, 0.0, 1.5, 1.0]]
 
@@ -76,16 +84,16 @@ def test_what_stands_at_masked_tokens_changes_nothing_nan_included():
     clean = [torch.where(mask, draw(i), 7.0) for i in range(4)]
 
     def everything(logps, old, rewards, values):
-        yield from ppo.gae(rewards, values, mask)
-        yield ppo.discounted_returns(rewards, mask)
-        yield ppo.whiten(rewards, mask)
-        yield ppo.average(rewards, mask, over="sequences")
+        yield from gae(rewards, values, mask)
+        yield discounted_returns(rewards, mask)
+        yield masked.whiten(rewards, mask)
+        yield masked.average(rewards, mask, over="sequences")
         yield ppo.policy_loss(logps, old, rewards, mask, level="mean").losses
         yield ppo.value_loss(values, old, rewards, mask)
         yield ppo.importance_weights(logps, old, mask)
-        yield ppo.explained_variance(values, rewards, mask)
+        yield explained_variance(values, rewards, mask)
         kl = ppo.kl_estimate(logps, old)
-        yield ppo.token_rewards(torch.ones(B).double(), mask, kl=kl, kl_coefficient=0.1)
+        yield token_rewards(torch.ones(B).double(), mask, kl=kl, kl_coefficient=0.1)
 
     for a, b in zip(everything(*spoiled), everything(*clean), strict=True):
         assert torch.equal(a, b)
@@ -94,19 +102,19 @@ def test_what_stands_at_masked_tokens_changes_nothing_nan_included():
 def test_averages_of_hand_worked_losses():
     losses = torch.tensor([[1.0, 3.0, 9.0], [8.0, 9.0, 9.0], [9.0, 9.0, 9.0]])
     mask = torch.tensor([[True, True, False], [True, False, False], [False, False, False]])
-    assert ppo.average(losses, mask) == 4.0
-    assert ppo.average(losses, mask, over="sequences") == 5.0
-    assert ppo.average(losses, mask, over="constant", length=4) == 1.0
-    assert ppo.masked_mean(losses, torch.zeros_like(mask)) == 0.0
+    assert masked.average(losses, mask) == 4.0
+    assert masked.average(losses, mask, over="sequences") == 5.0
+    assert masked.average(losses, mask, over="constant", length=4) == 1.0
+    assert masked.masked_mean(losses, torch.zeros_like(mask)) == 0.0
 
 
 def test_whitened_numbers_have_mean_zero_and_variance_one_or_keep_their_mean():
     x, mask = 3 * draw() + 5, draw_mask()
-    white = ppo.whiten(x, mask)
+    white = masked.whiten(x, mask)
     torch.testing.assert_close(white[mask].mean(), torch.zeros(()).double())
     torch.testing.assert_close(white[mask].var(), torch.ones(()).double())
     assert not white[~mask].any()
-    kept = ppo.whiten(x, mask, centre=False)
+    kept = masked.whiten(x, mask, centre=False)
     torch.testing.assert_close(kept[mask].mean(), x[mask].mean())
 
 
@@ -145,11 +153,11 @@ def test_coefficient_rises_above_the_target_and_falls_below_it():
 def test_score_stands_at_the_last_token_of_each_sequence():
     mask = torch.tensor([[False, True, True, False], [True, True, True, True]])
     kl = torch.tensor([[9.0, 1.0, 2.0, 9.0], [1.0, 1.0, 1.0, 1.0]])
-    found = ppo.token_rewards(torch.tensor([5.0, 7.0]), mask, kl=kl, kl_coefficient=0.5)
+    found = token_rewards(torch.tensor([5.0, 7.0]), mask, kl=kl, kl_coefficient=0.5)
     assert found.tolist() == [[0.0, -0.5, 4.0, 0.0], [-0.5, -0.5, -0.5, 6.5]]
     segments = torch.tensor([[0, 0, 0, 0], [0, 0, 1, 1]])
     scores = torch.tensor([[5.0, 0.0], [1.0, 2.0]])
-    found = ppo.token_rewards(scores, mask, segment_ids=segments)
+    found = token_rewards(scores, mask, segment_ids=segments)
     assert found.tolist() == [[0.0, 0.0, 5.0, 0.0], [0.0, 1.0, 0.0, 2.0]]
 
 
@@ -157,10 +165,10 @@ def test_group_advantages_of_hand_worked_scores():
     scores = torch.tensor([1.0, 3.0, 0.0, 0.0])
     root = 1 / (math.sqrt(2) + 1e-4)
     expected = torch.tensor([-root, root, 0.0, 0.0])
-    torch.testing.assert_close(ppo.group_advantages(scores, 2), expected)
-    assert ppo.group_advantages(scores, 2, scale=False).tolist() == [-1, 1, 0, 0]
-    assert ppo.leave_one_out_advantages(scores, 2).tolist() == [-2, 2, 0, 0]
-    assert ppo.leave_one_out_advantages(torch.tensor([3.0, 0.0, 0.0]), 3).tolist() == [
+    torch.testing.assert_close(group_advantages(scores, 2), expected)
+    assert group_advantages(scores, 2, scale="none").tolist() == [-1, 1, 0, 0]
+    assert leave_one_out_advantages(scores, 2).tolist() == [-2, 2, 0, 0]
+    assert leave_one_out_advantages(torch.tensor([3.0, 0.0, 0.0]), 3).tolist() == [
         3,
         -1.5,
         -1.5,
@@ -168,8 +176,8 @@ def test_group_advantages_of_hand_worked_scores():
 
 
 def test_advantages_of_a_constant_reward_are_zero():
-    assert not ppo.group_advantages(torch.full((4,), 0.5), 2).any()
-    assert not ppo.leave_one_out_advantages(torch.full((4,), 0.5), 2).any()
+    assert not group_advantages(torch.full((4,), 0.5), 2).any()
+    assert not leave_one_out_advantages(torch.full((4,), 0.5), 2).any()
 
 
 @pytest.mark.parametrize("ratio, advantage, loss, cut", [
@@ -250,9 +258,9 @@ def test_entropy_of_equal_tokens_and_of_ruled_out_ones():
 def test_explained_variance_of_a_perfect_and_of_a_constant_critic():
     returns, mask = draw(), draw_mask()
     one = torch.ones((), dtype=torch.float64)
-    torch.testing.assert_close(ppo.explained_variance(returns, returns, mask), one)
+    torch.testing.assert_close(explained_variance(returns, returns, mask), one)
     constant = torch.full_like(returns, 3.0)
-    torch.testing.assert_close(ppo.explained_variance(constant, returns, mask), 0 * one)
+    torch.testing.assert_close(explained_variance(constant, returns, mask), 0 * one)
 
 
 def test_a_sweep_over_clips_of_values_is_one_vmapped_call():
@@ -263,20 +271,20 @@ def test_a_sweep_over_clips_of_values_is_one_vmapped_call():
 
 
 @pytest.mark.parametrize("call, said", [
-    (lambda: ppo.group_advantages(torch.zeros(4), 1), r"size \(1\) must be at least 2"),
-    (lambda: ppo.group_advantages(torch.zeros(5), 2), "whole groups"),
+    (lambda: group_advantages(torch.zeros(4), 1), r"size \(1\) must be at least 2"),
+    (lambda: group_advantages(torch.zeros(5), 2), "whole groups"),
     (lambda: ppo.kl_estimate(torch.zeros(2), torch.zeros(3)), "must have the shape"),
     (lambda: ppo.kl_estimate(torch.zeros(2), torch.zeros(2), "k4"), "k4"),
-    (lambda: ppo.gae(draw(), draw(), draw_mask(), gamma=1.5), r"gamma \(1.5\)"),
-    (lambda: ppo.gae(draw(), draw(), draw_mask(), lam=-1.0), r"lam \(-1.0\)"),
-    (lambda: ppo.gae(draw(), draw(0, 2, 2), draw_mask()), "values"),
-    (lambda: ppo.average(draw(), draw_mask(), over="rows"), "rows"),
-    (lambda: ppo.average(draw(), draw_mask(), over="constant"), "length"),
+    (lambda: gae(draw(), draw(), draw_mask(), gamma=1.5), r"gamma \(1.5\)"),
+    (lambda: gae(draw(), draw(), draw_mask(), lam=-1.0), r"lam \(-1.0\)"),
+    (lambda: gae(draw(), draw(0, 2, 2), draw_mask()), "values"),
+    (lambda: masked.average(draw(), draw_mask(), over="rows"), "rows"),
+    (lambda: masked.average(draw(), draw_mask(), over="constant"), "length"),
     (lambda: ppo.policy_loss(draw(), draw(), draw(), draw_mask(), clip=0.0), r"clip \(0.0\)"),
     (lambda: ppo.policy_loss(draw(), draw(), draw(0, 3), draw_mask()), "advantages"),
     (lambda: ppo.value_loss(draw(), draw(), draw(), draw_mask(), clip=-1.0), r"clip \(-1.0\)"),
     (lambda: ppo.importance_weights(draw(), draw(), draw_mask(), maximum=0.0), "maximum"),
-    (lambda: ppo.token_rewards(torch.zeros(3), draw_mask()), "one a completion"),
+    (lambda: token_rewards(torch.zeros(3), draw_mask()), "one a completion"),
     (lambda: ppo.log_ratio(draw(), draw(), draw_mask(), level="row"), "row"),
     (lambda: ppo.adaptive_kl_coefficient(
         torch.ones(()), torch.ones(()), target=0.0, horizon=1.0, items=1), r"target \(0.0\)"),

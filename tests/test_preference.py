@@ -11,23 +11,22 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, jvp, vmap
 
-from msfs_functional import preference
+from msfs_functional import logps as module
+from msfs_functional import preference_variants as variants
+from msfs_functional.logps import sequence_logps, token_logps, token_logps_and_entropies
 from msfs_functional.preference import (
-    bradley_terry,
     check_pairs,
+    check_reference,
     dpo,
     dpo_hinge,
     ipo,
     kto,
     kto_kl,
     orpo,
-    plackett_luce,
     robust_dpo,
-    sequence_logps,
     simpo,
-    token_logps,
-    token_logps_and_entropies,
 )
+from msfs_functional.reward_models import bradley_terry, plackett_luce
 
 REFERRED: dict[str, Any] = {
     "dpo": dpo,
@@ -42,7 +41,7 @@ ALONE: dict[str, Any] = {"simpo": simpo, "orpo": orpo}
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Chunks of three tokens, so that every test runs several."""
-    monkeypatch.setitem(preference.CHUNK, "cpu", 34)
+    monkeypatch.setitem(module.CHUNK, "cpu", 34)
 
 
 def logps(count, batch=6, seed=0):
@@ -405,6 +404,88 @@ def test_dpo_losses_equal_trl(loss_type):
     close(fn(*ours.chunk(4), beta=0.4).losses.mean(), theirs, (x,))
 
 
+VARIANTS: dict[str, Any] = {
+    "exo_pair": lambda *x: variants.exo(*x, beta=0.4, label_smoothing=0.1),
+    "nca_pair": lambda *x: variants.nca(*x, beta=0.4),
+    "bco_pair": lambda *x: variants.bco(*x, beta=0.4),
+    "sppo_hard": lambda *x: variants.sppo(*x, beta=0.4),
+    "aot": lambda *x: variants.aot(*x, beta=0.4, label_smoothing=0.1),
+    "aot_unpaired": lambda *x: variants.aot(*x, beta=0.4, label_smoothing=0.1, paired=False),
+    "apo_zero": lambda *x: variants.apo_zero(*x, beta=0.4),
+    "apo_down": lambda *x: variants.apo_down(*x, beta=0.4),
+    "discopop": lambda *x: variants.discopop(*x, beta=0.4),
+    "sigmoid": lambda *x: dpo(*x, beta=0.4),
+}
+
+
+def trl_dpo(loss_type, x, mask, reference, **options):
+    """TRL's own DPO loss, on a stand-in for its trainer."""
+    trainer = pytest.importorskip("trl.trainer.dpo_trainer").DPOTrainer
+    own = {"ld_alpha": None, "f_divergence_type": "reverse_kl", "use_weighting": False, **options}
+    trl = stand_in(
+        loss_types=[loss_type],
+        loss_weights=[1.0],
+        label_smoothing=0.1,
+        beta=0.4,
+        args=SimpleNamespace(discopop_tau=0.05),
+        **own,
+    )
+    chosen, rejected = reference.chunk(2)
+    shifted = F.pad(mask, (1, 0)).long()
+    inputs = {
+        "input_ids": torch.zeros_like(shifted),
+        "attention_mask": torch.ones_like(shifted),
+        "completion_mask": shifted,
+        "ref_chosen_logps": chosen,
+        "ref_rejected_logps": rejected,
+    }
+    squares = SQUARES.expand_as(x)
+    given = SimpleNamespace(
+        **vars(outputs(torch.where(mask, x, 0.0))), log_sum_sq_probs=F.pad(squares, (1, 0))
+    )
+    return trainer._compute_loss(trl, lambda **_: given, inputs, False)
+
+
+SQUARES = torch.tensor([-1.0, -0.4, -2.0, -0.7], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("loss_type", VARIANTS)
+def test_every_other_loss_equals_trl(loss_type):
+    x, mask, reference = tokens()
+    theirs = trl_dpo(loss_type, x, mask, reference)
+    sums = sequence_logps(x, mask)[0]
+    out = VARIANTS[loss_type](*sums.chunk(2), *reference.chunk(2))
+    close(out.losses.mean(), theirs, (x,))
+    assert not out.chosen_rewards.requires_grad
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "js", "alpha"])
+def test_divergences_equal_trl(divergence):
+    x, mask, reference = (y.float() if y.is_floating_point() else y for y in tokens())
+    x = x.detach().requires_grad_()
+    name = {"js": "js_divergence", "alpha": "alpha_divergence"}.get(divergence, divergence)
+    theirs = trl_dpo(
+        "sigmoid", x, mask, reference, f_divergence_type=name, f_alpha_divergence_coef=0.5
+    )
+    ratio = sequence_logps(x, mask)[0] - reference
+    scores = variants.divergence_score(ratio, divergence, alpha=0.5).chunk(2)
+    zeros = [torch.zeros_like(score) for score in scores]
+    close(dpo(*scores, *zeros, beta=0.4).losses.mean(), theirs, (x,))
+
+
+def test_a_shorter_voice_for_the_tail_and_weights_by_confidence_equal_trl():
+    x, mask, reference = tokens()
+    sides = lambda y: torch.stack(y.chunk(2), 1)  # noqa: E731
+    theirs = trl_dpo("sigmoid", x, mask, reference, ld_alpha=0.3)
+    sums = variants.desensitised_logps(sides(x), sides(mask), alpha=0.3)
+    close(dpo(*sums.unbind(1), *reference.chunk(2), beta=0.4).losses.mean(), theirs, (x,))
+    theirs = trl_dpo("sigmoid", x, mask, reference, use_weighting=True)
+    losses = dpo(*sequence_logps(x, mask)[0].chunk(2), *reference.chunk(2), beta=0.4).losses
+    squares = sides(SQUARES.expand_as(x))
+    weights = variants.confidence_weights(sides(x), squares, sides(mask))
+    close((losses * weights).mean(), theirs, (x,))
+
+
 def test_kto_equals_trl():
     trainer = pytest.importorskip("trl.trainer.kto_trainer").KTOTrainer
     x, mask, reference = tokens()
@@ -520,3 +601,12 @@ def test_pairs_that_teach_nothing_are_named_by_row():
     with pytest.raises(ValueError, match=r"rows \[1\] have equal chosen and rejected"):
         check_pairs(ids, full, other, tail)
     check_pairs(ids[:1], full[:1], other[:1], tail[:1])
+
+
+def test_a_reference_of_another_architecture_is_named():
+    policy = {"a": torch.zeros(2, 3), "b": torch.zeros(2)}
+    check_reference(policy, {name: value + 1 for name, value in policy.items()})
+    with pytest.raises(ValueError, match=r"a is \(2, 3\) in the policy, \(3, 2\) in the reference"):
+        check_reference(policy, {"a": torch.zeros(3, 2), "b": torch.zeros(2)})
+    with pytest.raises(ValueError, match=r"b is \(2,\) in the policy, absent in the reference"):
+        check_reference(policy, {"a": policy["a"]})

@@ -16,15 +16,16 @@ from msfs_functional.models import pretrained
 from msfs_functional.models.decoder import DecoderConfig, decoder
 from msfs_functional.synthetic.stories import judge, stories
 from msfs_functional.tokenizer import Tokenizer, train_bpe
+from msfs_functional.utilisation import flops_per_token
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path.insert(0, str(RECIPES))
 import pretrain  # noqa: E402
 
 TINY = """--model.width 16 --model.heads 2 --model.kv-heads 2 --model.hidden 24 --model.depth 1
-    --vocabulary.size 400 --data.stories 60 --data.length 200 --data.batch 4 --train.steps 6
-    --train.eval-every 3 --train.log-every 1 --optimizer.warmup 2 --sample.number 2 --device cpu
-    --threads 1""".split()
+    --vocabulary.size 400 --data.stories 60 --data.valid-documents 8 --data.length 200
+    --data.batch 4 --train.steps 6 --train.eval-every 3 --train.log-every 1 --optimizer.warmup 2
+    --sample.number 2 --device cpu --threads 1""".split()
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +68,7 @@ def final_state(run: Path) -> dict[str, torch.Tensor]:
 
 
 def metrics_without_time(run: Path) -> list[dict]:
-    clocked = ("seconds", "tokens/s", "mfu", "data_wait")
+    clocked = ("seconds", "tokens/s", "tokens/s/rank", "mfu", "data_wait")
     records = tracking.read_metrics(run / tracking.METRICS)
     return [{k: v for k, v in record.items() if k not in clocked} for record in records]
 
@@ -120,7 +121,7 @@ def test_a_trained_run_is_exported_as_a_folder_that_others_load(trained, capsys)
     assert capsys.readouterr().out.endswith(f"tensors in {trained / 'export'}\n")
     config, params, hub, tokenizer = pretrained.load(trained / "export")
     state = final_state(trained)
-    assert params.keys() == decoder(config).shapes.keys() and hub["model_type"] == "qwen3"
+    assert params.keys() == decoder(config).shapes.keys() and hub["model_type"] == "llama"
     assert all(torch.equal(value, state[f"params/{name}"]) for name, value in params.items())
     assert Tokenizer.from_json(str(tokenizer)).vocab_size == config.vocab
 
@@ -165,13 +166,7 @@ def test_bits_per_byte_of_a_model_that_knows_nothing_are_those_of_equal_ids():
 def test_flops_of_a_token_by_hand():
     config = DecoderConfig(10, width=4, depth=2, heads=2, kv_heads=1, hidden=6, max_length=8)
     matrices = 2 * (4 * 4 + 2 * 2 * 4 + 4 * 4 + 3 * 4 * 6) + 10 * 4
-    assert pretrain.flops_per_token(decoder(config), 8) == 6 * matrices + 6 * 2 * 4 * 8
-
-
-def test_documents_of_text_files_stand_between_blank_lines(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("One\ntwo \n\n\n three\n \nfour\n")
-    assert pretrain.read_documents(path, "text") == ["One\ntwo", "three", "four"]
+    assert flops_per_token(decoder(config), 8) == 6 * matrices + 6 * 2 * 4 * 8
 
 
 def two_ranks() -> None:
@@ -205,16 +200,18 @@ def test_two_processes_train_what_one_does(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "args, said",
     [
-        ("--model.vocab 300", r"the vocabulary has \d+ ids, more than .*--model.vocab \(300\)"),
+        ("--model.vocab 100", r"the vocabulary has \d+ ids, more than .*--model.vocab \(100\)"),
         ("--data.batch 500", "fewer than one batch of 500 x 200"),
         ("--mesh.dp-shard 3", "multiply to 3, but 1 processes run"),
         ("--mesh.tp 3", r"--mesh.tp \(3\) must divide --data.length \(200\)"),
         ("--mesh.timeout 0", r"--mesh.timeout \(0.0\) must be positive"),
         ("--model.heads 3", r"heads \(3\) must divide width"),
-        ("--vocabulary.size 100", r"vocab_size \(100\) must exceed 260"),
+        ("--vocabulary.kind bpe --vocabulary.size 100", r"vocab_size \(100\) must exceed 260"),
         ("--vocabulary.file nowhere.json", "no tokenizer at nowhere.json"),
         ("--data.files nowhere.txt", "nowhere.txt"),
         ("--data.files table.csv", "must be .txt or .jsonl"),
+        ("--data.stream nowhere.jsonl", "no file nowhere.jsonl"),
+        ("--data.stream nowhere.jsonl --data.files a.txt", "are two sources"),
         ("--data.valid-share 1.5", r"--data.valid-share \(1.5\) must be in"),
         ("--train.steps 0", r"--train.steps \(0\) must be at least 1"),
         ("--train.accumulation 3", r"accumulation \(3\) must divide the batch"),
@@ -241,6 +238,34 @@ def test_bad_files_end_with_one_line(content, said, tmp_path, capsys):
     path = tmp_path / ("a.jsonl" if content.startswith(b"{") else "a.txt")
     path.write_bytes(content)
     assert said in refused(capsys, *TINY, "--out", tmp_path, "--data.files", path)
+
+
+def test_a_stream_shorter_than_one_sequence_ends_with_one_line(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "short {i}"}}\n' for i in range(40)))
+    sizes = ["--vocabulary.size", 270, "--data.length", 4000]
+    line = refused(capsys, *TINY, *sizes, "--data.stream", tmp_path / "a.jsonl", "--out", tmp_path)
+    assert re.search("lane 0 of 1 holds .* fewer than one sequence of 4000", line), line
+
+
+def test_a_streamed_run_goes_on_where_it_stopped(tmp_path):
+    """Documents of two files, with other columns, as the Hub's are laid out."""
+    some = stories(0, 120)
+    for number in range(2):
+        records = ({"id": i, "text": text} for i, text in enumerate(some[number::2]))
+        lines = "".join(f"{json.dumps(record)}\n" for record in records)
+        (tmp_path / f"part-{number}.jsonl").write_text(lines)
+    args = [*TINY, "--data.stream", tmp_path / "part-*.jsonl", "--out", tmp_path]
+    recipe(*args, "--name", "whole")
+    recipe(*args, "--name", "parts", "--train.steps", 3)
+    recipe("--resume", "--out", tmp_path, "--name", "parts", "--train.steps", 6)
+    whole, parts = (metrics_without_time(tmp_path / name) for name in ("whole", "parts"))
+    assert [r["step"] for r in whole] == [r["step"] for r in parts]
+    place = [
+        checkpoint.checkpoints(tmp_path / name / "checkpoints")[-1].path / "meta.json"
+        for name in ("whole", "parts")
+    ]
+    assert place[0].read_text() == place[1].read_text()
+    assert '"lane 0"' in place[0].read_text()
 
 
 def test_a_run_is_not_overwritten_unasked(trained, capsys):

@@ -127,14 +127,7 @@ def test_triton_kernels_compile_without_a_gpu(chip: int):
         assert triton.compile(source, target=GPUTarget("cuda", chip, 32)).asm["cubin"]
 
 
-COMPILED = (
-    "bits of a late shard",
-    "uniform in an interval",
-    "normal",
-    "dropout",
-    "split",
-    "fold_in",
-)
+COMPILED = ("uniform in an interval", "normal", "dropout", "split")  # every kind of arithmetic
 
 
 def draw_all(key: Tensor) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Schedules: hand-worked values, shape of the curves, no recompile, clear errors."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -57,6 +58,21 @@ def test_noam_is_equation_3_of_the_paper():
     for step in (1, 100, 4000, 4001, 100_000):
         expected = 512**-0.5 * min(step**-0.5, step * 4000**-1.5)
         assert at(rate_fn, step - 1) == pytest.approx(expected, rel=1e-6)
+
+
+def test_names_of_a_command_line_are_the_schedules():
+    by_name = {
+        "inverse_square_root": schedules.inverse_square_root(1.0, warmup=5),
+        "cosine": schedules.cosine(1.0, 50, warmup=5),
+        "linear": schedules.linear(1.0, 50, warmup=5),
+        "wsd": schedules.warmup_stable_decay(1.0, 50, warmup=5, decay=10),
+        "constant": schedules.constant(1.0, warmup=5),
+    }
+    assert set(by_name) == set(get_args(schedules.Name))
+    counts = torch.arange(60)
+    for name, expected in by_name.items():
+        found = schedules.named(name, 1.0, 50, warmup=5)  # pyright: ignore[reportArgumentType]
+        assert torch.equal(found(counts), expected(counts)), name
 
 
 def test_compiled_schedule_never_recompiles_as_the_count_advances():

@@ -21,12 +21,15 @@ def combinations(found: list[Scene]) -> set[tuple[str, str]]:
 
 def test_a_scene_by_hand():
     assert shapes.caption(HAND) == "a small red circle above a large blue square"
+    turned = "a large blue square below a small red circle"
+    assert shapes.captions(HAND) == [shapes.caption(HAND), turned]
     asked = dict(shapes.questions(HAND))
     assert asked["how many squares?"] == "one" and asked["how many triangles?"] == "zero"
     assert asked["what colour is the shape above the square?"] == "red"
     assert asked["what shape is below the circle?"] == "square"
     assert asked["is the square above the circle?"] == "no"
-    assert asked["is there a red square?"] == "no"
+    squares = {asked[text] for text in asked if text.startswith("is there") and "square" in text}
+    assert asked["is there a blue square?"] == "yes" and squares == {"yes", "no"}
     image = shapes.render(HAND)
     assert image.shape == (32, 32, 3) and image.dtype == np.uint8
     assert tuple(image[7, 16]) == shapes.COLOURS["red"]

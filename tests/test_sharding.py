@@ -10,6 +10,7 @@ import functools
 import pytest
 import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from ranks import DEVICE, mesh
 from torch._dynamo.backends.common import aot_autograd
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.func import grad, jvp, vmap
@@ -23,7 +24,7 @@ from msfs_functional.fsdp import fully_sharded
 from msfs_functional.gathering import Sharded, gathered, sharded
 from msfs_functional.layouts import DECODER, DECODER_BY_TOKENS, TRANSFORMER
 from msfs_functional.losses import cross_entropy, linear_cross_entropy
-from msfs_functional.meshes import data_rank, degrees, mesh
+from msfs_functional.meshes import data_rank, degrees
 from msfs_functional.models import decoder as decoders
 from msfs_functional.models.decoder import DecoderConfig, decoder, output_weight
 from msfs_functional.models.transformer import TransformerConfig, transformer
@@ -49,13 +50,14 @@ UNTIED = dataclasses.replace(CONFIG, tied=False, depth=1)
 UNNORMED = dataclasses.replace(CONFIG, qk_norm=False, depth=1)
 PAIRS = TransformerConfig(29, width=12, depth=1, heads=2, hidden=18, dropout=0.0)
 # Without eps Adam inflates gradients that are rounding alone, such as those of a key's bias.
-OPTIMIZER = optim.chain(optim.clip_by_global_norm(0.5), optim.adamw(1e-2, eps=1e-3))
+OPTIMIZER, CLIP = optim.adamw(1e-2, eps=1e-3), 0.5
+CHAINED = optim.chain(optim.clip_by_global_norm(CLIP), OPTIMIZER)
 CLOSE = {"rtol": 1e-5, "atol": 2e-6}  # after five steps in float32
 
 
 def batches(n: int = 5, seed: int = 0) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(0, 29, (8, 7), generator=generator) for _ in range(n)]
+    return [torch.randint(0, 29, (8, 7), generator=generator).to(DEVICE) for _ in range(n)]
 
 
 def next_token(model, params, tokens, key):
@@ -77,7 +79,8 @@ def share(tokens: torch.Tensor, on) -> torch.Tensor:
 
 def train(loss_fn, params, data, optimizer, **options):
     state = init_state(params, optimizer, random.key(1), ema_decay=0.9)
-    step = make_step(loss_fn, optimizer, ema_decay=0.9, **{"compile": False, **options})
+    options = {"compile": False, "clip_norm": None if optimizer is CHAINED else CLIP, **options}
+    step = make_step(loss_fn, optimizer, ema_decay=0.9, **options)
     history = []
     for tokens in data:
         state, metrics = step(state, tokens)
@@ -88,7 +91,8 @@ def train(loss_fn, params, data, optimizer, **options):
 @functools.cache
 def on_one_process(build, config, loss, optimizer, **options):
     model = build(config)
-    return train(functools.partial(loss, model), model.init(0), batches(), optimizer, **options)
+    params = model.init(0, device=DEVICE)
+    return train(functools.partial(loss, model), params, batches(), optimizer, **options)
 
 
 def equal_one_process(
@@ -107,7 +111,7 @@ def equal_one_process(
     one, want = on_one_process(build, config, loss, optimizer, **accumulation)
     model = sharded(build(config), layout, on)
     loss_fn = gathered(functools.partial(loss, model), model)
-    if options.pop("deferred", False):
+    if options.pop("own", False):
         options["gradient"] = model.gradient
     data = [share(tokens, on) for tokens in batches()]
     state, got = train(loss_fn, model.init(0), data, optimizer, **options)
@@ -116,6 +120,19 @@ def equal_one_process(
         for name, value in sharding.gather(trees[0]).items():
             torch.testing.assert_close(value, trees[1][name], **CLOSE, msg=lambda m, n=name: n + m)
     return state, model
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest floating tensor that an operation made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and not isinstance(out, DTensor):
+            if out.is_floating_point() and not func.is_view:
+                self.elements = max(self.elements, out.numel())
+        return out
 
 
 # Two ranks.
@@ -128,8 +145,11 @@ def shards_are_cut_from_the_unsharded_init():
             (decoder, CONFIG, DECODER),
             (transformer, PAIRS, TRANSFORMER),
         ):
-            whole = build(config).init(3)
-            own = sharded(build(config), layout, on).init(3)
+            whole = build(config).init(3, device=DEVICE)
+            with Largest() as made:
+                own = sharded(build(config), layout, on).init(3)
+            sizes = [value.to_local().numel() for value in own.values()]
+            assert made.elements <= max(sizes), "a rank has made more than its shard"
             cut = sharding.shard(whole, layout.rules, on)
             for name, value in own.items():
                 assert value.placements == cut[name].placements
@@ -145,7 +165,7 @@ def describe_lists_every_parameter():
 
 
 def data_parallel():
-    state, _ = equal_one_process({"dp_shard": 2})
+    state, _ = equal_one_process({"dp_shard": 2}, optimizer=CHAINED)
     moments = state.opt_state[1][0].mu["embedding.weight"]
     assert isinstance(moments, DTensor) and moments.placements == (Shard(0),)
     assert moments.to_local().numel() < moments.numel()
@@ -212,10 +232,10 @@ def fused_loss_in_chunks():
     own = sharded_linear_cross_entropy(mesh(tp=2), 29)
 
     def whole(h, w, b):
-        return cross_entropy(h @ w.T + b, labels, **options)[0]
+        return cross_entropy(2 * torch.tanh((h @ w.T + b) / 2), labels, **options)[0]
 
     def part(h, w, b):
-        return own(h, w[rows], labels, bias=b[rows], **options)[0]
+        return own(h, w[rows], labels, bias=b[rows], softcap=2.0, **options)[0]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vocabulary, "CHUNK", {"cpu": 60, "cuda": 60})  # 5 chunks of the 20 items
@@ -232,14 +252,14 @@ def fused_loss_in_chunks():
 
 def translation_model():
     options = {"build": transformer, "config": PAIRS, "layout": TRANSFORMER, "loss": translation}
-    equal_one_process({"dp_shard": 2}, **options)
+    equal_one_process({"dp_shard": 2}, own=True, **options)
     equal_one_process({"tp": 2}, **options)
 
 
 def accumulated_microbatches():
     equal_one_process({"dp_shard": 2}, accumulation=2)
     for given in ({"dp_shard": 2}, {"tp": 2}):
-        equal_one_process(given, accumulation=2, deferred=True)
+        equal_one_process(given, accumulation=2, own=True)
 
 
 class Counted(TorchDispatchMode):
@@ -252,6 +272,18 @@ class Counted(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.names[func.overloadpacket.__name__] += 1
         return func(*args, **(kwargs or {}))
+
+
+def overlapped_gathers_and_sums():
+    """Blocks are gathered ahead and their gradients summed behind; in every layout of two ranks."""
+    for given in ({"dp_shard": 2}, {"dp_replicate": 2}, {"tp": 2}):
+        equal_one_process(given, own=True)
+    with pytest.MonkeyPatch.context() as patch:  # what Inductor makes of a block is not the claim
+        plain = torch.compile
+        patch.setattr(
+            torch, "compile", lambda fn, **given: plain(fn, dynamic=False, backend="aot_eager")
+        )
+        equal_one_process({"dp_shard": 2}, own=True, compile="regions", config=UNNORMED)
 
 
 def gradients_are_reduced_once_a_step():
@@ -322,16 +354,16 @@ def compiled_sequence_parallel_loss():
         torch.testing.assert_close(gradient, want[1][name], **CLOSE)
 
 
-def whole_tree_optimizers():
-    for optimizer in (optim.muon(1e-2, dtype=torch.float32), optim.adafactor(1e-2)):
-        equal_one_process({"dp_shard": 2}, optimizer=optimizer)
+def factored_optimizer():
+    equal_one_process({"dp_shard": 2}, optimizer=optim.adafactor(1e-2))
 
 
 def muon_on_every_mesh():
     """Its matrices are whole for the update, however they are cut."""
-    muon = sharding.over_whole(optim.muon(1e-2, dtype=torch.float32))
-    for given in ({"tp": 2, "dp_shard": 2}, {"dp_replicate": 2, "dp_shard": 2}):
-        state, _ = equal_one_process(given, config=UNNORMED, optimizer=muon)
+    muon = optim.muon(1e-2, dtype=torch.float32)
+    config = dataclasses.replace(UNNORMED, kv_heads=4)
+    for given in ({"tp": 2, "dp_shard": 2}, {"dp_replicate": 2, "dp_shard": 2}, {"tp": 4}):
+        state, _ = equal_one_process(given, config=config, optimizer=muon)
         moment = state.opt_state[0][0].mu["blocks.0.attention.q.weight"]
         assert moment.placements == state.params["blocks.0.attention.q.weight"].placements
 
@@ -421,10 +453,13 @@ def split_tokens(on, tokens):
     """Inputs, labels, positions and documents of the tokens that this rank holds."""
     rows = share(tokens, on)
     T = rows.shape[1] - 1
-    documents = (torch.arange(T) // 3).expand(len(rows), T)
+    documents = (torch.arange(T, device=DEVICE) // 3).expand(len(rows), T)
     parts = {"tokens": rows[:, :-1], "labels": rows[:, 1:], "documents": documents}
     parts = {name: context_parallel.own_tokens(x, on) for name, x in parts.items()}
-    return {**parts, "positions": context_parallel.own_tokens(torch.arange(T), on, dim=0)}
+    return {
+        **parts,
+        "positions": context_parallel.own_tokens(torch.arange(T, device=DEVICE), on, dim=0),
+    }
 
 
 def next_of_own(model, attend, packed, params, parts, key):
@@ -447,12 +482,13 @@ def equal_one_process_in_context(packings=(False, True), **given):
             {
                 "tokens": x[:, :-1],
                 "labels": x[:, 1:],
-                "positions": torch.arange(16),
-                "documents": (torch.arange(16) // 3).expand(8, 16),
+                "positions": torch.arange(16, device=DEVICE),
+                "documents": (torch.arange(16, device=DEVICE) // 3).expand(8, 16),
             }
             for x in tokens
         ]
-        state, want = train(alone, decoder(config).init(0), whole, OPTIMIZER)
+        params = decoder(config).init(0, device=DEVICE)
+        state, want = train(alone, params, whole, OPTIMIZER)
         model = sharded(decoder(config), DECODER, on)
         ring = context_parallel.ring_attention(on)
         loss_fn = gathered(functools.partial(next_of_own, model, ring, packed), model)
@@ -516,8 +552,9 @@ TWO = [
     fused_loss_in_chunks,
     translation_model,
     accumulated_microbatches,
+    overlapped_gathers_and_sums,
     gradients_are_reduced_once_a_step,
-    whole_tree_optimizers,
+    factored_optimizer,
     guard_agrees_on_all_ranks,
     transforms,
     compiled_step,
@@ -528,13 +565,24 @@ TWO = [
 ]
 
 
+GPUS = [
+    shards_are_cut_from_the_unsharded_init,
+    overlapped_gathers_and_sums,
+    context_parallelism,
+    vocabulary_parallel,
+    sequence_parallel,
+    fsdp2_path,
+    accumulated_microbatches,
+]
+
+
 # Four ranks.
 
 
 def shards_of_four_equal_the_unsharded_init():
     for given in ({"dp_shard": 4}, {"tp": 2, "dp_shard": 2}):
         model = sharded(decoder(CONFIG), DECODER, mesh(**given))
-        whole = decoder(CONFIG).init(3)
+        whole = decoder(CONFIG).init(3, device=DEVICE)
         for name, value in sharding.gather(model.init(3)).items():
             assert torch.equal(value, whole[name]), name
 
@@ -544,12 +592,13 @@ def data_parallel_over_four():
 
 
 def hybrid():
-    equal_one_process({"dp_replicate": 2, "dp_shard": 2})
+    equal_one_process({"dp_replicate": 2, "dp_shard": 2}, own=True)
 
 
 def tensor_and_data_parallel():
     equal_one_process({"tp": 2, "dp_shard": 2})
-    equal_one_process({"tp": 2, "dp_shard": 2}, layout=DECODER_BY_TOKENS, loss=fused_loss)
+    options = {"layout": DECODER_BY_TOKENS, "loss": fused_loss}
+    equal_one_process({"tp": 2, "dp_shard": 2}, own=True, **options)
 
 
 def tensor_parallel_that_does_not_divide_heads_is_refused():

@@ -111,6 +111,16 @@ def start(count: int) -> torch.Tensor:
     return samplers.draw(torch.stack(noise), torch.empty(count, 4, 8, 8))
 
 
+def test_compiled_blocks_draw_the_same_images(model, compile_with):
+    compile_with("eager")  # traced block by block, but no code generated
+    options = {"steps": 2, "height": 16, "width": 16}
+    plain, compiled = (
+        stable_diffusion.text_to_image(model, ["a cat"], KEY, compile=how, **options)
+        for how in (False, True)
+    )
+    assert (plain.int() - compiled.int()).abs().max() <= 1
+
+
 SIZE = {"height": 16, "width": 16}
 
 

@@ -11,9 +11,9 @@ from msfs_functional.synthetic.stories.telling import held_out
 
 STORY = (
     "One cold day, Mia and Tom were on the farm. Mia had an old drum. "
-    'Tom said to Mia, "Please give me your drum." "Yes, Tom, take it," said Mia, and she gave him '
-    "the drum. Tom was happy and thanked Mia for the drum. He put the drum into his bag. Later "
-    "they walked to the lake. In the end, Tom took the old drum home from the lake."
+    'Tom said to Mia, "Please give me your old drum." "Yes, Tom, take it," said Mia, and she gave '
+    "him the old drum. Tom was happy and thanked Mia for the old drum. He put the drum into his "
+    "bag. Later they walked to the lake. In the end, Tom took the old drum home from the lake."
 )
 NAME = re.compile("|".join(NAMES))
 JOINING = re.compile(r"\w+ was there, too\.|Soon \w+ came to play with them\.")
@@ -68,7 +68,7 @@ def test_validation_has_no_word_that_training_lacks():
         ("thanked Mia", "thanked Tom", "causes"),
         ('said to Mia, "Please', 'said to Ben, "Please', "names"),
         ("and she gave", "and he gave", "grammar"),
-        ("gave him the drum", "gave her the drum", "grammar"),
+        ("gave him the old drum", "gave her the old drum", "grammar"),
         ("He put", "She put", "grammar"),
         ("an old drum", "a old drum", "grammar"),
         ("on the farm", "in the farm", "grammar"),
@@ -78,7 +78,7 @@ def test_validation_has_no_word_that_training_lacks():
         ("Mia had an old drum. ", "", "holders"),
         ("Tom was happy and thanked Mia", "Mia was happy and thanked Tom", "causes"),
         (
-            '"Yes, Tom, take it," said Mia, and she gave him the drum.',
+            '"Yes, Tom, take it," said Mia, and she gave him the old drum.',
             '"No, Tom, it is mine," said Mia, and she kept her drum.',
             "causes",
         ),

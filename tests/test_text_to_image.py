@@ -1,38 +1,31 @@
-"""The recipe: stages end in grids and scores, a stopped run goes on bit-exactly, bad options."""
+"""The recipe: stages end in grids and scores, a stopped run goes on bit-exactly, two ranks do what
+one process does (test_ranks.py runs TWO), bad options."""
 
-import importlib.util
+import functools
 import json
+import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
 from msfs_functional import checkpoint
-from msfs_functional.synthetic import shapes
 
-ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def recipe():
-    spec = importlib.util.spec_from_file_location(
-        "text_to_image", ROOT / "recipes" / "text_to_image.py"
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["text_to_image"] = module
-    spec.loader.exec_module(module)
-    return module
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+import text_to_image as recipe
+import text_to_image_settings as settings
 
 
-def tiny(recipe, out: Path, name: str, **options):
-    stage = recipe.Stage(12, 4, 1e-3, warmup=2)
-    sizes = {"pictures": 60, "width": 16, "depth": 1, "pixels": 4, "save_every": 8}
+def tiny(out: Path, name: str, **options):
+    stage = settings.Stage(12, 4, 1e-3, warmup=2)
+    sizes = {"width": 16, "depth": 1, "pixels": 4, "save_every": 8, "draw_every": 10}
     sizes |= {"autoencoder": stage, "denoiser": stage, "samples": 4, "sample_steps": 2}
-    return recipe.Config(out=out, name=name, device="cpu", **{**sizes, **options})
+    sizes |= {"data": settings.Data(pictures=60), "measured": 0}
+    return settings.Config(out=out, name=name, device="cpu", **{**sizes, **options})
 
 
 def denoiser(run: Path) -> dict[str, torch.Tensor]:
@@ -41,9 +34,9 @@ def denoiser(run: Path) -> dict[str, torch.Tensor]:
 
 
 def test_all_stages_end_in_grids_and_a_stopped_run_goes_on_bit_exactly(
-    recipe, tmp_path, monkeypatch, capsys
+    tmp_path, monkeypatch, capsys
 ):
-    recipe.main(tiny(recipe, tmp_path, "whole"))
+    recipe.main(tiny(tmp_path, "whole"))
     said = capsys.readouterr().out
     assert "valid: count" in said and "unseen: count" in said
     for split in ("valid", "unseen"):
@@ -64,24 +57,87 @@ def test_all_stages_end_in_grids_and_a_stopped_run_goes_on_bit_exactly(
 
     monkeypatch.setattr(recipe, "make_step", stopping)
     with pytest.raises(KeyboardInterrupt):
-        recipe.main(tiny(recipe, tmp_path, "stopped"))
-    recipe.main(tiny(recipe, tmp_path, "stopped", resume=True))
+        recipe.main(tiny(tmp_path, "stopped"))
+    recipe.main(tiny(tmp_path, "stopped", resume=True))
     whole, stopped = denoiser(tmp_path / "whole"), denoiser(tmp_path / "stopped")
     assert whole.keys() == stopped.keys()
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)
-    recipe.main(tiny(recipe, tmp_path, "whole", mode="sample", prompts=("a small red circle",)))
+    recipe.main(tiny(tmp_path, "whole", mode="sample", prompts=("a small red circle",)))
     assert Image.open(tmp_path / "whole" / "sample.png").size == (32 * 4, 32 * 4)
+    assert (tmp_path / "whole" / "step-000010.png").exists()
 
 
-def test_captions_are_words_that_the_vocabulary_holds(recipe):
-    words = recipe.vocabulary()
-    texts = [shapes.caption(scene) for scene in shapes.scenes(0, 300)]
-    given = recipe.tokens([*texts, "", "A small PINK circle"], words)
-    assert (given["ids"][:-1] != recipe.UNKNOWN).all()
-    assert given["ids"].shape == (302, 12)
-    assert given["lengths"][-2:].tolist() == [1, 4]
-    assert given["ids"][-2, 0] == recipe.NOTHING
-    assert (given["ids"][-1] == recipe.UNKNOWN).sum() == 1
+def test_the_large_autoencoder_trains_beside_its_discriminator_and_a_unet_learns_latents(tmp_path):
+    config = tiny(tmp_path, "run", coder="kl", backbone="unet", draw_every=100)
+    recipe.main(config)
+    coder, place = recipe.make_models(config, recipe.About(3, 32)).coder, tmp_path / "run"
+    like, start = {"params": dict(coder.shapes)}, coder.init(0)
+    state = checkpoint.load(place / "autoencoder" / "checkpoints", like, partial=True).state
+    for name in ("discriminator.output.weight", "autoencoder.decoder.output.weight"):
+        assert not torch.equal(state["params"][name], start[name])
+
+
+def idx(values: np.ndarray) -> bytes:
+    dims = np.array(values.shape, ">i4").tobytes()
+    return bytes([0, 0, 8, values.ndim]) + dims + values.astype(np.uint8).tobytes()
+
+
+def test_classes_of_files_are_learnt_in_pixels_by_meanflow_and_measured(
+    tmp_path, monkeypatch, capsys
+):
+    rng = np.random.default_rng(0)
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(idx(rng.integers(0, 255, (40, 28, 28))))
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(np.arange(40) % 10))
+    few = functools.partial(recipe.features.trained, steps=4, batch=8)
+    monkeypatch.setattr(recipe.features, "trained", few)
+    options = {"objective": "meanflow", "latents": False, "patch": 4, "sample_steps": 1}
+    options |= {"denoiser": settings.Stage(8, 4, 1e-3, warmup=2)}
+    data = settings.Data(source=f"mnist:{tmp_path}")
+    recipe.main(tiny(tmp_path, "run", data=data, measured=12, **options))
+    said = capsys.readouterr().out
+    assert "12 samples, 40 real pictures, 64 features of a classifier of 10 classes" in said
+    scores = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert {"fid", "kid", "kid_std", "precision", "recall"} == set(scores)
+    assert Image.open(tmp_path / "run" / "samples.png").size == (8 * 32 * 4, 2 * 32 * 4)
+    assert not (tmp_path / "run" / "autoencoder").exists()
+    again = tiny(tmp_path, "run", data=data, measured=12, mode="evaluate", **options)
+    recipe.main(again)
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == scores
+    with pytest.raises(ValueError, match="'x' must be one of the classes"):
+        recipe.main(tiny(tmp_path, "run", mode="sample", prompts=("x",), **options))
+
+
+def test_a_run_of_losses_that_are_not_finite_stops(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "to_signed", lambda pictures: pictures.float() * torch.nan)
+    with pytest.raises(
+        ValueError, match="8 steps of the autoencoder had a loss that is not finite"
+    ):
+        recipe.main(tiny(tmp_path, "run", most_skipped=7))
+
+
+SHORT = {stage: settings.Stage(8, 4, 1e-3, warmup=2) for stage in ("autoencoder", "denoiser")}
+
+
+def on_two_ranks() -> None:
+    out = Path(os.environ["CHECKPOINT_TEST"]) / "pictures"
+    recipe.main(tiny(out, "two", mesh=settings.Mesh(dp_shard=2), **SHORT))
+
+
+TWO = [on_two_ranks]
+
+
+def as_on_one_process(tmp_path: Path) -> None:
+    """What the run of two ranks left is what a run of one process leaves."""
+    out = tmp_path / "pictures"
+    recipe.main(tiny(out, "one", **SHORT))
+    one, two = denoiser(out / "one"), denoiser(out / "two")
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(value, two[name], rtol=1e-4, atol=1e-5)
+    pictures = [
+        np.asarray(Image.open(out / run / "unseen.png")).astype(int) for run in ("one", "two")
+    ]
+    assert abs(pictures[0] - pictures[1]).max() <= 2
 
 
 @pytest.mark.parametrize(
@@ -93,19 +149,19 @@ def test_captions_are_words_that_the_vocabulary_holds(recipe):
         ({"name": "a/b"}, "must be a plain name"),
         ({"resume": True, "overwrite": True}, "give one of them"),
         ({"mode": "sample", "resume": True}, r"--prompts \(none\)"),
+        ({"mode": "evaluate"}, "is not finished: go on with --resume"),
+        ({"data": settings.Data(size=36)}, r"--data.size \(36\) must be a multiple of 8"),
+        ({"data": settings.Data(size=64)}, r"--data.size \(64\) must be 32 for shapes"),
+        ({"data": settings.Data(source="mnist:/nowhere")}, "no train-images-idx3-ubyte.gz"),
+        ({"features": "resnet"}, "needs --weights"),
     ),
 )
-def test_bad_options_are_named(recipe, options, message, tmp_path):
+def test_bad_options_are_named(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        recipe.main(tiny(recipe, tmp_path, **{"name": "run", **options}))
+        recipe.main(tiny(tmp_path, **{"name": "run", **options}))
 
 
-def test_a_caption_beyond_the_context_is_refused(recipe):
-    with pytest.raises(ValueError, match="has 13 words, the context 12: shorten it"):
-        recipe.tokens(["a " * 13], recipe.vocabulary())
-
-
-def test_the_configuration_of_a_run_is_kept(recipe, tmp_path):
-    recipe.configs.new_run(tmp_path / "run", tiny(recipe, tmp_path, "run"))
+def test_the_configuration_of_a_run_is_kept(tmp_path):
+    recipe.configs.new_run(tmp_path / "run", tiny(tmp_path, "run"))
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert saved["denoiser"]["steps"] == 12

@@ -23,6 +23,7 @@ from msfs_functional.params import stack
 RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path.insert(0, str(RECIPES))
 import translate  # noqa: E402
+import translate_settings as settings  # noqa: E402
 
 COLOURS = {"red": "rosso", "black": "nero", "white": "bianco", "yellow": "giallo"}
 THINGS = {"book": "libro", "cat": "gatto", "hat": "cappello", "dog": "cane", "wine": "vino"}
@@ -54,7 +55,7 @@ def without_pictures(monkeypatch):
 def recipe(*args: object) -> None:
     """`python recipes/translate.py ...` without the seconds that a process takes to start."""
     words = [str(arg) for arg in args]
-    errors.run(translate.main, lambda: translate.command_line(words))
+    errors.run(translate.main, lambda: settings.command_line(words, str(translate.__doc__)))
 
 
 def refused(capsys, *args: object) -> str:
@@ -98,7 +99,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 def test_run_leaves_config_metrics_events_checkpoints_and_pictures(trained):
-    saved = config.load(translate.Config, trained / config.FILE)
+    saved = config.load(settings.Config, trained / config.FILE)
     assert saved.train.steps == 8 and saved.model.width == 16
     records = tracking.read_metrics(trained / tracking.METRICS)
     assert [r["step"] for r in records if "loss" in r] == [2, 4, 6, 8]
@@ -180,7 +181,7 @@ def test_each_member_of_an_ensemble_equals_the_run_with_its_seed_alone(corpus, t
 
 
 def test_an_ensemble_translates_with_the_mean_of_its_members_probabilities(trained):
-    saved = translate.checked(config.load(translate.Config, trained / config.FILE))
+    saved = settings.checked(config.load(settings.Config, trained / config.FILE))
     saved = dataclasses.replace(saved, out=trained.parent, name="whole")
     model, tokenizers, one = translate.load_trained(saved)
     other = model.init(7)
@@ -194,6 +195,10 @@ def test_an_ensemble_translates_with_the_mean_of_its_members_probabilities(train
     assert score(one, one) == pytest.approx(score(one), abs=1e-4)
     assert score(one, other) == pytest.approx(score(other, one), abs=1e-4)
     assert abs(score(one, other) - score(one)) > 1e-2
+    decode = dataclasses.replace(saved.decode, members=1)
+    first = dataclasses.replace(saved, members=2, decode=decode)
+    alone = translate.make_translate(first, model, tokenizers, stack([one, other]))
+    assert alone(["the red cat sleeps"])[0][0].score == pytest.approx(score(one), abs=1e-5)
 
 
 def test_evaluate_repeats_the_test_score_and_leaves_what_training_left(trained, capsys):
@@ -249,12 +254,12 @@ def test_translate_cuts_sentences_beyond_the_maximum_into_pieces(trained, monkey
 
 
 def test_average_of_checkpoints_is_the_mean_of_their_parameters(trained):
-    saved = config.load(translate.Config, trained / config.FILE)
+    saved = config.load(settings.Config, trained / config.FILE)
     saved = dataclasses.replace(
-        translate.checked(saved),
+        settings.checked(saved),
         out=trained.parent,
         name="whole",
-        decode=translate.Decode(average=2),
+        decode=settings.Decode(average=2),
     )
     _, _, mean = translate.load_trained(saved)
     states = [
@@ -272,13 +277,13 @@ def test_classic_preset_trains_word_level_with_constant_rate_and_greedy(corpus, 
     place = TINY.index("--decode.beam")
     small = TINY[:place] + TINY[place + 2 :]
     recipe("--preset", "classic", *small, "--data.train", corpus, "--out", tmp_path)
-    saved = config.load(translate.Config, tmp_path / "translate-1" / config.FILE)
+    saved = config.load(settings.Config, tmp_path / "translate-1" / config.FILE)
     assert saved.vocabulary.kind == "word" and not saved.vocabulary.joint
     assert saved.optimizer.schedule == "constant" and saved.decode.beam == 1
 
 
 def test_classic_preset_and_default_are_compared_on_the_same_split(corpus):
-    kinds = [dataclasses.replace(p.data, train=(corpus,)) for p in translate.PRESETS.values()]
+    kinds = [dataclasses.replace(p.data, train=(corpus,)) for p in settings.PRESETS.values()]
     default, *others = map(translate.read_data, kinds)
     for other in others:
         for part in ("train", "valid", "test"):
@@ -298,9 +303,9 @@ def test_presets_of_the_hub_ask_for_its_splits_and_columns(monkeypatch):
         return datasets.Dataset.from_dict({"en": texts, "de": [t.upper() for t in texts]})
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    found = translate.read_data(translate.MULTI30K.data)
+    found = translate.read_data(settings.MULTI30K.data)
     assert [found.test["target"][0], found.valid["source"][0]] == ["TEST 0", "validation 0"]
-    cut = translate.read_data(translate.CLASSIC.data)
+    cut = translate.read_data(settings.CLASSIC.data)
     assert set(cut.test["target"]) <= {f"TRAIN {i}" for i in range(30)}
     name = "bentrevett/multi30k"
     splits = [(name, None, split) for split in ("train", "validation", "test")]
@@ -310,8 +315,8 @@ def test_presets_of_the_hub_ask_for_its_splits_and_columns(monkeypatch):
 def test_moving_average_is_kept_and_used(corpus, tmp_path):
     recipe(*TINY, "--data.train", corpus, "--train.ema", 0.5, "--out", tmp_path, "--name", "ema")
     state = final_state(tmp_path / "ema")
-    saved = config.load(translate.Config, tmp_path / "ema" / config.FILE)
-    saved = translate.checked(dataclasses.replace(saved, decode=translate.Decode(which="latest")))
+    saved = config.load(settings.Config, tmp_path / "ema" / config.FILE)
+    saved = settings.checked(dataclasses.replace(saved, decode=settings.Decode(which="latest")))
     _, _, used = translate.load_trained(saved)
     assert all(torch.equal(value, state[f"ema/{name}"]) for name, value in used.items())
     assert not all(torch.equal(value, state[f"params/{name}"]) for name, value in used.items())
@@ -322,7 +327,7 @@ def test_help_shows_every_option_with_its_meaning(capsys):
         recipe("--help")
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    for field in dataclasses.fields(translate.Config):
+    for field in dataclasses.fields(settings.Config):
         inner = field.default_factory  # type: ignore[attr-defined]
         group = inner() if inner is not dataclasses.MISSING else None
         names = [f"{field.name}.{f.name}" for f in dataclasses.fields(group)] if group else []
@@ -380,6 +385,7 @@ def test_bad_files_are_named_in_one_line(kind, tmp_path, capsys):
         (["--optimizer.warmup", 500], "warmup (500)"),
         (["--data.max-length", 2], "max_length (2)"),
         (["--decode.nbest", 9], "--decode.nbest (9)"),
+        (["--decode.members", 2], "--decode.members (2)"),
         (["--device", "abacus"], "--device (abacus)"),
         (["--device", "cuda:99"], "--device (cuda:99)"),
         (["--data.test-size", 4000], "leave"),

@@ -13,10 +13,12 @@ from msfs_functional.models import diffusers_format
 from msfs_functional.models.unet import (
     PRESETS,
     UNetConfig,
+    pixels_32,
     stable_diffusion_1,
     stable_diffusion_2,
     unet,
 )
+from msfs_functional.models.weight_files import take, translate
 from msfs_functional.regions import Regions
 
 SMALL = {
@@ -96,6 +98,40 @@ def test_predictions_equal_diffusers(case):
                 params, x, t, context, classes=classes, implementation=implementation
             )
             close(out, expected)
+
+
+@torch.no_grad()
+def test_attention_alone_is_ddpm_s_unet_as_diffusers_has_it():
+    torch.manual_seed(0)
+    theirs = diffusers.UNet2DModel(
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=4,
+        norm_num_groups=4,
+        num_class_embeds=5,
+    )
+    sizes = {"widths": (8, 16), "attention": (False, True), "heads": (2, 4), "groups": 4}
+    config = pixels_32(depth=1, classes=5, **sizes)
+    words = {"transformers": "attentions", "norm": "group_norm"}
+    words |= {
+        f"attention.{ours}": to for ours, to in zip("qkv", ("to_q", "to_k", "to_v"), strict=True)
+    }
+    words |= {"attention.o": "to_out.0"}
+
+    def name(ours: str) -> str:
+        inside = "transformers" in ours
+        return diffusers_format.unet_name(translate(ours, words) if inside else ours)
+
+    params = take(unet(config).shapes, theirs.state_dict(), name, kind="UNet")
+    x, classes = random.normal(random.key(1), (2, 3, 8, 8)), torch.tensor([3, 0])
+    t = torch.tensor([981.0, 3.0])
+    expected = theirs(x, t, classes).sample
+    assert expected.std() > 0.01
+    close(unet(config).apply(params, x, t, classes=classes), expected)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -231,14 +267,14 @@ def test_meanflow_trains_a_unet():
         return df.meanflow_loss(model_fn, x, x.flip(-1), r, t)
 
     names = ["down.0.transformers.0.blocks.0.self_attention.q.weight", "interval.up.weight"]
-    for name in names:
-        grads = []
-        for implementation in ("flash", "reference"):
-            leaf = params[name].clone().requires_grad_()
-            loss = loss_of({**params, name: leaf}, implementation)
-            grads.append(torch.autograd.grad(loss, leaf)[0])
-        assert grads[0].abs().max() > 0
-        torch.testing.assert_close(*grads, rtol=1e-8, atol=1e-11)
+    grads = []
+    for implementation in ("flash", "reference"):
+        leaves = {name: params[name].clone().requires_grad_() for name in names}
+        loss = loss_of({**params, **leaves}, implementation)
+        grads.append(torch.autograd.grad(loss, list(leaves.values())))
+    for ours, reference in zip(*grads, strict=True):
+        assert ours.abs().max() > 0
+        torch.testing.assert_close(ours, reference, rtol=1e-8, atol=1e-11)
 
 
 def test_regions_compile_one_block_of_each_shape(monkeypatch):

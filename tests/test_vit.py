@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from torch.func import grad, vmap
+from torch.func import grad, grad_and_value, vmap
 
 from msfs_functional import random
 from msfs_functional.models import vision_format
@@ -277,3 +277,41 @@ def test_exports_that_no_family_has_are_refused(tmp_path):
     config = replace(SMALL, positions="sincos")
     with pytest.raises(ValueError, match="no published family"):
         vision_format.save(tmp_path, config, vit(config).init(0))
+
+
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_the_last_layer_computes_no_more_than_the_class_token(positions):
+    sizes = {"width": 16, "depth": 2, "heads": 2, "hidden": 24, "image": 8, "patch": 4}
+    tower = vit(ViTConfig(**sizes, positions=positions))
+    params = tower.init(0, dtype=torch.float64)
+    pixels = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+
+    def whole(params):
+        return tower.apply(params, pixels, method="hidden_states")[:, 0].sin().sum()
+
+    def short(params):
+        return tower.apply(params, pixels, method="pooled").sin().sum()
+
+    results = grad_and_value(short)(params), grad_and_value(whole)(params)
+    for own, expected in zip(*results, strict=True):
+        torch.testing.assert_close(own, expected)
+
+
+def test_a_stem_of_convolutions_makes_the_same_grid_and_sees_over_the_patchs_edge():
+    sizes = {"width": 16, "depth": 1, "heads": 2, "hidden": 24, "image": 16, "patch": 8}
+    config = ViTConfig(**sizes, stem="convolutions", class_token=False, pooling="mean")
+    assert config.stem_channels == [3, 4, 8, 16]
+    tower = vit(config)
+    params = tower.init(0, dtype=torch.float64)
+    pixels = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+
+    def last(pixels):  # of the patch in the lower right, before the layers
+        return tower.apply(params, pixels, layers=0, method="hidden_states")[:, 3].square().sum()
+
+    reach = grad(last)(pixels)[0].abs().sum(0) > 0
+    assert tower.apply(params, pixels, method="hidden_states").shape == (2, 4, 16)
+    assert reach[1:, 1:].all() and not reach[0].any() and not reach[:, 0].any()
+    spread = [params[f"stem.{i}.weight"].std().item() * (n * 9) ** 0.5 for i, n in ((1, 4), (2, 8))]
+    assert spread == pytest.approx([2**0.5] * 2, rel=0.15)
+    with pytest.raises(ValueError, match=r"patch \(6\) must be a power of 2"):
+        ViTConfig(**{**sizes, "image": 12, "patch": 6}, stem="convolutions")

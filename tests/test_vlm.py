@@ -336,12 +336,12 @@ def test_packed_samples_equal_samples_alone():
 
 
 def test_generation_equals_the_full_forward_without_a_cache():
-    for prefix in (False, True):
-        config = replace(SMALL, prefix=prefix)
+    for prefix, windows in ((False, (None,)), (True, (None,)), (True, (None, 5))):
+        config = replace(SMALL, prefix=prefix, decoder=replace(DECODER, windows=windows))
         model = vlm(config)
         params, (ids, pixels) = model.init(1), batch(dtype=torch.float32)
         prompts = [ids[0].tolist(), ids[1, :6].tolist()]
-        generate = Generator(language_model(config, params))
+        generate = Generator(language_model(config, params, fused=prefix))
         inputs = prefill_inputs(model, params, prompts, pixels)
         made = generate(prompts, Settings(5, sampling=GREEDY), inputs=inputs).tokens
         for prompt, image, tokens in zip(prompts, pixels, made.tolist(), strict=True):
@@ -424,9 +424,6 @@ def test_a_prefix_goes_with_a_model_that_has_one():
         model.apply(params, ids, pixels)
     with pytest.raises(ValueError, match="packed rows"):
         model.apply(params, ids, pixels, prefix_lengths=lengths, segment_ids=ids)
-    model = vlm(replace(SMALL, prefix=True, decoder=replace(DECODER, windows=(None, 5))))
-    with pytest.raises(ValueError, match=r"7 tokens with a prefix exceed .* window \(5\)"):
-        model.apply(params, ids, pixels, prefix_lengths=lengths)
 
 
 def test_a_compiled_loss_equals_the_eager_one():

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from . import checks, ops  # noqa: F401, registers the ops
+from . import checks, ops, short  # noqa: F401, registers the ops
 from .dispatch import call, is_sharded
-from .options import accumulate_dtype
+from .options import Options, accumulate_dtype
 from .philox import fold_in
 from .refusal import refused
 
@@ -89,6 +89,24 @@ def flash_attention(
             a batch row whose key or prefix length is outside [0, S] comes out as NaN, o, lse and
             derivatives, and the other rows are right.
     """
+    kind = None  # of a call that asks for nothing special
+    if (
+        (window is None and key_lengths is None and prefix_lengths is None and segment_ids is None)
+        and (softcap is None and alibi_slopes is None and bias is None)
+        and (type(dropout) is float and dropout == 0 and type(is_causal) is bool)
+        and (scale is None or type(scale) is float)
+        and type(precision) is str
+    ):
+        scalars = (is_causal, scale, precision, deterministic)
+        kind = short.kind_of(q, k, v, *scalars)
+        if kind is not None:
+            results = short.attention(q, k, v, kind, scalars)
+            if results is not None:
+                return tuple(results) if return_lse else results[0]
+        elif not torch.compiler.is_compiling():
+            results = short.attention_in_forward_mode(flash_attention, q, k, v, scalars, return_lse)
+            if results is not None:
+                return results
     problem = checks.find_problem(
         q,
         k,
@@ -131,8 +149,12 @@ def flash_attention(
     rng = None
     if dropout > 0 and dropout_key is not None:
         rng = fold_in(dropout_key, torch.arange(B, device=q.device))
+        if is_sharded(q):  # a rank may hold some heads only: they keep their numbers
+            numbers = torch.arange(H, device=q.device)[:, None].expand(B, H, 1)
+            rng = torch.cat([rng[:, None].expand(B, H, 2), numbers], -1)
     bias = None if bias is None else canonical_bias(bias, lead)
-    options = (
+    options = Options(
+        bias,
         per_row(key_lengths),
         per_row(prefix_lengths),
         q_segments,
@@ -149,7 +171,11 @@ def flash_attention(
     )
     if is_sharded(q):
         from . import sharding  # noqa: F401, registers the ops' rules for DTensors
-    o, lse = call("attention", one_batch_dim(q), one_batch_dim(k), one_batch_dim(v), bias, *options)
+    canonical = (one_batch_dim(q), one_batch_dim(k), one_batch_dim(v))
+    if kind is None:
+        o, lse = call("attention", *canonical, *options)
+    else:
+        o, lse = short.remembered_attention(*canonical, kind, options)
     if len(lead) != 1:
         o, lse = o.reshape(*lead, H, T, Kv), lse.reshape(*lead, H, T)
     return (o, lse) if return_lse else o

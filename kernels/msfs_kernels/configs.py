@@ -59,6 +59,20 @@ def choose(kernel: str, dtype: torch.dtype, head_dim: int, causal: bool, length:
     return found or default(kernel, dtype, head_dim)
 
 
+def fitted(config: Config, queries: int, keys: int) -> Config:
+    """The configuration with tiles no larger than the problem needs: of a sentence of 20 tokens, a
+    tile of 128 x 128 is almost all padding. Warps go down with the tile.
+    """
+    sides = [
+        min(side, max(16, 1 << (n - 1).bit_length()))
+        for side, n in ((config.block_m, queries), (config.block_n, keys))
+    ]
+    if sides == [config.block_m, config.block_n]:
+        return config
+    warps = min(config.warps, max(1, sides[0] * sides[1] // 512))
+    return config._replace(block_m=sides[0], block_n=sides[1], warps=warps)
+
+
 def fuses(dtype: torch.dtype, head_dim: int, causal: bool, length: int) -> bool:
     """Whether one kernel that adds dq atomically is the fastest backward: where the table has null
     for it, two kernels (keys, then queries) are.

@@ -2,7 +2,7 @@
 
 A dispatcher that enters Python twice (Autograd, then the device's kernel) costs more than all the
 rest of a small call. Where no transform, mode, tracer or tensor subclass is about, the kernel is
-called as the function that it is.
+called as the function that it is; under torch.func.jvp, the op's rule is (forward_mode.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .forward_mode import call_in_forward_mode, in_forward_mode, is_dual
 from .options import OPS
 
 KERNELS: dict[str, Callable] = {}  # the function behind each op, for CPU and CUDA alike
+RULES: dict[str, Any] = {}  # the autograd.Function of each op
 DIRECT_RULES: dict[str, Any] = {}  # autograd.Functions around the bare kernel
 
 
@@ -37,12 +39,10 @@ def mixing_dtensors(args: Sequence[Any]) -> AbstractContextManager:
     return implicit_replication()
 
 
-def watched() -> bool:
-    """Whether torch.func, forward mode, a compiler, a tracer or another mode is active."""
+def traced() -> bool:
+    """Whether a compiler, a tracer or another mode is active."""
     return (
         torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
     )
@@ -50,7 +50,13 @@ def watched() -> bool:
 
 def call(name: str, *args: Any) -> Any:
     """torch.ops.msfs_kernels.<name>(*args)."""
-    if watched():
+    if traced():
+        return getattr(OPS, name)(*args)
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        if in_forward_mode():
+            return call_in_forward_mode(call, RULES[name], name, args)
+        return getattr(OPS, name)(*args)
+    if forward_ad._current_level >= 0 and any(is_dual(x) for x in args):
         return getattr(OPS, name)(*args)
     grad_enabled = torch.is_grad_enabled()
     needs_grad = False

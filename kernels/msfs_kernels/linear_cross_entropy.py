@@ -1,14 +1,17 @@
 """Cross-entropy of a linear layer's outputs without the N x V logits: value, gradient, curvature.
 
-For hidden states h, weight W, bias b and labels y, with logits s = h W^T + b and p = softmax(s),
+For hidden states h, weight W, bias b and labels y, with raw logits a = h W^T + b, logits s = a, or
+s = c tanh(a / c) under a soft cap c, whose slope ds/da is m = 1 - (s / c)^2, and p = softmax(s),
 
     loss     = sum over items of  lse - (1 - e) s[y] - e mean(s) + z lse^2       lse = logsumexp(s)
-    ds       = (1 + 2 z lse) p - (1 - e) onehot(y) - e / V
-    gradient   dh = ds W            dW = ds^T h               db = sum ds
-    second     tds = (1 + 2 z lse) p (ts - <p, ts>) + 2 z p <p, ts>,   ts = th W^T + h tW^T + tb
-               tdh = tds W + ds tW  tdW = tds^T h + ds^T th   tdb = sum tds
+    ds       = (1 + 2 z lse) p - (1 - e) onehot(y) - e / V                       da = m ds
+    gradient   dh = da W            dW = da^T h               db = sum da
+    second     ta = th W^T + h tW^T + tb                      ts = m ta
+               tds = (1 + 2 z lse) p (ts - <p, ts>) + 2 z p <p, ts>
+               tda = m tds - 2 s / c^2 ta da
+               tdh = tda W + da tW  tdW = tda^T h + da^T th   tdb = sum tda
 
-Items come in chunks, and of each chunk the logits live just long enough to become ds, in place. The
+Items come in chunks, and of each chunk the logits live just long enough to become da, in place. The
 forward computes the gradient along with the value: the logits are never computed a second time.
 
 Four ops, closed under differentiation: the vjp of the loss is the gradient, its jvp the tangent
@@ -31,9 +34,9 @@ LIBRARY = torch.library.Library("msfs_kernels", "FRAGMENT")
 OPS = torch.ops.msfs_kernels
 
 INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels"
-SCALARS = "float label_smoothing, int ignore_index, float z_loss"
+SCALARS = "float label_smoothing, int ignore_index, float z_loss, float softcap"  # 0: no cap
 GRADIENTS = "(Tensor dhidden, Tensor dweight, Tensor dbias)"
-CHUNK = {"cpu": 2**21, "cuda": 2**28}  # logits held at once: a cache's worth, 512 MiB in bf16
+CHUNK = {"cpu": 2**21, "cuda": 2**29}  # logits held at once: a cache's worth, 1 GiB in bf16
 
 
 def linear_cross_entropy(
@@ -45,6 +48,7 @@ def linear_cross_entropy(
     label_smoothing: float,
     ignore_index: int,
     z_loss: float,
+    softcap: float,
 ) -> Tensor:
     """The summed loss of each of M problems, (M,) float32 (float64 for float64).
 
@@ -53,8 +57,9 @@ def linear_cross_entropy(
         weight: (M, V, D), of hidden's dtype.
         bias: (M, V) or None.
         labels: (M, N) int64 in [0, V), or ignore_index.
+        softcap: logits become softcap * tanh(logits / softcap); 0 for none.
     """
-    scalars = float(label_smoothing), ignore_index, float(z_loss)
+    scalars = float(label_smoothing), ignore_index, float(z_loss), float(softcap)
     return OPS.linear_cross_entropy(hidden, weight, bias, labels, *scalars, False)[0]
 
 
@@ -95,12 +100,21 @@ def times(a: Tensor, b: Tensor) -> Tensor:
 
 
 def gradient_of_logits_(
-    logits: Tensor, labels: Tensor, label_smoothing: float, ignore_index: int, z_loss: float
+    logits: Tensor,
+    labels: Tensor,
+    label_smoothing: float,
+    ignore_index: int,
+    z_loss: float,
+    softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    """(loss of each item, ds), ds in the memory of the logits where the dtype allows."""
+    """(loss of each item, da), da in the memory of the raw logits where the dtype allows."""
     vocab = logits.shape[-1]
     dtype = logits.dtype
-    s = logits.to(accumulate_dtype(dtype))
+    s, slope = logits.to(accumulate_dtype(dtype)), None
+    if softcap:
+        tau = s.div_(softcap).tanh_()
+        slope = 1 - tau.square()
+        s = tau.mul_(softcap)
     kept = labels != ignore_index
     index = torch.where(kept, labels, 0)[..., None]
     lse = s.logsumexp(-1, keepdim=True)
@@ -116,19 +130,21 @@ def gradient_of_logits_(
         ds.sub_(label_smoothing / vocab)
     ds.scatter_add_(-1, index, torch.full_like(lse, label_smoothing - 1))
     ds.masked_fill_(~kept[..., None], 0.0)
+    if slope is not None:
+        ds.mul_(slope)
     return loss[..., 0].masked_fill(~kept, 0.0), ds.to(dtype)
 
 
 def chunk_gradient(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scalars: tuple, store: bool
 ) -> tuple[Tensor, Tensor]:
-    """Loss of each item of a chunk, and ds (rubbish unless `store`)."""
+    """Loss of each item of a chunk, and da (rubbish unless `store`)."""
     logits = times(hidden, weight.mT)
     if logits.device.type == "cuda" and logits.dtype is not torch.float64:
         from .triton_cross_entropy import gradient_of_logits_ as fused
 
-        label_smoothing, ignore_index, z_loss = scalars
-        return fused(logits, bias, labels, label_smoothing, ignore_index, z_loss, store)
+        label_smoothing, ignore_index, z_loss, softcap = scalars
+        return fused(logits, bias, labels, label_smoothing, ignore_index, z_loss, softcap, store)
     if bias is not None:
         logits += bias[:, None]
     return gradient_of_logits_(logits, labels, *scalars)
@@ -159,12 +175,12 @@ def _value_and_gradient(hidden, weight, bias, labels, scalars):
     dw = hidden.new_zeros(weight.shape, dtype=dtype)
     db = hidden.new_zeros((M, vocab) if bias is not None else (0,), dtype=dtype)
     for rows in chunks(h, vocab):
-        losses, ds = chunk_gradient(h[:, rows], weight, bias, y[:, rows], scalars, True)
+        losses, da = chunk_gradient(h[:, rows], weight, bias, y[:, rows], scalars, True)
         loss += losses.sum(-1)
-        dh[:, rows] = times(ds, weight)
-        dw += times(ds.mT, h[:, rows])
+        dh[:, rows] = times(da, weight)
+        dw += times(da.mT, h[:, rows])
         if bias is not None:
-            db += ds.sum(1, dtype=dtype)
+            db += da.sum(1, dtype=dtype)
     if items is not None:
         dh = dh.new_zeros(hidden.shape).index_copy_(1, items, dh)
     return loss, dh, dw.to(weight.dtype), db if bias is None else db.to(bias.dtype)
@@ -190,7 +206,7 @@ def dot(xs: tuple, ys: tuple, dtype: torch.dtype) -> Tensor:
 
 
 def second_kernel(g, th, tw, tb, hidden, weight, bias, labels, *scalars):
-    _, ignore_index, z_loss = scalars
+    _, ignore_index, z_loss, softcap = scalars
     (M, _, _), vocab, dtype = hidden.shape, weight.shape[1], accumulate_dtype(hidden.dtype)
     g = g.to(dtype)[:, None, None]
     tdh = torch.empty_like(hidden, memory_format=torch.contiguous_format)
@@ -198,23 +214,30 @@ def second_kernel(g, th, tw, tb, hidden, weight, bias, labels, *scalars):
     tdb = hidden.new_zeros((M, vocab) if bias is not None else (0,), dtype=dtype)
     for rows in chunks(hidden, vocab):
         h, y, t = hidden[:, rows], labels[:, rows], th[:, rows]
-        s = times(h, weight.mT).to(dtype)
-        ts = times(t, weight.mT).to(dtype) + times(h, tw.mT).to(dtype)
+        a = times(h, weight.mT).to(dtype)
+        ta = times(t, weight.mT).to(dtype) + times(h, tw.mT).to(dtype)
         if bias is not None:
-            s, ts = s + bias[:, None], ts + tb[:, None]
+            a, ta = a + bias[:, None], ta + tb[:, None]
+        s, ts, tau = a, ta, None
+        if softcap:
+            tau = (a / softcap).tanh()
+            s, ts = softcap * tau, ta * (1 - tau.square())
         lse = s.logsumexp(-1, keepdim=True)
         p = (s - lse).exp()
         mean = (p * ts).sum(-1, keepdim=True)
         kept = (y != ignore_index)[..., None]
-        tds = p * ((1 + 2 * z_loss * lse) * (ts - mean) + 2 * z_loss * mean)
-        tds = torch.where(kept, tds * g, 0.0)
-        _, ds = gradient_of_logits_(s, y, *scalars)
-        ds = (ds * g).to(h.dtype)
+        tda = p * ((1 + 2 * z_loss * lse) * (ts - mean) + 2 * z_loss * mean)
+        tda = torch.where(kept, tda * g, 0.0)
+        _, da = gradient_of_logits_(a, y, *scalars)
+        da = da * g
+        if tau is not None:
+            tda = tda * (1 - tau.square()) - (2 / softcap) * tau * ta * da
+        da = da.to(h.dtype)
         if bias is not None:
-            tdb += tds.sum(1)
-        tds = tds.to(h.dtype)
-        tdh[:, rows] = times(tds, weight) + times(ds, tw)
-        tdw += times(tds.mT, h) + times(ds.mT, t)
+            tdb += tda.sum(1)
+        tda = tda.to(h.dtype)
+        tdh[:, rows] = times(tda, weight) + times(da, tw)
+        tdw += times(tda.mT, h) + times(da.mT, t)
     return tdh, tdw.to(weight.dtype), tdb if bias is None else tdb.to(bias.dtype)
 
 
@@ -249,7 +272,7 @@ class Value(torch.autograd.Function):
     def backward(ctx, g, *_):
         dh, dw, db = OPS.linear_cross_entropy_gradient(g, *ctx.saved_tensors, *ctx.scalars)
         has_bias = ctx.saved_tensors[2] is not None
-        return dh, dw, db if has_bias else None, None, None, None, None, None
+        return dh, dw, db if has_bias else None, *(None,) * 6
 
     @staticmethod
     def jvp(ctx, th, tw, tb, *_):
@@ -272,7 +295,7 @@ class Tangent(torch.autograd.Function):
         dth, dtw, dtb = OPS.linear_cross_entropy_gradient(g, *x_and_gradient, *ctx.scalars)
         dh, dw, db = OPS.linear_cross_entropy_second(g, *t, *x_and_gradient[:4], *ctx.scalars)
         has_bias = t[2] is not None
-        return dth, dtw, dtb if has_bias else None, dh, dw, db if has_bias else None, *(None,) * 7
+        return dth, dtw, dtb if has_bias else None, dh, dw, db if has_bias else None, *(None,) * 8
 
     @staticmethod
     def jvp(ctx, *tangents):
@@ -309,7 +332,7 @@ class Gradient(torch.autograd.Function):
             whole = OPS.linear_cross_entropy_gradient(one, *x_and_gradient, *ctx.scalars)
             dg = dot(whole, c, g.dtype)
         dh, dw, db = OPS.linear_cross_entropy_second(g, *c, h, w, b, y, *ctx.scalars)
-        return dg, dh, dw, db if b is not None else None, *(None,) * 7
+        return dg, dh, dw, db if b is not None else None, *(None,) * 8
 
     @staticmethod
     def jvp(ctx, tg, th, tw, tb, *_):
@@ -344,7 +367,7 @@ class Second(torch.autograd.Function):
         dh, dw, db = OPS.linear_cross_entropy_second(g, *c, *x, *ctx.scalars)
         unit = OPS.linear_cross_entropy_second(torch.ones_like(g), *c, *x, *ctx.scalars)
         dg = dot(unit, (th, tw, tb), g.dtype)
-        return dg, dh, dw, db if b is not None else None, *(None,) * 7
+        return dg, dh, dw, db if b is not None else None, *(None,) * 8
 
     @staticmethod
     def jvp(ctx, tg, uh, uw, ub, *rest):

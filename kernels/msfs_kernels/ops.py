@@ -24,7 +24,7 @@ from torch import Tensor
 
 from . import cpu, rules, second_order, tiled
 from .batching import vmap_rule
-from .dispatch import DIRECT_RULES, KERNELS, mixing_dtensors
+from .dispatch import DIRECT_RULES, KERNELS, RULES, mixing_dtensors
 from .options import (
     LIBRARY,
     OPS,
@@ -145,7 +145,7 @@ def register(kernel: Callable, rule: Any, arguments: str, results: str) -> None:
 
     rule.forward = staticmethod(forward)
     rule.vmap = vmap_rule(op, names)
-    KERNELS[name] = kernel
+    KERNELS[name], RULES[name] = kernel, rule
     LIBRARY.impl(name, kernel, "CPU")
     LIBRARY.impl(name, kernel, "CUDA")
     torch.library.register_fake(f"msfs_kernels::{name}", fake(names), lib=LIBRARY)

@@ -30,7 +30,9 @@ class Options(NamedTuple):
     q_segments: Tensor | None = None  # (B, T) int32
     k_segments: Tensor | None = None  # (B, S) int32
     alibi: Tensor | None = None  # (B, H) float32, float64 for float64 inputs
-    rng: Tensor | None = None  # (B, 2) int64: one Philox key for each batch row
+    # int64: (B, 2), one Philox key for each batch row, or (B, H, 3), a key and the head's number in
+    # the mask for each row and head, so that a shard of the heads drops what the whole would.
+    rng: Tensor | None = None
     causal: bool = False
     window: int = -1  # tokens; -1 is none
     scale: float = 1.0

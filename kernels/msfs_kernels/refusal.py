@@ -76,6 +76,8 @@ LIBRARY.impl("attention_refused", entry, "FuncTorchDynamicLayerFrontMode")
 def refused(q: Any, v: Any, problem: str) -> tuple[Tensor, Tensor]:
     """Raises the problem: now, or under torch.compile when the compiled function is called."""
     tensors = isinstance(q, Tensor) and isinstance(v, Tensor) and min(q.ndim, v.ndim) >= 3
-    if not tensors or not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+    # torch.compiler.is_exporting() itself is True in all that torch 2.11 compiles.
+    exporting = torch.compiler._is_exporting_flag
+    if not tensors or not torch.compiler.is_compiling() or exporting:
         raise ValueError(problem)
     return OPS.attention_refused(q, list(q.shape[:-3]), v.shape[-1], problem)

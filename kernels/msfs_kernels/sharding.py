@@ -7,11 +7,14 @@ one mesh dim:
     gradient is partial
     heads     queries and keys on their heads, when the shards keep kv groups whole; what is kept
     for each batch row
-              (lengths, segments) stays replicated. Not with dropout, whose mask is a function of
-              the head's number.
+              (lengths, segments) stays replicated
 
-Meshes of several dims combine these. Keys are per batch row before they are sharded, so that
-dropout by batch gives the numbers of one process.
+Meshes of several dims combine these. Random keys are made for each batch row and head, with the
+head's number, before they are sharded, so that dropout gives the mask of one process.
+
+What torch itself cannot, the plain formula included: the tangent of a gradient (jvp of grad) over
+DTensors. `grad` of `jvp` is the same product with the Hessian and works, and so does a function of
+local tensors under `torch.distributed.tensor.experimental.local_map`.
 """
 
 import math
@@ -24,7 +27,7 @@ from torch.distributed.tensor.experimental import register_sharding
 from .batching import OF_BIAS, OF_OPTIONS
 from .options import OPS
 
-PER_ROW = tuple(name for name in OF_OPTIONS if name != "alibi")  # no dim of heads
+PER_ROW = tuple(name for name in OF_OPTIONS if name not in ("alibi", "rng"))  # no dim of heads
 OPS_OF_ATTENTION = (
     "attention",
     "attention_backward",
@@ -53,7 +56,8 @@ def strategies(op: Any):
         )
         choices = [replicated, by_batch(given, results)]
         shards = max(head_shards(given["q"]), head_shards(given["k"]))
-        if shards > 1 and given["k"].shape[1] % shards == 0 and given["dropout"] == 0:
+        drops_by_head = given["rng"] is None or given["rng"].ndim == 3
+        if shards > 1 and given["k"].shape[1] % shards == 0 and drops_by_head:
             choices.append(by_heads(given, results))
         return choices
 
@@ -88,7 +92,9 @@ def by_heads(given: dict[str, Any], results: list[str]):
         None
         if not is_tensor(x)
         else Replicate()
-        if name in PER_ROW or (name in OF_BIAS and x.shape[1] == 1)
+        if name in PER_ROW
+        or (name in OF_BIAS and x.shape[1] == 1)
+        or (name == "rng" and x.ndim == 2)
         else Shard(1)
         for name, x in given.items()
     ]
@@ -105,6 +111,19 @@ def same_local_storage(op: Any, args: tuple, kwargs: dict) -> bool:
     return op(*(x.to_local() if isinstance(x, DTensor) else x for x in args), **kwargs)
 
 
-DTensor._op_dispatcher._custom_op_handlers.setdefault(
-    torch.ops.aten._has_same_storage_numel.default, same_local_storage
-)
+def refuse_tangents_of_gradients(op: Any, args: tuple, kwargs: dict) -> Any:
+    """aten.to.dtype_layout, which tangents of torch's own gradients ask for: by the last letters of
+    its name, DTensor takes it for an op that writes to `out`.
+    """
+    raise NotImplementedError(
+        "torch cannot take the tangent of a gradient (jvp of grad) over DTensors: its DTensor has"
+        " no rule for aten.to.dtype_layout. Take grad of jvp, which is the same Hessian-vector"
+        " product, or wrap the function in torch.distributed.tensor.experimental.local_map"
+    )
+
+
+for op, handler in (
+    (torch.ops.aten._has_same_storage_numel.default, same_local_storage),
+    (torch.ops.aten.to.dtype_layout, refuse_tangents_of_gradients),
+):
+    DTensor._op_dispatcher._custom_op_handlers.setdefault(op, handler)

@@ -22,7 +22,7 @@ from .options import Options, accumulate_dtype
 from .philox import philox_4x32
 
 CPU_TILE = 1 << 19  # logits in a tile: 2 MiB of float32, about an L2 cache
-CUDA_TILE = 1 << 25
+CUDA_TILE = 1 << 24
 
 
 class Logits(NamedTuple):
@@ -205,7 +205,10 @@ class Tile:
         h = torch.arange(self.heads.start, self.heads.stop, device=device)[:, None, None]
         i = torch.arange(self.rows.start, self.rows.stop, device=device)[:, None]
         j = torch.arange(self.keys.start, self.keys.stop, device=device)
-        k0, k1 = o.rng[self.batch, :, None, None, None].unbind(1)
+        if o.rng.ndim == 3:
+            k0, k1, h = o.rng[self.batch, self.heads, :, None, None].unbind(2)
+        else:
+            k0, k1 = o.rng[self.batch, :, None, None, None].unbind(1)
         word = philox_4x32(j, i, h, torch.zeros((), dtype=torch.int64, device=device), k0, k1)[0]
         kept = (word >= o.drop_threshold).to(self.dtype).div_(1 - o.dropout)
         return kept.expand(b, g * r, t, s).reshape(b, g, r * t, s)

@@ -40,7 +40,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msfs_kernels.configs import Config, choose, fuses
+from msfs_kernels.configs import Config, choose, fitted, fuses
 from msfs_kernels.options import Options, empty_tokens_first
 from msfs_kernels.triton_common import (
     LOG2E,
@@ -125,7 +125,7 @@ def tile_gradient(
         p = tl.where(tile_visible(i, j, batch, head, T, S, facts, masks, CAUSAL), p, 0.0)
     kept_p = p
     if masks.rng is not None:
-        kept = tile_kept(i, j, head, facts, masks)
+        kept = tile_kept(i, j, facts, masks)
         kept_p = tl.where(kept, p * masks.keep_scale, 0.0)
         dp = tl.where(kept, dp * masks.keep_scale, 0.0)
     ds = p * (dp - delta)
@@ -341,7 +341,7 @@ def mean_blocks(
         if MASKED:
             p = tl.where(tile_visible(i, j, batch, head, T, S, facts, masks, CAUSAL), p, 0.0)
         if masks.rng is not None:
-            dp = tl.where(tile_kept(i, j, head, facts, masks), dp * masks.keep_scale, 0.0)
+            dp = tl.where(tile_kept(i, j, facts, masks), dp * masks.keep_scale, 0.0)
         total += tl.sum(p, 1)
         mean += tl.sum(p * dp, 1)
     return mean, total
@@ -564,7 +564,8 @@ def choose_keys(q: Tensor, k: Tensor, v: Tensor, options: Options, *, fused: boo
     names = ("fused", "keys", "own") if fused else ("keys",)
     found = [choose(name, q.dtype, head_dim, options.causal, length) for name in names]
     holding = [config for config in found if k.shape[2] <= config.block_n]
-    return min(holding, key=lambda config: config.block_n) if fused and holding else found[0]
+    best = min(holding, key=lambda config: config.block_n) if fused and holding else found[0]
+    return fitted(best, q.shape[2], k.shape[2])
 
 
 def plan_keys(
@@ -636,7 +637,8 @@ def plan_queries(
     (B, H, T, K), (_, G, S, V) = q.shape, v.shape
     masks = masks_of(options, (B, H, T, S))
     KP, VP = padded(K), padded(V)
-    config = config or choose("queries", q.dtype, max(KP, VP), options.causal, max(T, S))
+    if config is None:
+        config = fitted(choose("queries", q.dtype, max(KP, VP), options.causal, max(T, S)), T, S)
     BM, BN = config.block_m, config.block_n
     tma = config.tma and tma_ready(q, k, v, do)
     return Launch(

@@ -69,8 +69,13 @@ def kept(q: Tensor, k: Tensor, options: Options) -> Tensor:
         torch.arange(n, device=q.device).view(shape)
         for n, shape in ((H, (1, -1, 1, 1)), (T, (1, 1, -1, 1)), (S, (1, 1, 1, -1)))
     )
-    keys = options.rng[:, :, None, None, None]
-    word = philox_4x32(j, i, h, torch.zeros_like(j), keys[:, 0], keys[:, 1])[0]
+    keys = (
+        options.rng[..., None, None]
+        if options.rng.ndim == 3
+        else options.rng[:, None, :, None, None]
+    )
+    h = keys[:, :, 2] if options.rng.ndim == 3 else h
+    word = philox_4x32(j, i, h, torch.zeros_like(j), keys[:, :, 0], keys[:, :, 1])[0]
     return (word >= round(options.dropout * 2**32)).double() / (1 - options.dropout)
 
 

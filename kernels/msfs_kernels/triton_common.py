@@ -18,7 +18,9 @@ definition serves tiles of scores and tiles of transposed scores.
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
 
 import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +34,7 @@ from msfs_kernels.options import Options
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2.0))
 MOST_QUERIES = 16  # that count as decoding
+LEAST_LOGITS_FOR_TMA = 1 << 18
 
 
 INTERPRETED = triton.knobs.runtime.interpret  # decided when the kernels below are decorated
@@ -54,7 +57,8 @@ class Masks(NamedTuple):
     alibi: Tensor | None = None  # (B, H) float32
     window: int | None = None
     softcap: float | None = None  # nats
-    rng: Tensor | None = None  # (B, 2) int64, a Philox key a row
+    rng: Tensor | None = None  # int64, a Philox key a row, (B, 2), or a key and a number a head
+    head_rng: Tensor | None = None  # the same if it is the latter, (B, H, 3)
     threshold: int | None = None  # an entry is kept when its random word reaches this
     keep_scale: float | None = None  # 1 / (1 - dropout)
 
@@ -124,9 +128,10 @@ def store_tile(
 @triton.jit
 def row_facts(masks, batch, head, H, S):
     """What the masks say about one (batch, head): key length, prefix length, ALiBi slope (log2),
-    Philox key, and NaN where a length is outside [0, S], else 0.
+    Philox key, NaN where a length is outside [0, S], else 0, and the head's number in the whole
+    call, of which this may be a shard.
 
-    A kernel cannot raise and the host does not wait to look, so the forward adds the last to its
+    A kernel cannot raise and the host does not wait to look, so the forward adds the NaN to its
     results: a row of wrong length is NaN, its gradients and tangents through lse too. Nothing is
     read out of bounds.
     """
@@ -135,6 +140,7 @@ def row_facts(masks, batch, head, H, S):
     slope = 0.0
     seed = 0
     poison = 0.0
+    number = head
     if masks.key_lengths is not None:
         length = tl.load(masks.key_lengths + batch)
         wrong = (length < 0) | (length > S)
@@ -147,9 +153,13 @@ def row_facts(masks, batch, head, H, S):
         poison += tl.where(wrong, float("nan"), 0.0)
     if masks.alibi is not None:
         slope = tl.load(masks.alibi + batch * H + head) * LOG2E
-    if masks.rng is not None:
+    if masks.head_rng is not None:
+        words = masks.head_rng + 3 * (batch * H + head)
+        seed = tl.load(words) | (tl.load(words + 1) << 32)
+        number = tl.load(words + 2).to(tl.int32)
+    elif masks.rng is not None:
         seed = tl.load(masks.rng + 2 * batch) | (tl.load(masks.rng + 2 * batch + 1) << 32)
-    return length, prefix, slope, seed, poison
+    return length, prefix, slope, seed, poison, number
 
 
 @triton.jit
@@ -225,12 +235,12 @@ def tile_visible(i, j, batch, head, T, S, facts, masks, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def tile_kept(i, j, head, facts, masks):
+def tile_kept(i, j, facts, masks):
     """Dropout's verdict on each entry: word 0 of Philox4x32-10 at counter (j, i, head, 0) under the
     row's key.
     """
     zero = tl.zeros_like(i + j)
-    word, _, _, _ = tl.philox(facts[3], zero + j, zero + i, zero + head, zero)
+    word, _, _, _ = tl.philox(facts[3], zero + j, zero + i, zero + facts[5], zero)
     return word >= tl.full((1, 1), masks.threshold, tl.uint32)
 
 
@@ -409,11 +419,29 @@ class Prepared(NamedTuple):
         tuple[int, str | None, int]
     ]  # (position among args, field if it is Masks, number of the tensor)
 
+    def run(self, tensors: Sequence[Tensor | None]) -> None:
+        args = self.args.copy()
+        for position, field, number in self.places:
+            if field is None:
+                args[position] = exchange(args[position], tensors[number])
+            else:
+                args[position] = args[position]._replace(**{field: tensors[number]})
+        self.start(*args)
+
 
 PREPARED: dict[Any, Prepared | None] = {}
 
 
 COLLECTED: list[Launch] | None = None  # where launches go in place of the device
+
+
+class Recording(threading.local):
+    """What `recorded` collects: of this thread, as the backward has threads of its own."""
+
+    launches: list[tuple[Prepared | None, tuple[Tensor | None, ...]]] | None = None
+
+
+RECORDING = Recording()
 
 
 def launches_of(fn: Callable[[], object]) -> list[Launch]:
@@ -452,18 +480,42 @@ def launch(
     key = (plan, x.device.index, options[TENSOR_OPTIONS:], *signatures)
     prepared = PREPARED.get(key)
     if prepared is None:
-        described = plan(*tensors, options)
+        everything = distinct(everything)
+        options = Options(*everything[len(tensors) :], *options[TENSOR_OPTIONS:])
+        described = plan(*everything[: len(tensors)], options)
         compiled = described.run()
         if key not in PREPARED:
             PREPARED[key] = prepare(described, compiled, everything)
+        if RECORDING.launches is not None:
+            RECORDING.launches.append((PREPARED[key], tensors))
         return
-    args = prepared.args.copy()
-    for position, field, number in prepared.places:
-        if field is None:
-            args[position] = exchange(args[position], everything[number])
-        else:
-            args[position] = args[position]._replace(**{field: everything[number]})
-    prepared.start(*args)
+    if RECORDING.launches is not None:
+        RECORDING.launches.append((prepared, tensors))
+    prepared.run(everything)
+
+
+@contextmanager
+def recorded() -> Iterator[list[tuple[Prepared | None, tuple[Tensor | None, ...]]]]:
+    """Collects (prepared launch, tensors) of every `launch` within."""
+    before, RECORDING.launches = RECORDING.launches, []
+    try:
+        yield RECORDING.launches
+    finally:
+        RECORDING.launches = before
+
+
+def distinct(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The same tensors, each a Python object of its own: one given twice, as q and as k say,
+    is two arguments, which may be two tensors at the next call.
+    """
+    seen: set[int] = set()
+    found = []
+    for x in tensors:
+        if x is not None and id(x) in seen:
+            x = x.detach()
+        seen.add(id(x))
+        found.append(x)
+    return tuple(found)
 
 
 def prepare(
@@ -510,6 +562,7 @@ def broadcast_strides(x: Tensor | None, shape: tuple[int, ...]) -> tuple[int, ..
 def masks_of(options: Options, shape: tuple[int, ...]) -> Masks:
     """The kernels' view of the op's options for scores of shape (B, H, T, S)."""
     dropping = options.dropout > 0.0
+    rng = packed(options.rng) if dropping else None
     boolean = options.bias is not None and options.bias.dtype == torch.bool
     return Masks(
         None if boolean else options.bias,
@@ -522,7 +575,8 @@ def masks_of(options: Options, shape: tuple[int, ...]) -> Masks:
         alibi=packed(options.alibi),
         window=options.window if options.window >= 0 else None,
         softcap=options.softcap if options.softcap > 0 else None,
-        rng=packed(options.rng) if dropping else None,
+        rng=rng,
+        head_rng=rng if rng is not None and rng.ndim == 3 else None,
         threshold=options.drop_threshold if dropping else None,
         keep_scale=1.0 / (1.0 - options.dropout) if dropping else None,
     )
@@ -539,9 +593,13 @@ def padded(dim: int) -> int:
 
 
 def tma_ready(*tensors: Tensor) -> bool:
-    """Whether the copy engine can read these (B, H, T, K) tensors: 16-byte aligned rows, last dim
-    dense, no broadcast.
+    """Whether the copy engine can read these (B, H, T, K) tensors, q and k the first of them: rows
+    on 16-byte borders, last dim dense, no broadcast; and enough work that describing tensors to it
+    at each launch, some 4 microseconds of the host for each, does not outlast the kernel.
     """
+    q, k = tensors[:2]
+    if q.shape[:3].numel() * k.shape[2] < LEAST_LOGITS_FOR_TMA:
+        return False
 
     def ready(x: Tensor) -> bool:
         step = 16 // x.element_size()

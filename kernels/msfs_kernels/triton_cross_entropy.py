@@ -1,7 +1,8 @@
 """Cross-entropy of a block of logits and its gradient, in place: one Triton program a row.
 
 The row is read twice: once for its maximum and sum (online, as in attention), once to be replaced
-by its gradient. A row of 32,768 bf16 logits is 64 KiB, so the second reading comes from the cache.
+by its gradient. A row of 32,768 bf16 logits is 64 KiB, and the second reading comes from the cache
+if few rows are on their way at once: hence programs of many threads, two to a multiprocessor.
 """
 
 # Device functions are Python to pyright: tiles, constants and pointers have no types of theirs.
@@ -12,13 +13,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_common import tanh
+
+BLOCK = 16384  # logits at a time
+
 
 @triton.jit
 def row_kernel(
     logits, bias, labels, losses, rows, vocab, bias_stride, label_smoothing, ignore_index, z_loss,
-    SMOOTH: tl.constexpr, STORE: tl.constexpr, BLOCK: tl.constexpr,
+    softcap, SMOOTH: tl.constexpr, CAP: tl.constexpr, STORE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """losses[row], and ds over logits[row]; rows is the number of items of one problem."""
+    """losses[row], and da over logits[row]; rows is the number of items of one problem."""
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + row)
     start = logits + row * vocab
@@ -34,6 +39,8 @@ def row_kernel(
             s = tl.load(start + j, mask=j < vocab, other=float("-inf")).to(tl.float32)
             if bias is not None:
                 s += tl.load(bias + j, mask=j < vocab, other=0.0).to(tl.float32)
+            if CAP:
+                s = tl.where(j < vocab, softcap * tanh(s / softcap), float("-inf"))
             higher = tl.maximum(top, tl.max(s, 0))
             total = total * tl.exp(top - higher) + tl.sum(tl.exp(s - higher), 0)
             top = higher
@@ -43,6 +50,8 @@ def row_kernel(
         chosen = tl.load(start + label).to(tl.float32)
         if bias is not None:
             chosen += tl.load(bias + label).to(tl.float32)
+        if CAP:
+            chosen = softcap * tanh(chosen / softcap)
         loss = lse - (1 - label_smoothing) * chosen + z_loss * lse * lse
         if SMOOTH:
             loss -= label_smoothing * added / vocab
@@ -55,8 +64,12 @@ def row_kernel(
                 s = tl.load(start + j, mask=j < vocab, other=0.0).to(tl.float32)
                 if bias is not None:
                     s += tl.load(bias + j, mask=j < vocab, other=0.0).to(tl.float32)
+                if CAP:
+                    s = softcap * tanh(s / softcap)
                 ds = tl.exp(s - lse) * grown - label_smoothing / vocab
                 ds = tl.where(j == label, ds - (1 - label_smoothing), ds)
+                if CAP:
+                    ds *= 1.0 - (s / softcap) * (s / softcap)
                 tl.store(start + j, ds.to(logits.dtype.element_ty), mask=j < vocab)
     else:
         tl.store(losses + row, 0.0)
@@ -74,15 +87,16 @@ def gradient_of_logits_(
     label_smoothing: float,
     ignore_index: int,
     z_loss: float,
+    softcap: float,
     store: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(losses (M, N) float32, ds): logits (M, N, V), contiguous, become ds where `store`."""
+    """(losses (M, N) float32, da): logits (M, N, V), contiguous, become da where `store`."""
     M, N, vocab = logits.shape
     losses = torch.empty((M, N), dtype=torch.float32, device=logits.device)
     if losses.numel() == 0:
         return losses, logits
     bias = None if bias is None else bias.contiguous()
-    block = min(4096, triton.next_power_of_2(vocab))
+    block = min(BLOCK, triton.next_power_of_2(vocab))
     row_kernel[(M * N,)](
         logits,
         bias,
@@ -94,9 +108,11 @@ def gradient_of_logits_(
         label_smoothing,
         ignore_index,
         z_loss,
+        softcap,
         SMOOTH=label_smoothing > 0,
+        CAP=softcap > 0,
         STORE=store,
         BLOCK=block,
-        num_warps=8 if block >= 2048 else 4,
+        num_warps=max(4, block // 512),
     )
     return losses, logits

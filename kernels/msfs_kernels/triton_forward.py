@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msfs_kernels.configs import Config, choose
+from msfs_kernels.configs import Config, choose, fitted
 from msfs_kernels.options import Options, empty_tokens_first
 from msfs_kernels.triton_common import (
     LN2,
@@ -103,7 +103,7 @@ def forward_blocks(
         total = total * shrink + tl.sum(p, 1)
         out = out * shrink[:, None]
         if masks.rng is not None:
-            p = tl.where(tile_kept(i, j, head, facts, masks), p, 0.0)
+            p = tl.where(tile_kept(i, j, facts, masks), p, 0.0)
         values = load_tile(v, v_strides, batch, kv_head, start, S, BN, VP, V, MASKED, TMA)
         out = tl.dot(p.to(values.dtype), values, out, input_precision=PRECISION)
         top = new_top
@@ -192,7 +192,8 @@ def plan_forward(
     masks = masks_of(options, (B, H, T, S))
     KP, VP = padded(K), padded(V)
     kind = "decode" if T <= MOST_QUERIES else "forward"  # a tall tile would be empty but for them
-    config = config or choose(kind, q.dtype, max(KP, VP), options.causal, max(T, S))
+    if config is None:
+        config = fitted(choose(kind, q.dtype, max(KP, VP), options.causal, max(T, S)), T, S)
     BM, BN = config.block_m, config.block_n
     tma = config.tma and tma_ready(q, k, v)
     simple = (

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msfs_kernels.configs import Config, choose
+from msfs_kernels.configs import Config, choose, fitted
 from msfs_kernels.options import Options, empty_tokens_first
 from msfs_kernels.triton_backward import common, in_full_float32, load_log_sums
 from msfs_kernels.triton_common import (
@@ -101,7 +101,7 @@ def tangent_blocks(
             mean += tl.sum(moved, 1)
         if PASS != "means":
             if masks.rng is not None:
-                kept = tile_kept(i, j, head, facts, masks)
+                kept = tile_kept(i, j, facts, masks)
                 p = tl.where(kept, p * masks.keep_scale, 0.0)
                 moved = tl.where(kept, moved * masks.keep_scale, 0.0)
             values = load_tile(v, v_strides, batch, kv_head, start, S, BN, VP, V, MASKED, TMA)
@@ -202,7 +202,8 @@ def plan_tangent(
     (B, H, T, K), (_, G, S, V) = q.shape, v.shape
     masks = masks_of(options, (B, H, T, S))
     KP, VP = padded(K), padded(V)
-    config = config or choose("tangent", q.dtype, max(KP, VP), options.causal, max(T, S))
+    if config is None:
+        config = fitted(choose("tangent", q.dtype, max(KP, VP), options.causal, max(T, S)), T, S)
     BM, BN = config.block_m, config.block_n
     tma = config.tma and tma_ready(q, k, v, tq, tk, tv)
     return Launch(

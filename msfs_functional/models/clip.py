@@ -107,6 +107,17 @@ class TextTower(nn.Module):
         Raises:
             ValueError: more tokens than max_length.
         """
+        return self._states(ids, lengths, key, implementation, None)
+
+    def _states(
+        self,
+        ids: Tensor,
+        lengths: Tensor | None,
+        key: Tensor | None,
+        implementation: Implementation,
+        at: Tensor | None,
+    ) -> Float[Tensor, "B T D"]:
+        """Every token's state, or that of one of each text alone."""
         T, config = ids.shape[-1], self.config
         if T > config.max_length:
             raise ValueError(
@@ -115,7 +126,7 @@ class TextTower(nn.Module):
         first, rest = site_keys(key, 2)
         x = self.embedding(ids) + self.positions.weight[:T]
         x = random.dropout(first, x, config.dropout)
-        mask: dict[str, Any] = {"is_causal": config.is_causal}
+        mask: dict[str, Any] = {"is_causal": config.is_causal, "at": at}
         if lengths is not None:
             mask["key_lengths"] = lengths
         x = encoder.run(self.block, self.blocks, x, rest, implementation=implementation, **mask)
@@ -130,11 +141,14 @@ class TextTower(nn.Module):
         implementation: Implementation = "flash",
     ) -> Float[Tensor, "B D"]:
         """The state that stands for the text, see `TextConfig.pooling`."""
-        states = self.hidden_states(ids, lengths=lengths, key=key, implementation=implementation)
         if self.config.pooling == "last":
-            return states[:, -1]
-        at = ids if self.config.pooling == "largest" else (ids == self.config.eos).int()
-        return states.take_along_dim(at.argmax(-1)[:, None, None], 1)[:, 0]
+            at = torch.full_like(ids[:, 0], ids.shape[1] - 1)
+        else:
+            chosen = ids if self.config.pooling == "largest" else (ids == self.config.eos).int()
+            at = chosen.argmax(-1)
+        dropping = encoder.drops(self.config, key)
+        states = self._states(ids, lengths, key, implementation, None if dropping else at)
+        return states.take_along_dim(at[:, None, None], 1)[:, 0] if dropping else states[:, 0]
 
 
 def text_tower(config: TextConfig) -> Functional:

@@ -20,9 +20,22 @@ from msfs_functional.regions import region_of
 INITIALIZERS: Rules[Initializer] = [
     (r"norm[a-z_]*\.weight$", ones),
     (r"bias$", zeros),
-    (r"(^output|\.conv_out|\.project_out)\.weight$", zeros),
+    (r"(^output|\.conv_out|\.project_out|\.attention\.o)\.weight$", zeros),
     (r"weight$", kaiming_uniform(math.sqrt(1 / 3))),
 ]
+
+
+def stored_channels_last(params: Params) -> Params:
+    """Kernels (O, I, h, w) as contiguous (O, h, w, I): what channels_last has in memory.
+
+    An optimizer sees plain contiguous tensors, and `channels_last` of them costs nothing.
+    """
+    return {n: x.permute(0, 2, 3, 1).contiguous() if x.ndim == 4 else x for n, x in params.items()}
+
+
+def channels_last(params: Params) -> Params:
+    """Kernels (O, I, h, w) in channels_last: views of what `stored_channels_last` made."""
+    return {n: x.permute(0, 3, 1, 2) if x.ndim == 4 else x for n, x in params.items()}
 
 
 def convolve(params: Params, name: str, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B _ H W"]:

@@ -74,14 +74,44 @@ class Layer(nn.Module):
         *,
         rotary: Rotary | None = None,
         maps: list[Tensor] | None = None,
+        at: Int64[Tensor, "B"] | None = None,
         implementation: Implementation = "flash",
         **mask: Any,
     ) -> Float[Tensor, "B T D"]:
+        """The layer's output; with `at` that of one token of each row alone, (B, 1, D).
+
+        A tower that reads one token of its last layer needs no more, nor its gradient. Without
+        dropout, which draws by place, and without maps.
+        """
+        if at is not None:
+            return self.one(x, at, rotary, implementation, mask)
         keys, rate = site_keys(key, 3), self.config.dropout
         y = self.attend(self.attention_norm(x), keys[0], rotary, maps, implementation, mask)
         x = x + random.dropout(keys[1], y, rate)
         y = self.feed_forward(self.feed_forward_norm(x))
         return x + random.dropout(keys[2], y, rate)
+
+    def one(
+        self,
+        x: Float[Tensor, "B T D"],
+        at: Int64[Tensor, "B"],
+        rotary: Rotary | None,
+        implementation: Implementation,
+        mask: dict[str, Any],
+    ) -> Float[Tensor, "B 1 D"]:
+        layer, here = self.attention, at[:, None, None]
+        normed = self.attention_norm(x)
+        q = layer.split_heads(layer.q(normed.take_along_dim(here, 1)))
+        k, v = layer.keys_values(normed)
+        if rotary is not None:
+            q, k = rotate(q, *(x[at][:, None, None] for x in rotary)), rotate(k, *rotary)
+        seen = dict(mask)
+        if seen.pop("is_causal", False):  # a token sees those up to itself
+            lengths = seen.get("key_lengths")
+            seen["key_lengths"] = at + 1 if lengths is None else (at + 1).minimum(lengths)
+        heads = attention(q, k, v, implementation=implementation, **seen)
+        x = x.take_along_dim(here, 1) + layer.o(heads.transpose(-2, -3).flatten(-2))
+        return x + self.feed_forward(self.feed_forward_norm(x))
 
     def attend(
         self,
@@ -109,13 +139,24 @@ def run(
     layers: Iterable[nn.Module],
     x: Float[Tensor, "B T D"],
     key: Int64[Tensor, "2"] | None,
+    *,
+    at: Int64[Tensor, "B"] | None = None,
     **options: Any,
 ) -> Float[Tensor, "B T D"]:
-    """x through the layers, one after another; options as in `Layer.forward`."""
+    """x through the layers, one after another; options as in `Layer.forward`.
+
+    With `at` only that token of each row is returned, (B, 1, D); the last layer computes no other.
+    """
     layers = list(layers)
     for layer, layer_key in zip(layers, site_keys(key, len(layers)), strict=True):
-        x = block(layer, x, layer_key, **options)
-    return x
+        last = {"at": at} if at is not None and layer is layers[-1] else {}
+        x = block(layer, x, layer_key, **options, **last)
+    return x if at is None or layers else x.take_along_dim(at[:, None, None], 1)
+
+
+def drops(config: EncoderConfig, key: Tensor | None) -> bool:
+    """Whether a call with this key draws dropout."""
+    return key is not None and max(config.dropout, config.attention_dropout) > 0
 
 
 def initializers(depth: int) -> Rules[Initializer]:

@@ -57,7 +57,7 @@ class UNetConfig:
     attention: tuple[bool, ...] = (True, True, True, False)  # which levels have transformers
     middle_attention: bool = True  # else the middle is one ResNet block
     heads: tuple[int, ...] = (8, 8, 8, 8)  # of each level's transformers
-    transformer_depth: int = 1  # blocks of a transformer
+    transformer_depth: int = 1  # blocks of a transformer; 0: attention alone (Ho et al. 2020)
     context: int | None = 768  # width of the context; None: no cross-attention
     classes: int | None = None  # class-conditional: the class is embedded and added to the time
     interval: bool = False  # also told how far to go, for MeanFlow
@@ -78,9 +78,14 @@ class UNetConfig:
                     f"{name} {getattr(self, name)} must have one element for each of the {levels} "
                     f"widths"
                 )
-        for name in ("channels", "depth", "transformer_depth", "groups"):
+        for name in ("channels", "depth", "groups"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+        if self.transformer_depth < 0 or (self.transformer_depth == 0 and self.context is not None):
+            raise ValueError(
+                f"transformer_depth ({self.transformer_depth}) must be at least 1, or 0 without a "
+                f"context ({self.context}): attention alone sees nothing but x"
+            )
         for width, heads in zip(self.widths, self.heads, strict=True):
             if width % self.groups:
                 raise ValueError(f"groups ({self.groups}) must divide each width, got {width}")
@@ -107,13 +112,15 @@ def stable_diffusion_2(**options: Any) -> UNetConfig:
 
 
 def pixels_32(**options: Any) -> UNetConfig:
-    """For images of 32 x 32: 36M parameters, attention at 16 x 16 and below, classes or text."""
+    """For images of 32 x 32, DDPM's for CIFAR-10: 36M parameters, attention at 16 x 16 and in the
+    middle; text wants a context and transformer_depth=1."""
     sizes = {
         "channels": 3,
         "widths": (128, 256, 256, 256),
         "attention": (False, True, False, False),
         "heads": (4, 4, 4, 4),
         "context": None,
+        "transformer_depth": 0,
     }
     return UNetConfig(**{**sizes, **options})
 
@@ -151,9 +158,12 @@ def transformer(
     linear_projection: bool = False,
     implementation: Implementation = "flash",
 ) -> Float[Tensor, "B D H W"]:
-    """x plus what `depth` transformer blocks over its pixels make of it."""
-    y = group_norm(params, "norm", x, groups, 1e-6)
+    """x plus what `depth` transformer blocks over its pixels, or attention alone, make of it."""
+    y = group_norm(params, "norm", x, groups, 1e-6 if depth else 1e-5)  # as published, both
     y = y.flatten(2).transpose(1, 2)  # (B, T, D); a 1 x 1 convolution of pixels is linear, too
+    if depth == 0:
+        y = attend(params, "attention", y, None, heads, implementation)
+        return x + y.transpose(1, 2).unflatten(-1, x.shape[-2:])
     y = linear(params, "project_in", y)
 
     def normed(name: str) -> Tensor:
@@ -212,6 +222,9 @@ class Transformer(nn.Module):
             return nn.ModuleDict(parts)
 
         self.norm = Norm(width)
+        if config.transformer_depth == 0:
+            self.attention = AttentionWeights(width, bias=True)
+            return
         self.project_in = projection()
         self.blocks = nn.ModuleList(block() for _ in range(config.transformer_depth))
         self.project_out = projection()

@@ -10,6 +10,7 @@ Dimension key: B batch, C channels, Y X patches along an image's height and widt
 patches, T tokens (P, and 1 for the class token), D width, K head dim, E embedding.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,7 +25,14 @@ from msfs_functional.attention import Implementation
 from msfs_functional.layers import FeedForward, MultiHeadAttention, sinusoidal_positions, site_keys
 from msfs_functional.models import encoder
 from msfs_functional.models.encoder import EncoderConfig, Layer, Rotary
-from msfs_functional.params import Functional, Initializer, Rules, functional, normal
+from msfs_functional.params import (
+    Functional,
+    Initializer,
+    Rules,
+    functional,
+    kaiming_normal,
+    normal,
+)
 from msfs_functional.regions import Block
 from msfs_functional.rotary import frequencies
 
@@ -42,6 +50,9 @@ class ViTConfig(EncoderConfig):
     class_token: bool = True
     positions: Literal["learned", "sincos", "rotary"] = "learned"
     rotary_base: float = 100.0
+    # what makes a patch a vector: one linear map, or 3 x 3 convolutions of stride 2 before it,
+    # which see over the patch's edge (Xiao et al. 2021)
+    stem: Literal["linear", "convolutions"] = "linear"
     patch_bias: bool = True
     pre_norm: bool = False  # one more norm before the layers (CLIP)
     norm: Literal["states", "pooled"] = "states"  # where the last norm stands; CLIP: pooled
@@ -57,6 +68,10 @@ class ViTConfig(EncoderConfig):
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
         if min(self.size) < self.patch or any(n % self.patch for n in self.size):
             raise ValueError(f"patch ({self.patch}) must divide image {self.size}, in pixels")
+        if self.stem == "convolutions" and self.patch & (self.patch - 1):
+            raise ValueError(
+                f"patch ({self.patch}) must be a power of 2 for a stem of convolutions"
+            )
         if self.pooling == "class" and not self.class_token:
             raise ValueError("pooling='class' needs class_token=True; or take 'mean'")
         if self.positions == "sincos" and self.width % 4:
@@ -70,6 +85,13 @@ class ViTConfig(EncoderConfig):
     def size(self) -> tuple[int, int]:
         """Height and width in pixels."""
         return (self.image, self.image) if isinstance(self.image, int) else self.image
+
+    @property
+    def stem_channels(self) -> list[int]:
+        """Of the pixels and of what each convolution of the stem makes: the last has the width."""
+        steps = self.patch.bit_length() - 1 if self.stem == "convolutions" else 0
+        widths = [max(self.width >> (steps - 1 - i), 1) for i in range(steps)]
+        return [self.channels, *widths]
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -199,7 +221,12 @@ class ViT(nn.Module):
         self.config = config
         width, size = config.width, config.patch
         self.block = Block(lambda: Layer(config))
-        self.patches = nn.Conv2d(config.channels, width, size, size, bias=config.patch_bias)
+        channels = config.stem_channels
+        if config.stem == "convolutions":
+            pairs = itertools.pairwise(channels)
+            self.stem = nn.ModuleList(nn.Conv2d(a, b, 3, 2, padding=1) for a, b in pairs)
+            size = 1
+        self.patches = nn.Conv2d(channels[-1], width, size, size, bias=config.patch_bias)
         if config.class_token:
             self.class_token = nn.Parameter(torch.empty(width))
         if config.positions == "learned":
@@ -225,16 +252,19 @@ class ViT(nn.Module):
         self,
         pixels: Float[Tensor, "B C h w"],
         *,
+        layers: int | None = None,
+        key: Int64[Tensor, "2"] | None = None,
+        maps: list[Tensor] | None = None,
         implementation: Implementation = "flash",
-        **options: Any,
     ) -> Float[Tensor, "B D"]:
         """What stands for the image, see `ViTConfig.pooling`.
 
         Raises:
             ValueError: pooling is None.
         """
-        states = self.hidden_states(pixels, implementation=implementation, **options)
         config = self.config
+        alone = config.pooling == "class" and maps is None and not encoder.drops(config, key)
+        states = self._states(pixels, layers, key, maps, implementation, alone)
         if config.pooling == "attention":
             x = self.pool(states, implementation)
         elif config.pooling == "mean":
@@ -260,6 +290,18 @@ class ViT(nn.Module):
         Raises:
             ValueError: pixels of another shape, more layers than there are.
         """
+        return self._states(pixels, layers, key, maps, implementation, False)
+
+    def _states(
+        self,
+        pixels: Tensor,
+        layers: int | None,
+        key: Tensor | None,
+        maps: list[Tensor] | None,
+        implementation: Implementation,
+        alone: bool,
+    ) -> Float[Tensor, "B T D"]:
+        """Every token's state, or the first one's alone."""
         config = self.config
         layers = self._check(pixels, layers)
         grid = pixels.shape[-2] // config.patch, pixels.shape[-1] // config.patch
@@ -278,7 +320,9 @@ class ViT(nn.Module):
                 device=x.device,
                 dtype=torch.promote_types(x.dtype, torch.float32),
             )
-        options = {"rotary": rotary, "maps": maps, "implementation": implementation}
+        options: dict[str, Any] = {"rotary": rotary, "maps": maps, "implementation": implementation}
+        if alone:
+            options["at"] = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
         blocks = self.blocks if layers is None else list(self.blocks)[:layers]
         x = encoder.run(self.block, blocks, x, rest, **options)
         return self.norm(x) if config.norm == "states" and layers is None else x
@@ -301,7 +345,11 @@ class ViT(nn.Module):
 
     def _embed(self, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
         config, weight = self.config, self.patches.weight
-        x = F.linear(patches(pixels, config.patch), weight.flatten(1), self.patches.bias)
+        if config.stem == "convolutions":
+            for convolution in self.stem:
+                pixels = F.gelu(convolution(pixels))
+        size = weight.shape[-1]
+        x = F.linear(patches(pixels, size), weight.flatten(1), self.patches.bias)
         here = None
         if config.positions == "learned":
             own = self.positions.weight
@@ -318,9 +366,12 @@ class ViT(nn.Module):
 
 
 def initializers(config: ViTConfig) -> Rules[Initializer]:
-    """As for `encoder`, but patches start at LeCun's 1 / fan_in."""
-    fan = config.channels * config.patch**2
-    return [(r"patches\.weight$", normal(fan**-0.5)), *encoder.initializers(config.depth)]
+    """As for `encoder`, but patches start at LeCun's 1 / fan_in, a stem at He's 2 / fan_in."""
+    fan = config.channels * config.patch**2 if config.stem == "linear" else config.width
+    rules: Rules[Initializer] = [(r"patches\.weight$", normal(fan**-0.5))]
+    if config.stem == "convolutions":
+        rules.append((r"stem\.\d+\.weight$", kaiming_normal()))
+    return [*rules, *encoder.initializers(config.depth)]
 
 
 def vit(config: ViTConfig) -> Functional:

@@ -14,7 +14,7 @@ P tokens of an image, D the decoder's width, V vocabulary.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -140,6 +140,8 @@ class VLM(nn.Module):
     Arguments that methods share:
         ids: tokens, padded on the right; each image's placeholders stand in a row.
         pixels: (N, C, h, w), the images of all prompts, first those of the first; None: none.
+        images: (N, P, D), in place of pixels, what `image_tokens` gave for them: an image that
+            several prompts share passes the tower once.
         lengths: (B,), tokens that are not padding.
         prefix_lengths: (B,), tokens of the prompt, for a model with prefix=True.
         key: for dropout; None evaluates without.
@@ -167,12 +169,14 @@ class VLM(nn.Module):
         ids: Int[Tensor, "B T"],
         pixels: Float[Tensor, "N C h w"] | None = None,
         *,
+        images: Float[Tensor, "N P D"] | None = None,
         lengths: Int[Tensor, "B"] | None = None,
         prefix_lengths: Int[Tensor, "B"] | None = None,
         segment_ids: Int[Tensor, "B T"] | None = None,
+        visible: Bool[Tensor, "B 1 T T"] | None = None,
         positions: Int[Tensor, "*B T"] | None = None,
         key: Int64[Tensor, "2"] | None = None,
-        implementation: Implementation = "flash",
+        implementation: Implementation | AttentionFn = "flash",
         around_block: Callable[..., Any] | None = None,
     ) -> Float[Tensor, "B T D"]:
         """States after the last norm: for `losses.linear_cross_entropy`.
@@ -189,20 +193,22 @@ class VLM(nn.Module):
             )
         if prefix_lengths is not None and segment_ids is not None:
             raise ValueError("packed rows (segment_ids) have no single prefix: take prefix=False")
-        windows = [window for window in self.config.decoder.windows if window is not None]
-        if prefix_lengths is not None and windows and ids.shape[-1] > min(windows):
-            raise ValueError(
-                f"{ids.shape[-1]} tokens with a prefix exceed the decoder's window "
-                f"({min(windows)}): which of the prefix later tokens see is not defined; shorten "
-                "the sequences"
-            )
         vision_key, decoder_key = site_keys(key, 2)
-        x = self.embed(ids, pixels, key=vision_key, implementation=implementation)
+        given: dict[str, Any] = {"images": images, "key": vision_key}
+        if not callable(implementation):
+            given["implementation"] = implementation
+        elif pixels is not None:
+            raise ValueError(
+                "a function for attention is the decoder's alone: give images (the tokens that "
+                "image_tokens makes) in place of pixels"
+            )
+        x = self.embed(ids, pixels, **given)
         return self.decoder.hidden(
             None,
             embeddings=x,
             positions=positions,
             segment_ids=segment_ids,
+            visible=visible,
             key_lengths=lengths,
             prefix_lengths=prefix_lengths,
             key=decoder_key,
@@ -239,16 +245,22 @@ class VLM(nn.Module):
         ids: Int[Tensor, "B T"],
         pixels: Float[Tensor, "N C h w"] | None = None,
         *,
+        images: Float[Tensor, "N P D"] | None = None,
         key: Int64[Tensor, "2"] | None = None,
         implementation: Implementation = "flash",
     ) -> Float[Tensor, "B T D"]:
-        """Embeddings of the tokens with the images' spliced in, in order."""
+        """Embeddings of the tokens with the images' spliced in, in order.
+
+        Raises:
+            ValueError: another number of placeholders than of image tokens; pixels and images.
+        """
+        if pixels is not None and images is not None:
+            raise ValueError("give pixels or images, the tokens made of them: not both")
         image_token = self.config.image_token
         here = ids == image_token
         if image_token >= self.config.decoder.vocab:
             ids = torch.where(here, 0, ids)
         x = self.decoder.embed(ids)
-        images = None
         if pixels is not None and len(pixels):
             images = self.image_tokens(pixels, key=key, implementation=implementation)
         _check_count(here, 0 if images is None else images.shape[0] * images.shape[1], images)
@@ -373,30 +385,40 @@ def output_weight(params: Params) -> Float[Tensor, "V D"]:
 
 
 def language_model(
-    config: VLMConfig, params: Params, *, implementation: Implementation | AttentionFn = "flash"
+    config: VLMConfig,
+    params: Params,
+    *,
+    implementation: Implementation | AttentionFn = "flash",
+    fused: bool = False,
 ) -> LanguageModel:
     """The decoder in the form of module `generation`; what it sees comes from `prefill_inputs`.
+
+    fused copies its matrices into fewer (`decoder.fuse`): a token takes fewer launches.
 
     generate = Generator(language_model(config, params))
     generate(prompts, settings, inputs=prefill_inputs(model, params, prompts, pixels))
     """
-    model = decoders.decoder(config.decoder)
-    return decoders.language_model(model, part(params, "decoder"), implementation=implementation)
+    own, settings = part(params, "decoder"), config.decoder
+    if fused and not settings.fused:
+        own, settings = decoders.fuse(own), replace(settings, fused=True)
+    return decoders.language_model(decoders.decoder(settings), own, implementation=implementation)
 
 
 def prefill_inputs(
     model: Functional,
     params: Params,
     prompts: Sequence[Sequence[int]],
-    pixels: Float[Tensor, "N C h w"] | None,
+    pixels: Float[Tensor, "N C h w"] | None = None,
     *,
+    images: Float[Tensor, "N P D"] | None = None,
     implementation: Implementation = "flash",
 ) -> Mapping[str, Tensor]:
     """What generation's prefill takes beside the prompts: their embeddings, and their prefix.
 
     Args:
         prompts: as `with_image_tokens` makes them; of different lengths.
-        pixels: all their images, in order.
+        pixels: all their images, in order; or
+        images: their tokens, see `VLM`.
     """
     config = cast(VLM, model.skeleton).config
     device = params["decoder.norm.weight"].device
@@ -405,6 +427,6 @@ def prefill_inputs(
     pad = 0 if config.image_token else 1
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad).to(device)
     with torch.no_grad():
-        options = {"implementation": implementation, "method": "embed"}
+        options = {"images": images, "implementation": implementation, "method": "embed"}
         inputs = {"embeddings": model.apply(params, ids, pixels, **options)}
     return {**inputs, "prefix_lengths": lengths} if config.prefix else inputs

@@ -144,9 +144,23 @@ def caption(scene: Scene) -> str:
     return f" {scene.relation} ".join(words)
 
 
-def questions(scene: Scene) -> list[tuple[str, str]]:
-    """Everything that can be asked about a scene without ambiguity, with answers of one word."""
+def captions(scene: Scene) -> list[str]:
+    """The caption, and of two shapes the same seen from the other one."""
+    if scene.relation is None:
+        return [caption(scene)]
+    turned = Scene(scene.shapes[::-1], OPPOSITE[scene.relation])
+    return [caption(scene), caption(turned)]
+
+
+def questions(scene: Scene, seed: int = 0) -> list[tuple[str, str]]:
+    """Everything that can be asked about a scene without ambiguity, with answers of one word.
+
+    What is not there is asked for in a colour that `seed` draws, so that no wording gives an answer
+    away; pairs of HELD_OUT are named only in scenes that hold one.
+    """
     shapes = scene.shapes
+    rng = random.Random(f"{seed} {shapes}")
+    unseen = any((shape.colour, shape.kind) in HELD_OUT for shape in shapes)
     asked = [("how many shapes are there?", NUMBERS[len(shapes)])]
     for kind in KINDS:
         number = sum(shape.kind == kind for shape in shapes)
@@ -159,7 +173,8 @@ def questions(scene: Scene) -> list[tuple[str, str]]:
             asked.append((f"what shape is {shape.colour}?", shape.kind))
         asked.append((f"is there a {shape.colour} {shape.kind}?", "yes"))
         there = {(other.colour, other.kind) for other in shapes}
-        absent = next(colour for colour in COLOURS if (colour, shape.kind) not in there)
+        apart = there if unseen else there | HELD_OUT
+        absent = rng.choice([colour for colour in COLOURS if (colour, shape.kind) not in apart])
         asked.append((f"is there a {absent} {shape.kind}?", "no"))
     if scene.relation is None or shapes[0].kind == shapes[1].kind:
         return asked

@@ -36,9 +36,10 @@ def interpreter():
 
 def small_tiles(tma: bool = False, keys: int = 16) -> None:
     """Tiles of 16 queries x `keys` in every kernel, so that few tokens make many blocks."""
-    from msfs_kernels import triton_backward, triton_forward, triton_tangent
+    from msfs_kernels import triton_backward, triton_common, triton_forward, triton_tangent
     from msfs_kernels.configs import Config
 
+    triton_common.LEAST_LOGITS_FOR_TMA = 0
     for module in (triton_forward, triton_backward, triton_tangent):
         module.choose = lambda *_: Config(16, keys, 4, 1, tma)
 
@@ -51,6 +52,29 @@ def failures_of_seed(seed: int) -> list[str]:
     # The interpreter multiplies bfloat16 tiles as integers; the GPU check covers it.
     case = random_case(seed, "cpu", largest=24, dtypes=(torch.float16, torch.float32))
     return [f"{case.name}: {line}" for line in failures(case)]
+
+
+def failures_with_fitted_tiles(seed: int) -> list[str]:
+    from msfs_kernels import triton_backward, triton_forward, triton_tangent
+    from msfs_kernels.configs import choose
+    from msfs_kernels.triton_check import failures, random_case
+
+    for module in (triton_forward, triton_backward, triton_tangent):
+        module.choose = choose  # which other tests replace
+
+    torch.set_num_threads(1)
+    case = random_case(seed, "cpu", largest=40, dtypes=(torch.float16,))
+    return [f"{case.name}: {line}" for line in failures(case)]
+
+
+def test_tiles_fitted_to_short_sentences_agree_with_the_formula(interpreter):
+    from msfs_kernels.configs import Config, fitted
+
+    large = Config(128, 128, 8, 3, True)
+    assert fitted(large, 20, 20) == Config(32, 32, 2, 3, True)
+    assert fitted(large, 5, 40) == Config(16, 64, 2, 3, True)
+    assert fitted(large, 100, 1000) == large
+    assert interpreter(failures_with_fitted_tiles, 0) == []
 
 
 @pytest.mark.parametrize("seed", range(2, 5))
@@ -105,9 +129,14 @@ def failures_with(name: str, tma: bool, deterministic: bool, T=21, S=39, keys=16
         "bias over keys": {"bias": noise(2, 2, T, 1).half()},
         "boolean bias": {"bias": noise(2, 1, T, S) > 0},
         "dropout": {"dropout": 0.3, "rng": torch.tensor([[1, 2], [3, 2**32 - 1]])},
+        "dropout of some heads": {
+            "dropout": 0.3,
+            "rng": torch.tensor([[[1, 2, 5], [1, 2, 9]], [[3, 4, 5], [3, 4, 9]]]),
+        },
         "negative scale": {"scale": -0.2},
     }[name]
-    q, k, v, made_options = made(T, S, **options, deterministic=deterministic)
+    rows = max((len(x) for x in options.values() if isinstance(x, torch.Tensor)), default=1)
+    q, k, v, made_options = made(T, S, B=rows, **options, deterministic=deterministic)
     return failures(Case(name, q, k, v, made_options))
 
 
@@ -129,6 +158,7 @@ def failures_with(name: str, tma: bool, deterministic: bool, T=21, S=39, keys=16
         "bias over keys",
         "boolean bias",
         "dropout",
+        "dropout of some heads",
         "negative scale",
     ],
 )
@@ -386,3 +416,82 @@ def words_of_strided_keys() -> tuple[torch.Tensor, ...]:
 def test_random_words_of_keys_of_any_strides_are_those_of_the_cpu(interpreter):
     words, expected, bits, expected_bits = interpreter(words_of_strided_keys)
     assert torch.equal(words, expected) and torch.equal(bits, expected_bits)
+
+
+class Interpreted:
+    """A launch as Triton compiles it: started again with other arguments."""
+
+    def __init__(self, described):
+        self.described = described
+
+    def __getitem__(self, grid):
+        return self.described.kernel[grid]
+
+
+def run_interpreted(described):
+    described.kernel[described.grid](*described.args, **described.constants)
+    return Interpreted(described)
+
+
+def unequal_by_the_short_way() -> list[str]:
+    """Calls of one kind, again and again, whose launches are replayed as on a GPU; the first has
+    one tensor in three places.
+    """
+    from contextlib import ExitStack
+    from unittest import mock
+
+    from msfs_kernels import flash_attention, ops, short, triton_backend, triton_common
+    from torch.func import jvp
+
+    def plain(q, k, v):
+        return ((q @ k.mT) * 16**-0.5).softmax(-1) @ v
+
+    def results(attention, x, t, do):
+        alone = attention(*x)
+        leaves = [y.clone().requires_grad_() for y in x]
+        o = attention(*leaves)
+        moved = jvp(attention, tuple(x), tuple(t))
+        return {
+            "o": alone,
+            "recorded o": o,
+            "jvp": moved[1],
+            "jvp's o": moved[0],
+            **dict(zip(("dq", "dk", "dv"), torch.autograd.grad(o, leaves, do), strict=True)),
+        }
+
+    def on_gpu(*tensors):
+        return all(type(x) is torch.Tensor for x in tensors)
+
+    torch.set_num_threads(1)
+    small_tiles(keys=32)  # one tile of keys: the backward is launches only
+    generator = torch.Generator().manual_seed(0)
+    wrong = []
+    with ExitStack() as stack:
+        for where, name, value in (
+            (triton_common, "INTERPRETED", False),
+            (triton_common.Launch, "run", run_interpreted),
+            (short, "are_plain", on_gpu),
+            (ops, "backend", lambda q, v: triton_backend),
+            (torch.cuda, "current_device", lambda: None),
+        ):
+            stack.enter_context(mock.patch.object(where, name, value))
+        stack.enter_context(
+            mock.patch.object(torch._C, "_cuda_getDevice", lambda: None, create=True)
+        )
+        for call in range(4):
+            x, t = torch.randn(2, 3, 1, 2, 18, 16, generator=generator).half()
+            do = torch.randn(1, 2, 18, 16, generator=generator).half()
+            x = (x[0],) * 3 if call == 0 else x
+            got = results(flash_attention, x, t, do)
+            want = results(plain, [y.double() for y in x], [y.double() for y in t], do.double())
+            for name, y in got.items():
+                if not torch.allclose(y.double(), want[name], rtol=2e-2, atol=2e-2):
+                    wrong.append(f"call {call}: {name}")
+        kinds = sorted(str(kind[0]) for kind in short.REPLAYS)
+        if kinds != ["backward", "tangent", str(torch.Size([1, 2, 18, 16]))]:
+            wrong.append(f"replayed: {kinds}")
+    return wrong
+
+
+def test_replayed_launches_agree_with_the_formula(interpreter):
+    assert interpreter(unequal_by_the_short_way) == []

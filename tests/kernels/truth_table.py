@@ -1,10 +1,11 @@
 r"""The truth table: compositions of transforms, eager and compiled, against the fp64 formula.
 
     python tests/kernels/truth_table.py --device cpu                   # float64 and float32, hours
-    python tests/kernels/truth_table.py --device cuda --dtype float32 bfloat16 --mode eager \
-        --options causal padding "grouped heads" window bias dropout all --workers 14
+    python tests/kernels/truth_table.py --device cuda --dtype float32 bfloat16 --workers 15 \
+        --options causal padding "grouped heads" window bias dropout --results 0.json --shard 0 4
     python tests/kernels/truth_table.py --composition "jvp(grad)" --options causal --mode compiled
     python tests/kernels/truth_table.py --results runs/truth_table.json       # goes on where it was
+    python tests/kernels/truth_table.py --results [0-3].json --seconds 0     # the table of 4 shards
 
 Rows are compositions, columns modes and dtypes:
 
@@ -27,7 +28,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -379,7 +380,7 @@ def place(mode: str, dtype: str, composition: str, name: str) -> str:
 
 def text_of(cells: list[tuple[str, float]], asked: int, notes: list[str]) -> str:
     """One cell of the table: the largest ratio, or what is wrong, and over how many of the options
-    if not over all; reasons go to the notes.
+    if not over all; reasons go to the notes. A number in brackets alone is what torch cannot.
     """
     if not cells:
         return ""
@@ -389,15 +390,19 @@ def text_of(cells: list[tuple[str, float]], asked: int, notes: list[str]) -> str
         return f"{max(ratio for _, ratio in cells):.1f}{part}"
     notes += [verdict for verdict in bad if verdict not in notes]
     numbers = ", ".join(str(notes.index(verdict) + 1) for verdict in bad)
-    kinds = sorted({verdict.split(" (")[0].split(":")[0] for verdict in bad})
-    return f"{', '.join(kinds)} [{numbers}]"
+    kinds = sorted({verdict.split(" (")[0].split(":")[0] for verdict in bad} - {"torch cannot"})
+    return f"{', '.join(kinds)} [{numbers}]".strip()
+
+
+SHORT = {"float64": "f64", "float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 
 def table(results: Results, modes: Iterable[str], dtypes: Iterable[str], options: list[str]) -> str:
     """Markdown: a row a composition, a column a mode and dtype, reasons underneath."""
     columns = [(mode, dtype) for mode in modes for dtype in dtypes]
+    heads = (f"{mode} {SHORT[dtype]}" for mode, dtype in columns)
     lines = [
-        "| composition | " + " | ".join(f"{mode}, {dtype}" for mode, dtype in columns) + " |",
+        "| composition | " + " | ".join(heads) + " |",
         "|---" * (len(columns) + 1) + "|",
     ]
     notes: list[str] = []
@@ -413,25 +418,19 @@ def table(results: Results, modes: Iterable[str], dtypes: Iterable[str], options
     return "\n".join([*lines, "", *(f"[{i}] {note}  " for i, note in enumerate(notes, 1))])
 
 
-def cells(
-    job: tuple[str, str, str], args: argparse.Namespace, known: Results, deadline: float
-) -> Iterator[Results]:
-    """The cells of one mode, dtype and set of options, as they come, until the deadline."""
-    mode, dtype, name = job
-    for composition in args.composition:
-        at = place(mode, dtype, composition, name)
-        if at in known or time.monotonic() > deadline:
-            continue
-        kind = getattr(torch, dtype)
-        verdict, ratio = cell(composition, name, mode, args.device, kind, args.backend)
-        if verdict != "ok":
-            print(f"{at}: {verdict} {ratio:.1f}", file=sys.stderr, flush=True)
-        yield {at: (verdict, ratio)}
+Job = tuple[str, str, str, str]  # mode, dtype, composition, options
 
 
-def all_cells(*args: Any) -> Results:
+def run_cell(job: Job, device: str, backend: str, deadline: float) -> Results:
+    """The cell, or nothing after the deadline."""
+    if time.monotonic() > deadline:
+        return {}
     torch.set_num_threads(1)
-    return {at: found for part in cells(*args) for at, found in part.items()}
+    mode, dtype, composition, name = job
+    verdict, ratio = cell(composition, name, mode, device, getattr(torch, dtype), backend)
+    if verdict != "ok":
+        print(f"{place(*job)}: {verdict} {ratio:.1f}", file=sys.stderr, flush=True)
+    return {place(*job): (verdict, ratio)}
 
 
 def main() -> None:
@@ -444,46 +443,52 @@ def main() -> None:
     parser.add_argument("--mode", nargs="*", default=list(MODES))
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this many")
     parser.add_argument("--workers", type=int, default=1, help="processes; a GPU compiles on all")
-    parser.add_argument("--results", type=Path, help="JSON of the cells; those in it are not rerun")
+    parser.add_argument(
+        "--results", type=Path, nargs="+", default=[],
+        help="JSON of cells: those in any of the files are not rerun, the first is written",
+    )  # fmt: skip
+    parser.add_argument(
+        "--shard", type=int, nargs=2, default=(0, 1), metavar=("I", "N"),
+        help="every Nth cell from the Ith on, so that N machines share a table",
+    )  # fmt: skip
     parser.add_argument("--output", type=Path, help="Markdown file to write the table to")
     args = parser.parse_args()
     results: Results = {}
-    if args.results is not None and args.results.exists():
-        results = {at: tuple(cell) for at, cell in json.loads(args.results.read_text()).items()}
+    for path in args.results:
+        if path.exists():
+            results |= {at: tuple(cell) for at, cell in json.loads(path.read_text()).items()}
 
     def keep(found: Results) -> None:
         results.update(found)
-        if args.results is not None:
-            args.results.parent.mkdir(parents=True, exist_ok=True)
-            args.results.write_text(json.dumps(results, indent=0))
+        if args.results and found:
+            args.results[0].parent.mkdir(parents=True, exist_ok=True)
+            args.results[0].write_text(json.dumps(results, indent=0))
 
     deadline = time.monotonic() + args.seconds
-    jobs = [
-        (mode, dtype, name) for mode in args.mode for dtype in args.dtype for name in args.options
-    ]
-    if args.workers == 1:
-        for job in jobs:
-            for found in cells(job, args, results, deadline):
-                keep(found)
-    else:  # forked before CUDA starts, each with the imports and a context of its own
-        context = multiprocessing.get_context("fork")
-        with concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=context) as pool:
-            running = [pool.submit(all_cells, job, args, results, deadline) for job in jobs]
-            for future in concurrent.futures.as_completed(running):
-                keep(future.result())
-    asked = len(args.mode) * len(args.dtype) * len(args.composition) * len(args.options)
-    places = [
-        place(mode, dtype, composition, name)
+    asked: list[Job] = [
+        (mode, dtype, composition, name)
         for mode in args.mode
         for dtype in args.dtype
         for composition in args.composition
         for name in args.options
     ]
-    done = [results[at] for at in places if at in results]
+    first, step = args.shard
+    jobs = [job for job in asked[first::step] if place(*job) not in results]
+    if args.workers == 1:
+        for job in jobs:
+            keep(run_cell(job, args.device, args.backend, deadline))
+    elif args.seconds > 0:  # forked before CUDA starts, each with the imports and its own context
+        context = multiprocessing.get_context("fork")
+        with concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=context) as pool:
+            rest = (args.device, args.backend, deadline)
+            running = [pool.submit(run_cell, job, *rest) for job in jobs]
+            for future in concurrent.futures.as_completed(running):
+                keep(future.result())
+    done = [results[place(*job)] for job in asked if place(*job) in results]
     wrong = sum(v != "ok" and not v.startswith("torch cannot") for v, _ in done)
     text = (
         f"torch {torch.__version__}, {args.device}, compiled by {args.backend};"
-        f" options: {', '.join(args.options)}; {len(done)} of {asked} cells, {wrong} wrong\n\n"
+        f" options: {', '.join(args.options)}; {len(done)} of {len(asked)} cells, {wrong} wrong\n\n"
         + table(results, args.mode, args.dtype, args.options)
     )
     print(text)

@@ -5,7 +5,7 @@ there, who has what, who gave it, where everybody is and who was refused.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from msfs_functional.synthetic.stories import lexicon as words
@@ -162,3 +162,13 @@ def judge(story: str) -> dict[str, bool]:
     if kind not in ENDS:
         wrong.add("told")
     return {rule: rule not in wrong for rule in RULES} | {"consistent": not wrong}
+
+
+def shares(stories: Sequence[str]) -> dict[str, float]:
+    """Shares in [0, 1]: of all stories those "told" to the end and "consistent"; of the told ones
+    those that keep each other rule (the judge has not read the others whole)."""
+    verdicts = [judge(story) for story in stories]
+    told = [verdict for verdict in verdicts if verdict["told"]]
+    found = {rule: sum(v[rule] for v in told) / max(1, len(told)) for rule in RULES}
+    of_all = ("told", "consistent")
+    return found | {rule: sum(v[rule] for v in verdicts) / len(verdicts) for rule in of_all}

@@ -18,7 +18,7 @@ from msfs_functional.synthetic.stories import lexicon as words
 SENTENCES: dict[str, tuple[str, ...]] = {
     "open": (
         "One {d}, {a} and {b} were {p.in} the {p}.",
-        "{a} met {b} {p.in} the {p} one {d}.",
+        "One {d}, {a} met {b} {p.in} the {p}.",
     ),
     "join": ("{a} was there, too.", "Soon {a} came to play with them."),
     "own": ("{a} had {o.a} {o.adj} {o}.", "{a} was proud of {a.his} {o}, {o.a} {o.adj} one."),
@@ -27,25 +27,28 @@ SENTENCES: dict[str, tuple[str, ...]] = {
         "{a} looked at the {o} and wanted it for {a.his} game.",
     ),
     "ask": (
-        '"May I have your {o}, {b}?" asked {a}.',
-        '{a} said to {b}, "Please give me your {o}."',
+        '"May I have your {o.adj} {o}, {b}?" asked {a}.',
+        '{a} said to {b}, "Please give me your {o.adj} {o}."',
     ),
     "give": (
-        '"Yes, {b}, take it," said {a}, and {a.he} gave {b.him} the {o}.',
-        '{a} smiled and gave the {o} to {b}. "It is yours now, {b}," {a.he} said.',
+        '"Yes, {b}, take it," said {a}, and {a.he} gave {b.him} the {o.adj} {o}.',
+        '{a} smiled and gave the {o.adj} {o} to {b}. "It is yours now, {b}," {a.he} said.',
     ),
     "keep": (
         '"No, {b}, it is mine," said {a}, and {a.he} kept {a.his} {o}.',
         "But {a} did not want to give {b} the {o}, so {a.he} held it tight.",
     ),
     "swap": ('"Let us swap," said {a}, so {a} got the {q} and {b} got the {o}.',),
-    "thank": ("{a} was happy and thanked {b} for the {o}.", '"Thank you, {b}!" said {a} happily.'),
+    "thank": (
+        "{a} was happy and thanked {b} for the {o.adj} {o}.",
+        '"Thank you, {b}!" said {a} happily.',
+    ),
     "anger": (
         "{a} was angry because {b} had kept {b.his} {o}.",
         '"That is not kind, {b}," said {a} angrily.',
     ),
     "hold": ("{a.He} put the {o} into {a.his} bag.", "{a.He} showed the {o} to everybody."),
-    "drop": ("Then {a} dropped the {o}, but {b} found it and brought it back to {a.him}.",),
+    "drop": ("Then {a} dropped the {o.adj} {o}, but {b} found it and brought it back to {a.him}.",),
     "move": ("Then it began to rain, so they all ran to the {p}.", "Later they walked to the {p}."),
     "end": (
         "In the end, {a} took the {o.adj} {o} home from the {p}.",

@@ -1,0 +1,241 @@
+"""The short way of a plain call on a GPU: no masks beyond causal, a kind that came before, nobody
+about who has to see the op. Also of its gradient, and of its tangent under one torch.func.jvp.
+
+Checking arguments, choosing tiles and describing launches depend on shapes, strides and scalars
+only. The first call of a kind goes the long way while its kernel launches are recorded; from then
+on a call is a look-up, the allocation of its results and those launches with other addresses. What
+does more than launch kernels on its inputs and results goes the long way always.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+# pyright: reportAttributeAccessIssue=false
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .dispatch import KERNELS, call, traced
+from .forward_mode import in_forward_mode, tangent_of
+from .options import Options
+
+MOST = 4096  # kinds of calls that are remembered
+
+
+class Replay:
+    """Recorded launches, on other tensors of the same shapes, strides and alignment."""
+
+    def __init__(self, launches: list[tuple[Any, list[int]]], made: list[tuple], results: int):
+        self.launches, self.made, self.results = launches, made, results
+        self.device_index = made[0][3].index
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        made: list = [
+            torch.empty_strided(shape, stride, dtype=dtype, device=device)
+            for shape, stride, dtype, device in self.made
+        ]
+        tensors = (*inputs, *made, None)
+        for prepared, numbers in self.launches:
+            prepared.run([tensors[n] for n in numbers])
+        return made[: self.results]
+
+
+def facts(x: Tensor) -> tuple:
+    return x.shape, x.stride(), x.dtype, x.device
+
+
+def record(
+    kernel: Callable, inputs: Sequence[Tensor], scratch: torch.Size | None = None
+) -> tuple[Any, Any]:
+    """kernel()'s results, and their Replay if it only launches kernels on the inputs, its results
+    and uninitialised tensors (of the shape `scratch`, if given: others it fills); else None.
+    """
+    from .triton_common import recorded
+
+    with recorded() as launches:
+        results = kernel()
+    outputs = [x for x in results if x is not None and x.numel() > 0]
+    known = [*inputs, *outputs]
+    places = {x.data_ptr(): n for n, x in enumerate(known)}
+    if len(places) < len(known):  # one tensor twice: which is which?
+        return results, None
+    found, touched = [], set()
+    for prepared, tensors in launches:
+        numbers = []
+        for x in tensors:
+            if x is None:
+                numbers.append(-1)
+                continue
+            number = places.get(x.data_ptr())
+            if number is None and (scratch is None or x.shape == scratch):
+                number = places[x.data_ptr()] = len(known)
+                known.append(x)
+            if number is None or facts(x) != facts(known[number]):
+                return results, None
+            numbers.append(number)
+        if prepared is None:
+            return results, None
+        touched.update(numbers)
+        found.append((prepared, numbers))
+    first = len(inputs)
+    if not outputs or not touched.issuperset(range(first, first + len(outputs))):
+        return results, None
+    return results, Replay(found, [facts(x) for x in known[first:]], len(outputs))
+
+
+REPLAYS: dict[tuple, Replay] = {}
+
+
+def remember(kind: tuple, replay: Replay | None) -> None:
+    if replay is not None:
+        if len(REPLAYS) >= MOST:
+            REPLAYS.clear()
+        REPLAYS[kind] = replay
+
+
+def recall(kind: tuple) -> Replay | None:
+    replay = REPLAYS.get(kind)
+    here = replay is not None and replay.device_index == torch._C._cuda_getDevice()
+    return replay if here else None
+
+
+def are_plain(*tensors: Any) -> bool:
+    """Whether these are aligned tensors of torch itself on a GPU."""
+    return all(type(x) is Tensor and x.is_cuda and x.data_ptr() % 16 == 0 for x in tensors)
+
+
+def kind_of(q: Any, k: Any, v: Any, *scalars: Any) -> tuple | None:
+    """What the launch depends on but for addresses; None where this way is closed."""
+    if (
+        traced()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or not are_plain(q, k, v)
+    ):
+        return None
+    return kind_of_plain(q, k, v, *scalars)
+
+
+def plain_options(head_dim: int, scalars: tuple) -> Options:
+    """Of (is_causal, scale, precision, deterministic), as flash_attention takes them."""
+    is_causal, scale, precision, deterministic = scalars
+    options = Options(causal=is_causal, scale=head_dim**-0.5 if scale is None else scale)
+    return options._replace(precision=precision, deterministic=deterministic)
+
+
+def kind_of_plain(q: Tensor, k: Tensor, v: Tensor, *scalars: Any) -> tuple:
+    return (
+        *(q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride()),
+        *(q.dtype, k.dtype, v.dtype, q.device, k.device, v.device),
+        *scalars,
+    )
+
+
+class PlainAttention(torch.autograd.Function):
+    """The rule of `attention` for a replayed forward: a few arguments in place of seventeen."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, replay, kind, options):
+        o, lse = replay(q, k, v)
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.set_materialize_grads(False)
+        ctx.kind, ctx.options = kind, options
+        return o, lse
+
+    @staticmethod
+    def backward(ctx, do, dlse):
+        q, k, v, o, lse = ctx.saved_tensors
+        if do is None:
+            do = o.new_zeros(()).expand(o.shape)
+        rest = (None, o, lse, *ctx.options[1:], False)
+        if (
+            dlse is not None
+            or torch.is_grad_enabled()
+            or kind_of(do, q, k) is None
+            or not are_plain(v, o, lse)
+        ):
+            dq, dk, dv, _ = call("attention_backward", do, dlse, q, k, v, *rest)
+            return dq, dk, dv, None, None, None
+        kind = ("backward", do.stride(), do.dtype, *ctx.kind)
+        replay = recall(kind)
+        if replay is not None:
+            return *replay(do, q, k, v, o, lse), None, None, None
+
+        def kernel():
+            return KERNELS["attention_backward"](do, None, q, k, v, *rest)[:3]
+
+        (dq, dk, dv), replay = record(kernel, (do, q, k, v, o, lse), lse.shape)
+        remember(kind, replay)
+        return dq, dk, dv, None, None, None
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, kind: tuple, scalars: tuple
+) -> Sequence[Tensor] | None:
+    """(o, lse) of a plain call whose kind is known, or None."""
+    replay = recall(kind)
+    if replay is None:
+        return None
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return PlainAttention.apply(q, k, v, replay, kind, plain_options(q.shape[-1], scalars))
+    return replay(q, k, v)
+
+
+def remembered_attention(q: Tensor, k: Tensor, v: Tensor, kind: tuple, options: Options) -> Any:
+    """The op's (o, lse), the long way; recorded for the next call of this kind."""
+    outputs, replay = record(lambda: call("attention", q, k, v, *options), (q, k, v))
+    remember(kind, replay)
+    return outputs
+
+
+def attention_in_forward_mode(
+    whole: Callable[..., Any], q: Any, k: Any, v: Any, scalars: tuple, return_lse: bool
+) -> Any:
+    """What flash_attention, which is `whole`, returns under one torch.func.jvp with tangents of q,
+    k and v, by two replays; None where this way is closed.
+    """
+    if (
+        traced()
+        or torch._C._functorch.get_dynamic_layer_stack_depth() != 1
+        or not in_forward_mode()
+    ):
+        return None
+    level = torch._C._functorch.maybe_current_level()
+    unwrap = torch._C._functorch._unwrap_for_grad
+    x = [unwrap(y, level) if isinstance(y, Tensor) else y for y in (q, k, v)]
+    if not are_plain(*x) or any(y.requires_grad for y in x):
+        return None
+    t = [tangent_of(y) for y in (q, k, v)]
+    if any(y is None for y in t):
+        return None
+    t = [unwrap(y, level) for y in t]
+    if not are_plain(*t) or any(y.requires_grad for y in t):
+        return None
+    if any(y.ndim != 4 or y.shape[0] != x[0].shape[0] for y in x):
+        return None
+    kind = kind_of_plain(*x, *scalars)
+    forward = recall(kind)
+    layer = torch._C._functorch.pop_dynamic_layer_stack()
+    try:
+        if forward is not None:
+            o, lse = forward(*x)
+        else:
+            names = ("is_causal", "scale", "precision", "deterministic")
+            o, lse = whole(*x, **dict(zip(names, scalars, strict=True)), return_lse=True)
+        kind = ("tangent", *(y.stride() for y in t), *(y.dtype for y in t), *kind)
+        replay = recall(kind)
+        if replay is not None:
+            to, tlse = replay(*t, *x, o, lse)
+        else:
+
+            def kernel():
+                rest = (None, o, lse, *plain_options(x[0].shape[-1], scalars)[1:])
+                return KERNELS["attention_tangent"](*t, None, *x, *rest)
+
+            (to, tlse), replay = record(kernel, (*t, *x, o, lse), lse.shape)
+            remember(kind, replay)
+    finally:
+        torch._C._functorch.push_dynamic_layer_stack(layer)
+    make_dual, at = torch._VF._make_dual, forward_ad._current_level
+    o = make_dual(o, to, level=at)
+    return (o, make_dual(lse, tlse, level=at)) if return_lse else o

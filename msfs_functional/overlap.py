@@ -1,0 +1,340 @@
+"""Gathers and reductions that run beside the computation, block by block, without a graph of all.
+
+    model = sharded(decoder(config), DECODER, mesh(dp_shard=-1))
+    step = make_step(
+        gathered(loss_fn, model), optimizer, compile="regions", gradient=model.gradient
+    )
+
+A training step in which every block is compiled once and run 24 times has no compiler that sees all
+of it, so a Pipeline orders what stands between the blocks (as FSDP does, Zhao et al. 2023):
+
+    computes    | block 0 | block 1 | block 2 | loss | block 2' | block 1' | block 0' |
+    gathers     0    1         2                  1          0
+    sums                                                       2          1          0
+
+While a block computes, the parameters of the next one are gathered, each straight into the tensor
+that the block will read, on a stream of their own; after the block they are forgotten, and gathered
+again in the backward pass one block ahead. Gradients of whole parameters are cast, summed over
+ranks and scattered on another stream while the block before computes its own. What is saved for the
+backward pass of whole parameters is their place only.
+
+On a CPU, where there are no streams, the same happens in the same order.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.tensor import DTensor
+
+from msfs_functional.collectives import chunk_bounds, group_rank, group_size
+from msfs_functional.params import Params
+
+Steps = tuple[tuple[str, int, int, str], ...]  # collectives as (kind, dim, size, group), in order
+
+
+class Way(NamedTuple):
+    """How one parameter becomes whole and how its gradient comes back.
+
+    A shard is a chunk, along `dim`, of what the group's ranks hold together; None: it is whole.
+    """
+
+    group: str | None
+    dim: int
+    size: int  # of the whole along dim
+    parts: int
+    rank: int
+    sums: tuple[str, ...]  # groups over which gradients of shards are added up
+
+    @property
+    def each(self) -> int:
+        """Elements along dim of every chunk but the last ones."""
+        return -(-self.size // self.parts)
+
+    def padded(self, local: Tensor) -> tuple[int, ...]:
+        """The shape, `dim` first, of the whole with all chunks of one size."""
+        rest = list(local.shape)
+        first = rest.pop(self.dim) if rest else 1
+        return (self.each * self.parts if self.group else first, *rest)
+
+
+def way(steps: Steps) -> Way | None:
+    """The way that these steps are; None where more than one axis cuts the parameter."""
+    gathers = [step for step in steps if step[0] == "all_gather"]
+    sums = tuple(group for kind, _, _, group in steps if kind == "pvary")
+    if len(gathers) > 1:
+        return None
+    if not gathers:
+        return Way(None, 0, 0, 1, 0, sums)
+    [(_, dim, size, group)] = gathers
+    return Way(group, dim, size, group_size(group), group_rank(group), sums)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Parameters that are gathered together: of a block, or of all that is outside of blocks."""
+
+    names: Mapping[str, str]  # {name inside of the block: name of the parameter}
+    ways: Mapping[str, Way]  # by name inside
+
+
+@dataclass(eq=False)
+class Use:
+    """One call of a unit in a step."""
+
+    unit: Unit
+    number: int  # among the calls of this step
+    whole: dict[str, Tensor] | None = None  # while they are there or on the way
+    arrived: Any = None  # the event after which they are there
+    places: dict[int, str] = field(default_factory=dict)  # {address of a whole one: name inside}
+
+
+_active: ContextVar["Pipeline | None"] = ContextVar("pipeline", default=None)
+
+
+def active() -> "Pipeline | None":
+    """The pipeline of the step that is going on in this thread, if a transform does not hide it."""
+    pipeline = _active.get()
+    if pipeline is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return None
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore
+    return None if hooks or torch._C._are_functorch_transforms_active() else pipeline
+
+
+@functools.cache
+def streams(device: torch.device) -> tuple[Any, Any]:
+    """(for gathers, for sums); None on a CPU."""
+    if device.type != "cuda":
+        return None, None
+    return torch.cuda.Stream(device, priority=-1), torch.cuda.Stream(device, priority=-1)
+
+
+class Pipeline:
+    """One forward and backward pass over parameters in shards.
+
+    Args:
+        params: {name: DTensor}, all that the units name.
+        units: in the order in which the model calls them; the first are those outside of blocks.
+        dtype: of whole parameters; None: that of the shards.
+        reduce_dtype: in which gradients are summed; None: that of the shards.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        units: Sequence[Unit],
+        dtype: torch.dtype | None,
+        reduce_dtype: torch.dtype | None,
+    ):
+        self.params, self.units = params, units
+        self.dtype, self.reduce_dtype = dtype, reduce_dtype
+        self.shards = {n: p.to_local() for n, p in params.items() if isinstance(p, DTensor)}
+        some = next(iter(self.shards.values()))
+        self.device = some.device
+        self.gathers, self.sums = streams(some.device)
+        self.anchor = torch.zeros((), device=some.device, requires_grad=True)
+        self.uses: list[Use] = []
+        self.ahead: dict[int, Use] = {}  # gathered before they were called, by place of the unit
+        self.grads: dict[str, list[Tensor]] = {}  # of shards, by name of the parameter
+        self.summing: tuple[Any, Any] | None = None  # what a sum reads, until it is done
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        token = _active.set(self)
+        try:
+            yield
+        finally:
+            _active.reset(token)
+
+    def knows(self, place: int, held: Params) -> bool:
+        """Whether these are the step's own parameters, and not others that it computes with."""
+        names = self.units[place].names
+        return all(held.get(inside) is self.params[name] for inside, name in names.items())
+
+    def run(self, place: int, fn: Callable[..., Any], held: Params, args: tuple) -> Any:
+        """fn(held with whole parameters, *args)."""
+        use = self.ahead.pop(place, None) or Use(self.units[place], -1)
+        use.number = len(self.uses)
+        self.uses.append(use)
+        if use.whole is None:
+            self._gather(use)
+        if place + 1 < len(self.units) and place + 1 not in self.ahead:
+            following = self.ahead[place + 1] = Use(self.units[place + 1], -1)
+            self._gather(following)
+        self._arrive(use)
+        assert use.whole is not None
+        taken: Any = Whole.apply(self.anchor, self, use)
+        whole = {**held, **dict(zip(use.whole, taken, strict=True))}
+        del taken
+        if place == 0:  # in use until the end of the step
+            use.whole = None
+            return fn(whole, *args)
+        use.places = {x.untyped_storage().data_ptr(): n for n, x in use.whole.items() if x.numel()}
+
+        def pack(x: Tensor) -> Any:
+            name = use.places.get(x.untyped_storage().data_ptr()) if type(x) is Tensor else None
+            return x if name is None else (name, x.shape, x.stride(), x.storage_offset())
+
+        def unpack(packed: Any) -> Tensor:
+            if isinstance(packed, Tensor):
+                return packed
+            name, shape, stride, offset = packed
+            return self._again(use)[name].as_strided(shape, stride, offset)
+
+        with saved_tensors_hooks(pack, unpack):
+            out = fn(whole, *args)
+        use.places = {}
+        if place + 1 < len(self.units):  # the last one's backward comes soon
+            use.whole = None
+        return out
+
+    def _again(self, use: Use) -> dict[str, Tensor]:
+        """The whole parameters in the backward pass, and those of the use before on their way."""
+        with torch.no_grad():
+            if use.whole is None:
+                self._gather(use)
+            self._arrive(use)
+            before = self.uses[use.number - 1] if use.number else None
+            if before is not None and before.whole is None and before.unit is not self.units[0]:
+                self._gather(before)
+        assert use.whole is not None
+        return use.whole
+
+    @torch.no_grad()
+    def _gather(self, use: Use) -> None:
+        """Starts to make the unit's parameters whole."""
+        whole, copies, collectives = {}, [], {}
+        for inside, name in use.unit.names.items():
+            shard, way = self.shards[name], use.unit.ways[inside]
+            x = torch.empty(way.padded(shard), dtype=self.dtype or shard.dtype, device=shard.device)
+            rows = shard.movedim(way.dim, 0) if way.group else shard
+            own = x
+            if way.group:
+                own = x.narrow(0, way.rank * way.each, way.each)
+                collectives.setdefault(way.group, []).append((x, own))
+                own = own.narrow(0, 0, rows.shape[0])
+            copies.append((own, rows))
+            # A view only where it must be: compiled code guards on the base of a view, too.
+            if way.group and len(x) > way.size:
+                x = x.narrow(0, 0, way.size)
+            whole[inside] = x.movedim(0, way.dim) if way.dim else x
+        with self._beside(self.gathers):
+            torch._foreach_copy_([x for x, _ in copies], [rows for _, rows in copies])
+            for group, pairs in collectives.items():
+                outs, ins = [x for x, _ in pairs], [own for _, own in pairs]
+                pg(group).allgather_into_tensor_coalesced(outs, ins).wait()
+            use.arrived = event(self.gathers)
+        use.whole = whole
+
+    def _arrive(self, use: Use) -> None:
+        if use.arrived is not None:
+            torch.cuda.current_stream(self.device).wait_event(use.arrived)
+            use.arrived = None
+
+    def _sum(self, use: Use, grads: Sequence[Tensor | None]) -> None:
+        """Starts to add up the gradients of the unit's whole parameters over ranks."""
+        use.whole = None
+        outs, copies, scatters, sums = {}, [], {}, {}
+        with contextlib.ExitStack() as beside:
+            kinds = {n: self.reduce_dtype or self.shards[n].dtype for n in use.unit.names.values()}
+            for inside, name in use.unit.names.items():
+                shard, way = self.shards[name], use.unit.ways[inside]
+                padded = way.padded(shard)
+                shape = (way.each, *padded[1:]) if way.group else shard.shape
+                outs[inside] = torch.empty(shape, dtype=kinds[name], device=shard.device)
+            beside.enter_context(self._beside(self.sums))
+            for (inside, name), g in zip(use.unit.names.items(), grads, strict=True):
+                out, way = outs[inside], use.unit.ways[inside]
+                if g is None:
+                    g = torch.zeros((), dtype=kinds[name], device=out.device)
+                elif way.group:
+                    g = g.movedim(way.dim, 0)
+                if not way.group:
+                    copies.append((out, g.expand(out.shape)))
+                else:
+                    padded = way.padded(self.shards[name])
+                    if g.dtype == kinds[name] and g.shape == padded and g.is_contiguous():
+                        into = g
+                    else:
+                        make = torch.empty if padded[0] == way.size else torch.zeros
+                        into = make(padded, dtype=kinds[name], device=out.device)
+                        own = into.narrow(0, 0, way.size)
+                        copies.append((own, g.expand(own.shape)))
+                    scatters.setdefault(way.group, []).append((out, into))
+                for group in way.sums:
+                    sums.setdefault(group, []).append(out)
+            if copies:
+                torch._foreach_copy_([x for x, _ in copies], [g for _, g in copies])
+            for group, pairs in scatters.items():
+                to, into = [x for x, _ in pairs], [x for _, x in pairs]
+                pg(group).reduce_scatter_tensor_coalesced(to, into).wait()
+            for group, tensors in sums.items():
+                options = dist.AllreduceCoalescedOptions()
+                pg(group).allreduce_coalesced(tensors, options).wait()
+            done = event(self.sums)
+        self._settle()
+        self.summing = (grads, done)
+        for inside, name in use.unit.names.items():
+            way, shard, out = use.unit.ways[inside], self.shards[name], outs[inside]
+            if way.group:
+                start, stop = chunk_bounds(way.size, way.parts, way.rank)
+                out = out.narrow(0, 0, stop - start).movedim(0, way.dim)
+            self.grads.setdefault(name, []).append(out)
+
+    def _settle(self) -> None:
+        """From here on the last sum is done, and what it read may be overwritten."""
+        if self.summing is not None and self.summing[1] is not None:
+            torch.cuda.current_stream(self.device).wait_event(self.summing[1])
+        self.summing = None
+
+    def gradients(self) -> dict[str, Tensor]:
+        """{name: gradient of the shard} of the parameters that the backward pass came to."""
+        self._settle()
+        if self.gathers is not None:  # also of what was gathered for nothing
+            torch.cuda.current_stream(self.device).wait_stream(self.gathers)
+        return {
+            name: functools.reduce(torch.add, found).to(self.shards[name].dtype)
+            for name, found in self.grads.items()
+        }
+
+    @contextlib.contextmanager
+    def _beside(self, stream: Any) -> Iterator[None]:
+        """What follows runs on the stream, after all that was asked for so far."""
+        if stream is None:
+            yield
+            return
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            yield
+
+
+class Whole(torch.autograd.Function):
+    """Whole parameters into the graph; their gradients out of it, on their way to be summed."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, pipeline: Pipeline, use: Use) -> tuple[Tensor, ...]:
+        assert use.whole is not None
+        ctx.pipeline, ctx.use = pipeline, use
+        ctx.set_materialize_grads(False)
+        return tuple(use.whole.values())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple:  # pyright: ignore
+        with torch.no_grad():
+            ctx.pipeline._sum(ctx.use, grads)
+        return None, None, None
+
+
+def pg(group: str) -> Any:
+    return dist.distributed_c10d._resolve_process_group(group)  # pyright: ignore
+
+
+def event(stream: Any) -> Any:
+    return None if stream is None else stream.record_event()

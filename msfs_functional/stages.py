@@ -1,0 +1,99 @@
+"""A stage of a run: a step, its batches, checkpoints of its own, its curves.
+
+Runs of several stages (fine-tune, then train a reward model, then optimise) go through each with
+`run_stage`, which goes on where the stage was stopped and does nothing where it was done:
+
+    runs/<name>/sft/checkpoints/ metrics.jsonl ...
+    runs/<name>/dpo/checkpoints/ ...
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from msfs_functional import agreement, checkpoint, errors
+from msfs_functional import distributed_checkpoint as checkpoints
+from msfs_functional.tracking import Tracker
+from msfs_functional.train import Step, TrainState
+
+CHECKPOINTS = "checkpoints"
+
+
+class Batches(Protocol):
+    """Batches without end that know where they are."""
+
+    def __next__(self) -> dict[str, Tensor]: ...
+
+    def state(self) -> dict[str, int]: ...
+
+    def restore(self, state: Any) -> None: ...
+
+
+def stopped(tracker: Tracker, count: int, signal: int, resume: str) -> SystemExit:
+    """Tells how to go on after a signal; raise what it returns."""
+    tracker.note(f"saved after step {count}; go on with: {resume}")
+    return SystemExit(128 + signal)
+
+
+def run_stage(
+    folder: Path,
+    steps: int,
+    state: TrainState,
+    step: Step,
+    batches: Batches,
+    *,
+    device: str,
+    resume: str,
+    every: int = 20,
+    save_every: int | None = None,
+    keep: int = 1,
+    tokens: Callable[[Mapping[str, Tensor]], int | Tensor] = lambda batch: 0,
+    evaluate: Callable[[int, TrainState], Mapping[str, Any]] | None = None,
+    evaluate_every: int | None = None,
+) -> TrainState:
+    """The state after `steps` steps; all processes call it together.
+
+    Args:
+        folder: of the stage; its last part names it on the terminal.
+        state: at the start; a checkpoint in the folder goes before it.
+        batches: of this process.
+        resume: the command that goes on with the run.
+        every: steps between records.
+        save_every: steps between checkpoints; None: only at the end and when stopped.
+        tokens: how many tokens a batch has.
+        evaluate: figures to record, every `evaluate_every` steps and at the end.
+
+    Raises:
+        SystemExit: after a checkpoint, when Ctrl-C or SIGTERM came.
+    """
+    root = folder / CHECKPOINTS
+    if agreement.from_all(bool(checkpoint.checkpoints(root)))[0]:
+        saved = checkpoints.load(root)
+        state = checkpoints.load(saved.path, state).state
+        batches.restore(saved.extra["batches"])
+    first = int(state.step)
+    if first >= steps:
+        return state
+    rank = agreement.rank()
+    writer = checkpoints.Writer(root, keep_last=keep)
+    tracker = Tracker(folder, steps, name=folder.name, step=first, every=every, rank=rank)
+    with tracker, writer, errors.interruptible() as stop:
+        for count in range(first + 1, steps + 1):
+            batch = {name: x.to(device) for name, x in next(batches).items()}
+            state, metrics = step(state, batch)
+            metrics.pop("weight", None)
+            tracker.log(count, metrics, tokens=tokens(batch))
+            if evaluate and (count == steps or count % (evaluate_every or steps) == 0):
+                with tracker.paused():
+                    tracker.record(count, evaluate(count, state))
+            halt = agreement.highest(stop.received or 0) if count < steps else 0
+            if halt or count == steps or count % (save_every or steps) == 0:
+                tracker.flush()
+                writer.save(count, state, extra={"batches": batches.state()})
+            if halt:
+                writer.wait()
+                raise stopped(tracker, count, halt, resume)
+        writer.wait()
+    return state

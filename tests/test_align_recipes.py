@@ -1,0 +1,323 @@
+"""The alignment recipes: runs end in tables, stopped ones go on bit-exactly, bad input is named."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from msfs_functional import distributed_checkpoint as checkpoints
+from msfs_functional import stages
+from msfs_functional.rewards import RewardError
+
+ROOT = Path(__file__).parents[1]
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def align_dpo():
+    return load("align_dpo")
+
+
+@pytest.fixture(scope="module")
+def align_ppo():
+    return load("align_ppo")
+
+
+def tiny(recipe, out, name, **options):
+    data = recipe.Data(demonstrations=120, prompts=60, held_out=30, new=6)
+    stage = recipe.Stage(3, 4, 3e-3, 1)
+    sizes = {"data": data, "model": recipe.Model(16, 1, 2), "sft": stage, "rewards": stage}
+    base = recipe.Config(out=out, name=name, device="cpu", seeds=1, **sizes)
+    return replace(base, **options)
+
+
+def rl(recipe, **options):
+    sizes = {"iterations": 3, "prompts": 4, "samples": 2, "minibatches": 2, "warmup": 1}
+    return recipe.Learning(**{**sizes, **options})
+
+
+def preferences(recipe, **options):
+    sizes = {"steps": 4, "batch": 2, "rate": 1e-3, "warmup": 1, "rounds": 1, "samples": 8}
+    sizes["right"] = False
+    return recipe.Preferences(**{**sizes, **options})
+
+
+def state_of(folder):
+    """All that the last checkpoint of a stage holds."""
+    path = checkpoints.load(folder / "checkpoints").path
+    return {
+        file.name: file.read_bytes() for file in sorted(path.iterdir()) if "distcp" in file.name
+    }
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """stop_at(folder, step): SIGTERM once, when that stage has done that many steps."""
+    real = stages.Tracker.log
+
+    def install(folder, step):
+        def log(self, count, *args, **options):
+            real(self, count, *args, **options)
+            if self.run_dir.name == folder and count == step:
+                monkeypatch.setattr(stages.Tracker, "log", real)
+                signal.raise_signal(signal.SIGTERM)
+
+        monkeypatch.setattr(stages.Tracker, "log", log)
+
+    return install
+
+
+def test_a_dpo_run_that_was_stopped_ends_with_the_same_bits(align_dpo, tmp_path, stop_at, capsys):
+    options = {"dpo": preferences(align_dpo, loss="kto")}
+    align_dpo.main(tiny(align_dpo, tmp_path, "whole", **options))
+    said = capsys.readouterr().out
+    assert "right answers to held-out prompts, greedy" in said and "KL to the reference" in said
+    run = tmp_path / "whole"
+    assert (run / "curves.png").stat().st_size > 10_000
+    assert json.loads((run / "results.json").read_text())[0]["pairs"] > 0
+    assert len((run / "samples.txt").read_text().splitlines()) == 30
+    config = tiny(align_dpo, tmp_path, "stopped", **options)
+    stop_at("dpo-1", 2)
+    with pytest.raises(SystemExit):
+        align_dpo.main(config)
+    assert "--resume" in capsys.readouterr().out
+    align_dpo.main(replace(config, resume=True))
+    for stage in ("sft", "dpo-1"):
+        places = [tmp_path / name / "seed-0" / stage for name in ("whole", "stopped")]
+        assert state_of(places[0]) == state_of(places[1])
+
+
+@pytest.mark.parametrize("loss", ["hinge", "ipo", "cdpo", "robust", "simpo", "orpo"])
+def test_every_loss_has_a_gradient_that_prefers_the_chosen_answer(align_dpo, loss):
+    config = preferences(align_dpo, loss=loss, imitation=0.0)
+    sums = torch.tensor([[-4.0, -4.0]], requires_grad=True)
+    lengths = torch.tensor([[4.0, 2.0]])
+    losses, _ = align_dpo.preference_loss(config, sums, lengths, torch.tensor([[-4.0, -4.0]]))
+    slope = torch.autograd.grad(losses.sum(), sums)[0]
+    assert slope[0, 0] < 0 < slope[0, 1]
+
+
+def test_a_sweep_of_beta_in_one_step_equals_single_runs(align_dpo, tmp_path):
+    """Members of one beta each, on the same batches, end where runs of that beta alone end."""
+    options = {"dpo": preferences(align_dpo)}
+    config = align_dpo.checked(tiny(align_dpo, tmp_path, "sweep", sweep=(0.1, 2.0), **options))
+    align_dpo.main(config)
+    found = checkpoints.load(tmp_path / "sweep" / "sweep" / "checkpoints")
+    machine = align_dpo.configs.machine("cpu", None, None)
+    task = align_dpo.built_in(config.data, 0)
+    setup = align_dpo.set_up(config.model, task, machine)
+    shapes = setup.model.shapes
+    like = {"params": {n: torch.Size((2, *shape)) for n, shape in shapes.items()}}
+    stacked = checkpoints.load(found.path, like, partial=True).state["params"]
+    start = align_dpo.fine_tune(setup, task, config.sft, 0, tmp_path / "sweep" / "sft", "")
+    pairs = align_dpo.judged_pairs(config.dpo, setup, task, start, task.prompts, 0)
+    for member, beta in enumerate(config.sweep):
+        alone = replace(config, dpo=replace(config.dpo, beta=beta))
+        data = align_dpo.as_data(alone.dpo, setup, start, pairs)
+        params = align_dpo.optimise(alone, setup, start, data, 0, tmp_path / f"alone-{beta}")
+        for name, value in params.items():
+            torch.testing.assert_close(stacked[name][member], value, atol=2e-5, rtol=1e-3)
+    assert json.loads((tmp_path / "sweep" / "results.json").read_text())[1]["beta"] == 2.0
+
+
+def test_influence_is_told_for_training_pairs(align_dpo, tmp_path, capsys):
+    options = {"dpo": preferences(align_dpo, flipped=0.3), "influence": 6}
+    align_dpo.main(tiny(align_dpo, tmp_path, "influence", **options))
+    said = capsys.readouterr().out
+    assert "influence of 6 pairs" in said and said.count("  harmful") == 3
+
+
+def test_an_rl_run_stopped_between_two_updates_of_a_rollout_ends_with_the_same_bits(
+    align_ppo, tmp_path, stop_at
+):
+    options = {"rl": rl(align_ppo, algorithm="ppo")}
+    align_ppo.main(tiny(align_ppo, tmp_path, "whole", **options))
+    records = [
+        json.loads(line)
+        for line in (tmp_path / "whole" / "seed-0" / "rl" / "metrics.jsonl")
+        .read_text()
+        .splitlines()
+    ]
+    wanted = {
+        "reward", "kl", "rollout_entropy", "clip_fraction", "ratio_max", "ratio_min", "length",
+        "rollout_tokens/s", "update_tokens/s", "explained_variance",
+    }  # fmt: skip
+    assert wanted <= records[-1].keys()
+    table = (tmp_path / "whole" / "seed-0" / "rl" / "samples.jsonl").read_text().splitlines()
+    assert {"iteration", "prompt", "answer", "reward"} == json.loads(table[0]).keys()
+    config = tiny(align_ppo, tmp_path, "stopped", **options)
+    stop_at("rl", 3)  # two updates a rollout: the buffer of the second one is half used
+    with pytest.raises(SystemExit):
+        align_ppo.main(config)
+    align_ppo.main(replace(config, resume=True))
+    places = [tmp_path / name / "seed-0" / "rl" for name in ("whole", "stopped")]
+    assert state_of(places[0]) == state_of(places[1])
+
+
+def test_a_reward_model_ensemble_and_a_trust_region_run(align_ppo, tmp_path, capsys):
+    config = rl(align_ppo, reward="model", members=2, aggregate="uncertainty", trust_region=0.01)
+    align_ppo.main(tiny(align_ppo, tmp_path, "model", rl=config))
+    assert "reward model accuracy" in capsys.readouterr().out
+    path = tmp_path / "model" / "seed-0" / "rl" / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert all(0 <= record["step_kl"] <= 0.0101 for record in records)
+    assert any(record["step_kl"] > 0 for record in records)
+
+
+@pytest.mark.ranks
+def test_two_ranks_learn_what_one_process_learns(align_ppo, tmp_path):
+    """The same rollouts, rewards and gradients, to the rounding of another order of sums."""
+    options = ["--data.demonstrations", "120", "--data.prompts", "60", "--data.held-out", "6"]
+    options += ["--model.width", "16", "--model.depth", "1", "--model.heads", "2", "--seeds", "1"]
+    options += ["--sft.steps", "3", "--sft.batch", "4", "--sft.warmup", "1", "--device", "cpu"]
+    options += ["--rl.iterations", "2", "--rl.prompts", "4", "--rl.samples", "2"]
+    options += ["--rl.minibatches", "2", "--rl.warmup", "1", "--out", str(tmp_path), "--name"]
+    align_ppo.main(align_ppo.command_line([*options, "one"]))
+    script = [str(ROOT / "recipes" / "align_ppo.py"), *options, "two", "--mesh.dp-shard", "2"]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    ran = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *script],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert ran.stdout.count("seed 0: right before") == 1
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / place).read_text().splitlines()]
+        for name in ("one", "two")
+        for place in ["seed-0/rl/metrics.jsonl"]
+    )
+    assert len(one) == len(two) == 2
+    for a, b in zip(one, two, strict=True):
+        for name in ("reward", "kl", "length", "grad_norm", "rollout_entropy"):
+            assert a[name] == pytest.approx(b[name], abs=2e-3, rel=5e-3), name
+
+
+def reward_file(tmp_path, text):
+    path = tmp_path / "reward.py"
+    path.write_text(text)
+    return f"{path}:reward"
+
+
+def test_a_reward_that_fails_once_costs_its_rollout_only(align_ppo, tmp_path, capsys):
+    place = reward_file(
+        tmp_path,
+        "calls = []\n"
+        "def reward(prompts, completions, metadata):\n"
+        "    calls.append(1)\n"
+        "    return [float('nan') if len(calls) == 2 else len(c) for c in completions]\n",
+    )
+    align_ppo.main(
+        tiny(align_ppo, tmp_path, "once", rl=rl(align_ppo, algorithm="dr_grpo", reward=place))
+    )
+    said = capsys.readouterr().out
+    assert "step 2 is skipped: reward reward gave nan for completion 0" in said
+    assert "right answers" in said
+
+
+def test_a_reward_that_keeps_failing_stops_the_run_and_nothing_is_lost(align_ppo, tmp_path, capsys):
+    place = reward_file(
+        tmp_path,
+        "import pathlib\n"
+        "def reward(prompts, completions, metadata):\n"
+        f"    if pathlib.Path({str(tmp_path / 'broken')!r}).exists():\n"
+        "        raise RuntimeError('no connection')\n"
+        "    return [len(c) for c in completions]\n",
+    )
+    own = rl(align_ppo, algorithm="reinforce", reward=place, patience=2)
+    config = tiny(align_ppo, tmp_path, "failing", save_every=2, rl=own)
+    (tmp_path / "broken").touch()
+    with pytest.raises(RewardError, match=r"step 2: .*no connection.*2 steps in a row had no"):
+        align_ppo.main(config)
+    assert "step 1 is skipped" in capsys.readouterr().out
+    folder = tmp_path / "failing" / "seed-0"
+    before = state_of(folder / "sft")
+    (tmp_path / "broken").unlink()
+    align_ppo.main(replace(config, resume=True))
+    assert state_of(folder / "sft") == before
+    assert checkpoints.load(folder / "rl" / "checkpoints").step == 6
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            ["--rl.minibatches", "3", "--rl.prompts", "4"],
+            r"minibatches \(3\) must divide the 4 x 8",
+        ),
+        (["--rl.samples", "1"], r"samples \(1\) must be at least 2 with grpo"),
+        (["--rl.reward", "nothing"], "must be FILE.py:FUNCTION"),
+        (["--rl.trust-region", "0.1", "--rl.algorithm", "ppo"], "moves no critic"),
+        (["--rl.kl", "-1"], r"kl \(-1.0\) must be at least 0"),
+        (["--name", "a/b"], "plain name"),
+        (["--data.files", "none.jsonl"], "does not exist"),
+    ],
+)
+def test_bad_options_of_rl_are_named(align_ppo, tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        align_ppo.main(align_ppo.command_line(["--out", str(tmp_path), *arguments]))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--dpo.beta", "0"], r"beta \(0.0\) must be above 0"),
+        (["--dpo.loss", "robust", "--dpo.label-smoothing", "0.5"], r"label.smoothing \(0.5\)"),
+        (["--dpo.flipped", "1.5"], r"flipped \(1.5\) must be in \[0, 1\)"),
+        (["--resume", "--overwrite", "--name", "x"], "holds no run|does not exist"),
+        (["--data.new", "64"], r"new \(64\) leaves no room"),
+    ],
+)
+def test_bad_options_of_dpo_are_named(align_dpo, tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        align_dpo.main(align_dpo.command_line(["--out", str(tmp_path), *arguments]))
+
+
+def test_preferences_of_people_end_in_accuracies_and_a_win_rate(align_dpo, tmp_path, capsys):
+    path, words = tmp_path / "pairs.jsonl", ["red", "blue", "green", "black", "white"]
+    rows = [
+        {"prompt": f"say {a} {n % 9}:", "chosen": f" {a}", "rejected": f" {b}"}
+        for n in range(12)
+        for a, b in zip(words, words[1:] + words[:1], strict=True)
+    ]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    data = align_dpo.Data(files=(path,), vocabulary=280, share=0.2, held_out=4, new=4)
+    config = tiny(
+        align_dpo, tmp_path, "people", data=data, dpo=preferences(align_dpo), members=2,
+        pretrain=align_dpo.Stage(2, 2, 1e-3, 1),
+    )  # fmt: skip
+    align_dpo.main(config)
+    said = capsys.readouterr().out
+    assert "2 in one step" in said and "DPO's answers beat those before it" in said
+    found = json.loads((tmp_path / "people" / "results.json").read_text())
+    assert len(found["members"]) == 2 and found["ensemble"].keys() == {"mean", "min", "uncertainty"}
+
+
+def test_problems_with_answers_are_learned_from_files(align_ppo, tmp_path, capsys):
+    path = tmp_path / "problems.jsonl"
+    rows = [{"question": f"What is {n}?", "answer": f"It is.\n#### {n}"} for n in range(40)]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    data = align_ppo.Data(files=(path,), vocabulary=270, share=0.2, held_out=4, new=4)
+    config = tiny(
+        align_ppo, tmp_path, "problems", data=data, rl=rl(align_ppo, iterations=1),
+        pretrain=align_ppo.Stage(2, 2, 1e-3, 1),
+    )  # fmt: skip
+    align_ppo.main(config)
+    assert "problems to train and" in capsys.readouterr().out
