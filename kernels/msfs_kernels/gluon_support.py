@@ -48,7 +48,9 @@ def plan_keys(
     if (
         q.shape[-1] == 64
         and dq is None
-        and T % 4 == 0  # the copy engine reads lse and delta
+        and T % 4 == 0  # the copy engine reads lse and delta, at multiples of 16 bytes
+        and lse.data_ptr() % 16 == 0
+        and delta.data_ptr() % 16 == 0
         and max(T, S) >= 1024
         and tma_ready(do)
         and suits(q, k, v, options, "keys")
