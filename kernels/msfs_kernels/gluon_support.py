@@ -13,14 +13,13 @@ import torch
 import triton
 from torch import Tensor
 
-from msfs_kernels import triton_backward, triton_forward
+from msfs_kernels import triton_forward
 from msfs_kernels.options import Options
 from msfs_kernels.triton_common import INTERPRETED, TENSOR_OPTIONS, Launch, tma_ready
 
-gluon_backward: Any = None
 gluon_forward: Any = None
 try:
-    from msfs_kernels import gluon_backward, gluon_forward
+    from msfs_kernels import gluon_forward
 except (ImportError, AttributeError):  # a Triton without Gluon, or with other names
     pass
 
@@ -39,28 +38,8 @@ def plan_forward(
     return triton_forward.plan_forward(q, k, v, o, lse, options)
 
 
-def plan_keys(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, share: Tensor | None,
-    dk: Tensor, dv: Tensor, dq: Tensor | None, options: Options,
-) -> Launch:  # fmt: skip
-    """The launch that writes dk and dv where dq has its own kernel: Gluon's from T = 1,024 on."""
-    T, S = q.shape[2], k.shape[2]
-    if (
-        q.shape[-1] == 64
-        and dq is None
-        and T % 4 == 0  # the copy engine reads lse and delta, at multiples of 16 bytes
-        and lse.data_ptr() % 16 == 0
-        and delta.data_ptr() % 16 == 0
-        and max(T, S) >= 1024
-        and tma_ready(do)
-        and suits(q, k, v, options, "keys")
-    ):
-        return gluon_backward.plan_keys(q, k, v, do, lse, delta, dk, dv, options)
-    return triton_backward.plan_keys(q, k, v, do, lse, delta, share, dk, dv, dq, options)
-
-
-def suits(q: Tensor, k: Tensor, v: Tensor, options: Options, kernel: str = "forward") -> bool:
-    """Whether Gluon's "forward" or "keys" can do this work on this device."""
+def suits(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
+    """Whether Gluon's forward can do this work on this device."""
     return (
         q.shape[-1] in (64, 128)
         and q.shape[-1] == v.shape[-1]
@@ -69,7 +48,7 @@ def suits(q: Tensor, k: Tensor, v: Tensor, options: Options, kernel: str = "forw
         and not INTERPRETED
         and plain_options(options)
         and tma_ready(q, k, v)
-        and compiled(kernel, q.dtype, q.shape[-1], options.causal, q.device)
+        and compiled(q.dtype, q.shape[-1], options.causal, q.device)
     )
 
 
@@ -85,19 +64,14 @@ def plain_options(options: Options) -> bool:
 
 
 @functools.cache
-def compiled(
-    kernel: str, dtype: torch.dtype, head_dim: int, causal: bool, device: torch.device
-) -> bool:
-    """Whether the kernel for this dtype, head dim and mask compiles here; it is kept if so."""
+def compiled(dtype: torch.dtype, head_dim: int, causal: bool, device: torch.device) -> bool:
+    """Whether the forward for this dtype, head dim and mask compiles here; it is kept if so."""
     if gluon_forward is None or torch.cuda.get_device_capability(device) != (9, 0):
         return False
     with torch.cuda.device(device):
         x = torch.empty((1, 128, 1, head_dim), dtype=dtype, device=device).transpose(1, 2)
         rows = torch.empty((1, 1, 128), device=device)
-        options = Options(causal=causal)
-        if kernel == "forward":
-            return compiles(gluon_forward.plan_forward(x, x, x, x, rows, options))
-        return compiles(gluon_backward.plan_keys(x, x, x, x, rows, rows, x, x, options))
+        return compiles(gluon_forward.plan_forward(x, x, x, x, rows, Options(causal=causal)))
 
 
 def compiles(launch: Launch) -> bool:

@@ -4,8 +4,9 @@ bits.
 
 from torch import Tensor
 
-from msfs_kernels import gluon_support, triton_backward, triton_decode, triton_forward
+from msfs_kernels import gluon_support, triton_decode, triton_forward
 from msfs_kernels.options import Options
+from msfs_kernels.triton_backward import backward
 from msfs_kernels.triton_tangent import tangent
 
 __all__ = ["backward", "forward", "tangent"]
@@ -18,20 +19,3 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
     if q.numel() and k.numel() and triton_decode.suits(q, k):
         return triton_decode.decode(q, k, v, options)
     return triton_forward.forward(q, k, v, options, gluon_support.plan_forward)
-
-
-def backward(
-    do: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    options: Options,
-    need_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dq, dk, dv and dbias of `triton_backward.backward`, with the fastest kernel for dk and dv."""
-    return triton_backward.backward(
-        do, dlse, q, k, v, o, lse, options, need_dbias, gluon_support.plan_keys
-    )

@@ -33,8 +33,6 @@ next product from registers.
 # pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
 
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
@@ -739,10 +737,9 @@ def backward(
     lse: Tensor,
     options: Options,
     need_dbias: bool,
-    plan: Callable[..., Launch] = plan_keys,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv in the inputs' dtypes and dbias in the bias's own shape, from do (B, H, T, V) and
-    dlse (B, H, T). `plan` says which kernel gives dk and dv where dq has one of its own.
+    dlse (B, H, T).
     """
     (B, H, T, K), (_, G, S, V) = q.shape, v.shape
     dq = empty_tokens_first(q, B, H, T, K)
@@ -763,7 +760,7 @@ def backward(
     if choose_keys(q, k, v, options, fused=True).block_n >= S:
         launch(plan_keys, (q, k, v, do, lse, delta, share, dk, dv, dq), options)
     elif options.deterministic or not fused_is_fastest(q, k, v, options):
-        launch(plan, (q, k, v, do, lse, delta, share, dk, dv, None), options)
+        launch(plan_keys, (q, k, v, do, lse, delta, share, dk, dv, None), options)
         launch(plan_queries, (q, k, v, do, lse, delta, share, dq), options)
     else:
         sums = q.new_zeros((B, H, T, K), dtype=torch.float32)
