@@ -76,10 +76,10 @@ def a_run_of_parts_of_each_layer():
 def checkpoints_that_do_not_fit():
     meshes.join("cpu")
     if agreement.rank() == 0:
-        shutil.copytree(out() / "whole", out() / "damaged")
-        next((out() / "damaged/checkpoints/step_00000003").glob("__1_*.distcp")).unlink()
+        shutil.copytree(out() / "whole", out() / "lacking")
+        next((out() / "lacking/checkpoints/step_00000003").glob("__1_*.distcp")).unlink()
     agreement.from_all(None)
-    refused("__1_0.distcp is missing; no other one is good", "--resume", "--name", "damaged")
+    refused("__1_0.distcp is missing; no other one is good", "--resume", "--name", "lacking")
     other = ("--resume", "--name", "whole", "--model.width", 32)
     refused("is the checkpoint of another model", *other)
 

@@ -129,7 +129,7 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor) and not isinstance(out, DTensor):
+        if isinstance(out, torch.Tensor) and not isinstance(out, DTensor) and not out.is_meta:
             if out.is_floating_point() and not func.is_view:
                 self.elements = max(self.elements, out.numel())
         return out
@@ -302,7 +302,7 @@ def gradients_are_reduced_once_a_step():
         counts = counted.names
         assert counts["reduce_scatter_tensor"] == n * times, counts
         assert counts["all_gather_into_tensor"] >= n * times, counts
-        assert counts["all_reduce"] == 6, counts  # a loss for each microbatch, two norms
+        assert counts["all_reduce"] == 5, counts  # a loss for each microbatch, one norm
         if times == 1:
             assert counts["all_gather_into_tensor"] == n, counts
 
