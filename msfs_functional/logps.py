@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from msfs_functional.checks import check_mask, positive
+from msfs_functional.losses import check_projection
 from msfs_functional.regions import bound, region
 from msfs_functional.transforms import remat
 
@@ -96,18 +97,7 @@ def _statistics(
         )
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"labels are {labels.dtype}, expected integers: one token id an item")
-    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            f"weight {tuple(weight.shape)} must be (V, {hidden.shape[-1]}), the width of hidden "
-            f"{tuple(hidden.shape)}"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias {tuple(bias.shape)} must be ({weight.shape[0]},), one per class")
-    if {x.dtype for x in (hidden, weight, bias) if x is not None} != {hidden.dtype}:
-        raise ValueError(
-            f"hidden ({hidden.dtype}), weight ({weight.dtype}) and bias must have one dtype: cast "
-            "the parameters"
-        )
+    check_projection(hidden, weight, bias)
 
     hidden, labels_N = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).long()
     most = max(1, CHUNK.get(hidden.device.type, CHUNK["cuda"]) // weight.shape[0])

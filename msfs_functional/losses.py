@@ -53,6 +53,26 @@ def cross_entropy(
     return torch.where(kept, loss, 0.0).sum(), kept.sum()
 
 
+def check_projection(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """hidden (..., D), weight (V, D) and bias (V,) fit one another.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+    """
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"weight {tuple(weight.shape)} must be (V, {hidden.shape[-1]}), the width of hidden "
+            f"{tuple(hidden.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias {tuple(bias.shape)} must be ({weight.shape[0]},), one per class")
+    if {x.dtype for x in (hidden, weight, bias) if x is not None} != {hidden.dtype}:
+        raise ValueError(
+            f"hidden ({hidden.dtype}), weight ({weight.dtype}) and bias must have one dtype: cast "
+            "the parameters"
+        )
+
+
 def linear_cross_entropy(
     hidden: Float[Tensor, "... D"],
     weight: Float[Tensor, "V D"],
@@ -81,18 +101,7 @@ def linear_cross_entropy(
             that is no class.
     """
     _validate(hidden.shape[:-1], labels, label_smoothing, z_loss)
-    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            f"weight {tuple(weight.shape)} must be (V, {hidden.shape[-1]}), the width of hidden "
-            f"{tuple(hidden.shape)}"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias {tuple(bias.shape)} must be ({weight.shape[0]},), one per class")
-    if {x.dtype for x in (hidden, weight, bias) if x is not None} != {hidden.dtype}:
-        raise ValueError(
-            f"hidden ({hidden.dtype}), weight ({weight.dtype}) and bias must have one dtype: cast "
-            "the parameters"
-        )
+    check_projection(hidden, weight, bias)
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap ({softcap}) must be a positive number, or None for no cap")
     from msfs_kernels.linear_cross_entropy import linear_cross_entropy as op
