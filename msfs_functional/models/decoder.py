@@ -83,7 +83,7 @@ class DecoderConfig:
     embedding_scale: float = 1.0  # Gemma: width ** 0.5
     dropout: float = 0.0  # probability, on embeddings and on what each sublayer adds
     attention_dropout: float = 0.0  # probability, on attention weights
-    fused: bool = False  # q, k, v in one matrix, gate and up in another: see `fuse`
+    fused: bool = False  # q, k, v in one matrix, gate and up in another (`fuse`), gains in them
 
     def __post_init__(self):
         for name in ("vocab", "width", "depth", "heads", "hidden", "max_length"):
@@ -248,6 +248,12 @@ class Cache(NamedTuple):
     values: tuple[Float[Tensor, "B G L K"], ...]
 
 
+def gain_of(weight: Tensor, config: DecoderConfig) -> Tensor:
+    """A norm's gain in (at least) float32, from its parameter."""
+    gain = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return gain + 1 if config.norm_offset else gain
+
+
 def normalize(
     params: Params, name: str, x: Float[Tensor, "... D"], config: DecoderConfig
 ) -> Float[Tensor, "... D"]:
@@ -255,14 +261,14 @@ def normalize(
 
     Source: Zhang and Sennrich 2019; Ba et al. 2016.
     """
-    weight = params[f"{name}.weight"]
+    weight = params.get(f"{name}.weight")
+    gain = None if weight is None else gain_of(weight, config)  # None: in the matrix that follows
     if config.norm == "layer" and not name.endswith(("q_norm", "k_norm")):
-        gain = weight + 1 if config.norm_offset else weight
-        return F.layer_norm(x, gain.shape, gain, params.get(f"{name}.bias"), config.norm_eps)
+        gain = None if gain is None else gain.to(x.dtype)
+        return F.layer_norm(x, x.shape[-1:], gain, params.get(f"{name}.bias"), config.norm_eps)
     y = x.to(torch.promote_types(x.dtype, torch.float32))
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + config.norm_eps)
-    gain = weight.to(y.dtype)
-    return (y * (gain + 1 if config.norm_offset else gain)).to(x.dtype)
+    return (y if gain is None else y * gain).to(x.dtype)
 
 
 def attend(
@@ -322,6 +328,28 @@ def feed_forward(
     return leave(params, "feed_forward.down", activation(gate) * up)
 
 
+def gains_in_matrices(params: Params, config: DecoderConfig) -> Params:
+    """A block's parameters with the gain of each norm in the matrix that follows it.
+
+        W (g * x + b)  =  (W diag(g)) x + W b
+
+    The gradient of g is then a sum over the elements of a matrix's gradient, where it was a
+    reduction over all tokens that reads two tensors as large as the activations.
+    """
+    moved = dict(params)
+    up = "gate_up" if config.gated else "up"
+    for norm, matrix in (("attention", "attention.qkv"), ("feed_forward", f"feed_forward.{up}")):
+        gain = gain_of(moved.pop(f"{norm}_norm.weight"), config)
+        shift = moved.pop(f"{norm}_norm.bias", None)
+        weight = moved[f"{matrix}.weight"]
+        moved[f"{matrix}.weight"] = (weight * gain).to(weight.dtype)
+        if shift is not None:
+            own = moved.get(f"{matrix}.bias")
+            shift = weight @ shift
+            moved[f"{matrix}.bias"] = shift if own is None else own + shift
+    return moved
+
+
 def block(
     params: Params,
     x: Float[Tensor, "B T D"],
@@ -343,6 +371,8 @@ def block(
         The new x, and the cache with this call's tokens in it (None without one).
     """
     keys = site_keys(key, 3)
+    if config.fused and cache is None and context.enter is unchanged:
+        params = gains_in_matrices(params, config)
 
     def add(x: Tensor, y: Tensor, name: str, key: Tensor | None) -> Tensor:
         if config.post_norm:
