@@ -171,6 +171,8 @@ def nano(vocab: int, **options: Any) -> DecoderConfig:
     return DecoderConfig(vocab, **{**sizes, **options})
 
 
+ALIGNED = 16  # rows of logits begin at multiples of 32 bytes
+
 PRESETS: dict[str, Callable[..., DecoderConfig]] = {
     "nano": nano,
     "tiny": tiny,
@@ -784,6 +786,7 @@ def language_model(
     *,
     implementation: Implementation | AttentionFn = "flash",
     fast_row: bool | None = None,
+    aligned: bool | None = None,
 ) -> LanguageModel:
     """The model with these parameters in the form of module `generation`.
 
@@ -792,12 +795,27 @@ def language_model(
     Args:
         fast_row: steps of a single row by `one_row`, where the config allows; default: with flash
             attention on a GPU.
+        aligned: logits through a copy of the output matrix that has a multiple of 16 rows, made
+            anew by each prefill: a GPU's fast kernels write no rows that begin at odd addresses.
+            Default: on a GPU, where the vocabulary is no such multiple.
     """
-    some = params["norm.weight"]
-    config = cast(Decoder, model.skeleton).config
+    some, config = params["norm.weight"], cast(Decoder, model.skeleton).config
     if fast_row is None:
         fast_row = implementation == "flash" and some.is_cuda
     around = one_row(config) if fast_row else None
+
+    weight, vocab = output_weight(params), config.vocab
+    if aligned is None:
+        aligned = weight.is_cuda
+    aligned = aligned and vocab % ALIGNED > 0
+    matrix = weight.new_zeros(vocab + -vocab % ALIGNED, config.width) if aligned else weight
+
+    def logits(states: Tensor) -> Tensor:
+        if not aligned:
+            return model.apply(params, states, method="logits")
+        found = F.linear(states, matrix)[..., :vocab]
+        cap = config.logit_softcap
+        return found if cap is None else cap * torch.tanh(found / cap)
 
     def init_cache(rows: int, length: int) -> Cache:
         kind = {"dtype": some.dtype, "device": some.device}
@@ -808,9 +826,11 @@ def language_model(
     ) -> tuple[Tensor, Cache]:
         given = None if "embeddings" in inputs else tokens
         options = {**inputs, "implementation": implementation, "method": "extend", "donate": True}
+        if aligned:
+            matrix[:vocab].copy_(weight)  # which a training step may have written into
         states, cache = model.apply(params, given, cache, **options)
         last = states.take_along_dim(lengths[:, None, None] - 1, 1)[:, 0]
-        return model.apply(params, last, method="logits"), cache
+        return logits(last), cache
 
     def step(tokens: Tensor, cache: Cache, positions: Tensor) -> tuple[Tensor, Cache]:
         fast = around is not None and tokens.shape[0] == 1
@@ -820,7 +840,7 @@ def language_model(
             params, tokens[:, None], cache, positions, method="extend", **options
         )
         if fast and config.logit_softcap is None:
-            return rows.row_linear(states[:, 0], output_weight(params)), cache
-        return model.apply(params, states[:, 0], method="logits"), cache
+            return rows.row_linear(states[:, 0], weight), cache
+        return logits(states[:, 0]), cache
 
     return LanguageModel(init_cache, prefill, step, config.max_length, some.device)
