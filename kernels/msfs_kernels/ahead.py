@@ -20,7 +20,7 @@ from msfs_kernels.options import OPTION_TENSORS, Options
 
 TENSOR_OPTIONS = 1 + OPTION_TENSORS  # the bias, too
 MOST_LAUNCHES = 4  # of a backward: delta, keys, queries, and one for a bias
-PATIENCE = 60.0  # seconds that a launch waits for its kernel
+PATIENCE = 30.0  # seconds that a launch waits for its kernel
 asked: set[Any] = set()
 pending: dict[str, list[Future]] = {}  # by op
 Meta = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # shape, strides, dtype
