@@ -300,7 +300,32 @@ def overlapped_gathers_and_sums():
         patch.setattr(
             torch, "compile", lambda fn, **given: plain(fn, dynamic=False, backend="aot_eager")
         )
-        equal_one_process({"dp_shard": 2}, own=True, compile="regions", config=UNNORMED)
+        options = {"compile": "regions", "config": UNNORMED, "optimizer": optim.sgd(1e-2)}
+        equal_one_process({"dp_shard": 2}, own=True, **options)
+
+
+def products_in_bfloat16_are_summed_in_float32():
+    """Over float32 shards; sums in bfloat16, the other choice, come out otherwise."""
+    on, plain, tokens = mesh(dp_shard=2), decoder(UNNORMED), share(batches(1)[0], mesh(dp_shard=2))
+    labels, group = tokens[:, 1:], on.get_group("dp_shard").group_name
+    count = psum((labels != 0).sum().float(), group)
+
+    def own(params):
+        params = {name: p.to(torch.bfloat16) for name, p in params.items()}
+        return cross_entropy(plain.apply(params, tokens[:, :-1]), labels)[0] / count
+
+    _, mine = value_and_grad(own)(plain.init(0, device=DEVICE))
+    want = {name: psum(g, group) for name, g in mine.items()}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = sharded(plain, DECODER, on, dtype=torch.bfloat16, reduce_dtype=dtype)
+        loss_fn = gathered(functools.partial(next_token, model), model)
+        call, params = (tokens, random.key(0)), model.init(0)
+        found = [value_and_grad(loss_fn, has_aux=True)(params, *call)[1]]
+        found.append(model.gradient(loss_fn, params, [call])[1])
+        for grads in found:
+            assert all(g.dtype == torch.float32 for g in grads.values())
+            off = [(grads[n].full_tensor() - g).norm() / g.norm() for n, g in want.items()]
+            assert (max(off) < 1e-6) == (dtype == torch.float32), off
 
 
 def gradients_are_reduced_once_a_step():
@@ -591,6 +616,7 @@ TWO = [
     translation_model,
     accumulated_microbatches,
     overlapped_gathers_and_sums,
+    products_in_bfloat16_are_summed_in_float32,
     gradients_are_reduced_once_a_step,
     factored_optimizer,
     guard_agrees_on_all_ranks,
