@@ -191,6 +191,7 @@ def _passed_on() -> Iterator[None]:
 
 def _worker(sender: Any, threads: int, debug: bool, seed_fn: SeedFn, *call: Any) -> None:
     torch.set_num_threads(threads)
+    os.environ["TTY_COMPATIBLE"] = "0"  # to rich: no bar, which several would write into each other
     result, failure = None, None
     try:
         result = seed_fn(*call)

@@ -1,12 +1,12 @@
 """Who answers the prompts of a rollout: this process, or one beside it while this one updates.
 
-    answerer = Answerer(rl, ready, reward, settings, seed)
-    judged = answerer.ask(iteration, params)               # this process's share, with rewards
+    answerer = Answerer(work, task, setup, params)
+    judged = answerer.ask(iteration, params)        # this process's share, with rewards
 
-    with Beside(...) as answerer:                          # the same numbers, in another process
-        answerer.begin(iteration, params)                  # comes back at once
-        ...                                                # updates
-        judged = answerer.finish()
+    ahead = Beside(work, answerer, params)          # the same numbers, from another process
+    ahead.begin(iteration, params)                  # comes back at once
+    ...                                             # updates
+    judged = ahead.finish()
 
 What is asked in iteration i, and with which random numbers, is a function of the seed and i alone.
 
@@ -30,8 +30,8 @@ from torch import Tensor
 
 from msfs_functional import config as configs
 from msfs_functional import random, rewards
-from msfs_functional.aligning import Mesh, Model, Prepared, prepare
-from msfs_functional.alignment_tasks import Data, Prompt, checked_task
+from msfs_functional.aligning import Model, Setup, set_up
+from msfs_functional.alignment_tasks import Prompt, Task
 from msfs_functional.generation import Sampling, Settings
 from msfs_functional.judging import roller
 from msfs_functional.pairs import Shuffled
@@ -53,29 +53,27 @@ class Judged(NamedTuple):
 
 @dataclass(frozen=True)
 class Work:
-    """What an answerer needs to know, as plain data: a process of its own can be told it."""
+    """What an answerer is to do."""
 
     rl: Learning
-    data: Data
-    model: Model
     machine: configs.Machine
     seed: int
     share: tuple[int, int]
     ensemble: Params | None = None  # of reward models, stacked
 
 
-def reward_of(work: Work, ready: Prepared) -> rewards.RewardFn:
+def reward_of(work: Work, task: Task, setup: Setup) -> rewards.RewardFn:
     """The reward that the options name.
 
     Raises:
         ValueError: a file without such a function.
     """
     if work.rl.reward == "rule":
-        assert ready.task.graded is not None
-        return ready.task.graded
+        assert task.graded is not None
+        return task.graded
     if work.rl.reward == "model":
         assert work.ensemble is not None
-        return RewardModel(ready.setup, work.ensemble, work.rl.aggregate, work.rl.penalty)
+        return RewardModel(setup, work.ensemble, work.rl.aggregate, work.rl.penalty)
     return rewards.load(work.rl.reward)
 
 
@@ -86,9 +84,10 @@ class Answerer:
         params: whole ones; generation reads them where they lie.
     """
 
-    def __init__(self, work: Work, ready: Prepared, params: Params):
-        rl, self.task, self.setup = work.rl, ready.task, ready.setup
-        self.reward, self.samples, self.share = reward_of(work, ready), rl.samples, work.share
+    def __init__(self, work: Work, task: Task, setup: Setup, params: Params):
+        rl, self.task, self.setup = work.rl, task, setup
+        self.reward = reward_of(work, task, setup)
+        self.samples, self.share = rl.samples, work.share
         every = {"index": torch.arange(len(self.task.prompts))}
         self.prompts = Shuffled(every, rl.prompts, work.seed, work.share)
         longest = max(len(prompt.ids) for prompt in self.task.prompts)
@@ -157,10 +156,8 @@ class Ahead:
         judged, self.judged, self.pending = self.ready(), None, 0
         return judged
 
-    def kept(self, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The answers in flight as tensors, or zeros where there are none."""
-        if not self.pending:
-            return dict(like)
+    def kept(self) -> dict[str, Tensor]:
+        """The answers in flight as tensors."""
         judged = self.ready()
         return {**judged.rollout._asdict(), "scores": judged.scores}
 
@@ -198,7 +195,11 @@ class Beside(Ahead):
         )
         context = multiprocessing.get_context("spawn")
         self.pipe, other = context.Pipe()
-        call = (other, work, self.shared, torch.get_num_threads())
+        # the parts of the task that answering takes, and the decoder's configuration
+        lean = replace(answerer.task, demonstrations=(), texts=(), pairs=[], held_out_pairs=[])
+        setup = answerer.setup
+        own = Model(length=setup.length), setup.plain.skeleton.config
+        call = (other, work, lean, own, self.shared, torch.get_num_threads())
         self.process = context.Process(target=serve, args=call, daemon=True, name="answers")
         self.process.start()
         other.close()
@@ -241,7 +242,14 @@ def place_for(work: Work) -> str:
     return f"cuda:{free}" if free < torch.cuda.device_count() else f"cuda:{own}"
 
 
-def serve(pipe: Any, work: Work, shared: Params, threads: int) -> None:
+def serve(
+    pipe: Any,
+    work: Work,
+    task: Task,
+    decoder: tuple[Model, Any],
+    shared: Params,
+    threads: int,
+) -> None:
     """The process of `Beside`: takes iterations, gives answers, until the pipe closes."""
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)
@@ -251,12 +259,12 @@ def serve(pipe: Any, work: Work, shared: Params, threads: int) -> None:
         torch.cuda.set_device(device)
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):  # no rank of the run
         os.environ.pop(name, None)
-    ready = prepare(checked_task, work.data, work.model, work.machine, Mesh(), work.seed)
+    setup = set_up(decoder[0], task, work.machine, config=decoder[1])
     if work.ensemble is not None:
         ensemble = {name: value.to(device) for name, value in work.ensemble.items()}
         work = replace(work, ensemble=ensemble)
     own = {name: value.to(device, copy=True) for name, value in shared.items()}
-    answerer = Answerer(work, ready, own)
+    answerer = Answerer(work, task, setup, own)
     try:
         while True:
             iteration = pipe.recv()

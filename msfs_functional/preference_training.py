@@ -25,6 +25,12 @@ from msfs_functional.train import init_state
 
 Loss = Literal["sigmoid", "hinge", "ipo", "cdpo", "robust", "simpo", "orpo", "kto"]
 BETA = "beta"  # a member's own, in sweeps: a leaf that the optimizer leaves alone
+PANELS = {  # of curves: label and metric
+    "loss": "loss",
+    "margin of implicit rewards": "margin",
+    "share of pairs agreed with": "accuracy",
+    "log-ratio of the chosen [nats]": "chosen_logratio",
+}
 BETAS = {"ipo": 0.1, "simpo": 2.0, "orpo": 1.0}  # of losses that are not on the scale of DPO
 
 

@@ -52,7 +52,9 @@ class Learning:
     temperature: float = 1.0  # of the rollouts
     clip: float = 0.2  # of ratios
     clip_high: float | None = None  # above 1, where it differs
-    kl: float = 0.02  # coefficient of the pull to the reference
+    # coefficient of the pull to the reference; None: 0.02, and 1 against a reward model, which is
+    # not to be believed far from the answers that it was trained on
+    kl: float | None = None
     # where the pull is; None: loss for grpo and dr_grpo, reward for the others
     kl_in: Literal["reward", "loss"] | None = None
     estimator: Literal["k1", "k2", "k3"] = "k3"  # of the pull in the loss; in the reward it is k1
@@ -65,7 +67,7 @@ class Learning:
     entropy: float = 0.0  # weight of the bonus [1/nat]
     truncation: float = 2.0  # most that a token's trainer / sampler ratio may weigh
     members: int = 4  # reward models
-    aggregate: Literal["mean", "min", "uncertainty"] = "mean"  # of their rewards
+    aggregate: Literal["mean", "min", "uncertainty"] = "min"  # of their rewards
     penalty: float = 1.0  # of their variance, with "uncertainty"
     # fresh: prompts are answered by the newest parameters; ahead: by those before the last updates;
     # beside: the same numbers, made by a process of its own while this one updates
@@ -73,6 +75,11 @@ class Learning:
     # of that process: cuda:1, cpu; None: a GPU that no process of the run has, if there is one
     beside_on: str | None = None
     patience: int = 3  # rollouts in a row without a usable reward before the run stops
+
+    @property
+    def pull(self) -> float:
+        """The coefficient that `kl` stands for."""
+        return self.kl if self.kl is not None else 1.0 if self.reward == "model" else 0.02
 
 
 # ------------------------------------------------------------------------------------- experience
@@ -156,6 +163,13 @@ def empty_buffer(rl: Learning, width: int, device: str) -> Buffer:
     buffer["tokens"] = torch.zeros(shape, dtype=torch.int64, device=device)
     buffer["mask"] = torch.zeros(shape, dtype=torch.bool, device=device)
     return buffer
+
+
+def empty_answers(rl: Learning, width: int, device: str) -> Buffer:
+    """Answers in flight (`answerers`) where there are none."""
+    buffer = empty_buffer(rl, width, device)
+    found = {name: buffer[name] for name in ("tokens", "mask", "logps")}
+    return {**found, "ended": found["mask"][:, 0].clone(), "scores": found["logps"][:, 0].clone()}
 
 
 def minibatch(

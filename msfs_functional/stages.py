@@ -56,7 +56,7 @@ def run_stage(
     """The state after `steps` steps; all processes call it together.
 
     Args:
-        folder: of the stage; its last part names it on the terminal.
+        folder: of the stage; its last two parts name it on the terminal.
         state: at the start; a checkpoint in the folder goes before it.
         batches: of this process.
         resume: the command that goes on with the run.
@@ -78,7 +78,8 @@ def run_stage(
         return state
     rank = agreement.rank()
     writer = checkpoints.Writer(root, keep_last=keep)
-    tracker = Tracker(folder, steps, name=folder.name, step=first, every=every, rank=rank)
+    name = f"{folder.parent.name} {folder.name}"
+    tracker = Tracker(folder, steps, name=name, step=first, every=every, rank=rank)
     with tracker, writer, errors.interruptible() as stop:
         for count in range(first + 1, steps + 1):
             batch = {name: x.to(device) for name, x in next(batches).items()}

@@ -56,6 +56,7 @@ from msfs_functional.pairs import Pair, Shuffled
 from msfs_functional.params import Params, stack, unstack
 from msfs_functional.preference_training import (
     BETA,
+    PANELS,
     Preferences,
     as_data,
     check,
@@ -215,13 +216,6 @@ def show_influence(
 
 
 # -------------------------------------------------------------------------------------------- runs
-
-PANELS = {
-    "loss": "loss",
-    "margin of implicit rewards": "margin",
-    "share of pairs agreed with": "accuracy",
-    "log-ratio of the chosen [nats]": "chosen_logratio",
-}
 
 
 def main(config: Config) -> None:

@@ -43,6 +43,7 @@ from msfs_functional.judging import answer
 from msfs_functional.pairs import encode_pairs
 from msfs_functional.params import Params
 from msfs_functional.preference_training import (
+    PANELS,
     Preferences,
     as_data,
     check,
@@ -154,13 +155,6 @@ def leave_answers(run: Path, task: Task, before: list[str], after: list[str]) ->
 
 
 # -------------------------------------------------------------------------------------------- runs
-
-PANELS = {
-    "loss": "loss",
-    "margin of implicit rewards": "margin",
-    "share of pairs agreed with": "accuracy",
-    "log-ratio of the chosen [nats]": "chosen_logratio",
-}
 
 
 def main(config: Config) -> None:

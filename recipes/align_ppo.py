@@ -72,6 +72,7 @@ from msfs_functional.reinforcement import (
     Learning,
     body,
     collected,
+    empty_answers,
     empty_buffer,
     experience,
     make_loss,
@@ -163,19 +164,19 @@ def learn(
         step = natural_step(rl, setup)
 
     whole = setup.leave(state.params)
-    answerer = Answerer(work, ready, body(whole))
+    answerer = Answerer(work, task, setup, body(whole))
     loop, buffer = Loop(), empty_buffer(rl, answerer.width, setup.device)
-    in_flight = {name: buffer[name].clone() for name in ("tokens", "mask", "logps")}
-    in_flight["ended"] = in_flight["mask"][:, 0].clone()
-    in_flight["scores"] = in_flight["logps"][:, 0].clone()
-    coefficient = torch.full((), rl.kl, device=setup.device)
+    nothing = empty_answers(rl, answerer.width, setup.device)  # in flight
+    coefficient = torch.full((), rl.pull, device=setup.device)
+    in_flight = nothing
     root = folder / CHECKPOINTS
     if agreement.from_all(bool(checkpoint.checkpoints(root)))[0]:
         saved = checkpoints.load(root)
+        in_flight = {name: value.clone() for name, value in nothing.items()}
         like = {"train": state, "buffer": buffer, "next": in_flight, "coefficient": coefficient}
         found = checkpoints.load(saved.path, like).state
         state, buffer, coefficient = found["train"], found["buffer"], found["coefficient"]
-        in_flight, loop = found["next"], Loop(**saved.extra["loop"])
+        loop = Loop(**saved.extra["loop"])
     done = int(state.step)
     if done >= total:
         return setup.leave(body(state.params))
@@ -191,17 +192,16 @@ def learn(
     patience = rewards.Patience(rl.patience, loop.failed, loop.skipped)
     writer = checkpoints.Writer(root, keep_last=1)
     options: dict[str, Any] = {"step": done, "every": per, "rank": setup.rank}
-    tracker = Tracker(folder, total, name=folder.name, **options)
+    tracker = Tracker(folder, total, name=f"{folder.parent.name} {folder.name}", **options)
     samples = SampleTable(folder / "samples.jsonl", loop.iteration) if setup.rank == 0 else None
 
     def save(count: int) -> None:
         tracker.flush()
         loop.failed, loop.skipped = patience.failed, patience.skipped
-        loop.pending, flying = 0, in_flight
+        loop.pending, loop.failure, flying = 0, None, nothing
         if ahead is not None and ahead.pending:
-            loop.pending, judged = ahead.pending, ahead.ready()
-            loop.failure = first_failure(judged)
-            flying = {name: collected(setup, x) for name, x in ahead.kept(in_flight).items()}
+            loop.pending, loop.failure = ahead.pending, first_failure(ahead.ready())
+            flying = {name: collected(setup, x) for name, x in ahead.kept().items()}
         kept = {"train": state, "buffer": buffer, "next": flying, "coefficient": coefficient}
         writer.save(count, kept, extra={"loop": vars(loop)})
 
@@ -317,7 +317,7 @@ def run_seed(config: Config, machine: configs.Machine, seed: int, run: Path) -> 
     reference = fine_tune(setup, task, config.sft, seed, folder / "sft", resume, start)
     before = assess(setup, reference, reference, task, seed)
     ensemble, notes = ensemble_of(config, ready, reference, seed, folder / "rewards")
-    work = Work(config.rl, config.data, config.model, machine, seed, setup.share, ensemble)
+    work = Work(config.rl, machine, seed, setup.share, ensemble)
     params = learn(config, ready, reference, work, seed, folder / "rl")
     after = assess(setup, params, reference, task, seed)
     result = Result(seed, before, after, [prompt.text for prompt in task.held_out], notes)
@@ -331,6 +331,7 @@ PANELS = {
     "entropy [nats a token]": "rollout_entropy",
     "share of tokens clipped": "clip_fraction",
     "largest ratio": "ratio_max",
+    "smallest ratio": "ratio_min",
     "explained variance of the critic": "explained_variance",
     "length [tokens]": "length",
     "tokens/s of rollouts": "rollout_tokens/s",

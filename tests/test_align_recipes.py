@@ -304,9 +304,7 @@ def one_seed(config, machine, seed, run):
     return seed, torch.get_num_threads()
 
 
-def test_seeds_side_by_side_come_back_in_order_and_fail_as_they_would_alone(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "tests")
-    monkeypatch.setattr(one_seed, "__module__", "test_align_recipes")
+def test_seeds_side_by_side_come_back_in_order_and_fail_as_they_would_alone():
     machine = configs.machine("cpu", None, None)
     options = Options(seed=1, seeds=2, workers=2, threads=2)
     assert each_seed(one_seed, options, machine, ROOT) == [(1, 1), (2, 1)]
