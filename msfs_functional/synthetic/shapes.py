@@ -8,8 +8,8 @@
 
 A scene has one shape or two; of two, the first stands above, below, left or right of the second.
 Three pairs of colour and kind never occur in "train" and "valid", and at least one of them in each
-scene of "unseen": a model that draws those has learnt to combine. Which pairs is an argument: settings
-are chosen with REHEARSAL, and what is reported is measured once with HELD_OUT.
+scene of "unseen": a model that draws those has learnt to combine. Which pairs is an argument:
+settings can be chosen with those of REHEARSAL, what is reported is measured with HELD_OUT.
 
 Lengths are in units of 1 / 32 of the image's side, x to the right and y down.
 """
@@ -44,6 +44,7 @@ Pairs = frozenset[tuple[str, str]]  # of colour and kind
 HELD_OUT: Pairs = frozenset({("red", "triangle"), ("blue", "circle"), ("yellow", "square")})
 # Other pairs, to choose settings with: what is reported on HELD_OUT was then not looked at before.
 REHEARSAL: Pairs = frozenset({("green", "triangle"), ("purple", "circle"), ("white", "square")})
+PAIRS = {"reported": HELD_OUT, "rehearsal": REHEARSAL}
 NUMBERS = ("zero", "one", "two")
 MARGIN = 1.4  # a shape's reach over its radius, at most: the corner of a triangle
 SHIFT = 3.0  # of two shapes, at most, across the direction in which they stand
