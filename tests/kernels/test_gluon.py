@@ -6,8 +6,8 @@ import torch
 triton = pytest.importorskip("triton")
 
 from msfs_kernels import gluon_support, triton_common  # noqa: E402
+from msfs_kernels.launching import Launch  # noqa: E402
 from msfs_kernels.options import Options  # noqa: E402
-from msfs_kernels.triton_common import Launch  # noqa: E402
 from msfs_kernels.triton_compile import compile_launch, resources  # noqa: E402
 from textbook import textbook  # noqa: E402
 
