@@ -21,7 +21,7 @@ S = TypeVar("S")
 def inductor_options() -> dict[str, Any]:
     """What differs from Inductor's defaults in a training step."""
     from msfs_functional.epilogues import ReluInProducts
-    from msfs_functional.side_by_side import GradientsSideBySide, InOrder
+    from msfs_functional.joined_gradients import GradientsSideBySide, InOrder
 
     return {
         # Left on, a layer norm's gradients over input and weights share one kernel that sums in two

@@ -6,7 +6,7 @@ from msfs_kernels import flash_attention
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from msfs_functional.side_by_side import GradientsSideBySide
+from msfs_functional.joined_gradients import GradientsSideBySide
 
 SIZES = [(2, 5, 8), (24, 8)]  # x; a matrix for 2 heads of 4 and as many keys, or 4 and 1 of each
 
