@@ -44,6 +44,16 @@ def stopped(tracker: Tracker, count: int, number: int, resume: str) -> SystemExi
     return SystemExit(0 if preempted else 128 + number)
 
 
+def check_skipped(state: TrainState, most: int | None, name: str) -> None:
+    """Raises where a stage skipped more than `most` steps; waits for the device."""
+    skipped = int(state.skipped.sum())
+    if most is not None and skipped > most:
+        raise ValueError(
+            f"{skipped} steps of the {name} had a loss that is not finite, more than most_skipped "
+            f"({most}): lower its learning rate"
+        )
+
+
 def run_stage(
     folder: Path,
     steps: int,
@@ -60,6 +70,7 @@ def run_stage(
     tokens: Callable[[Mapping[str, Tensor]], int | Tensor] = lambda batch: 0,
     evaluate: Callable[[int, TrainState], Mapping[str, Any]] | None = None,
     evaluate_every: int | None = None,
+    most_skipped: int | None = None,
 ) -> TrainState:
     """The state after `steps` steps; all processes call it together.
 
@@ -74,9 +85,12 @@ def run_stage(
         files: what each checkpoint holds beside the state, by name.
         tokens: how many tokens a batch has.
         evaluate: figures to record, every `evaluate_every` steps and at the end.
+        most_skipped: steps whose loss or gradient was not finite, after which the stage stops; it
+            looks before each checkpoint. None: it never does.
 
     Raises:
         SystemExit: after a checkpoint, when Ctrl-C or SIGTERM came.
+        ValueError: more steps than `most_skipped` were skipped; the last checkpoint stays.
     """
     root = folder / CHECKPOINTS
     if agreement.from_all(bool(checkpoint.checkpoints(root)))[0]:
@@ -102,6 +116,7 @@ def run_stage(
             halt = agreement.highest(stop.received or 0) if count < steps else 0
             if halt or count == steps or count % (save_every or steps) == 0:
                 tracker.flush()
+                check_skipped(state, most_skipped, folder.name)
                 writer.save(count, state, files=files or {}, extra={"batches": batches.state()})
             if halt:
                 writer.wait()
