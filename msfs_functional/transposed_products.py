@@ -12,15 +12,29 @@ cast, a norm) would first copy it. This pass puts there what costs the same,
 A product reads its factors transposed or not at the same speed.
 """
 
+import operator
 from typing import Any
 
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
-from torch.fx import Graph, Node
+from torch.fx import Graph, Node, map_arg
 
-from msfs_functional.epilogues import alone, arguments, insert
+from msfs_functional.epilogues import VIEWS, alone, arguments, insert
 
 aten = torch.ops.aten
+VIEWS_OF_PARTS = (
+    *VIEWS,
+    operator.getitem,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+    aten.permute.default,
+    aten.transpose.int,
+)
 
 
 class TransposedProducts(CustomGraphPass):
@@ -49,6 +63,18 @@ class TransposedProducts(CustomGraphPass):
             ]
             new = insert(graph, product, aten.bmm.default, *turned)
         turn.replace_all_uses_with(new)
+        renew_views(new)
+
+
+def renew_views(node: Node) -> None:
+    """Views of a node whose strides have changed get new values, too: Inductor gives outputs the
+    strides that are written there, by a copy if need be."""
+    for user in list(node.users):
+        if user.op == "call_function" and user.target in VIEWS_OF_PARTS:
+            args = map_arg(user.args, lambda x: x.meta["val"])
+            user.meta["val"] = user.target(*args, **user.kwargs)
+            user.meta.pop("tensor_meta", None)
+            renew_views(user)
 
 
 class InTurn(CustomGraphPass):
