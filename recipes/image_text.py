@@ -384,7 +384,8 @@ def train(config: Config) -> None:
         size = sum(math.prod(shape) for shape in plain.shapes.values())
         print(f"{len(splits.train)} images to train, {len(splits.valid)} to measure")
         print(f"{size:,} parameters, {tokenizer.vocab_size} ids, {device}, {config.dtype}")
-        print(splits.train.unreadable if splits.train.unreadable.count else "", flush=True)
+        if splits.train.unreadable.count:
+            print(splits.train.unreadable)
     with contextlib.closing(Prefetch(pairs, device)) as batches:
         state = run_stage(
             run,
