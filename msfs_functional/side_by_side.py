@@ -1,91 +1,77 @@
-"""Graph rewriting: the gradients of q, k and v are written where one matrix's gradient wants them.
+"""Many tensors side by side in memory, which one kernel can read or write as if they were one.
 
-Where one product makes q, k and v, the graph of the backward joins what attention gives it,
+    lead = 0   | a a a | b b | c c c c |            one tensor (P,), of which a, b, c are parts
 
-    dq, dk, dv = attention_backward(...)
-    cat([heads_of(dq), heads_of(dk), heads_of(dv)], -1)  ->  view(attention_backward_joined(...))
+    lead = 1   | a a a | b b | c c c c |            member 0 of an ensemble
+               | a a a | b b | c c c c |            member 1: one tensor (N, P)
 
-and the copy goes. As in `epilogues`, the pass sees the joint graph, after all transforms; a graph
-in which the pattern is not found (rotary positions stand between) stays as it is.
+An ensemble of small models is hundreds of tensors; a kernel for each costs more than what it does.
+Its parameters, moments and gradients lie this way, so that casts, norm and update are one each.
+Every tensor stays an entry of its dict, with its own shape, and may come from elsewhere: `joined`
+looks where tensors are and gives None for those that lie apart.
 """
 
-import operator
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from msfs_kernels import joined_backward as kernel
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
-from torch.fx import Graph, Node
-
-from msfs_functional.epilogues import VIEWS, arguments, insert, is_call
-
-aten = torch.ops.aten
-OPS = torch.ops.msfs_kernels
+from torch import Tensor, nn
 
 
-class InOrder(CustomGraphPass):
-    """Several passes as one, which is what Inductor's options take."""
-
-    def __init__(self, *passes: CustomGraphPass):
-        self.passes = passes
-
-    def uuid(self) -> Any:
-        return tuple(each.uuid() for each in self.passes)
-
-    def __call__(self, graph: Graph) -> None:
-        for each in self.passes:
-            each(graph)
+def flat(x: Tensor, lead: int) -> bool:
+    """Whether x is contiguous in all but its first `lead` dims."""
+    if not lead or 0 in x.shape[:lead]:
+        return x.is_contiguous()
+    return x[(0,) * lead].is_contiguous()
 
 
-class GradientsSideBySide(CustomGraphPass):
-    """The pass, for Inductor's option `joint_custom_pre_pass`.
+def address(x: Tensor) -> int | None:
+    """Where a plain tensor's storage is; None for a subclass, a tracer, or a wrapper of one."""
+    plain = type(x) in (Tensor, nn.Parameter) and not x.is_meta
+    if not plain or torch._C._functorch.is_functorch_wrapped_tensor(x):  # pyright: ignore
+        return None
+    return x.untyped_storage().data_ptr()
 
-    Args:
-        everywhere: rewrite on the CPU, too, for tests: its kernels would copy all the same.
+
+def joined(tensors: Sequence[Tensor], lead: int) -> Tensor | None:
+    """The tensors in their order as one, (*x.shape[:lead], columns), in their own memory.
+
+    None for tensors of several dtypes, subclasses, and such as do not lie side by side.
     """
-
-    def __init__(self, everywhere: bool = False):
-        self.everywhere = everywhere
-
-    def uuid(self) -> Any:
-        return get_hash_for_files((__file__, str(kernel.__file__)), str(self.everywhere))
-
-    def __call__(self, graph: Graph) -> None:
-        for cat in graph.find_nodes(op="call_function", target=aten.cat.default):
-            self.rewrite(graph, cat)
-        graph.eliminate_dead_code()
-
-    def rewrite(self, graph: Graph, cat: Node) -> None:
-        parts, dim = arguments(cat)[0], (*arguments(cat)[1:], 0)[0]
-        value = cat.meta["val"]
-        if len(parts) != 3 or dim not in (-1, value.ndim - 1) or value.ndim != 3:
-            return
-        found = [heads_of(part) for part in parts]
-        backward = found[0][0]
-        if backward is None or found != [(backward, i) for i in range(3)]:
-            return
-        *args, need_dbias = arguments(backward)
-        q, k, v = (x.meta["val"] for x in args[2:5])
-        same = q.shape[2] == k.shape[2] and q.shape[3] == v.shape[3]
-        if need_dbias or not same or not (self.everywhere or q.is_cuda):
-            return
-        with graph.inserting_before(backward):
-            joined = insert(graph, backward, OPS.attention_backward_joined.default, *args)
-        with graph.inserting_before(cat):
-            view = insert(graph, cat, aten.view.default, joined, list(value.shape))
-        cat.replace_all_uses_with(view)
+    first, where = tensors[0], address(tensors[0])
+    columns, outer = 0, first.stride()[:lead]
+    for x in tensors:
+        beside = (
+            where is not None
+            and address(x) == where
+            and x.dtype == first.dtype
+            and x.shape[:lead] == first.shape[:lead]
+            and x.stride()[:lead] == outer
+            and x.storage_offset() == first.storage_offset() + columns
+            and flat(x, lead)
+        )
+        if not beside:
+            return None
+        columns += x.shape[lead:].numel()
+    shape = (*first.shape[:lead], columns)
+    return first.detach().as_strided(shape, (*outer, 1), first.storage_offset())
 
 
-def heads_of(x: Any) -> tuple[Node | None, int]:
-    """(node, i) where x (B, T, H K) is result i of an attention_backward, used by nothing else."""
-    while isinstance(x, Node) and len(x.users) == 1 and x.target in VIEWS:
-        x = arguments(x)[0]
-    permuted = is_call(x, aten.permute.default) and list(arguments(x)[1]) == [0, 2, 1, 3]
-    transposed = is_call(x, aten.transpose.int) and arguments(x)[1:] == (1, 2)
-    if not (permuted or transposed):
-        return None, 0
-    result = arguments(x)[0]
-    if len(x.users) != 1 or not is_call(result, operator.getitem) or len(result.users) != 1:
-        return None, 0
-    node, i = arguments(result)
-    return (node, i) if is_call(node, OPS.attention_backward.default) else (None, 0)
+def memory_order(tensors: Sequence[Tensor], lead: int) -> list[int] | None:
+    """The order in which several tensors lie side by side; None for such as lie apart."""
+    places = [address(x) for x in tensors[:2]]
+    if len(tensors) < 2 or None in places or places[0] != places[1]:
+        return None
+    order = sorted(range(len(tensors)), key=lambda i: tensors[i].storage_offset())
+    return None if joined([tensors[i] for i in order], lead) is None else order
+
+
+def parts(whole: Tensor, like: Sequence[Tensor], lead: int) -> list[Tensor]:
+    """Views of `whole` in the shapes of `like`: the inverse of `joined`."""
+    pieces = whole.split([x.shape[lead:].numel() for x in like], -1)
+    return [piece.view(x.shape) for piece, x in zip(pieces, like, strict=True)]
+
+
+def lay(tensors: Sequence[Tensor], lead: int) -> list[Tensor]:
+    """Copies of tensors of one dtype that lie side by side."""
+    whole = torch.cat([x.reshape(*x.shape[:lead], -1) for x in tensors], -1)
+    return parts(whole, tensors, lead)

@@ -1,84 +1,80 @@
-"""The graph pass that has gradients of q, k and v written side by side: same numbers, no copy."""
+"""Tensors side by side: where they lie changes no number and saves copies."""
 
-import dataclasses
-
+import optree
 import pytest
 import torch
-from msfs_kernels import flash_attention
-from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from msfs_functional.compiling import compile_per_shape
-from msfs_functional.models.decoder import decoder, fuse, gpt2
-from msfs_functional.side_by_side import GradientsSideBySide
-from msfs_functional.transforms import value_and_grad
+from msfs_functional import checkpoint, optim, params, random
+from msfs_functional.side_by_side import address, joined, lay, memory_order, parts
+from msfs_functional.train import init_state, make_step
 
-SIZES = [(2, 5, 8), (24, 8)]  # x; a matrix for 2 heads of 4 and as many keys, or 4 and 1 of each
+SHAPES = {"matrix": (4, 8), "odd": (7,), "scalar": (), "bias": (16,)}
 
 
-def attend(x: Tensor, w: Tensor, kv_heads: int = 2, turn: bool = False) -> Tensor:
-    heads = [6 - 2 * kv_heads, kv_heads, kv_heads]
-    parts = (x @ w.T).split([4 * n for n in heads], -1)
-    q, k, v = (y.unflatten(-1, (-1, 4)).transpose(1, 2) for y in parts)
-    if turn:
-        k = k.flip(-1)
-    return flash_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
-
-
-def gradients(*args: Tensor, **options) -> tuple[Tensor, ...]:
-    args = tuple(x.detach().requires_grad_() for x in args)
-    out = attend(*args, **options)
-    return out, *torch.autograd.grad(out, args, torch.ones_like(out).cumsum(-1))
-
-
-@pytest.mark.parametrize(
-    "options, joined",
-    [({}, True), ({"kv_heads": 1}, True), ({"turn": True}, False)],
-    ids=["heads", "grouped heads", "something in between"],
-)
-def test_gradients_are_joined_where_one_product_made_the_heads(options, joined):
+def tensors(lead=(), dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
-    args = [torch.randn(size, generator=generator) for size in SIZES]
-    run = lambda *args: gradients(*args, **options)  # noqa: E731
-    module = make_fx(run, tracing_mode="fake")(*args)
-    GradientsSideBySide(everywhere=True)(module.graph)
-    module.graph.lint()
-    module.recompile()
-    names = [str(n.target) for n in module.graph.nodes if n.op == "call_function"]
-    assert any("attention_backward_joined" in name for name in names) == joined
-    assert any("aten.cat" in name for name in names) != joined
-    torch.testing.assert_close(module(*args), run(*args))
+    return [torch.randn(lead + s, generator=generator).to(dtype) for s in SHAPES.values()]
 
 
-@pytest.mark.gpu
-def test_a_compiled_fused_block_is_as_exact_as_an_eager_plain_one():
-    """On a GPU, where the pass is at work, with gains moved into matrices, in bfloat16."""
-    shape = gpt2(300, width=128, depth=1, heads=2, hidden=256, max_length=256, fused=True)
-    params = {name: 3 * x for name, x in decoder(shape).init(0, device="cuda").items()}
-    tokens = torch.randint(300, (4, 256), device="cuda")
-    some = torch.randn(4, 256, 128, device="cuda")
+@pytest.mark.parametrize("lead", [0, 1])
+def test_what_is_laid_can_be_joined_without_a_copy(lead):
+    apart = tensors((3,) * lead)
+    beside = lay(apart, lead)
+    whole = joined(beside, lead)
+    assert whole is not None and address(whole) == address(beside[2])
+    assert whole.shape == (3,) * lead + (32 + 7 + 1 + 16,)
+    torch.testing.assert_close(parts(whole, apart, lead), apart, rtol=0, atol=0)
+    assert memory_order(beside[::-1], lead) == [3, 2, 1, 0]
+    assert joined(beside[::-1], lead) is None and joined(apart, lead) is None
+    assert joined(beside[:1] + beside[2:], lead) is None, "a gap"
 
-    def gradient(dtype, shape, implementation, compiled):
-        model = decoder(shape)
-        own = {name: x.to(dtype) for name, x in params.items()}
-        if not shape.fused:
-            own = {name: x.to(dtype) for name, x in unfused.items()}
-        options = {"method": "hidden", "implementation": implementation}
-        loss = lambda p, x: (model.apply(p, x, **options) * some).sum()  # noqa: E731
-        fn = compile_per_shape(loss, False) if compiled else loss
-        grads = value_and_grad(fn)(own, tokens)[1]
-        return grads if shape.fused else fuse(grads)
 
-    sizes = [128 * i for i in range(4)]
-    unfused = dict(params)
-    for last in ("weight", "bias"):
-        joined = unfused.pop(f"blocks.0.attention.qkv.{last}")
-        for part, start in zip("qkv", sizes, strict=False):
-            unfused[f"blocks.0.attention.{part}.{last}"] = joined[start : start + 128]
-    plain = dataclasses.replace(shape, fused=False)
-    exact = gradient(torch.float64, plain, "reference", False)
-    eager = gradient(torch.bfloat16, plain, "reference", False)
-    found = gradient(torch.bfloat16, shape, "flash", True)
-    for name, want in exact.items():
-        error, usual = ((x[name].double() - want).norm() / want.norm() for x in (found, eager))
-        assert error <= 2 * usual + 1e-3, (name, float(error), float(usual))
+def loss_fn(trained, batch, key):
+    low = params.cast(trained, torch.bfloat16)
+    terms = [(x.float() * batch).sin().sum() for x in low.values()]
+    return torch.stack(terms).sum() + random.normal(key, ()), {}
+
+
+def ensemble(apart: bool):
+    """State and metrics of three steps; `apart` begins with copies that do not lie side by side."""
+    optimizer = optim.adamw(0.1, weight_decay=0.1, decay=[("matrix", True), ("", False)])
+    start = dict(zip(SHAPES, tensors((3,)), strict=True))
+    state = init_state(start, optimizer, random.split(random.key(0), 3), ema_decay=0.5)
+    if apart:
+        state = optree.tree_map(torch.clone, state, namespace="msfs_functional")
+    step = make_step(loss_fn, optimizer, members=3, clip_norm=0.5, ema_decay=0.5, compile=False)
+    for i in range(3):
+        state, metrics = step(state, torch.tensor(1.0 + i))
+    return state, metrics
+
+
+def test_an_ensemble_computes_the_same_bits_side_by_side_and_apart():
+    beside, apart = ensemble(False), ensemble(True)
+    order = memory_order(list(beside[0].params.values()), 1)
+    assert order and not memory_order(list(apart[0].params.values()), 1)
+    for one, other in zip(
+        *(optree.tree_leaves(x, namespace="msfs_functional") for x in (beside, apart)), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+def test_gradients_of_a_cast_lie_as_its_arguments():
+    laid = [x.requires_grad_() for x in lay(tensors((3,)), 1)]
+
+    def loss(*xs):
+        low = params.cast(dict(zip(SHAPES, xs, strict=True)), torch.bfloat16)
+        return sum(x.square().sum().float() for x in low.values())
+
+    grads = torch.autograd.grad(torch.func.vmap(loss)(*laid).sum(), laid)
+    assert joined(grads, 1) is not None and grads[0].dtype == torch.float32
+    torch.testing.assert_close(grads, [2 * x.bfloat16().float() for x in laid], rtol=0.01, atol=0)
+
+
+def test_a_restored_ensemble_lies_side_by_side_again(tmp_path):
+    state, _ = ensemble(False)
+    checkpoint.save(tmp_path, 3, state)
+    restored = checkpoint.load(tmp_path, state).state
+    for tree in ("params", "ema"):
+        where = [list(getattr(s, tree).values()) for s in (state, restored)]
+        assert memory_order(where[0], 1) == memory_order(where[1], 1) is not None
+        torch.testing.assert_close(*where, rtol=0, atol=0)

@@ -3,7 +3,7 @@
 Where one product makes q, k and v, its gradient wants theirs side by side. As tensors of their own
 they are copied together: for 32,768 tokens of width 768 that takes an H100 a tenth of the time of
 the gradients themselves. This op has the kernels write where the copies would go. It is for graphs
-in which all transforms have been applied (`msfs_functional.side_by_side`), and has no derivative.
+in which all transforms are applied (`msfs_functional.joined_gradients`); it has no derivative.
 
 Dimension key: B batch, T tokens, H query heads, G key heads, K head dim.
 """
