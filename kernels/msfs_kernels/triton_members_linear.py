@@ -1,0 +1,54 @@
+"""The Triton kernel of `members_linear`: one program a tile, tiles through the copy engine."""
+
+# Device functions are Python to pyright: tiles, constants and pointers have no types of theirs.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from msfs_kernels.triton_common import Launch
+
+
+@triton.jit
+def linear_kernel(
+    x, w, b, y, O, K, member_b, column_b,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, RELU: tl.constexpr,
+):  # fmt: skip
+    # Tiles of one row of tiles come one after the other: they read the same x.
+    n, tile, across = tl.program_id(1), tl.program_id(0), tl.cdiv(O, BN)
+    m, o = tile // across * BM, tile % across * BN
+    total = tl.zeros([BM, BN], tl.float32)
+    for k in range(0, K, BK):
+        left = x.load([n, m, k]).reshape(BM, BK)
+        right = w.load([n, o, k]).reshape(BN, BK)
+        total = tl.dot(left, right.T, total)
+    column = o + tl.arange(0, BN)
+    bias = tl.load(b + n * member_b + column * column_b, mask=column < O, other=0.0)
+    total += bias.to(tl.float32)[None, :]
+    if RELU:
+        total = tl.where(total < 0, 0.0, total)  # NaN stays NaN
+    y.store([n, m, o], total.to(y.dtype).reshape(1, BM, BN))
+
+
+def plan_linear(
+    x: Tensor, w: Tensor, b: Tensor, y: Tensor, relu: bool,
+    BM: int, BN: int, BK: int, warps: int, stages: int,
+) -> Launch:  # fmt: skip
+    """Fills y (N, M, O); rows of x (N, M, K) and w (N, O, K) begin at multiples of 16 bytes."""
+    (N, M, K), O = x.shape, w.shape[1]  # noqa: E741
+    return Launch(
+        linear_kernel,
+        (triton.cdiv(M, BM) * triton.cdiv(O, BN), N),
+        (
+            TensorDescriptor.from_tensor(x, [1, BM, BK]),
+            TensorDescriptor.from_tensor(w, [1, BN, BK]),
+            b,
+            TensorDescriptor.from_tensor(y, [1, BM, BN]),
+            O,
+            K,
+            *b.stride(),
+        ),
+        dict(BM=BM, BN=BN, BK=BK, RELU=relu, num_warps=warps, num_stages=stages),
+    )
