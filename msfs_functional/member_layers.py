@@ -1,7 +1,7 @@
 """Graph rewriting: linear layers of an ensemble take bias and ReLU into their batched product.
 
-Mapped over members, y = relu(x W^T + b) becomes a batched product and a kernel that reads its result
-to add b, for which cuBLAS has no epilogue. This pass finds, in the joint graph,
+Mapped over members, y = relu(x W^T + b) becomes a batched product and a kernel that reads its
+result to add b, for which cuBLAS has no epilogue. This pass finds, in the joint graph,
 
     y = relu(bmm(x, permute(W)) + b[:, None])      ->  y = members_linear(x, W, b, relu=True)
     y = bmm(x, permute(W)) + b[:, None]            ->  y = members_linear(x, W, b, relu=False)

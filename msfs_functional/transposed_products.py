@@ -75,17 +75,3 @@ def renew_views(node: Node) -> None:
             user.meta["val"] = user.target(*args, **user.kwargs)
             user.meta.pop("tensor_meta", None)
             renew_views(user)
-
-
-class InTurn(CustomGraphPass):
-    """Several passes as one."""
-
-    def __init__(self, *passes: CustomGraphPass):
-        self.passes = passes
-
-    def uuid(self) -> Any:
-        return [one.uuid() for one in self.passes]
-
-    def __call__(self, graph: Graph) -> None:
-        for one in self.passes:
-            one(graph)

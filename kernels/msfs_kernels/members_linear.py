@@ -4,8 +4,8 @@
 
 cuBLAS batches products but no epilogues: bias and ReLU are a kernel of their own, which reads and
 writes the result once more. With 128 to 256 numbers to a row a product takes as long as its memory
-traffic, so that is most of the layer. On Hopper tiles travel through the copy engine; other devices,
-and the CPU, take the steps one by one.
+traffic, so that is most of the layer. On Hopper tiles travel through the copy engine; other
+devices, and the CPU, take the steps one by one.
 
 Dimension key: N members, M rows, K inputs, O outputs.
 """

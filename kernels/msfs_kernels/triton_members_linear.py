@@ -8,16 +8,16 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from msfs_kernels.triton_common import Launch
+from msfs_kernels.launching import Launch
 
 
 @triton.jit
 def linear_kernel(
-    x, w, b, y, O, K, member_b, column_b,
+    x, w, b, y, columns, K, member_b, column_b,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
     # Tiles of one row of tiles come one after the other: they read the same x.
-    n, tile, across = tl.program_id(1), tl.program_id(0), tl.cdiv(O, BN)
+    n, tile, across = tl.program_id(1), tl.program_id(0), tl.cdiv(columns, BN)
     m, o = tile // across * BM, tile % across * BN
     total = tl.zeros([BM, BN], tl.float32)
     for k in range(0, K, BK):
@@ -25,7 +25,7 @@ def linear_kernel(
         right = w.load([n, o, k]).reshape(BN, BK)
         total = tl.dot(left, right.T, total)
     column = o + tl.arange(0, BN)
-    bias = tl.load(b + n * member_b + column * column_b, mask=column < O, other=0.0)
+    bias = tl.load(b + n * member_b + column * column_b, mask=column < columns, other=0.0)
     total += bias.to(tl.float32)[None, :]
     if RELU:
         total = tl.where(total < 0, 0.0, total)  # NaN stays NaN
@@ -37,16 +37,16 @@ def plan_linear(
     BM: int, BN: int, BK: int, warps: int, stages: int,
 ) -> Launch:  # fmt: skip
     """Fills y (N, M, O); rows of x (N, M, K) and w (N, O, K) begin at multiples of 16 bytes."""
-    (N, M, K), O = x.shape, w.shape[1]  # noqa: E741
+    (N, M, K), columns = x.shape, w.shape[1]
     return Launch(
         linear_kernel,
-        (triton.cdiv(M, BM) * triton.cdiv(O, BN), N),
+        (triton.cdiv(M, BM) * triton.cdiv(columns, BN), N),
         (
             TensorDescriptor.from_tensor(x, [1, BM, BK]),
             TensorDescriptor.from_tensor(w, [1, BN, BK]),
             b,
             TensorDescriptor.from_tensor(y, [1, BM, BN]),
-            O,
+            columns,
             K,
             *b.stride(),
         ),
