@@ -5,10 +5,14 @@ result to add b, for which cuBLAS has no epilogue. This pass finds, in the joint
 
     y = relu(bmm(x, permute(W)) + b[:, None])      ->  y = members_linear(x, W, b, relu=True)
     y = bmm(x, permute(W)) + b[:, None]            ->  y = members_linear(x, W, b, relu=False)
+    dz = where(y <= 0, 0, bmm(dy, V))              ->  dz, sums = members_masked_product(dy, V, y)
+    db = sum(dz, rows)                             ->  db = sums
 
-the second where attention reads y; elsewhere the addition is part of a kernel that runs anyway.
+the second where attention reads y; elsewhere the addition is part of a kernel that runs anyway. The
+other two are what `epilogues` does for a single model.
 """
 
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +21,16 @@ from msfs_kernels import members_linear as kernel
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 
-from msfs_functional.epilogues import VIEWS, alone, arguments, behind_views, insert, is_call
+from msfs_functional.epilogues import (
+    VIEWS,
+    alone,
+    arguments,
+    behind_views,
+    comes_before,
+    insert,
+    is_call,
+    is_zero,
+)
 from msfs_functional.transposed_products import VIEWS_OF_PARTS
 
 aten = torch.ops.aten
@@ -46,6 +59,8 @@ class MemberLayers(CustomGraphPass):
             found = self.layer(total)
             if found is not None:
                 self.rewrite(graph, total, *found)
+        for where in graph.find_nodes(op="call_function", target=aten.where.self):
+            self.backward(graph, where)
         graph.eliminate_dead_code()
 
     def layer(self, total: Node) -> tuple[Node, Node, Node] | None:
@@ -79,6 +94,35 @@ class MemberLayers(CustomGraphPass):
         if relu is not None:
             relu.replace_all_uses_with(arguments(relu)[0])
 
+    def backward(self, graph: Graph, where: Node) -> None:
+        condition, zero, grad = arguments(where)
+        if not (
+            is_call(condition, aten.le.Scalar) and is_zero(zero) and arguments(condition)[1] == 0
+        ):
+            return
+        y, product = behind_views(arguments(condition)[0]), alone(grad, aten.bmm.default)
+        if product is None or not self.suits(product) or not comes_before(graph, y, product):
+            return
+        shape = list(product.meta["val"].shape)
+        static = all(isinstance(n, int) for n in shape)
+        if not static or y.meta["val"].dtype != product.meta["val"].dtype:
+            return
+        with graph.inserting_before(product):
+            y = insert(graph, product, aten.reshape.default, y, shape)
+            op = torch.ops.msfs_kernels.members_masked_product.default
+            pair = insert(graph, product, op, *product.args, y)
+            out, sums = (insert(graph, product, operator.getitem, pair, i) for i in (0, 1))
+        product.replace_all_uses_with(out)
+        where.replace_all_uses_with(grad)
+        for total in list(sums_over_rows(out, shape)):
+            with graph.inserting_before(total):
+                value = total.meta["val"]
+                new = insert(
+                    graph, total, torch.ops.prims.convert_element_type.default, sums, value.dtype
+                )
+                new = insert(graph, total, aten.reshape.default, new, list(value.shape))
+            total.replace_all_uses_with(new)
+
     def suits(self, product: Node) -> bool:
         value = product.meta["val"]
         if self.everywhere:
@@ -108,6 +152,19 @@ def only_relu(x: Node) -> Node | None:
             return None
         x = user
     return None
+
+
+def sums_over_rows(x: Node, shape: list[int]) -> Iterator[Node]:
+    """Sums over dim 1 of views of x that have its shape, (N, M, O)."""
+    for user in x.users:
+        if user.op != "call_function":
+            continue
+        if user.target is aten.sum.dim_IntList:
+            same = list(x.meta["val"].shape) == shape
+            if same and list(arguments(user)[1]) == [1] and not user.kwargs:
+                yield user
+        elif user.target in VIEWS:
+            yield from sums_over_rows(user, shape)
 
 
 def readers(x: Node) -> Iterator[Node]:

@@ -1,6 +1,9 @@
-"""A linear layer of every member of an ensemble, with bias and ReLU in the product's epilogue.
+"""Linear layers of all members of an ensemble, with bias, ReLU and its mask in their products.
 
-    y[n] = x[n] w[n]^T + b[n], or max(0, that)
+    members_linear            y[n] = x[n] w[n]^T + b[n], or max(0, that)
+    members_masked_product    out[n] = where(y[n] > 0, a[n] b[n], 0), and its sum over rows
+
+The second is what flows back through a ReLU, `masked_product` for members.
 
 cuBLAS batches products but no epilogues: bias and ReLU are a kernel of their own, which reads and
 writes the result once more. With 128 to 256 numbers to a row a product takes as long as its memory
@@ -39,6 +42,30 @@ def _(x: Tensor, w: Tensor, b: Tensor, relu: bool) -> Tensor:
     return x.new_empty(x.shape[0], x.shape[1], w.shape[1])
 
 
+@torch.library.custom_op("msfs_kernels::members_masked_product", mutates_args=())
+def members_masked_product(a: Tensor, b: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """(where(y <= 0, 0, a b), its sum over rows) for each member.
+
+    Args:
+        a: (N, M, K).
+        b: (N, K, O), of a's dtype.
+        y: (N, M, O), of a's dtype.
+
+    Returns:
+        out (N, M, O) of a's dtype; sums (N, O) float32, summed before out is rounded.
+    """
+    if a.is_cuda and torch.cuda.get_device_capability(a.device)[0] == 9 and fits(a, b.mT):
+        return masked(a, b, y)
+    out = torch.where(y <= 0, 0.0, a @ b)
+    return out, out.sum(1, dtype=torch.float32)
+
+
+@members_masked_product.register_fake
+def _(a: Tensor, b: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    N, M, O = a.shape[0], a.shape[1], b.shape[2]  # noqa: E741
+    return a.new_empty(N, M, O), a.new_empty(N, O, dtype=torch.float32)
+
+
 def fits(x: Tensor, w: Tensor) -> bool:
     """16 bits, rows of whole 16 bytes (what the copy engine asks), and something to do."""
     return x.itemsize == 2 and x.numel() > 0 and x.shape[2] % 8 == 0 and w.shape[1] % 8 == 0
@@ -52,6 +79,18 @@ def tiled(x: Tensor, w: Tensor, b: Tensor, relu: bool) -> Tensor:
     plan = plan_linear(rows(x), rows(w), b, y, relu, BM, BN, BK, WARPS, STAGES)
     plan.kernel[plan.grid](*plan.args, **plan.constants)
     return y
+
+
+def masked(a: Tensor, b: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The other kernel of `triton_members_linear`."""
+    from .triton_members_linear import plan_masked
+
+    N, M, O = a.shape[0], a.shape[1], b.shape[2]  # noqa: E741
+    out = a.new_empty(N, M, O)
+    sums = a.new_empty(N, -(-M // BM), O, dtype=torch.float32)
+    plan = plan_masked(rows(a), rows(b), rows(y), out, sums, BM, BN, BK, WARPS, STAGES)
+    plan.kernel[plan.grid](*plan.args, **plan.constants)
+    return out, sums.sum(1)
 
 
 def rows(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The Triton kernel of `members_linear`: one program a tile, tiles through the copy engine."""
+"""The Triton kernels of `members_linear`: one program a tile, tiles through the copy engine."""
 
 # Device functions are Python to pyright: tiles, constants and pointers have no types of theirs.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
@@ -32,6 +32,25 @@ def linear_kernel(
     y.store([n, m, o], total.to(y.dtype).reshape(1, BM, BN))
 
 
+@triton.jit
+def masked_kernel(
+    a, b, y, out, sums, M, columns, K,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    n, tile, across = tl.program_id(1), tl.program_id(0), tl.cdiv(columns, BN)
+    m, o = tile // across * BM, tile % across * BN
+    total = tl.zeros([BM, BN], tl.float32)
+    for k in range(0, K, BK):
+        left = a.load([n, m, k]).reshape(BM, BK)
+        total = tl.dot(left, b.load([n, k, o]).reshape(BK, BN), total)
+    # Rows and columns beyond the edge come in as zeros, and zeros of y erase them.
+    total = tl.where(y.load([n, m, o]).reshape(BM, BN) <= 0, 0.0, total)
+    out.store([n, m, o], total.to(out.dtype).reshape(1, BM, BN))
+    column = o + tl.arange(0, BN)
+    row = (n * tl.cdiv(M, BM) + tile // across) * columns
+    tl.store(sums + row + column, tl.sum(total, 0), mask=column < columns)
+
+
 def plan_linear(
     x: Tensor, w: Tensor, b: Tensor, y: Tensor, relu: bool,
     BM: int, BN: int, BK: int, warps: int, stages: int,
@@ -51,4 +70,27 @@ def plan_linear(
             *b.stride(),
         ),
         dict(BM=BM, BN=BN, BK=BK, RELU=relu, num_warps=warps, num_stages=stages),
+    )
+
+
+def plan_masked(
+    a: Tensor, b: Tensor, y: Tensor, out: Tensor, sums: Tensor,
+    BM: int, BN: int, BK: int, warps: int, stages: int,
+) -> Launch:  # fmt: skip
+    """Fills out (N, M, O) and sums (N, ceil(M / BM), O); rows begin at multiples of 16 bytes."""
+    (N, M, K), columns = a.shape, b.shape[2]
+    return Launch(
+        masked_kernel,
+        (triton.cdiv(M, BM) * triton.cdiv(columns, BN), N),
+        (
+            TensorDescriptor.from_tensor(a, [1, BM, BK]),
+            TensorDescriptor.from_tensor(b, [1, BK, BN]),
+            TensorDescriptor.from_tensor(y, [1, BM, BN]),
+            TensorDescriptor.from_tensor(out, [1, BM, BN]),
+            sums,
+            M,
+            columns,
+            K,
+        ),
+        dict(BM=BM, BN=BN, BK=BK, num_warps=warps, num_stages=stages),
     )

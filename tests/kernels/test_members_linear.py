@@ -28,12 +28,37 @@ def error(found: torch.Tensor, x, w, b, relu: bool) -> float:
     return float((found - exact).abs().max() / ((plain - exact).abs().max() + least))
 
 
+def masked_inputs(*shape: int, **options) -> tuple[torch.Tensor, ...]:
+    """a, b, y of the product with a mask; b is the layer's matrix as it lies."""
+    N, M, K, O = shape  # noqa: E741
+    x, w, _ = inputs(N, M, O, K, **options)  # w is (N, K, O)
+    a = x.new_empty(N, M, K).copy_(torch.linspace(-1, 1, K, device=x.device).cos())
+    return a, w, x.relu()
+
+
+def masked_errors(found: tuple, a, b, y) -> float:
+    """The larger of both results' errors, over those of the plain formula in the same dtype."""
+    exact = torch.where(y <= 0, 0.0, a.double() @ b.double())
+    plain = torch.where(y <= 0, 0.0, a @ b)
+    ratios = []
+    for ours, theirs, truth in zip(
+        found, (plain, plain.sum(1)), (exact, exact.sum(1)), strict=True
+    ):
+        least = torch.finfo(ours.dtype).eps * truth.abs().max()
+        ratios.append((ours - truth).abs().max() / ((theirs - truth).abs().max() + least))
+    return float(max(ratios))
+
+
 def interpreted(case: tuple) -> float:
     *shape, relu = case
-    return error(linear.tiled(*inputs(*shape), relu), *inputs(*shape), relu)
+    args = masked_inputs(*shape)
+    return max(
+        error(linear.tiled(*inputs(*shape), relu), *inputs(*shape), relu),
+        masked_errors(linear.masked(*args), *args),
+    )
 
 
-def test_the_kernel_agrees_with_the_formula_at_every_edge(monkeypatch):
+def test_the_kernels_agree_with_the_formulas_at_every_edge(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # read when the child imports Triton
     cases = [(*shape, i % 2 == 0) for i, shape in enumerate(SHAPES)]
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as child:
@@ -42,27 +67,37 @@ def test_the_kernel_agrees_with_the_formula_at_every_edge(monkeypatch):
 
 
 @pytest.mark.parametrize("relu", [False, True])
-def test_the_op_is_the_formula_and_registered_right(relu):
+def test_the_ops_are_the_formulas_and_registered_right(relu):
+    args = masked_inputs(2, 5, 8, 16, dtype=torch.float32)
+    assert masked_errors(linear.members_masked_product(*args), *args) <= 2
+    torch.library.opcheck(linear.members_masked_product, args, test_utils=("test_faketensor",))
     args = inputs(2, 5, 8, 16, dtype=torch.float32)
     assert error(linear.members_linear(*args, relu), *args, relu) <= 2
     torch.library.opcheck(linear.members_linear, (*args, relu), test_utils=("test_faketensor",))
 
 
-def test_the_kernel_compiles_for_hopper_without_spills():
+def test_the_kernels_compile_for_hopper_without_spills():
     pytest.importorskip("triton")
     from msfs_kernels.triton_compile import compile_launch, resources
-    from msfs_kernels.triton_members_linear import plan_linear
+    from msfs_kernels.triton_members_linear import plan_linear, plan_masked
 
     x, w, b = inputs(2, 256, 128, 256, dtype=torch.bfloat16)
-    y = x.new_empty(2, 256, 256)
+    y, sums = x.new_empty(2, 256, 256), torch.empty(2, 2, 256)
     tile = (linear.BM, linear.BN, linear.BK, linear.WARPS, linear.STAGES)
-    found = resources(compile_launch(plan_linear(x, w, b, y, True, *tile), 90), 90)
-    assert found.spills == 0 and found.wgmma > 0 and found.shared <= 227 * 1024
+    plans = (
+        plan_linear(x, w, b, y, True, *tile),
+        plan_masked(x, w.mT.contiguous(), y, y, sums, *tile),
+    )
+    for plan in plans:
+        found = resources(compile_launch(plan, 90), 90)
+        assert found.spills == 0 and found.wgmma > 0 and found.shared <= 227 * 1024
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_the_kernel_agrees_with_the_formula():
+def test_on_a_gpu_the_kernels_agree_with_the_formulas():
     for shape in (*SHAPES, (8, 3840, 128, 384)):
+        args = masked_inputs(*shape, device="cuda", dtype=torch.bfloat16)
+        assert masked_errors(linear.members_masked_product(*args), *args) <= 2, shape
         for relu in (False, True):
             args = inputs(*shape, device="cuda", dtype=torch.bfloat16)
             assert error(linear.members_linear(*args, relu), *args, relu) <= 2, shape

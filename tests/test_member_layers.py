@@ -1,0 +1,67 @@
+"""The graph pass that takes bias and ReLU of an ensemble's layers into their products."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from msfs_kernels import flash_attention
+from torch import Tensor
+from torch._decomp import get_decompositions
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from msfs_functional.member_layers import MemberLayers
+
+SIZES = [(3, 2, 5, 8), (3, 24, 8), (3, 24)]  # x, W, b of three members
+
+
+def attend(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    q, k, v = (y.unflatten(-1, (2, 4)).transpose(1, 2) for y in F.linear(x, w, b).chunk(3, -1))
+    return flash_attention(q, k, v)
+
+
+def activate(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return F.relu(F.linear(x, w, b))
+
+
+def feed_forward(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return F.linear(activate(x, w, b), w.T, b[:8])
+
+
+def add_elsewhere(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return F.linear(x, w, b).sin()
+
+
+def rewritten(fn, args: list[Tensor]):
+    """fn of members with its gradients, the graph after the pass, and how often it rewrote."""
+
+    def run(*args: Tensor) -> tuple[Tensor, ...]:
+        args = tuple(x.detach().requires_grad_() for x in args)
+        out = torch.func.vmap(fn)(*args)
+        return out, *torch.autograd.grad(out, args, torch.ones_like(out).cumsum(-1))
+
+    table = get_decompositions([torch.ops.aten.threshold_backward])
+    module = make_fx(run, decomposition_table=table, tracing_mode="fake")(*args)
+    MemberLayers(everywhere=True)(module.graph)
+    module.graph.lint()
+    module.recompile()
+    ops = [str(n.target) for n in module.graph.nodes if n.op == "call_function"]
+    return run, module, sum("members_linear" in op for op in ops), ops
+
+
+@pytest.mark.parametrize("fn, times", [(attend, 1), (activate, 1), (add_elsewhere, 0)])
+def test_layers_before_attention_and_relu_are_one_product(fn, times):
+    generator = torch.Generator().manual_seed(0)
+    args = [torch.randn(size, generator=generator) for size in SIZES]
+    run, module, found, ops = rewritten(fn, args)
+    assert found == times
+    assert fn is not activate or "aten.relu.default" not in ops
+    torch.testing.assert_close(module(*args), run(*args))
+
+
+def test_mask_and_bias_gradient_of_a_relu_join_the_product_behind_it():
+    generator = torch.Generator().manual_seed(0)
+    args = [torch.randn(size, generator=generator) for size in SIZES]
+    run, module, _, ops = rewritten(feed_forward, args)
+    assert any("members_masked_product" in op for op in ops)
+    assert not {"aten.relu.default", "aten.where.self", "aten.le.Scalar"} & set(ops)
+    assert ops.count("aten.sum.dim_IntList") == 1  # of the second layer's bias
+    torch.testing.assert_close(module(*args), run(*args))
