@@ -186,11 +186,13 @@ def _value_and_gradient(hidden, weight, bias, labels, scalars):
     dh = torch.empty_like(h, memory_format=torch.contiguous_format)
     dw = None
     db = hidden.new_zeros((M, vocab) if bias is not None else (0,), dtype=dtype)
-    for rows in chunks(h, vocab):
+    slices = list(chunks(h, vocab))
+    sum_dtype = dtype if len(slices) > 1 else weight.dtype  # one product needs no sum
+    for rows in slices:
         losses, da = chunk_gradient(h[:, rows], weight, bias, y[:, rows], scalars, True)
         loss += losses.sum(-1)
         dh[:, rows] = times(da, weight)
-        dw = plus_product(dw, da.mT, h[:, rows], dtype)
+        dw = plus_product(dw, da.mT, h[:, rows], sum_dtype)
         if bias is not None:
             db += da.sum(1, dtype=dtype)
     if items is not None:
