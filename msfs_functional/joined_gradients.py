@@ -98,9 +98,9 @@ def heads_of(x: Any) -> tuple[Node | None, int, list[Node]]:
 def through(x: torch.Tensor, views: list[Node]) -> torch.Tensor:
     """x seen through the same views; a copy where its memory cannot be seen so."""
     for node in views:
+        target: Any = aten.reshape.default if node.target in VIEWS else node.target
         _, *args = map_arg(node.args, lambda y: y.meta["val"])
-        if args:
-            x = x.reshape(*args) if node.target in VIEWS else node.target(x, *args)
+        x = target(x, *args) if args else x
     return x
 
 

@@ -71,15 +71,16 @@ class MemberLayers(CustomGraphPass):
                 continue
             bias, (N, _, O) = bias_of(other), product.meta["val"].shape  # noqa: E741
             fits = (
-                not total.kwargs
-                and bias is not None
+                bias is not None
+                and not total.kwargs
                 and tuple(other.meta["val"].shape) == (N, 1, O)
                 and tuple(bias.meta["val"].shape) == (N, O)
                 and len({x.meta["val"].dtype for x in (bias, product, total)}) == 1
                 and self.suits(product)
             )
-            if fits:
-                return *arguments(product), bias
+            if fits and bias is not None:
+                x, w = arguments(product)
+                return x, w, bias
         return None
 
     def rewrite(self, graph: Graph, total: Node, x: Node, w: Node, b: Node) -> None:

@@ -1,5 +1,7 @@
 """The graph pass that takes bias and ReLU of an ensemble's layers into their products."""
 
+from typing import Any, cast
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,7 @@ SIZES = [(3, 2, 5, 8), (3, 24, 8), (3, 24)]  # x, W, b of three members
 
 def attend(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     q, k, v = (y.unflatten(-1, (2, 4)).transpose(1, 2) for y in F.linear(x, w, b).chunk(3, -1))
-    return flash_attention(q, k, v)
+    return cast(Tensor, flash_attention(q, k, v))
 
 
 def activate(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
@@ -38,7 +40,7 @@ def rewritten(fn, args: list[Tensor]):
         out = torch.func.vmap(fn)(*args)
         return out, *torch.autograd.grad(out, args, torch.ones_like(out).cumsum(-1))
 
-    table = get_decompositions([torch.ops.aten.threshold_backward])
+    table: Any = get_decompositions([torch.ops.aten.threshold_backward])
     module = make_fx(run, decomposition_table=table, tracing_mode="fake")(*args)
     MemberLayers(everywhere=True)(module.graph)
     module.graph.lint()
