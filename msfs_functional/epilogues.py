@@ -32,6 +32,20 @@ VIEWS = (
 )
 
 
+class InTurn(CustomGraphPass):
+    """Several passes as one, which is what Inductor's options take."""
+
+    def __init__(self, *passes: CustomGraphPass):
+        self.passes = passes
+
+    def uuid(self) -> Any:
+        return tuple(each.uuid() for each in self.passes)
+
+    def __call__(self, graph: Graph) -> None:
+        for each in self.passes:
+            each(graph)
+
+
 class ReluInProducts(CustomGraphPass):
     """The pass, for Inductor's option `joint_custom_pre_pass`.
 
@@ -165,5 +179,6 @@ def insert(graph: Graph, like: Node, target: Any, *args: Any) -> Node:
     node.meta = dict(like.meta)
     values = [x.meta["val"] if isinstance(x, Node) else x for x in args]
     node.meta["val"] = target(*values)
-    node.meta.pop("tensor_meta", None)
+    for stale in ("tensor_meta", "eager_input_vals"):  # the latter are the arguments of `like`
+        node.meta.pop(stale, None)
     return node

@@ -70,7 +70,7 @@ def renew_views(node: Node) -> None:
     """Views of a node whose strides have changed get new values, too: Inductor gives outputs the
     strides that are written there, by a copy if need be."""
     for user in list(node.users):
-        if user.op == "call_function" and user.target in VIEWS_OF_PARTS:
+        if callable(user.target) and user.target in VIEWS_OF_PARTS:
             args = map_arg(user.args, lambda x: x.meta["val"])
             target: Any = user.target
             user.meta["val"] = target(*args, **user.kwargs)
