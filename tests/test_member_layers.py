@@ -10,7 +10,10 @@ from torch import Tensor
 from torch._decomp import get_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from msfs_functional.epilogues import InTurn
+from msfs_functional.joined_gradients import GradientsSideBySide
 from msfs_functional.member_layers import MemberLayers
+from msfs_functional.transposed_products import TransposedProducts
 
 SIZES = [(3, 2, 5, 8), (3, 24, 8), (3, 24)]  # x, W, b of three members
 
@@ -67,3 +70,38 @@ def test_mask_and_bias_gradient_of_a_relu_join_the_product_behind_it():
     assert not {"aten.relu.default", "aten.where.self", "aten.le.Scalar"} & set(ops)
     assert ops.count("aten.sum.dim_IntList") == 1  # of the second layer's bias
     torch.testing.assert_close(module(*args), run(*args))
+
+
+class Watched(InTurn):
+    """Notes the ops that are there after the passes."""
+
+    def __init__(self, *passes):
+        super().__init__(*passes)
+        self.ops: set[str] = set()
+
+    def __call__(self, graph):
+        super().__call__(graph)
+        self.ops |= {str(n.target).split(".")[1] for n in graph.nodes if "msfs" in str(n.target)}
+
+
+def test_inductor_takes_what_all_passes_make_of_an_ensemble():
+    def members(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        def one(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+            return feed_forward(attend(x, w, b).transpose(1, 2).flatten(-2), w, b)
+
+        return torch.func.vmap(one)(x, w, b)
+
+    def with_gradients(fn) -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(0)
+        args = [torch.randn(size, generator=generator).double() for size in SIZES]
+        args = [x.requires_grad_() for x in args]
+        out = fn(*args)
+        return out, *torch.autograd.grad(out.square().sum(), args)
+
+    passes = Watched(MemberLayers(True), GradientsSideBySide(True), TransposedProducts())
+    options = {"joint_custom_pre_pass": passes}
+    compiled = torch.compile(members, fullgraph=True, dynamic=False, options=options)
+    torch.testing.assert_close(with_gradients(compiled), with_gradients(members))
+    assert passes.ops >= {
+        "members_linear", "members_masked_product", "attention", "attention_backward_joined",
+    }  # fmt: skip
