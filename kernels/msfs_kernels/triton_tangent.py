@@ -22,6 +22,7 @@ rule is the derivative of Dao 2023, Algorithm 1, written out; memory is linear i
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalOperand=false
 # pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
+# pyright: reportAssignmentType=false
 
 import torch
 import triton
