@@ -640,7 +640,8 @@ def tuned_launch(
             q, k, v, None, q, k, v, do, lse, do, lse, options, config
         )
     if kernel == "queries":
-        return triton_backward.plan_queries(q, k, v, do, lse, lse, None, q, options, config)
+        rest = (do, None, lse, lse, None, q)
+        return triton_backward.plan_queries(q, k, v, do, *rest, options, config)
     sums = torch.zeros(q.shape, device=device) if kernel == "fused" else None
     sums = torch.empty_like(q) if kernel == "own" else sums
     return triton_backward.plan_keys(q, k, v, do, lse, lse, None, k, v, sums, options, config)

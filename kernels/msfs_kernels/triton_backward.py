@@ -63,25 +63,33 @@ from msfs_kernels.triton_forward import heads_in_cache, is_even
 
 
 @triton.jit
-def delta_kernel(do, o, dlse, delta, do_strides, o_strides, dlse_strides, H, T,
-                 V: tl.constexpr, BM: tl.constexpr, VP: tl.constexpr):  # fmt: skip
-    """delta = rowsum(dO * O) - dlse (Algorithm 2, line 4)."""
-    blocks = tl.cdiv(T, BM)
-    flat_head = tl.program_id(0) // blocks
-    batch = flat_head // H
-    head = flat_head % H
-    row = (tl.program_id(0) % blocks) * BM
-    i = row + tl.arange(0, BM)
-    a = load_tile(do, do_strides, batch, head, row, T, BM, VP, V, True, False).to(tl.float32)
-    b = load_tile(o, o_strides, batch, head, row, T, BM, VP, V, True, False).to(tl.float32)
-    total = tl.sum(a * b, 1)
+def delta_of(grads, outputs, dlse, dlse_strides, batch, head, row, T, BM: tl.constexpr):
+    """delta = rowsum(dO * O) - dlse of BM rows (Algorithm 2, line 4)."""
+    total = tl.sum(grads.to(tl.float32) * outputs.to(tl.float32), 1)
     if dlse is not None:
+        i = row + tl.arange(0, BM)
         start = (
             tl.cast(batch, tl.int64) * dlse_strides[0] + tl.cast(head, tl.int64) * dlse_strides[1]
         )
         total -= tl.load(dlse + start + i.to(tl.int64) * dlse_strides[2], mask=i < T, other=0.0).to(
             tl.float32
         )
+    return total
+
+
+@triton.jit
+def delta_kernel(do, o, dlse, delta, do_strides, o_strides, dlse_strides, H, T,
+                 V: tl.constexpr, BM: tl.constexpr, VP: tl.constexpr):  # fmt: skip
+    """delta of BM queries of one head, where the keys' kernel comes first."""
+    blocks = tl.cdiv(T, BM)
+    flat_head = tl.program_id(0) // blocks
+    batch = flat_head // H
+    head = flat_head % H
+    row = (tl.program_id(0) % blocks) * BM
+    i = row + tl.arange(0, BM)
+    a = load_tile(do, do_strides, batch, head, row, T, BM, VP, V, True, False)
+    b = load_tile(o, o_strides, batch, head, row, T, BM, VP, V, True, False)
+    total = delta_of(a, b, dlse, dlse_strides, batch, head, row, T, BM)
     tl.store(delta + tl.cast(flat_head, tl.int64) * T + i, total, mask=i < T)
 
 
@@ -279,13 +287,15 @@ def query_blocks(
 
 @triton.jit
 def query_kernel(
-    q, k, v, do, lse, delta, share, dq, q_strides, k_strides, v_strides, do_strides, dq_strides,
-    masks, heads, H, T, S, scale, scale_log2, wave,
+    q, k, v, do, o, dlse, lse, delta, share, dq, q_strides, k_strides, v_strides, do_strides,
+    o_strides, dlse_strides, dq_strides, masks, heads, H, T, S, scale, scale_log2, wave,
     GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     KP: tl.constexpr, VP: tl.constexpr, CAUSAL: tl.constexpr, EVEN: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dQ of BM queries of one head; the loops are the forward's. heads = B * H."""
+    """dQ of BM queries of one head; the loops are the forward's. heads = B * H. With o, delta is
+    computed and stored here, for the keys' kernel that comes next.
+    """
     block, flat_head = longest_first(tl.program_id(0), tl.cdiv(T, BM), heads, wave)
     batch = flat_head // H
     head = flat_head % H
@@ -296,7 +306,13 @@ def query_kernel(
     queries = load_tile(q, q_strides, batch, head, row, T, BM, KP, K, True, TMA)
     grads = load_tile(do, do_strides, batch, head, row, T, BM, VP, V, True, TMA)
     log_sums = load_log_sums(lse, flat_head, row, T, BM)
-    row_delta = load_rows(delta, flat_head, row, T, 0.0, BM)
+    if o is not None:
+        outputs = load_tile(o, o_strides, batch, head, row, T, BM, VP, V, True, False)
+        row_delta = delta_of(grads, outputs, dlse, dlse_strides, batch, head, row, T, BM)
+        rows = row + tl.arange(0, BM)
+        tl.store(delta + tl.cast(flat_head, tl.int64) * T + rows, row_delta, mask=rows < T)
+    else:
+        row_delta = load_rows(delta, flat_head, row, T, 0.0, BM)
     shares = load_shares(share, flat_head, row, T, BM)
     dq_sum = tl.zeros([BM, KP], tl.float32)
     if masks.window is not None and masks.q_segments is None and masks.mask is None:
@@ -631,9 +647,11 @@ def plan_keys(
 
 
 def plan_queries(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, share: Tensor | None,
-    dq: Tensor, options: Options, config: Config | None = None,
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, o: Tensor | None, dlse: Tensor | None, lse: Tensor,
+    delta: Tensor, share: Tensor | None, dq: Tensor, options: Options,
+    config: Config | None = None,
 ) -> Launch:  # fmt: skip
+    """dq; with o also delta, which is given otherwise."""
     (B, H, T, K), (_, G, S, V) = q.shape, v.shape
     masks = masks_of(options, (B, H, T, S))
     KP, VP = padded(K), padded(V)
@@ -649,6 +667,8 @@ def plan_queries(
             tiles(k, BN, KP, tma),
             tiles(v, BN, VP, tma),
             tiles(do, BM, VP, tma),
+            o,
+            dlse,
             lse,
             delta,
             share,
@@ -657,6 +677,8 @@ def plan_queries(
             k.stride(),
             v.stride(),
             do.stride(),
+            None if o is None else o.stride(),
+            None if dlse is None else dlse.stride(),
             dq.stride(),
             masks,
             B * H,
@@ -754,16 +776,20 @@ def backward(
     lse = lse.contiguous()
     delta = torch.empty_like(lse)
     share = None
-    if in_full_float32(q, options):
+    exact = in_full_float32(q, options)
+    one_tile = choose_keys(q, k, v, options, fused=True).block_n >= S
+    two_kernels = not one_tile and (options.deterministic or not fused_is_fastest(q, k, v, options))
+    if exact:
         share = torch.empty_like(lse)
         launch(plan_mean, (q, k, v, do, lse, dlse, delta, share), options)
-    else:
+    elif not two_kernels:
         launch(plan_delta, (do, o, dlse, delta), Options())
-    if choose_keys(q, k, v, options, fused=True).block_n >= S:
+    if one_tile:
         launch(plan_keys, (q, k, v, do, lse, delta, share, dk, dv, dq), options)
-    elif options.deterministic or not fused_is_fastest(q, k, v, options):
+    elif two_kernels:
+        of_rows = (None, None) if exact else (o, dlse)
+        launch(plan_queries, (q, k, v, do, *of_rows, lse, delta, share, dq), options)
         launch(plan_keys, (q, k, v, do, lse, delta, share, dk, dv, None), options)
-        launch(plan_queries, (q, k, v, do, lse, delta, share, dq), options)
     else:
         sums = q.new_zeros((B, H, T, K), dtype=torch.float32)
         launch(plan_keys, (q, k, v, do, lse, delta, share, dk, dv, sums), options)

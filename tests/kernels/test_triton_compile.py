@@ -50,7 +50,8 @@ def launch_of(
             q, k, v, options.bias, q, k, v, o, lse, o, lse, options, config
         )
     if kernel == "queries":
-        return triton_backward.plan_queries(q, k, v, o, lse, lse, share, q, options, config)
+        rest = (None, None) if exact else (o, lse)
+        return triton_backward.plan_queries(q, k, v, o, *rest, lse, lse, share, q, options, config)
     if kernel == "mean":
         return triton_backward.plan_mean(q, k, v, o, lse, lse, lse, lse, options, config)
     if kernel == "bias":

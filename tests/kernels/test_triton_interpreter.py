@@ -217,7 +217,7 @@ def failures_with_two_kernels():
 def test_null_in_the_table_means_two_kernels_in_place_of_the_fused_one(interpreter):
     assert interpreter(failures_with_two_kernels) == (
         [],
-        ["plan_delta", "plan_keys", "plan_queries"],
+        ["plan_queries", "plan_keys"],
     )
 
 
