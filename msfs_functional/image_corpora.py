@@ -24,13 +24,16 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from msfs_functional.images import Source, Unreadable, readable, resize
+from msfs_functional.images import Source, Unreadable, gather
 from msfs_functional.synthetic import shapes
 
 Questions = list[tuple[str, str]]  # (question, answer)
 # What columns are called in data sets that people publish, the likeliest first.
-IMAGE_COLUMNS = ("image", "images", "img", "picture", "jpg", "png")
-TEXT_COLUMNS = ("caption", "captions", "text", "texts", "sentence", "sentences", "description")
+IMAGE_COLUMNS = ("image", "images", "img", "picture", "jpg", "png", "webp")
+TEXT_COLUMNS = (
+    *("caption", "captions", "text", "texts", "prompt", "sentence", "sentences"),
+    *("description", "title"),
+)
 QUESTION_COLUMNS = ("question", "questions")
 ANSWER_COLUMNS = ("multiple_choice_answer", "answer", "answers", "label")
 
@@ -90,32 +93,15 @@ def from_entries(
     """Reads and resizes the images; those that cannot be read are left out and counted.
 
     Args:
-        size: of a side, in pixels.
-        fit: what becomes of another shape, see `images.resize`.
-        limit: images at most.
+        size, fit, limit: as in `images.gather`.
 
     Raises:
         ValueError: no image could be read; the reasons are named.
     """
-    kept: list[Entry] = []
-
-    def sources() -> Iterator[Source]:
-        for entry in entries:
-            if limit is not None and len(kept) >= limit:
-                return
-            kept.append(entry)
-            yield entry.source
-
-    unreadable, images, rows = Unreadable(), [], []
-    for i, image in readable(sources(), unreadable):
-        images.append(resize(image, size, fit=fit))
-        rows.append(i)
-    if not images:
-        raise ValueError(f"no image to learn from; {unreadable}")
-    some = [kept[i] for i in rows]
-    return Pictured(
-        torch.stack(images), [e.captions for e in some], [e.questions for e in some], unreadable
-    )
+    pairs = ((entry.source, (entry.captions, entry.questions)) for entry in entries)
+    found, notes, unreadable = gather(pairs, size, fit=fit, limit=limit)
+    captions, questions = map(list, zip(*notes, strict=True))
+    return Pictured(found, captions, questions, unreadable)
 
 
 def shapes_world(
@@ -124,26 +110,28 @@ def shapes_world(
     split: shapes.Split = "train",
     *,
     size: int = shapes.SIDE,
+    held_out: shapes.Pairs = shapes.HELD_OUT,
     scene_filter: Callable[[shapes.Scene], bool] | None = None,
 ) -> tuple[Pictured, list[shapes.Scene]]:
     """`count` rendered scenes with their captions and all questions, and the scenes themselves.
 
     Args:
         size: of a side, in pixels.
+        held_out: pairs of colour and kind that only the split "unseen" has.
         scene_filter: keeps only scenes for which it is true, until there are `count`.
     """
-    found = shapes.scenes(seed, count, split)
+    found = shapes.scenes(seed, count, split, held_out)
     more = 2 * count
     while scene_filter is not None:
         kept = [scene for scene in found if scene_filter(scene)]
         if len(kept) >= count or more > 64 * count:
             found = kept[:count]
             break
-        found, more = shapes.scenes(seed, more, split), 2 * more
+        found, more = shapes.scenes(seed, more, split, held_out), 2 * more
     images = torch.stack(
         [torch.from_numpy(shapes.render(scene, size)).permute(2, 0, 1) for scene in found]
     )
-    asked = [shapes.questions(scene, seed + i) for i, scene in enumerate(found)]
+    asked = [shapes.questions(scene, seed + i, held_out) for i, scene in enumerate(found)]
     return Pictured(images, [shapes.captions(scene) for scene in found], asked), found
 
 
@@ -190,7 +178,7 @@ def easy_vqa(folder: Path, split: str, size: int, *, limit: int | None = None) -
     return from_entries(entries(), size, limit=limit)
 
 
-def _column(columns: Sequence[str], given: str | None, known: Sequence[str], what: str) -> str:
+def column_of(columns: Sequence[str], given: str | None, known: Sequence[str], what: str) -> str:
     """The column that was asked for, or the likeliest."""
     found = [name for name in ((given,) if given else known) if name in columns]
     if not found:
@@ -216,6 +204,19 @@ def _texts(value: Any) -> list[str]:
     return [str(text).strip() for text in values if text is not None and str(text).strip()]
 
 
+def undecoded(table: Any, column: str) -> Any:
+    """The table with images of this column, or lists of them, as files: one that is broken shall
+    not end the reading of the others."""
+    import datasets
+
+    kind = table.features[column]
+    if isinstance(kind, datasets.Image):
+        return table.cast_column(column, datasets.Image(decode=False))
+    if isinstance(getattr(kind, "feature", None), datasets.Image):
+        return table.cast_column(column, type(kind)(datasets.Image(decode=False)))
+    return table
+
+
 def from_table(
     table: Any,
     size: int,
@@ -239,25 +240,19 @@ def from_table(
     Raises:
         ValueError: columns that are not there.
     """
-    import datasets
-
     columns = table.column_names
-    image = _column(columns, image, IMAGE_COLUMNS, "images")
+    image = column_of(columns, image, IMAGE_COLUMNS, "images")
     asks = question or any(name in columns for name in QUESTION_COLUMNS)
     says = text or any(name in columns for name in TEXT_COLUMNS)
     if asks:
-        question = _column(columns, question, QUESTION_COLUMNS, "questions")
-        answer = _column(columns, answer, ANSWER_COLUMNS, "answers")
+        question = column_of(columns, question, QUESTION_COLUMNS, "questions")
+        answer = column_of(columns, answer, ANSWER_COLUMNS, "answers")
     if says or not asks:
-        text = _column(columns, text, TEXT_COLUMNS, "texts")
-    kind = table.features[image]
-    if isinstance(kind, datasets.Image):
-        table = table.cast_column(image, datasets.Image(decode=False))
-    elif isinstance(getattr(kind, "feature", None), datasets.Image):
-        table = table.cast_column(image, type(kind)(datasets.Image(decode=False)))
+        text = column_of(columns, text, TEXT_COLUMNS, "texts")
+    rows = undecoded(table, image)
 
     def entries() -> Iterator[Entry]:
-        for row in table:
+        for row in rows:
             captions, pairs = _texts(row[text]) if text else [], _turns(row[text]) if text else []
             if question and answer:
                 pairs += zip(_texts(row[question]), _texts(row[answer]), strict=False)

@@ -28,11 +28,10 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from msfs_functional import images
+from msfs_functional.image_corpora import IMAGE_COLUMNS, TEXT_COLUMNS, column_of, undecoded
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-CAPTIONS = ("caption", "captions", "text", "prompt", "sentence", "sentences", "title")
 LABELS = ("label", "labels", "class", "fine_label", "coarse_label")
-PICTURES = ("image", "img", "picture", "jpg", "png", "webp")
 
 
 @dataclass(frozen=True)
@@ -49,39 +48,13 @@ class ImageSet:
 
 
 def gathered(
-    sources: Iterable[tuple[images.Source, Any]],
-    size: int,
-    *,
-    channels: int = 3,
-    fit: str = "crop",
-    limit: int | None = None,
-    where: str = "the set",
+    sources: Iterable[tuple[images.Source, Any]], size: int, *, where: str, **options: Any
 ) -> tuple[UInt8[Tensor, "N C size size"], list[Any]]:
-    """The pictures of (source, note) pairs at one size, and the notes of those that were read.
-
-    Raises:
-        ValueError: no picture could be read; a size below 1.
-    """
-    if size < 1 or (limit is not None and limit < 1):
-        raise ValueError(f"size ({size}) and limit ({limit}) must be at least 1")
-    unreadable, notes, found = images.Unreadable(), [], []
-    pending: list[Any] = []
-
-    def taken() -> Iterator[images.Source]:
-        for source, note in sources:
-            pending.append(note)
-            yield source
-
-    for i, picture in images.readable(taken(), unreadable, channels=channels):
-        found.append(images.resize(picture, size, fit=fit))
-        notes.append(pending[i])
-        if limit is not None and len(found) == limit:
-            break
+    """`images.gather`, which tells what could not be read."""
+    found, notes, unreadable = images.gather(sources, size, where=where, **options)
     if unreadable.count:
         print(f"note: {where}: {unreadable}", file=sys.stderr)
-    if not found:
-        raise ValueError(f"{where} holds no picture that can be read: check the path and the kind")
-    return torch.stack(found), notes
+    return found, notes
 
 
 def _in_zip(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -212,10 +185,10 @@ def _metadata(path: Path) -> list[tuple[Path, str]] | None:
     name = lines if lines.is_file() else table
     if not rows:
         raise ValueError(f"{name} is empty: one row for each picture is needed")
-    column = next((c for c in CAPTIONS if c in rows[0]), None)
+    column = next((c for c in TEXT_COLUMNS if c in rows[0]), None)
     if "file_name" not in rows[0] or column is None:
         raise ValueError(
-            f"{name} has the columns {list(rows[0])}: it needs file_name and one of {CAPTIONS}"
+            f"{name} has the columns {list(rows[0])}: it needs file_name and one of {TEXT_COLUMNS}"
         )
     return [(path / str(row["file_name"]), _one_caption(row.get(column))) for row in rows]
 
@@ -247,7 +220,7 @@ def folder(path: str | Path, size: int, *, channels: int = 3, limit: int | None 
 def _one_caption(value: Any) -> str:
     """The caption; the first of several; "" for none."""
     if isinstance(value, dict):
-        value = next((value[c] for c in ("raw", *CAPTIONS) if c in value), None)
+        value = next((value[c] for c in ("raw", *TEXT_COLUMNS) if c in value), None)
     if isinstance(value, (list, tuple)):
         value = value[0] if value else None
     return "" if value is None else " ".join(str(value).split())
@@ -272,23 +245,16 @@ def of_table(
     Raises:
         ValueError: no such columns, or nothing that can be read.
     """
-    import datasets
-
-    def column(given: str | None, usual: Sequence[str], what: str) -> str | None:
-        if given is not None and given not in data.column_names:
-            raise ValueError(f"{where} has the columns {data.column_names}, no {what} {given!r}")
-        return given or next((name for name in usual if name in data.column_names), None)
-
-    pictures_in = column(picture, PICTURES, "picture")
-    if pictures_in is None:
-        raise ValueError(
-            f"{where} has the columns {data.column_names}: name the one that holds the pictures"
-        )
-    told = column(caption, (*CAPTIONS, *LABELS), "caption")
-    data = data.cast_column(pictures_in, datasets.Image(decode=False))
+    columns, usual = data.column_names, (*TEXT_COLUMNS, *LABELS)
+    pictures_in = column_of(columns, picture, IMAGE_COLUMNS, "images")
+    told = None
+    if caption is not None or any(name in columns for name in usual):
+        told = column_of(columns, caption, usual, "captions or classes")
     sources = (
         (row[pictures_in], None if told is None else row[told])
-        for row in data.select_columns([c for c in (pictures_in, told) if c])
+        for row in undecoded(data, pictures_in).select_columns(
+            [c for c in (pictures_in, told) if c]
+        )
     )
     options: dict[str, Any] = {"channels": channels, "limit": limit, "where": where}
     found, notes = gathered(sources, size, **options)

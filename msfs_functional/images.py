@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -177,6 +177,55 @@ def readable(
             unreadable.add(error)
         else:
             yield i, image
+
+
+class Gathered(NamedTuple):
+    """Images of one size, what came with each, and what was left out."""
+
+    images: UInt8[Tensor, "N C Y X"]
+    notes: list[Any]
+    unreadable: Unreadable
+
+
+def gather(
+    pairs: Iterable[tuple[Source, Any]],
+    size: int,
+    *,
+    channels: int = 3,
+    fit: str = "crop",
+    limit: int | None = None,
+    where: str = "the set",
+) -> Gathered:
+    """The images of (source, note) pairs at one size, with the notes of those that can be read.
+
+    Args:
+        size: of a side, in pixels.
+        channels: as in `read`.
+        fit: what becomes of another shape, see `resize`.
+        limit: stop after so many that can be read.
+        where: names the pairs in an error.
+
+    Raises:
+        ValueError: no image can be read, the reasons are named; a size or limit below 1.
+    """
+    if size < 1 or (limit is not None and limit < 1):
+        raise ValueError(f"size ({size}) and limit ({limit}) must be at least 1")
+    unreadable, found, notes, seen = Unreadable(), [], [], []
+
+    def sources() -> Iterator[Source]:
+        for source, note in pairs:
+            seen.append(note)
+            yield source
+
+    for i, image in readable(sources(), unreadable, channels=channels):
+        found.append(resize(image, size, fit=fit))
+        notes.append(seen[i])
+        if len(found) == limit:
+            break
+    if not found:
+        why = f"; {unreadable}" if unreadable.count else ": check the path and the kind"
+        raise ValueError(f"{where} holds no image that can be read{why}")
+    return Gathered(torch.stack(found), notes, unreadable)
 
 
 def resize(

@@ -120,7 +120,7 @@ def test_no_image_is_in_both_parts():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: corpora.from_entries([], 4), "no image to learn from"),
+        (lambda: corpora.from_entries([], 4), "holds no image that can be read"),
         (lambda: corpora.Pictured(torch.zeros(2, 3, 1, 1), [], []), "each image needs one of both"),
         (lambda: corpora.hold_out(corpora.shapes_world(0, 3)[0], 0.1, 0), "0.1 of 3 images are 0"),
     ],

@@ -30,6 +30,8 @@ next product from registers.
 # pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -394,14 +396,17 @@ def backward(
     lse: Tensor,
     options: Options,
     need_dbias: bool,
+    out: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv in the inputs' dtypes and dbias in the bias's own shape, from do (B, H, T, V) and
-    dlse (B, H, T).
+    dlse (B, H, T); dq, dk and dv in the memory of `out`, of any strides, if it is given.
     """
     (B, H, T, K), (_, G, S, V) = q.shape, v.shape
-    dq = empty_tokens_first(q, B, H, T, K)
-    dk = empty_tokens_first(k, B, G, S, K)
-    dv = empty_tokens_first(v, B, G, S, V)
+    dq, dk, dv = out or (
+        empty_tokens_first(q, B, H, T, K),
+        empty_tokens_first(k, B, G, S, K),
+        empty_tokens_first(v, B, G, S, V),
+    )
     need_dbias = need_dbias and options.has_float_bias
     if q.numel() == 0 or k.numel() == 0:
         dbias = torch.zeros_like(options.bias) if need_dbias and options.bias is not None else None
