@@ -80,7 +80,7 @@ def compile_one(job: tuple, number: int, capability: int, folder: str) -> None:
     """In a process without CUDA: launch `number` of an op's call, into Triton's cache."""
     os.environ["TRITON_CACHE_DIR"] = folder
     from msfs_kernels import configs, gluon_support, triton_backend
-    from msfs_kernels.triton_common import launches_of
+    from msfs_kernels.launching import launches_of
     from msfs_kernels.triton_compile import compile_launch
 
     name, metas, scalars, need_dbias = job
