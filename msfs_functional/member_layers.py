@@ -26,10 +26,10 @@ from msfs_functional.epilogues import (
     alone,
     arguments,
     behind_views,
-    comes_before,
     insert,
     is_call,
-    is_zero,
+    masked_by_relu,
+    on_hopper_in_16_bits,
 )
 from msfs_functional.transposed_products import VIEWS_OF_PARTS
 
@@ -96,17 +96,12 @@ class MemberLayers(CustomGraphPass):
             relu.replace_all_uses_with(arguments(relu)[0])
 
     def backward(self, graph: Graph, where: Node) -> None:
-        condition, zero, grad = arguments(where)
-        if not (
-            is_call(condition, aten.le.Scalar) and is_zero(zero) and arguments(condition)[1] == 0
-        ):
+        found = masked_by_relu(graph, where, aten.bmm.default)
+        if found is None or not self.suits(found[1]):
             return
-        y, product = behind_views(arguments(condition)[0]), alone(grad, aten.bmm.default)
-        if product is None or not self.suits(product) or not comes_before(graph, y, product):
-            return
+        y, product = found
         shape = list(product.meta["val"].shape)
-        static = all(isinstance(n, int) for n in shape)
-        if not static or y.meta["val"].dtype != product.meta["val"].dtype:
+        if not all(isinstance(n, int) for n in shape):
             return
         with graph.inserting_before(product):
             y = insert(graph, product, aten.reshape.default, y, shape)
@@ -114,7 +109,7 @@ class MemberLayers(CustomGraphPass):
             pair = insert(graph, product, op, *product.args, y)
             out, sums = (insert(graph, product, operator.getitem, pair, i) for i in (0, 1))
         product.replace_all_uses_with(out)
-        where.replace_all_uses_with(grad)
+        where.replace_all_uses_with(arguments(where)[2])
         for total in list(sums_over_rows(out, shape)):
             with graph.inserting_before(total):
                 value = total.meta["val"]
@@ -125,12 +120,7 @@ class MemberLayers(CustomGraphPass):
             total.replace_all_uses_with(new)
 
     def suits(self, product: Node) -> bool:
-        value = product.meta["val"]
-        if self.everywhere:
-            return True
-        if value.device.type != "cuda" or value.dtype not in (torch.bfloat16, torch.float16):
-            return False
-        return torch.cuda.get_device_capability(value.device)[0] == 9
+        return self.everywhere or on_hopper_in_16_bits(product)
 
 
 def bias_of(x: Any) -> Node | None:

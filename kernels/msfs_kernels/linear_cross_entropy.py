@@ -102,7 +102,7 @@ def times(a: Tensor, b: Tensor) -> Tensor:
 def plus_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """total + a b, in total's memory if there is one. On a GPU the product of a single problem is
     summed where it is made, and its 16-bit rounding does not stand between the parts."""
-    if not (a.is_cuda and a.itemsize == 2 and a.shape[0] == 1):
+    if not (a.is_cuda and a.itemsize == 2 and a.shape[0] == 1 and dtype != a.dtype):
         return times(a, b).to(dtype) if total is None else total.add_(times(a, b))
     if total is None:
         return torch.mm(a[0], b[0], out_dtype=dtype)[None]
