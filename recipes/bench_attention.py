@@ -456,7 +456,7 @@ def bench_overhead(args: argparse.Namespace) -> None:
         calls["tangent, kernel alone"] = [lambda: triton_tangent.tangent(q, k, v, None, *point)]
     peer = jvp_flash_if_installed()
     if args.device == "cuda" and peer is not None:
-        x, t = (torch.randn(3, 1, 2, 32, 64, device="cuda", dtype=q.dtype) for _ in range(2))
+        x, t = (torch.randn(3, 1, 2, 128, 64, device="cuda", dtype=q.dtype) for _ in range(2))
         calls["jvp, jvp_flash_attention"] = [
             functools.partial(jvp_of, attention, tuple(x), tuple(t)) for attention in (ours, peer)
         ]
