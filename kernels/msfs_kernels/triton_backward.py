@@ -70,11 +70,11 @@ from msfs_kernels.triton_rows import (
 
 @triton.jit
 def key_blocks(
-    dk, dv, keys, values, q, do, lse, delta, share, dq, q_strides, do_strides, dq_strides, column,
-    low, high, batch, head, flat_head, H, T, S, facts, masks, scale, scale_log2, K: tl.constexpr,
-    V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, FUSED: tl.constexpr, OWN: tl.constexpr,
-    TMA: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr,
+    dk, dv, keys, values, q, do, o, dlse, lse, delta, share, dq, q_strides, do_strides, o_strides,
+    dlse_strides, dq_strides, column, low, high, batch, head, flat_head, H, T, S, facts, masks,
+    scale, scale_log2, K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, KP:
+    tl.constexpr, VP: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, FUSED: tl.constexpr,
+    OWN: tl.constexpr, TMA: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Algorithm 2, lines 8 to 16, over the query blocks of [low, high) of one head; tiles of scores
     are (BN, BM).
@@ -87,7 +87,11 @@ def key_blocks(
         log_sums = load_log_sums(lse, flat_head, start, T, BM)
         products = tl.dot(keys, queries.T, input_precision=PRECISION)
         grads = load_tile(do, do_strides, batch, head, start, T, BM, VP, V, True, TMA)
-        row_delta = load_rows(delta, flat_head, start, T, 0.0, BM)
+        if o is not None:
+            outputs = load_tile(o, o_strides, batch, head, start, T, BM, VP, V, True, False)
+            row_delta = delta_of(grads, outputs, dlse, dlse_strides, batch, head, start, T, BM)
+        else:
+            row_delta = load_rows(delta, flat_head, start, T, 0.0, BM)
         shares = load_shares(share, flat_head, start, T, BM)
         dp = tl.dot(values, grads.T, input_precision=PRECISION)
         p, _, ds = tile_gradient(
@@ -116,15 +120,15 @@ def key_blocks(
 
 @triton.jit
 def key_kernel(
-    q, k, v, do, lse, delta, share, dk, dv, dq, q_strides, k_strides, v_strides, do_strides,
-    dk_strides, dv_strides, dq_strides, masks, heads, H, T, S, scale, scale_log2, wave,
-    GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    KP: tl.constexpr, VP: tl.constexpr, CAUSAL: tl.constexpr, EVEN: tl.constexpr,
-    FUSED: tl.constexpr, OWN: tl.constexpr, TMA: tl.constexpr, BULK: tl.constexpr,
+    q, k, v, do, o, dlse, lse, delta, share, dk, dv, dq, q_strides, k_strides, v_strides,
+    do_strides, o_strides, dlse_strides, dk_strides, dv_strides, dq_strides, masks, heads, H, T, S,
+    scale, scale_log2, wave, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BM:
+    tl.constexpr, BN: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, CAUSAL: tl.constexpr, EVEN:
+    tl.constexpr, FUSED: tl.constexpr, OWN: tl.constexpr, TMA: tl.constexpr, BULK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of BN keys of one kv head (heads = B * G); FUSED adds the shares of dq, and with
-    OWN, where these are all keys, stores dq.
+    OWN, where these are all keys, stores dq. With o, delta is computed here, once if OWN.
     """
     blocks = tl.cdiv(S, BN)
     block, flat_kv_head = longest_first(tl.program_id(0), blocks, heads, wave)
@@ -155,24 +159,24 @@ def key_kernel(
             full_high = tl.maximum(full_high, full_low)
         if not EVEN and masks.q_segments is None and masks.mask is None:
             dk_sum, dv_sum = key_blocks(
-                dk_sum, dv_sum, keys, values, q, do, lse, delta, share, dq, q_strides, do_strides,
-                dq_strides, column, low, tl.minimum(full_low, high), batch, head, flat_head, H, T,
-                S, facts, masks, scale, scale_log2, K, V, BM, BN, KP, VP, CAUSAL, True, FUSED, OWN,
-                TMA, BULK, PRECISION,
+                dk_sum, dv_sum, keys, values, q, do, o, dlse, lse, delta, share, dq, q_strides,
+                do_strides, o_strides, dlse_strides, dq_strides, column, low, tl.minimum(full_low,
+                high), batch, head, flat_head, H, T, S, facts, masks, scale, scale_log2, K, V, BM,
+                BN, KP, VP, CAUSAL, True, FUSED, OWN, TMA, BULK, PRECISION,
             )  # fmt: skip
         if masks.q_segments is None and masks.mask is None:
             dk_sum, dv_sum = key_blocks(
-                dk_sum, dv_sum, keys, values, q, do, lse, delta, share, dq, q_strides, do_strides,
-                dq_strides, column, full_low, tl.minimum(full_high, high), batch, head, flat_head,
-                H, T, S, facts, masks, scale, scale_log2, K, V, BM, BN, KP, VP, CAUSAL, False,
-                FUSED, OWN, TMA, BULK, PRECISION,
+                dk_sum, dv_sum, keys, values, q, do, o, dlse, lse, delta, share, dq, q_strides,
+                do_strides, o_strides, dlse_strides, dq_strides, column, full_low,
+                tl.minimum(full_high, high), batch, head, flat_head, H, T, S, facts, masks, scale,
+                scale_log2, K, V, BM, BN, KP, VP, CAUSAL, False, FUSED, OWN, TMA, BULK, PRECISION,
             )  # fmt: skip
         if masks.window is not None or masks.q_segments is not None or masks.mask is not None:
             dk_sum, dv_sum = key_blocks(
-                dk_sum, dv_sum, keys, values, q, do, lse, delta, share, dq, q_strides, do_strides,
-                dq_strides, column, full_high, high, batch, head, flat_head, H, T, S, facts, masks,
-                scale, scale_log2, K, V, BM, BN, KP, VP, CAUSAL, True, FUSED, OWN, TMA, BULK,
-                PRECISION,
+                dk_sum, dv_sum, keys, values, q, do, o, dlse, lse, delta, share, dq, q_strides,
+                do_strides, o_strides, dlse_strides, dq_strides, column, full_high, high, batch,
+                head, flat_head, H, T, S, facts, masks, scale, scale_log2, K, V, BM, BN, KP, VP,
+                CAUSAL, True, FUSED, OWN, TMA, BULK, PRECISION,
             )  # fmt: skip
         if OWN:  # queries that see none of the keys
             zeros = tl.zeros([BM, KP], tl.float32)
@@ -278,8 +282,9 @@ def choose_keys(q: Tensor, k: Tensor, v: Tensor, options: Options, *, fused: boo
 
 
 def plan_keys(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, share: Tensor | None,
-    dk: Tensor, dv: Tensor, dq: Tensor | None, options: Options, config: Config | None = None,
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, o: Tensor | None, dlse: Tensor | None, lse: Tensor,
+    delta: Tensor | None, share: Tensor | None, dk: Tensor, dv: Tensor, dq: Tensor | None,
+    options: Options, config: Config | None = None,
 ) -> Launch:  # fmt: skip
     """dk and dv; with dq the fused kernel, which gives the queries' gradient too: added to a zeroed
     contiguous float32 (B, H, T, K), or stored into dq of any strides if one tile holds all keys.
@@ -302,6 +307,8 @@ def plan_keys(
             tiles(k, BN, KP, tma),
             tiles(v, BN, VP, tma),
             tiles(do, BM, VP, tma),
+            o,
+            dlse,
             lse,
             delta,
             share,
@@ -312,6 +319,8 @@ def plan_keys(
             k.stride(),
             v.stride(),
             do.stride(),
+            None if o is None else o.stride(),
+            None if dlse is None else dlse.stride(),
             dk.stride(),
             dv.stride(),
             None if dq is None else dq.stride(),
@@ -412,28 +421,33 @@ def backward(
         dbias = torch.zeros_like(options.bias) if need_dbias and options.bias is not None else None
         return dq.zero_(), dk.zero_(), dv.zero_(), dbias
     lse = lse.contiguous()
-    delta = torch.empty_like(lse)
-    share = None
     exact = in_full_float32(q, options)
     one_tile = choose_keys(q, k, v, options, fused=True).block_n >= S
-    two_kernels = not one_tile and (options.deterministic or not fused_is_fastest(q, k, v, options))
+    two_kernels = options.deterministic or not fused_is_fastest(q, k, v, options)
+    # Who meets each row once, and before others need it, makes delta on the way; one tile of large
+    # heads has no registers left for it.
+    on_the_way = not exact and two_kernels
+    if one_tile:
+        on_the_way = not exact and not need_dbias and max(K, V) <= 64
+    rows = (o, dlse) if on_the_way else (None, None)
+    delta = None if on_the_way and one_tile else torch.empty_like(lse)
+    share = torch.empty_like(lse) if exact else None
     if exact:
-        share = torch.empty_like(lse)
         launch(plan_mean, (q, k, v, do, lse, dlse, delta, share), options)
-    elif not two_kernels:
+    elif not on_the_way:
         launch(plan_delta, (do, o, dlse, delta), Options())
     if one_tile:
-        launch(plan_keys, (q, k, v, do, lse, delta, share, dk, dv, dq), options)
+        launch(plan_keys, (q, k, v, do, *rows, lse, delta, share, dk, dv, dq), options)
     elif two_kernels:
-        of_rows = (None, None) if exact else (o, dlse)
-        launch(plan_queries, (q, k, v, do, *of_rows, lse, delta, share, dq), options)
-        launch(plan_keys, (q, k, v, do, lse, delta, share, dk, dv, None), options)
+        launch(plan_queries, (q, k, v, do, *rows, lse, delta, share, dq), options)
+        launch(plan_keys, (q, k, v, do, None, None, lse, delta, share, dk, dv, None), options)
     else:
         sums = q.new_zeros((B, H, T, K), dtype=torch.float32)
-        launch(plan_keys, (q, k, v, do, lse, delta, share, dk, dv, sums), options)
+        launch(plan_keys, (q, k, v, do, None, None, lse, delta, share, dk, dv, sums), options)
         dq.copy_(sums)
     if not need_dbias or options.bias is None:
         return dq, dk, dv, None
+    assert delta is not None
     described, partial = plan_bias(q, k, v, do, lse, delta, share, options)
     described.run()
     return dq, dk, dv, partial.sum_to_size(options.bias.shape).to(options.bias.dtype)

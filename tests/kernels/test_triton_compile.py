@@ -66,7 +66,8 @@ def launch_of(
         options = options._replace(bias=bias)
         return triton_bias.plan_bias(q, k, v, o, lse, lse, share, options, config)[0]
     sums = torch.empty(B, H, T, K) if kernel == "fused" else None
-    return triton_backward.plan_keys(q, k, v, o, lse, lse, share, k, v, sums, options, config)
+    rest = (None, None, lse, lse, share, k, v, sums)
+    return triton_backward.plan_keys(q, k, v, o, *rest, options, config)
 
 
 def everything() -> Options:
