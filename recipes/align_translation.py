@@ -64,9 +64,9 @@ class Config:
     temperature: float = 0.5
     gap: float = 5.0  # least difference of the two of a pair [points of chrF]
     held_out: int = 300  # sentences of each split to report on
-    beta: float = 2.0  # strength of the pull to the reference, on nats a token
+    beta: float = 5.0  # strength of the pull to the reference, on nats a token
     imitation: float = 1.0  # weight of the chosen translations' mean negative log-probability
-    dpo: Stage = field(default_factory=lambda: Stage(100, 32, 3e-5, 10))
+    dpo: Stage = field(default_factory=lambda: Stage(100, 32, 6e-5, 10))
     seed: int = 0
     debug: bool = False  # show tracebacks
 
