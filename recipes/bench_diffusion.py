@@ -225,8 +225,8 @@ def sample(config: Config, device: str) -> None:
         autoencoder=(ours.autoencoder[0], layout(ours.autoencoder[1])),
     )
     if not config.small:
-        theirs.unet = torch.compile(theirs.unet)
-        theirs.vae.decode = torch.compile(theirs.vae.decode)
+        theirs.unet = torch.compile(theirs.unet, dynamic=False)
+        theirs.vae.decode = torch.compile(theirs.vae.decode, dynamic=False)
     size, steps = (16, 3) if config.small else (512, 30)
     options: dict[str, Any] = {"height": size, "width": size}
     for batch in config.batches:

@@ -85,12 +85,12 @@ class Config:
     depth: int = 4  # blocks of the transformer; of a UNet's level
     patch: int = 2  # latents along one side of the transformer's tokens
     pixels: int = 32  # channels of the autoencoder
-    autoencoder: Stage = field(default_factory=lambda: Stage(500, 32, 2e-3))
-    denoiser: Stage = field(default_factory=lambda: Stage(1000, 64, 2e-3))
+    autoencoder: Stage = field(default_factory=lambda: Stage(400, 32, 2e-3))
+    denoiser: Stage = field(default_factory=lambda: Stage(800, 64, 2e-3))
     caption_dropout: float = 0.1  # share of captions left out, for guidance
     ema: float = 0.99  # decay of the average of the denoiser's parameters
     save_every: int = 200  # steps
-    draw_every: int = 500  # steps of the denoiser from one grid to the next
+    draw_every: int = 400  # steps of the denoiser from one grid to the next
     most_skipped: int = 100  # steps whose loss was not finite, after which a run stops
     guidance: float = 3.0  # 1 is the caption alone
     sample_steps: int = 25
