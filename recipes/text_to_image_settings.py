@@ -64,6 +64,8 @@ class Config:
     name: str | None = None
     out: Path = Path("runs")  # folder of the runs
     resume: bool = False  # go on with the run from its latest checkpoints
+    # train: the last stage for now; --resume goes on
+    until: Literal["autoencoder", "latents", "denoiser"] = "denoiser"
     overwrite: bool = False  # delete the run of this name first
     seed: int = 0
     device: str | None = None  # cpu, cuda, ...; None: cuda where there is one

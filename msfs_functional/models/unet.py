@@ -233,7 +233,8 @@ class Transformer(nn.Module):
         context_lengths: Tensor | None,
         implementation: Implementation,
     ) -> Tensor:
-        params, options = dict(self.named_parameters()), self.options
+        params: Params = dict(self.named_parameters())
+        options = self.options
         if self.context is None:
             context = context_lengths = None
         eps = 1e-6 if options["depth"] else 1e-5  # as published, both
