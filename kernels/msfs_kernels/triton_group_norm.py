@@ -35,7 +35,9 @@ import triton.language as tl
 from torch import Tensor
 
 MOST_PARTS = 256  # of the pixels of one image
-BP, BC = 32, 64  # pixels and channels of a tile
+# Pixels and channels of a tile, warps. Sums want many bytes on their way at once.
+TILE = {"BP": 32, "BC": 64, "num_warps": 4}
+SUMS_TILE = {"BP": 128, "BC": 64, "num_warps": 8}
 
 
 @triton.jit
@@ -52,15 +54,14 @@ def load_channels(x, c, C):
 
 
 @triton.jit
-def shifted(tile, shift, b, c, C):
-    if shift is not None:
-        tile += load_channels(shift + b * C, c, C)[None, :]
-    return tile
+def load_shift(shift, given, b, c, C):
+    """Zeros if none is given: a flag, for a kernel without the argument would be compiled, too."""
+    return tl.load(shift + b * C + c, mask=c < C * given, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["PART"])
+@triton.jit(do_not_specialize=["PART", "given"])
 def sums_kernel(
-    x, shift, means, squares, P, C, batch_stride, row_stride, PART, BP: tl.constexpr,
+    x, shift, given, means, squares, P, C, batch_stride, row_stride, PART, BP: tl.constexpr,
     BC: tl.constexpr,
 ):  # fmt: skip
     """Mean and squared deviations of each channel over PART pixels."""
@@ -73,7 +74,7 @@ def sums_kernel(
     for start in range(part * PART, stop, BP):
         pixels = start + tl.arange(0, BP)
         tile = load_tile(x, b, pixels, c, P, C, batch_stride, row_stride)
-        tile = shifted(tile, shift, b, c, C)
+        tile += load_shift(shift, given, b, c, C)[None, :]
         inside = (pixels < stop)[:, None]
         n = tl.minimum(stop - start, BP).to(tl.float32)
         own = tl.sum(tl.where(inside, tile, 0.0), 0) / n
@@ -120,27 +121,27 @@ def combine_kernel(
 
 
 @triton.jit
-def normal_tile(x, shift, mean, rstd, b, pixels, c, P, C, G, batch_stride, row_stride):
+def normal_tile(x, shift, given, mean, rstd, b, pixels, c, P, C, G, batch_stride, row_stride):
     """u' of a tile, and rstd of its channels."""
     tile = load_tile(x, b, pixels, c, P, C, batch_stride, row_stride)
-    tile = shifted(tile, shift, b, c, C)
+    tile += load_shift(shift, given, b, c, C)[None, :]
     group = b * G + c // (C // G)
     center = tl.load(mean + group, mask=c < C, other=0.0)
     scale = tl.load(rstd + group, mask=c < C, other=0.0)
     return (tile - center[None, :]) * scale[None, :], scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["given", "silu"])
 def apply_kernel(
-    x, shift, gain, bias, mean, rstd, y, P, C, G, batch_stride, row_stride, SILU: tl.constexpr,
+    x, shift, given, gain, bias, mean, rstd, y, P, C, G, batch_stride, row_stride, silu,
     BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(2)
     pixels = tl.program_id(0) * BP + tl.arange(0, BP)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
-    z, _ = normal_tile(x, shift, mean, rstd, b, pixels, c, P, C, G, batch_stride, row_stride)
+    z, _ = normal_tile(x, shift, given, mean, rstd, b, pixels, c, P, C, G, batch_stride, row_stride)
     z = z * load_channels(gain, c, C)[None, :] + load_channels(bias, c, C)[None, :]
-    if SILU:
+    if silu:
         z = z * tl.sigmoid(z)
     at = (b.to(tl.int64) * P + pixels[:, None]) * C + c[None, :]
     tl.store(y + at, z, mask=(pixels < P)[:, None] & (c < C)[None, :])
@@ -148,26 +149,26 @@ def apply_kernel(
 
 @triton.jit
 def gradient_tile(
-    x, shift, gain, bias, mean, rstd, dy, b, pixels, c, P, C, G, batch_stride, row_stride,
-    dy_batch_stride, dy_row_stride, SILU: tl.constexpr,
+    x, shift, given, gain, bias, mean, rstd, dy, b, pixels, c, P, C, G, batch_stride, row_stride,
+    dy_batch_stride, dy_row_stride, silu,
 ):  # fmt: skip
     """u', dz, gamma and rstd of a tile; outside of the image dz is 0."""
     normal, scale = normal_tile(
-        x, shift, mean, rstd, b, pixels, c, P, C, G, batch_stride, row_stride
+        x, shift, given, mean, rstd, b, pixels, c, P, C, G, batch_stride, row_stride
     )
     dz = load_tile(dy, b, pixels, c, P, C, dy_batch_stride, dy_row_stride)
     gamma = load_channels(gain, c, C)
-    if SILU:
+    if silu:
         z = normal * gamma[None, :] + load_channels(bias, c, C)[None, :]
         gate = tl.sigmoid(z)
         dz = dz * gate * (1.0 + z * (1.0 - gate))
     return normal, dz, gamma, scale
 
 
-@triton.jit(do_not_specialize=["PART"])
+@triton.jit(do_not_specialize=["PART", "given", "silu"])
 def backward_sums_kernel(
-    x, shift, gain, bias, mean, rstd, dy, sums, P, C, G, batch_stride, row_stride,
-    dy_batch_stride, dy_row_stride, PART, SILU: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+    x, shift, given, gain, bias, mean, rstd, dy, sums, P, C, G, batch_stride, row_stride,
+    dy_batch_stride, dy_row_stride, PART, silu, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Sums of dz and of dz u' of each channel over PART pixels."""
     part, b = tl.program_id(0), tl.program_id(2)
@@ -178,8 +179,8 @@ def backward_sums_kernel(
     for start in range(part * PART, stop, BP):
         pixels = start + tl.arange(0, BP)
         normal, dz, _, _ = gradient_tile(
-            x, shift, gain, bias, mean, rstd, dy, b, pixels, c, P, C, G, batch_stride, row_stride,
-            dy_batch_stride, dy_row_stride, SILU,
+            x, shift, given, gain, bias, mean, rstd, dy, b, pixels, c, P, C, G, batch_stride,
+            row_stride, dy_batch_stride, dy_row_stride, silu,
         )  # fmt: skip
         plain += tl.sum(dz, 0)
         weighted += tl.sum(dz * normal, 0)
@@ -210,25 +211,24 @@ def backward_combine_kernel(
     tl.store(group_means + B * G + b * G + g, second)
     tl.store(by_image + b * C + c, weighted, mask=own)
     tl.store(by_image + B * C + b * C + c, plain, mask=own)
-    if dshift is not None:
-        scale = tl.load(rstd + b * G + g)
-        middle = tl.load(channel_mean + b * C + c, mask=own, other=0.0)
-        normal = P * scale * (middle - tl.load(mean + b * G + g))  # sum of u'
-        total = scale * (gamma * plain - P * first - second * normal)
-        tl.store(dshift + b * C + c, total, mask=own)
+    scale = tl.load(rstd + b * G + g)
+    middle = tl.load(channel_mean + b * C + c, mask=own, other=0.0)
+    normal = P * scale * (middle - tl.load(mean + b * G + g))  # sum of u'
+    total = scale * (gamma * plain - P * first - second * normal)
+    tl.store(dshift + b * C + c, total, mask=own)
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=["B", "given", "silu"])
 def backward_apply_kernel(
-    x, shift, gain, bias, mean, rstd, dy, group_means, dx, B, P, C, G, batch_stride, row_stride,
-    dy_batch_stride, dy_row_stride, SILU: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+    x, shift, given, gain, bias, mean, rstd, dy, group_means, dx, B, P, C, G, batch_stride,
+    row_stride, dy_batch_stride, dy_row_stride, silu, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(2)
     pixels = tl.program_id(0) * BP + tl.arange(0, BP)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     normal, dz, gamma, scale = gradient_tile(
-        x, shift, gain, bias, mean, rstd, dy, b, pixels, c, P, C, G, batch_stride, row_stride,
-        dy_batch_stride, dy_row_stride, SILU,
+        x, shift, given, gain, bias, mean, rstd, dy, b, pixels, c, P, C, G, batch_stride,
+        row_stride, dy_batch_stride, dy_row_stride, silu,
     )  # fmt: skip
     group = b * G + c // (C // G)
     first = tl.load(group_means + group, mask=c < C, other=0.0)
@@ -297,17 +297,18 @@ def forward(
     x, *strides = rows_of(x)
     B, C, P = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
     part, parts = parts_of(P)
-    columns = triton.cdiv(C, BC)
     sums = torch.empty((2, B, parts, C), dtype=torch.float32, device=x.device)
     mean, rstd = torch.empty((2, B, groups), dtype=torch.float32, device=x.device)
     found = Statistics(mean, rstd, torch.empty((B, C), dtype=torch.float32, device=x.device))
-    tile = {"BP": BP, "BC": BC}
-    sums_kernel[(parts, columns, B)](x, shift, sums[0], sums[1], P, C, *strides, part, **tile)
+    added = (gain if shift is None else shift, int(shift is not None))
+    sums_kernel[(parts, triton.cdiv(C, SUMS_TILE["BC"]), B)](
+        x, *added, sums[0], sums[1], P, C, *strides, part, **SUMS_TILE
+    )
     wide = wide_tile(parts, C // groups)
     combine_kernel[(B * groups,)](sums[0], sums[1], *found, P, C, groups, parts, part, eps, **wide)
     y = torch.empty_like(x, memory_format=torch.channels_last)
-    apply_kernel[(triton.cdiv(P, BP), columns, B)](
-        x, shift, gain, bias, mean, rstd, y, P, C, groups, *strides, SILU=silu, **tile
+    apply_kernel[(triton.cdiv(P, TILE["BP"]), triton.cdiv(C, TILE["BC"]), B)](
+        x, *added, gain, bias, mean, rstd, y, P, C, groups, *strides, int(silu), **TILE
     )
     return y, found
 
@@ -322,23 +323,26 @@ def backward(
     B, C, P = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
     groups = found.mean.shape[1]
     part, parts = parts_of(P)
-    columns, tile = triton.cdiv(C, BC), {"BP": BP, "BC": BC}
     new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=x.device)  # noqa: E731
     sums, group_means, by_image = new(2, B, parts, C), new(2, B, groups), new(2, B, C)
-    dshift = None if shift is None else torch.empty_like(shift)
+    added = (gain if shift is None else shift, int(shift is not None))
+    dshift = torch.empty((B, C), dtype=added[0].dtype, device=x.device)
     mean, rstd, channel_mean = found
-    given = (x, shift, gain, bias, mean, rstd, dy)
+    given = (x, *added, gain, bias, mean, rstd, dy)
     rest = (P, C, groups, *strides, *dy_strides)
-    backward_sums_kernel[(parts, columns, B)](*given, sums, *rest, part, SILU=silu, **tile)
+    backward_sums_kernel[(parts, triton.cdiv(C, SUMS_TILE["BC"]), B)](
+        *given, sums, *rest, part, int(silu), **SUMS_TILE
+    )
     wide = wide_tile(parts, C // groups)
     backward_combine_kernel[(B * groups,)](
         sums, gain, mean, rstd, channel_mean, group_means, by_image, dshift, B, P, C, groups,
         parts, **wide,
     )  # fmt: skip
     dx = torch.empty_like(x, memory_format=torch.channels_last)
-    grid = (triton.cdiv(P, BP), columns, B)
-    backward_apply_kernel[grid](*given, group_means, dx, B, *rest, SILU=silu, **tile)
+    grid = (triton.cdiv(P, TILE["BP"]), triton.cdiv(C, TILE["BC"]), B)
+    backward_apply_kernel[grid](*given, group_means, dx, B, *rest, int(silu), **TILE)
     dgain, dbias = by_image.sum(1)
+    dshift = None if shift is None else dshift
     return dx, dgain.to(gain.dtype), dbias.to(bias.dtype), dshift
 
 
@@ -346,8 +350,8 @@ def residual(y: Tensor, bias: Tensor | None, x: Tensor | None) -> Tensor:
     """y + bias + x, in channels_last."""
     out, C = torch.empty_like(y, memory_format=torch.channels_last), y.shape[1]
     N = y.numel() // C
-    grid = (triton.cdiv(N, BP), triton.cdiv(C, BC))
-    residual_kernel[grid](y, bias, x, out, N, C, BP=BP, BC=BC)
+    grid = (triton.cdiv(N, TILE["BP"]), triton.cdiv(C, TILE["BC"]))
+    residual_kernel[grid](y, bias, x, out, N, C, **TILE)
     return out
 
 
@@ -358,6 +362,6 @@ def split(x: Tensor, cut: int) -> tuple[Tensor, Tensor]:
         torch.empty((B, n, H, W), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         for n in (cut, C - cut)
     )
-    grid = (triton.cdiv(B * H * W, BP), triton.cdiv(C, BC))
-    split_kernel[grid](x, first, second, B * H * W, C, cut, BP=BP, BC=BC)
+    grid = (triton.cdiv(B * H * W, TILE["BP"]), triton.cdiv(C, TILE["BC"]))
+    split_kernel[grid](x, first, second, B * H * W, C, cut, **TILE)
     return first, second

@@ -178,8 +178,10 @@ def blocks(
             inside = layer_norm(f"{at}.cross_norm")
             name = f"{at}.cross_attention"
             y = y + attend(params, name, inside, context, heads, implementation, context_lengths)
-        inside = linear(params, f"{at}.feed_forward.up_gate", layer_norm(f"{at}.feed_forward_norm"))
-        up, gate = inside.chunk(2, -1)
+        inside, name = layer_norm(f"{at}.feed_forward_norm"), f"{at}.feed_forward.up_gate"
+        # Two products: the gradient of one product's halves would be a copy of both.
+        halves = (params[f"{name}.{part}"].chunk(2) for part in ("weight", "bias"))
+        up, gate = (F.linear(inside, w, b) for w, b in zip(*halves, strict=True))
         y = y + linear(params, f"{at}.feed_forward.down", up * F.gelu(gate))
     y = linear(params, "project_out", y)
     return x + y.transpose(1, 2).unflatten(-1, x.shape[-2:])
