@@ -6,10 +6,10 @@ from_problems   questions with worked answers in files, checked by their last nu
 """
 
 import gzip
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 from msfs_functional.pairs import Ids, Pair
 from msfs_functional.preference_data import (
@@ -22,7 +22,20 @@ from msfs_functional.preference_data import (
 )
 from msfs_functional.rewards import RewardFn
 from msfs_functional.synthetic import instructions as synthetic
-from msfs_functional.tokenizer import Tokenizer, train_bpe, train_word_level
+from msfs_functional.tokenizer import train_bpe, train_word_level
+
+
+class Words(Protocol):
+    """A tokenizer whose ids 0 and 2 are padding and the end: ours, or a borrowed one."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def encode(
+        self, lines: Sequence[str], *, bos: bool = False, eos: bool = False
+    ) -> list[list[int]]: ...
+
+    def decode(self, ids: Iterable[Sequence[int]]) -> list[str]: ...
 
 
 @dataclass(frozen=True)
@@ -38,6 +51,8 @@ class Data:
     demonstrations: int = 30_000  # of the embedded task, to imitate
     prompts: int = 3000  # of the embedded task, to answer while learning
     held_out: int = 400  # prompts that nothing is trained on, at most
+    # of the embedded task, which of the two sets of them: one to choose settings by, one to report
+    figures_on: Literal["valid", "test"] = "test"
     new: int = 12  # longest answer [tokens]
 
 
@@ -53,7 +68,7 @@ class Prompt(NamedTuple):
 class Task:
     """What is to be learned, and how answers are judged."""
 
-    tokenizer: Tokenizer
+    tokenizer: Words
     prompts: list[Prompt]  # to train on
     held_out: list[Prompt]
     demonstrations: Sequence[tuple[Ids, Ids]]  # (prompt, answer) to imitate
@@ -66,10 +81,18 @@ class Task:
     notes: tuple[str, ...] = ()  # what the user should know of the data
 
 
-def built_in(data: Data, seed: int) -> Task:
-    """The task of `synthetic.instructions`."""
+# (what is configured, seed, tokens of a row, tokenizer; None: one learned from the texts) -> Task
+TaskFn = Callable[[Data, int, int, Words | None], Task]
+
+
+def built_in(data: Data, seed: int, length: int = 64, tokenizer: Words | None = None) -> Task:
+    """The task of `synthetic.instructions`.
+
+    Raises:
+        ValueError: a tokenizer that needs more tokens for a prompt and an answer than `length`.
+    """
     shown = synthetic.demonstrations(seed, data.demonstrations)
-    tokenizer = train_word_level([text for pair in shown for text in pair], 1000)
+    tokenizer = tokenizer or train_word_level([text for pair in shown for text in pair], 1000)
 
     def encoded(split: synthetic.Split, count: int) -> list[Prompt]:
         texts = [one.prompt for one in synthetic.instructions(seed + 1, count, split)]
@@ -78,10 +101,16 @@ def built_in(data: Data, seed: int) -> Task:
 
     asked, given = zip(*shown, strict=True)
     pairs = zip(tokenizer.encode(asked, bos=True), tokenizer.encode(given, eos=True), strict=True)
+    prompts, held_out = encoded("train", data.prompts), encoded(data.figures_on, data.held_out)
+    if (most := max(len(p.ids) for p in [*prompts, *held_out]) + data.new) > length:
+        raise ValueError(
+            f"a prompt and its answer take up to {most} tokens, beyond --model.length ({length}): "
+            "raise it"
+        )
     return Task(
         tokenizer,
-        encoded("train", data.prompts),
-        encoded("valid", data.held_out),
+        prompts,
+        held_out,
         list(pairs),
         data.new,
         synthetic.right,
@@ -104,7 +133,7 @@ def read_texts(paths: Sequence[Path]) -> list[str]:
     return [text for document in documents if (text := document.strip())]
 
 
-def from_pairs(data: Data, length: int) -> Task:
+def from_pairs(data: Data, seed: int, length: int, tokenizer: Words | None = None) -> Task:
     """Preferences of people, split by prompt; the chosen answers are the demonstrations.
 
     Prompts that leave no room for an answer, and pairs beyond the context, are left out and
@@ -114,7 +143,7 @@ def from_pairs(data: Data, length: int) -> Task:
     train, held_out = split_by(pairs, lambda pair: pair.prompt, data.share)
     seen = [text for pair in train for text in (pair.prompt + pair.chosen, pair.rejected)]
     more = read_texts(data.texts)
-    tokenizer = train_bpe([*seen, *more], data.vocabulary)
+    tokenizer = tokenizer or train_bpe([*seen, *more], data.vocabulary)
 
     def encoded(some: Sequence[Any]) -> list[Pair]:
         prompts = tokenizer.encode([pair.prompt for pair in some], bos=True)
@@ -154,14 +183,14 @@ def from_pairs(data: Data, length: int) -> Task:
     )
 
 
-def from_problems(data: Data, length: int) -> Task:
+def from_problems(data: Data, seed: int, length: int, tokenizer: Words | None = None) -> Task:
     """Questions whose worked answers end in "#### number", split by question."""
     problems = read_problems(data.files)
     train, held_out = split_by(problems, lambda problem: problem.question, data.share)
     more = read_texts(data.texts)
     frame = "Question: {}\nAnswer:"
     seen = [f"{frame.format(p.question)} {p.answer}" for p in train]
-    tokenizer = train_bpe([*seen, *more], data.vocabulary)
+    tokenizer = tokenizer or train_bpe([*seen, *more], data.vocabulary)
     room, dropped = length - data.new, 0
 
     def encoded(some: Sequence[Any]) -> list[Prompt]:
@@ -195,3 +224,8 @@ def from_problems(data: Data, length: int) -> Task:
         texts=tokenizer.encode([*seen, *more], bos=True, eos=True),
         notes=(note,),
     )
+
+
+def checked_task(data: Data, seed: int, length: int = 64, tokenizer: Words | None = None) -> Task:
+    """A task whose answers can be checked: the problems of files, else the embedded one."""
+    return (from_problems if data.files else built_in)(data, seed, length, tokenizer)

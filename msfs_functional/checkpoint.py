@@ -29,6 +29,7 @@ from torch import Tensor
 
 from msfs_functional import durable
 from msfs_functional.durable import verify
+from msfs_functional.side_by_side import address
 from msfs_functional.transforms import NAMESPACE
 
 STATE, META = "state.safetensors", "meta.json"
@@ -312,15 +313,28 @@ def compare(path: Path, like: dict[str, Any], saved: dict[str, Any], partial: bo
     )
 
 
-def _place(like: Any, saved: Any, device: torch.device | str | None) -> Any:
-    """A copy with the device and the strides of `like`: a resumed run takes the same kernels."""
-    if isinstance(like, Tensor):
-        where = device or ("cpu" if like.is_meta else like.device)
-        with torch.no_grad():
-            return torch.empty_like(like, device=where, requires_grad=False).copy_(saved)
+def _place(
+    like: Any, saved: Any, device: torch.device | str | None, memory: dict[Any, Tensor]
+) -> Any:
+    """A copy with the device and the strides of `like`: a resumed run takes the same kernels.
+
+    Leaves that share memory, as an ensemble's do, share it again: `memory`.
+    """
     if isinstance(like, torch.Size):
         return saved.to(device or "cpu", copy=True)
-    return saved
+    if not isinstance(like, Tensor):
+        return saved
+    where = device or ("cpu" if like.is_meta else like.device)
+    place = address(like)
+    size = 0 if place is None else like.untyped_storage().nbytes() // like.itemsize
+    with torch.no_grad():
+        if size <= like.numel():
+            return torch.empty_like(like, device=where, requires_grad=False).copy_(saved)
+        key = place, like.dtype
+        if key not in memory:
+            memory[key] = torch.empty(size, dtype=like.dtype, device=where)
+        own = memory[key].as_strided(like.shape, like.stride(), like.storage_offset())
+        return own.copy_(saved)
 
 
 def load(
@@ -368,7 +382,8 @@ def load(
             saved = {**meta["leaves"], **{name: file.get_tensor(name) for name in file.keys()}}
             wanted = named_leaves(like)
             compare(path, wanted, saved, partial)
-            leaves = [_place(leaf, saved[name], device) for name, leaf in wanted.items()]
+            memory: dict[Any, Tensor] = {}
+            leaves = [_place(leaf, saved[name], device, memory) for name, leaf in wanted.items()]
         structure = optree.tree_structure(like, namespace=NAMESPACE)
         state = optree.tree_unflatten(structure, leaves)
     about = manifest["about"]

@@ -161,6 +161,28 @@ def machine(name: str | None, dtype: str | None, compile: bool | None) -> Machin
     )
 
 
+def settled(config: C, prefix: str) -> C:
+    """The configuration of a run with what was left to the machine filled in, threads set.
+
+    Args:
+        config: has the fields name, out, resume, overwrite, device, dtype, threads.
+        prefix: of the names of runs, see `free_name`.
+
+    Raises:
+        ValueError: a name that is a path, options that exclude each other, as `device`.
+    """
+    given: Any = config
+    if given.name and Path(given.name).name != given.name:
+        raise ValueError(f"--name ({given.name}) must be a plain name: put folders into --out")
+    if given.resume and given.overwrite:
+        raise ValueError("--resume goes on with a run, --overwrite deletes it: give one of them")
+    where = machine(given.device, given.dtype, False)
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    name = given.name or free_name(given.out, prefix)
+    return dataclasses.replace(given, name=name, device=where.device, dtype=where.dtype)
+
+
 def check_numbers(config: Any, may_be_zero: Collection[str], *, where: str = "--") -> None:
     """Refuses what can never be right: negative numbers, and zeros where a size is meant.
 

@@ -110,26 +110,28 @@ def shapes_world(
     split: shapes.Split = "train",
     *,
     size: int = shapes.SIDE,
+    held_out: shapes.Pairs = shapes.HELD_OUT,
     scene_filter: Callable[[shapes.Scene], bool] | None = None,
 ) -> tuple[Pictured, list[shapes.Scene]]:
     """`count` rendered scenes with their captions and all questions, and the scenes themselves.
 
     Args:
         size: of a side, in pixels.
+        held_out: pairs of colour and kind that only the split "unseen" has.
         scene_filter: keeps only scenes for which it is true, until there are `count`.
     """
-    found = shapes.scenes(seed, count, split)
+    found = shapes.scenes(seed, count, split, held_out)
     more = 2 * count
     while scene_filter is not None:
         kept = [scene for scene in found if scene_filter(scene)]
         if len(kept) >= count or more > 64 * count:
             found = kept[:count]
             break
-        found, more = shapes.scenes(seed, more, split), 2 * more
+        found, more = shapes.scenes(seed, more, split, held_out), 2 * more
     images = torch.stack(
         [torch.from_numpy(shapes.render(scene, size)).permute(2, 0, 1) for scene in found]
     )
-    asked = [shapes.questions(scene, seed + i) for i, scene in enumerate(found)]
+    asked = [shapes.questions(scene, seed + i, held_out) for i, scene in enumerate(found)]
     return Pictured(images, [shapes.captions(scene) for scene in found], asked), found
 
 

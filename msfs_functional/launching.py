@@ -54,6 +54,18 @@ def processes(
         dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def joined(device: str | None = None, *, debug: bool = False) -> Iterator[None]:
+    """As `processes`, without a watchdog: for runs of minutes."""
+    if not several():
+        yield
+        return
+    meshes.join(torch.device(device).type if device else None)
+    with contextlib.nullcontext() if debug else agreement.said_once():
+        yield
+    dist.destroy_process_group()
+
+
 def resume_command(script: str, run: Path) -> str:
     """The same launch again, from the checkpoint of a run; every node of several gives it."""
     launch = "python"

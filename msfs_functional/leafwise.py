@@ -4,9 +4,10 @@ An optimizer's update, traced over a whole tree, is a graph of some twenty opera
 hundreds of parameters, which takes longer to compile than the model. Where parameters are updated
 each alone (`Transformation.kinds`), this module compiles the update of one parameter for each kind
 and shape, and runs it parameter by parameter, in place. Where even elements are updated each alone,
-parameters are seen as rows of 16 numbers, and one graph serves all shapes. Small parameters, most
-of a model's, are then copied together, updated in one launch and copied back: a launch of each
-would take longer than the copies.
+parameters are seen as rows of 16 numbers, and one graph serves all shapes. Parameters that lie side
+by side in memory, as those of an ensemble do, are then updated in one launch. Of others the small
+ones, most of a model's, are copied together, updated in one launch and copied back: a launch of
+each would take longer than the copies.
 """
 
 import itertools
@@ -19,11 +20,12 @@ from torch import Tensor
 
 from msfs_functional.compiling import fresh
 from msfs_functional.params import Params
+from msfs_functional.side_by_side import flat, joined, memory_order
 from msfs_functional.transforms import NAMESPACE
 from msfs_functional.updates import Kinds
 
 ROW = 16  # elements: what vectorised memory access wants sizes to be divisible by
-SMALL = 2**16  # elements, of all members: below, a launch takes longer than a copy
+SMALL = 2**16  # elements: below, a launch takes longer than a copy
 Trained = tuple[Params, Any, Params | None]  # params, opt_state, moving average
 UpdateFn = Callable[[Trained, Params, Tensor | None, Tensor], Trained]
 
@@ -70,6 +72,15 @@ def only(tree: Any, kept: Sequence[str], names: Params, own: bool = False) -> An
     return None if tree is None else Leaf(tree, own)
 
 
+def memory_plan(params: Params, kinds: Kinds | None, lead: int) -> list[str]:
+    """Names in the order in which an ensemble's tensors lie: those of one kind together, and those
+    whose size ROW does not divide at the end."""
+    kind_of = kinds(params) if kinds else dict.fromkeys(params)
+    numbers = {kind: i for i, kind in enumerate(dict.fromkeys(kind_of.values()))}
+    uneven = {name: x.shape[lead:].numel() % ROW != 0 for name, x in params.items()}
+    return sorted(params, key=lambda name: (uneven[name], numbers[kind_of[name]]))
+
+
 class Leafwise:
     """trained = update(trained, grads, scale, finite), compiled for one parameter at a time.
 
@@ -105,15 +116,24 @@ class Leafwise:
             self.update_shared = self._compile(self.shared, self.one_of_each, shared=True)
 
     def _grouped(self, leaves: list[Any], grads: Params) -> list[list[str]]:
-        """Small parameters of one kind together, every other one alone."""
-        groups: dict[Hashable, list[str]] = {}
+        """Parameters of one kind together if they lie side by side or are small, others alone."""
+        alike: dict[Hashable, list[str]] = {}
         for name, grad in grads.items():
             own = [leaves[i] for i in self.places[name].own]
-            key: Hashable = name
-            if self._fits_rows(own) and own[0].numel() <= SMALL:
-                key = self.kind_of[name], tuple(x.dtype for x in own), grad.dtype
-            groups.setdefault(key, []).append(name)
-        return list(groups.values())
+            fits = self._fits_rows(own)
+            key = self.kind_of[name], tuple(x.dtype for x in own), grad.dtype if fits else name
+            alike.setdefault(key, []).append(name)
+        groups: list[list[str]] = []
+        for names in alike.values():
+            params = [leaves[self.places[name].own[0]] for name in names]
+            order = memory_order(params, self.lead)
+            if order is not None:
+                groups.append([names[i] for i in order])
+                continue
+            small = [n for n, x in zip(names, params, strict=True) if x.numel() <= SMALL]
+            groups += [small] if small else []
+            groups += [[name] for name in names if name not in small]
+        return groups
 
     def __call__(
         self, trained: Trained, grads: Params, scale: Tensor | None, finite: Tensor
@@ -152,17 +172,30 @@ class Leafwise:
         own = [[leaves[i] for i in at.own] for at in places]
         if len(names) == 1:
             return self._call(names[0], own[0], common, grads[names[0]], scale, finite)
-        flat = [[x.flatten(self.lead) for x in column] for column in zip(*own, strict=True)]
-        joined = [torch.cat(column, -1) for column in flat]
-        grad = torch.cat([grads[name].flatten(self.lead) for name in names], -1)
-        after = self._call(names[0], joined, common, grad, scale, finite)
+        columns = [list(column) for column in zip(*own, strict=True)]
+        found = [joined(column, self.lead) for column in columns]
+        beside = [x for x in found if x is not None]
+        lie_beside = len(beside) == len(columns)
+        joint = beside if lie_beside else [self._copied(column) for column in columns]
+        some = [grads[name] for name in names]
+        grad = joined(some, self.lead)
+        grad = self._copied(some) if grad is None else grad
+        after = self._call(names[0], joint, common, grad, scale, finite)
+        if self.donate and lie_beside:
+            return []
         if self.donate:
-            after = joined
-        sizes = [x.shape[-1] for x in flat[0]]
-        parts = [x.view(joined[0].shape).split(sizes, -1) for x in after]
+            after = joint
+        sizes = [x.shape[self.lead :].numel() for x in columns[0]]
+        parts = [x.view(joint[0].shape).split(sizes, -1) for x in after]
         if self.donate:
-            torch._foreach_copy_(list(itertools.chain(*flat)), list(itertools.chain(*parts)))
+            flat_columns = [[x.flatten(self.lead) for x in column] for column in columns]
+            torch._foreach_copy_(
+                list(itertools.chain(*flat_columns)), list(itertools.chain(*parts))
+            )
         return list(itertools.chain(*zip(*parts, strict=True)))
+
+    def _copied(self, tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat([x.flatten(self.lead) for x in tensors], -1)
 
     def _call(
         self,
@@ -197,7 +230,7 @@ class Leafwise:
             self.elementwise
             and size % ROW == 0
             and size > ROW
-            and all(type(x) is Tensor and x.shape == shape and x.is_contiguous() for x in own)
+            and all(type(x) is Tensor and x.shape == shape and flat(x, self.lead) for x in own)
         )
 
     def _compile(self, at: Place, names: list[str], shared: bool = False) -> Callable[..., Any]:

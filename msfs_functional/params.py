@@ -27,6 +27,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 
 from msfs_functional import random
+from msfs_functional.side_by_side import joined, lay, memory_order, parts
 
 V = TypeVar("V")
 Params = dict[str, Tensor]
@@ -347,26 +348,42 @@ class _Cast(torch.autograd.Function):
     """Each tensor in its new dtype; on a GPU one kernel for all instead of one for each."""
 
     @staticmethod
-    def forward(dtypes: Sequence[torch.dtype], *tensors: Tensor) -> tuple[Tensor, ...]:
-        copies = [torch.empty_like(x, dtype=to) for x, to in zip(tensors, dtypes, strict=True)]
-        torch._foreach_copy_(copies, list(tensors))
-        return tuple(copies)
+    def forward(dtypes: Sequence[torch.dtype], lead: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        order = memory_order(tensors, lead) if len(set(dtypes)) == 1 else None
+        if order is None:
+            copies = [torch.empty_like(x, dtype=to) for x, to in zip(tensors, dtypes, strict=True)]
+            torch._foreach_copy_(copies, list(tensors))
+            return tuple(copies)
+        sorted_ = [tensors[i] for i in order]
+        whole: Any = joined(sorted_, lead)
+        copies = dict(zip(order, parts(whole.to(dtypes[0]), sorted_, lead), strict=True))
+        return tuple(copies[i] for i in range(len(tensors)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        _, ctx.lead, *tensors = inputs
         ctx.set_materialize_grads(False)
-        ctx.dtypes = [x.dtype for x in inputs[1:]]
+        ctx.dtypes = [x.dtype for x in tensors]
+        ctx.order = memory_order(tensors, ctx.lead)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients lie side by side where what was cast did."""
         found = {i: grad for i, grad in enumerate(grads) if grad is not None}
-        casts: Any = _Cast.apply([ctx.dtypes[i] for i in found], *found.values())
+        if ctx.order is not None and len(found) == len(grads):
+            found = {i: found[i] for i in ctx.order}
+            found = dict(zip(found, lay(list(found.values()), ctx.lead), strict=True))
+        dtypes = [ctx.dtypes[i] for i in found]
+        casts: Any = _Cast.apply(dtypes, ctx.lead, *found.values())
         back = dict(zip(found, casts, strict=True))
-        return None, *[back.get(i) for i in range(len(grads))]
+        return None, None, *[back.get(i) for i in range(len(grads))]
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple, dtypes: Sequence[torch.dtype], *tensors: Tensor) -> Any:
-        return _Cast.apply(dtypes, *tensors), tuple(in_dims[1:])
+    def vmap(
+        info: Any, in_dims: tuple, dtypes: Sequence[torch.dtype], lead: int, *tensors: Tensor
+    ) -> Any:
+        lead = lead + 1 if set(in_dims[2:]) == {0} else 0
+        return _Cast.apply(dtypes, lead, *tensors), tuple(in_dims[2:])
 
 
 def _forward_mode() -> bool:
@@ -386,7 +403,7 @@ def cast(params: Params, dtype: torch.dtype) -> Params:
         and all(type(x) in (Tensor, nn.Parameter) for x in changed.values())
     )
     if together:
-        casts: Any = _Cast.apply([dtype] * len(changed), *changed.values())
+        casts: Any = _Cast.apply([dtype] * len(changed), 0, *changed.values())
         changed = dict(zip(changed, casts, strict=True))
     else:
         changed = {name: value.to(dtype) for name, value in changed.items()}

@@ -18,9 +18,10 @@ A length-normalised variant is the same function on mean log-probabilities (`sum
 Dimension key: B examples, T and S tokens.
 """
 
+import functools
 import math
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -90,6 +91,49 @@ def check_reference(policy: Mapping[str, Tensor], reference: Mapping[str, Tensor
 # ------------------------------------------------------------------- direct preference optimization
 
 
+def implicit_rewards(
+    chosen: Tensor,
+    rejected: Tensor,
+    reference_chosen: Tensor,
+    reference_rejected: Tensor,
+    beta: float | Tensor,
+) -> tuple[Tensor, Tensor]:
+    """beta (logp - reference logp) of both sides."""
+    positive("beta", beta)
+    same_shape(
+        chosen=chosen,
+        rejected=rejected,
+        reference_chosen=reference_chosen,
+        reference_rejected=reference_rejected,
+    )
+    return beta * (chosen - reference_chosen), beta * (rejected - reference_rejected)
+
+
+def of_log_probabilities(loss: Callable[..., Tensor]) -> Callable[..., Preference]:
+    """A loss of implicit rewards, loss(c, r, beta, **options), with the arguments of `dpo`.
+
+    The decorated function is called as dpo is:
+
+        fn(chosen, rejected, reference_chosen, reference_rejected, *, beta=0.1, **options)
+    """
+
+    @functools.wraps(loss)
+    def run(
+        chosen: Tensor,
+        rejected: Tensor,
+        reference_chosen: Tensor,
+        reference_rejected: Tensor,
+        *,
+        beta: float | Tensor = 0.1,
+        **options: Any,
+    ) -> Preference:
+        c, r = implicit_rewards(chosen, rejected, reference_chosen, reference_rejected, beta)
+        return as_pair(loss(c, r, beta, **options), c, r)
+
+    del run.__wrapped__  # help() shall show how it is called
+    return run
+
+
 def dpo(
     chosen: Float[Tensor, "B"],
     rejected: Float[Tensor, "B"],
@@ -122,15 +166,14 @@ def dpo(
     return as_pair(smoothed(c - r, label_smoothing), c, r)
 
 
+@of_log_probabilities
 def robust_dpo(
-    chosen: Float[Tensor, "B"],
-    rejected: Float[Tensor, "B"],
-    reference_chosen: Float[Tensor, "B"],
-    reference_rejected: Float[Tensor, "B"],
+    c: Float[Tensor, "B"],
+    r: Float[Tensor, "B"],
+    beta: float | Tensor,
     *,
-    beta: float | Tensor = 0.1,
     label_smoothing: float = 0.1,
-) -> Preference:
+) -> Float[Tensor, "B"]:
     """DPO's loss made unbiased under a known share e of flipped preferences.
 
         loss = (-(1 - e) log sigmoid(d) + e log sigmoid(-d)) / (1 - 2 e)       d as in `dpo`
@@ -139,36 +182,24 @@ def robust_dpo(
 
     Source: Chowdhury, Kini and Natarajan 2024 (rDPO).
     """
-    c, r = implicit_rewards(chosen, rejected, reference_chosen, reference_rejected, beta)
     check_flip_rate(label_smoothing)
     d, e = c - r, label_smoothing
-    return as_pair(((1 - e) * F.softplus(-d) - e * F.softplus(d)) / (1 - 2 * e), c, r)
+    return ((1 - e) * F.softplus(-d) - e * F.softplus(d)) / (1 - 2 * e)
 
 
+@of_log_probabilities
 def dpo_hinge(
-    chosen: Float[Tensor, "B"],
-    rejected: Float[Tensor, "B"],
-    reference_chosen: Float[Tensor, "B"],
-    reference_rejected: Float[Tensor, "B"],
-    *,
-    beta: float | Tensor = 0.1,
-) -> Preference:
+    c: Float[Tensor, "B"], r: Float[Tensor, "B"], beta: float | Tensor
+) -> Float[Tensor, "B"]:
     """max(0, 1 - d), d as in `dpo`: pairs with a margin of 1 are done with.
 
     Source: Zhao et al. 2023 (SLiC), equation 1; Liu et al. 2024 (RSO).
     """
-    c, r = implicit_rewards(chosen, rejected, reference_chosen, reference_rejected, beta)
-    return as_pair(F.relu(1 - (c - r)), c, r)
+    return F.relu(1 - (c - r))
 
 
-def ipo(
-    chosen: Float[Tensor, "B"],
-    rejected: Float[Tensor, "B"],
-    reference_chosen: Float[Tensor, "B"],
-    reference_rejected: Float[Tensor, "B"],
-    *,
-    beta: float | Tensor = 0.1,
-) -> Preference:
+@of_log_probabilities
+def ipo(c: Float[Tensor, "B"], r: Float[Tensor, "B"], beta: float | Tensor) -> Float[Tensor, "B"]:
     """(h - 1 / (2 beta))^2: regresses the log-ratio margin h = d / beta instead of saturating it.
 
     Takes sums as in the paper, or mean log-probabilities, which keep the target independent of the
@@ -176,8 +207,7 @@ def ipo(
 
     Source: Azar et al. 2023, equation 17 (beta is its tau).
     """
-    c, r = implicit_rewards(chosen, rejected, reference_chosen, reference_rejected, beta)
-    return as_pair(((c - r) / beta - 1 / (2 * beta)).square(), c, r)
+    return ((c - r) / beta - 1 / (2 * beta)).square()
 
 
 def simpo(
@@ -288,24 +318,6 @@ def kto_kl(logps: Float[Tensor, "B"], reference_logps: Float[Tensor, "B"]) -> Fl
 
 
 # ------------------------------------------------------------------------------------------- pieces
-
-
-def implicit_rewards(
-    chosen: Tensor,
-    rejected: Tensor,
-    reference_chosen: Tensor,
-    reference_rejected: Tensor,
-    beta: float | Tensor,
-) -> tuple[Tensor, Tensor]:
-    """beta (logp - reference logp) of both sides."""
-    positive("beta", beta)
-    same_shape(
-        chosen=chosen,
-        rejected=rejected,
-        reference_chosen=reference_chosen,
-        reference_rejected=reference_rejected,
-    )
-    return beta * (chosen - reference_chosen), beta * (rejected - reference_rejected)
 
 
 def as_pair(losses: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor) -> Preference:

@@ -1,6 +1,6 @@
 """Further losses on preference pairs in the form of `preference.dpo`, and changes of their inputs.
 
-    exo nca bco sppo aot aot_unpaired apo_zero apo_down discopop        losses
+    exo nca bco sppo apo_zero apo_down discopop aot      losses, called as `preference.dpo` is
     divergence_score          another divergence than the reverse KL, for any of the losses
     desensitised_logps        the tail of the longer answer counts less
     confidence_weights        pairs that the policy would say itself count more
@@ -20,72 +20,84 @@ from torch import Tensor
 
 from msfs_functional.checks import check_mask, positive
 from msfs_functional.logps import sequence_logps
-from msfs_functional.preference import Preference, as_pair, implicit_rewards, smoothed
+from msfs_functional.preference import (
+    Preference,
+    as_pair,
+    implicit_rewards,
+    of_log_probabilities,
+    smoothed,
+)
 
 
+@of_log_probabilities
 def exo(
-    chosen: Tensor,
-    rejected: Tensor,
-    reference_chosen: Tensor,
-    reference_rejected: Tensor,
+    c: Float[Tensor, "B"],
+    r: Float[Tensor, "B"],
+    beta: float | Tensor,
     *,
-    beta: float | Tensor = 0.1,
     label_smoothing: float = 1e-3,
-) -> Preference:
+) -> Float[Tensor, "B"]:
     """KL(softmax(c, r) || (1 - e, e)): the exact reverse KL of the pair (Ji et al. 2024, eq. 16).
 
     Args:
         label_smoothing: e in (0, 0.5).
-        others: as in `preference.dpo`, here and below.
     """
     if not 0 < label_smoothing < 0.5:
         raise ValueError(f"label_smoothing ({label_smoothing}) must be in (0, 0.5): 0 is infinite")
-    c, r = implicit_rewards(chosen, rejected, reference_chosen, reference_rejected, beta)
     d, e = c - r, label_smoothing
     better = torch.sigmoid(d) * (F.logsigmoid(d) - math.log1p(-e))
-    return as_pair(better + torch.sigmoid(-d) * (F.logsigmoid(-d) - math.log(e)), c, r)
+    return better + torch.sigmoid(-d) * (F.logsigmoid(-d) - math.log(e))
 
 
-def nca(
-    chosen: Tensor,
-    rejected: Tensor,
-    reference_chosen: Tensor,
-    reference_rejected: Tensor,
-    *,
-    beta: float | Tensor = 0.1,
-) -> Preference:
+@of_log_probabilities
+def nca(c: Float[Tensor, "B"], r: Float[Tensor, "B"], beta: float | Tensor) -> Float[Tensor, "B"]:
     """-log s(c) - log s(-c) / 2 - log s(-r) / 2, s the sigmoid: holds the chosen answer's
     probability up (Chen et al. 2024, noise contrastive alignment)."""
-    c, r = implicit_rewards(chosen, rejected, reference_chosen, reference_rejected, beta)
-    losses = -F.logsigmoid(c) - F.logsigmoid(-c) / 2 - F.logsigmoid(-r) / 2
-    return as_pair(losses, c, r)
+    return -F.logsigmoid(c) - F.logsigmoid(-c) / 2 - F.logsigmoid(-r) / 2
 
 
-def bco(
-    chosen: Tensor,
-    rejected: Tensor,
-    reference_chosen: Tensor,
-    reference_rejected: Tensor,
-    *,
-    beta: float | Tensor = 0.1,
-) -> Preference:
+@of_log_probabilities
+def bco(c: Float[Tensor, "B"], r: Float[Tensor, "B"], beta: float | Tensor) -> Float[Tensor, "B"]:
     """-log s(c) - log s(-r): a classifier of good and bad answers (Jung et al. 2024, no shift)."""
-    c, r = implicit_rewards(chosen, rejected, reference_chosen, reference_rejected, beta)
-    return as_pair(-F.logsigmoid(c) - F.logsigmoid(-r), c, r)
+    return -F.logsigmoid(c) - F.logsigmoid(-r)
 
 
-def sppo(
-    chosen: Tensor,
-    rejected: Tensor,
-    reference_chosen: Tensor,
-    reference_rejected: Tensor,
-    *,
-    beta: float | Tensor = 0.1,
-) -> Preference:
+@of_log_probabilities
+def sppo(c: Float[Tensor, "B"], r: Float[Tensor, "B"], beta: float | Tensor) -> Float[Tensor, "B"]:
     """(c / beta - 1 / (2 beta))^2 + (r / beta + 1 / (2 beta))^2 (Wu et al. 2024, hard labels)."""
-    c, r = implicit_rewards(chosen, rejected, reference_chosen, reference_rejected, beta)
-    losses = ((c - 0.5) / beta).square() + ((r + 0.5) / beta).square()
-    return as_pair(losses, c, r)
+    return ((c - 0.5) / beta).square() + ((r + 0.5) / beta).square()
+
+
+@of_log_probabilities
+def apo_zero(
+    c: Float[Tensor, "B"], r: Float[Tensor, "B"], beta: float | Tensor
+) -> Float[Tensor, "B"]:
+    """s(-c) + s(r): chosen up, rejected down, for answers better than the policy's own
+    (D'Oosterlinck et al. 2024, equation 7). Single answers: `preference.kto` with a kl of zero."""
+    return torch.sigmoid(-c) + torch.sigmoid(r)
+
+
+@of_log_probabilities
+def apo_down(
+    c: Float[Tensor, "B"], r: Float[Tensor, "B"], beta: float | Tensor
+) -> Float[Tensor, "B"]:
+    """s(c) + s(-d): both down, rejected more, for answers worse than the policy's (equation 8)."""
+    return torch.sigmoid(c) + torch.sigmoid(r - c)
+
+
+@of_log_probabilities
+def discopop(
+    c: Float[Tensor, "B"], r: Float[Tensor, "B"], beta: float | Tensor, *, tau: float = 0.05
+) -> Float[Tensor, "B"]:
+    """-(1 - m) log s(d) + m exp(-d), m = s(d / tau): found by search (Lu et al. 2024, eq. 5).
+
+    Args:
+        tau: temperature of the mixing, above 0.
+    """
+    positive("tau", tau)
+    d = c - r
+    mixing = torch.sigmoid(d / tau)
+    return -F.logsigmoid(d) * (1 - mixing) + (-d).exp() * mixing
 
 
 def aot(
@@ -111,54 +123,6 @@ def aot(
     else:
         d = c.sort().values - r.sort().values
     return as_pair(smoothed(d, label_smoothing), c, r)
-
-
-def apo_zero(
-    chosen: Tensor,
-    rejected: Tensor,
-    reference_chosen: Tensor,
-    reference_rejected: Tensor,
-    *,
-    beta: float | Tensor = 0.1,
-) -> Preference:
-    """s(-c) + s(r): chosen up, rejected down, for answers better than the policy's own
-    (D'Oosterlinck et al. 2024, equation 7). Single answers: `preference.kto` with a kl of zero."""
-    c, r = implicit_rewards(chosen, rejected, reference_chosen, reference_rejected, beta)
-    return as_pair(torch.sigmoid(-c) + torch.sigmoid(r), c, r)
-
-
-def apo_down(
-    chosen: Tensor,
-    rejected: Tensor,
-    reference_chosen: Tensor,
-    reference_rejected: Tensor,
-    *,
-    beta: float | Tensor = 0.1,
-) -> Preference:
-    """s(c) + s(-d): both down, rejected more, for answers worse than the policy's (equation 8)."""
-    c, r = implicit_rewards(chosen, rejected, reference_chosen, reference_rejected, beta)
-    return as_pair(torch.sigmoid(c) + torch.sigmoid(r - c), c, r)
-
-
-def discopop(
-    chosen: Tensor,
-    rejected: Tensor,
-    reference_chosen: Tensor,
-    reference_rejected: Tensor,
-    *,
-    beta: float | Tensor = 0.1,
-    tau: float = 0.05,
-) -> Preference:
-    """-(1 - m) log s(d) + m exp(-d), m = s(d / tau): found by search (Lu et al. 2024, eq. 5).
-
-    Args:
-        tau: temperature of the mixing, above 0.
-    """
-    positive("tau", tau)
-    c, r = implicit_rewards(chosen, rejected, reference_chosen, reference_rejected, beta)
-    d = c - r
-    mixing = torch.sigmoid(d / tau)
-    return as_pair(-F.logsigmoid(d) * (1 - mixing) + (-d).exp() * mixing, c, r)
 
 
 # ------------------------------------------------------------------------------------------- inputs

@@ -34,7 +34,7 @@ def reward_loss(setup: Setup, centring: float = 0.01):
 
     def loss_fn(params: Params, batch: dict[str, Tensor], key: Tensor):
         rewards = last_rewards(
-            setup.model,
+            setup.plain,  # members are whole on every process
             cast(params, setup.dtype),
             batch["tokens"].flatten(0, 1),
             batch["lengths"].flatten(),
@@ -71,7 +71,7 @@ def train_rewards(
         stage.steps,
         init_state(stacked, optimizer, keys),
         step_of(setup, reward_loss(setup), optimizer, members=members),
-        Shuffled(data, stage.batch, seed),
+        Shuffled(data, stage.batch, seed, setup.share),
         device=setup.device,
         resume=resume,
         tokens=lambda batch: batch["lengths"].sum(),
@@ -88,7 +88,7 @@ def rewards_of(
     frozen = cast(params, setup.dtype)
 
     def one(params: Params, tokens: Tensor, lengths: Tensor) -> Tensor:
-        return last_rewards(setup.model, params, tokens, lengths, implementation="flash")
+        return last_rewards(setup.plain, params, tokens, lengths, implementation="flash")
 
     def every(tokens: Tensor, lengths: Tensor) -> Tensor:
         return torch.vmap(one, in_dims=(0, None, None))(frozen, tokens, lengths).T

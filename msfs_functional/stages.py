@@ -1,12 +1,14 @@
 """A stage of a run: a step, its batches, checkpoints of its own, its curves.
 
 Runs of several stages (fine-tune, then train a reward model, then optimise) go through each with
-`run_stage`, which goes on where the stage was stopped and does nothing where it was done:
+`run_stage`, which goes on where the stage was stopped and does nothing where it was done; so do
+runs of a single one:
 
     runs/<name>/sft/checkpoints/ metrics.jsonl ...
     runs/<name>/dpo/checkpoints/ ...
 """
 
+import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,10 +33,15 @@ class Batches(Protocol):
     def restore(self, state: Any) -> None: ...
 
 
-def stopped(tracker: Tracker, count: int, signal: int, resume: str) -> SystemExit:
-    """Tells how to go on after a signal; raise what it returns."""
+def stopped(tracker: Tracker, count: int, number: int, resume: str) -> SystemExit:
+    """Tells how to go on after a signal; raise what it returns.
+
+    A preempted process of several (SIGTERM) ends with 0: torchrun takes anything else for a failure
+    and starts all again.
+    """
     tracker.note(f"saved after step {count}; go on with: {resume}")
-    return SystemExit(128 + signal)
+    preempted = number == signal.SIGTERM and agreement.world() > 1
+    return SystemExit(0 if preempted else 128 + number)
 
 
 def check_skipped(state: TrainState, most: int | None, name: str) -> None:
@@ -59,6 +66,7 @@ def run_stage(
     every: int = 20,
     save_every: int | None = None,
     keep: int = 1,
+    files: Mapping[str, str | bytes] | None = None,
     tokens: Callable[[Mapping[str, Tensor]], int | Tensor] = lambda batch: 0,
     evaluate: Callable[[int, TrainState], Mapping[str, Any]] | None = None,
     evaluate_every: int | None = None,
@@ -67,12 +75,14 @@ def run_stage(
     """The state after `steps` steps; all processes call it together.
 
     Args:
-        folder: of the stage; its last part names it on the terminal.
+        folder: of the stage; its last two parts name it on the terminal.
         state: at the start; a checkpoint in the folder goes before it.
-        batches: of this process.
+        batches: of this process, or a `Prefetch` of them.
         resume: the command that goes on with the run.
         every: steps between records.
         save_every: steps between checkpoints; None: only at the end and when stopped.
+        keep: the latest checkpoints, so many.
+        files: what each checkpoint holds beside the state, by name.
         tokens: how many tokens a batch has.
         evaluate: figures to record, every `evaluate_every` steps and at the end.
         most_skipped: steps whose loss or gradient was not finite, after which the stage stops; it
@@ -92,7 +102,8 @@ def run_stage(
         return state
     rank = agreement.rank()
     writer = checkpoints.Writer(root, keep_last=keep)
-    tracker = Tracker(folder, steps, name=folder.name, step=first, every=every, rank=rank)
+    name = f"{folder.parent.name} {folder.name}"
+    tracker = Tracker(folder, steps, name=name, step=first, every=every, rank=rank)
     with tracker, writer, errors.interruptible() as stop:
         for count in range(first + 1, steps + 1):
             batch = {name: x.to(device) for name, x in next(batches).items()}
@@ -106,7 +117,7 @@ def run_stage(
             if halt or count == steps or count % (save_every or steps) == 0:
                 tracker.flush()
                 check_skipped(state, most_skipped, folder.name)
-                writer.save(count, state, extra={"batches": batches.state()})
+                writer.save(count, state, files=files or {}, extra={"batches": batches.state()})
             if halt:
                 writer.wait()
                 raise stopped(tracker, count, halt, resume)

@@ -34,10 +34,11 @@ from torch.utils import _pytree
 
 from msfs_functional import random
 from msfs_functional.compiling import compile_per_shape, fresh, why_not_compile
-from msfs_functional.leafwise import Leafwise, Trained, UpdateFn
+from msfs_functional.leafwise import Leafwise, Trained, UpdateFn, memory_plan
 from msfs_functional.optim import Transformation, apply_updates, ema, global_norm, overwrite
 from msfs_functional.params import Functional, Params, stack
 from msfs_functional.regions import Regions, region
+from msfs_functional.side_by_side import joined, lay
 from msfs_functional.transforms import NAMESPACE, accumulate
 from msfs_functional.updates import tree_map
 
@@ -111,6 +112,24 @@ def _vmap(fn: Callable[..., Any], mapped: tuple[int, ...]) -> Callable[..., Any]
     return run
 
 
+def _beside(tensors: Params, order: Sequence[str]) -> Params:
+    """Tensors of an ensemble side by side in this order, in their own memory if they are already;
+    those of several dtypes, and shards, stay as they are."""
+    columns = [tensors[name] for name in order if name in tensors]
+    if len({x.dtype for x in columns}) != 1 or any(map(is_sharded, columns)):
+        return tensors
+    if joined(columns, lead=1) is None:
+        columns = lay(columns, lead=1)
+    return dict(zip((name for name in order if name in tensors), columns, strict=True))
+
+
+def _all_beside(trained: Trained, order: Sequence[str]) -> Trained:
+    """The same for every dict that parameters' names are the keys of."""
+    named = lambda x: isinstance(x, dict) and bool(x) and x.keys() <= set(order)  # noqa: E731
+    each = lambda x: _beside(x, order) if named(x) else x  # noqa: E731
+    return optree.tree_map(each, trained, is_leaf=named, namespace=NAMESPACE)  # pyright: ignore
+
+
 def init_state(
     params: Params,
     optimizer: Transformation,
@@ -120,7 +139,8 @@ def init_state(
 ) -> TrainState:
     """The state before the first step. It takes `params` over: a donating step writes into them.
 
-    Only tensors that are not contiguous are copied, as the expanded ones of `vmap(model.init)`.
+    Only tensors that are not contiguous are copied, and an ensemble's, which then lie side by side
+    (`side_by_side`): a step of hundreds of small tensors has few launches so.
 
     Args:
         params: what is trained; for an ensemble of N stacked, every tensor with a leading dim N.
@@ -141,10 +161,15 @@ def init_state(
                 )
         init = _vmap(init, mapped=(0,))
     own = lambda leaf: leaf.detach().clone(memory_format=torch.contiguous_format)  # noqa: E731
+    trained = (
+        {name: value.detach().contiguous() for name, value in params.items()},
+        _map(own, init(params)),
+        None if ema_decay is None else ema(ema_decay).init(params),
+    )
+    if key.ndim == 2:
+        trained = _all_beside(trained, memory_plan(params, optimizer.kinds, lead=1))
     return TrainState(
-        params={name: value.detach().contiguous() for name, value in params.items()},
-        opt_state=_map(own, init(params)),
-        ema=None if ema_decay is None else ema(ema_decay).init(params),
+        *trained,
         step=torch.zeros((), dtype=torch.int64, device=device),
         skipped=torch.zeros(key.shape[:-1], dtype=torch.int64, device=device),
         key=key.to(device, copy=True),
@@ -242,6 +267,8 @@ def _norm(grads: list[Tensor], lead: int) -> Tensor:
     if any(is_sharded(g) for g in grads):
         return global_norm(grads)
     wide = [torch.promote_types(g.dtype, torch.float32) for g in grads]
+    if lead and (whole := joined(grads, lead)) is not None:
+        return torch.linalg.vector_norm(whole, dim=1, dtype=wide[0])
     if lead:
         norms = [
             torch.linalg.vector_norm(g.reshape(len(g), -1), dim=1, dtype=dtype)
@@ -337,7 +364,12 @@ def _advance(
 
     update = _on_shards(update) if optimizer.elementwise else _on_matrices(update, eager)
 
+    plan: list[str] = []
+
     def advance(state: TrainState, grads: Params, sums: Metrics, weight: Tensor) -> Any:
+        if lead:
+            plan[:] = plan or memory_plan(state.params, optimizer.kinds, lead)
+            grads = _beside(grads, plan)
         metrics, scale, finite = _settle(grads, sums, weight, weighted, clip, lead)
         trained = (state.params, state.opt_state, state.ema)
         params, opt_state, mean = update(trained, grads, scale, finite)

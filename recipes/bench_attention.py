@@ -1,9 +1,6 @@
 """Attention measured: our kernels and every peer that is installed, in one run on one GPU.
 
     python recipes/bench_attention.py               # the grid, forward and backward
-    python recipes/bench_attention.py --check       # ours against float64, random options (< 70 s)
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
-        python recipes/bench_attention.py --check --launch-only    # after the line above: < 60 s
     python recipes/bench_attention.py --device cpu --lengths 128 1024     # beside torch on the CPU
     python recipes/bench_attention.py --tangent     # torch.func.jvp beside jvp_flash_attention
     python recipes/bench_attention.py --overhead    # the host's time a call, beside torch's
@@ -38,10 +35,17 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 
-from msfs_kernels import configs, triton_backward, triton_forward, triton_tangent
+from msfs_kernels import (
+    configs,
+    triton_backend,
+    triton_backward,
+    triton_dual,
+    triton_forward,
+    triton_tangent,
+)
 from msfs_kernels.configs import Config
+from msfs_kernels.launching import Launch
 from msfs_kernels.options import Options
-from msfs_kernels.triton_common import Launch
 
 WIDTH, TOKENS = 2048, 16_384
 Attention = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
@@ -452,27 +456,41 @@ def bench_overhead(args: argparse.Namespace) -> None:
         calls["forward, kernel alone"] = [lambda: triton_forward.forward(q, k, v, options)]
         calls["backward, kernel alone"] = [lambda: triton_backward.backward(q, None, *point, False)]
         calls["tangent, kernel alone"] = [lambda: triton_tangent.tangent(q, k, v, None, *point)]
-    print(f"{'microseconds a call':24s}   ours   sdpa  ratio")
-    for name, pair in calls.items():
-        taken = [host_microseconds(call, args) for call in pair]
-        peer = f" {taken[1]:6.1f} {taken[0] / taken[1]:6.2f}" if len(taken) > 1 else ""
-        print(f"{name:24s} {taken[0]:6.1f}{peer}", flush=True)
+    peer = jvp_flash_if_installed()
+    if args.device == "cuda" and peer is not None:
+        x, t = (torch.randn(3, 1, 2, 32, 64, device="cuda", dtype=q.dtype) for _ in range(2))
+        calls["jvp, jvp_flash_attention"] = [
+            functools.partial(jvp_of, attention, tuple(x), tuple(t)) for attention in (ours, peer)
+        ]
+    print("microseconds a call          ours   peer  ratio (medians of rounds in turn)")
+    for name, both in calls.items():
+        times, ratio = host_microseconds(both, args)
+        peer_and_ratio = f" {times[1]:6.1f} {ratio:6.2f}" if len(both) > 1 else ""
+        print(f"{name:26s} {times[0]:6.1f}{peer_and_ratio}", flush=True)
 
 
-def host_microseconds(call: Callable[[], object], args: argparse.Namespace) -> float:
-    """Of a call whose work on the device is not waited for."""
+def host_microseconds(
+    calls: list[Callable[[], object]], args: argparse.Namespace
+) -> tuple[list[float], float]:
+    """Median time of each call, and the median of the first's share of the last's round by round:
+    rounds of 20 calls in turn, so that other programs on these cores disturb both alike. The
+    device's work is not waited for.
+    """
     wait = torch.cuda.synchronize if args.device == "cuda" else lambda: None
-    for _ in range(20):
-        call()
-    groups = []
-    for _ in range(5):
-        wait()
-        start = time.perf_counter()
-        for _ in range(100):
-            call()
-        groups.append((time.perf_counter() - start) / 100 * 1e6)
-        wait()
-    return sorted(groups)[2]
+    rounds: list[list[float]] = []
+    for _ in range(102):
+        taken = []
+        for call in calls:
+            wait()
+            start = time.perf_counter()
+            for _ in range(20):
+                call()
+            taken.append((time.perf_counter() - start) / 20 * 1e6)
+        rounds.append(taken)
+    rounds = rounds[2:]
+    ratios = sorted(taken[0] / taken[-1] for taken in rounds)
+    medians = [sorted(times)[len(times) // 2] for times in zip(*rounds, strict=True)]
+    return medians, ratios[len(ratios) // 2]
 
 
 def bench_second_order(args: argparse.Namespace) -> None:
@@ -523,160 +541,64 @@ def peak_mib(call: Callable[[], object], device: str) -> tuple[float, float]:
     return (torch.cuda.max_memory_allocated() - before) / 2**20, time.perf_counter() - start
 
 
-def time_tangent(attention: Attention, primals: tuple, tangents: tuple, causal: bool, rep: int):
-    """Milliseconds of torch.func.jvp over q, k and v."""
+def jvp_of(attention: Attention, primals: tuple, tangents: tuple, causal: bool = False):
+    """(o, its tangent), by torch.func.jvp over q, k and v."""
 
     def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention(q, k, v, causal)
 
-    return median_ms(lambda: torch.func.jvp(fn, primals, tangents), rep)
+    return torch.func.jvp(fn, primals, tangents)
+
+
+def jvp_flash_if_installed() -> Attention | None:
+    try:
+        return jvp_flash()
+    except ImportError as problem:
+        print(f"jvp_flash_attention is not installed ({problem})")
+        return None
 
 
 def bench_tangent(args: argparse.Namespace) -> None:
-    """torch.func.jvp at 8,192 tokens of 16 heads of 64, beside our own forward and the peer."""
+    """torch.func.jvp at 8,192 tokens of heads of 64, beside our own forward and the peer."""
+    peer = jvp_flash_if_installed()
     rows = []
-    for causal in args.causal:
-        for length in (1024, 4096, 8192):
-            shape = (8192 // length, 16, length, 64)
-            x = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(6)]
-            primals, tangents = (x[0], x[1], x[2]), (x[3], x[4], x[5])
-            options = Options(causal=causal, scale=0.125)
-            o, lse = triton_forward.forward(*primals, options)
-            row = dict(causal=causal, length=length)
-            kernels = functools.partial(triton_forward.forward, *primals, options)
-            row["forward_ms"] = median_ms(kernels, args.rep)
-            kernels = functools.partial(
-                triton_tangent.tangent, *tangents, None, *primals, o, lse, options
-            )
-            row["tangent_ms"] = median_ms(kernels, args.rep)
-            row["jvp_ms"] = time_tangent(ours, primals, tangents, causal, args.rep)
-            try:
-                row["peer_ms"] = time_tangent(jvp_flash(), primals, tangents, causal, args.rep)
-            except Exception as problem:
-                print(f"jvp_flash_attention: {str(problem).splitlines()[0][:60]}")
-            rows.append(row)
-            row["tangent_over_forward"] = row["tangent_ms"] / row["forward_ms"]
-            print({k: round(v, 3) for k, v in row.items()}, flush=True)
-    save(args.out, "tangent", rows)
-
-
-SIBLINGS = 3  # cases of each draw, which share its kernels
-PASSES = {"o": "forward", "lse": "forward", "to": "tangent", "tlse": "tangent"}  # others: backward
-
-
-def compile_ahead(job: tuple[int, int, int, int, int]) -> str | None:
-    """In a forked process without CUDA: one kernel of one random case into Triton's cache."""
-    from msfs_kernels.triton_check import launches, random_case
-    from msfs_kernels.triton_compile import compile_launch
-
-    seed, sibling, number, largest, capability = job
-    torch.set_num_threads(1)
-    configs.chip = lambda: f"sm_{capability}"  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        case = random_case(seed, "cpu", largest, sibling=sibling)
-        compile_launch(launches(case)[number], capability)
-    except Exception as problem:
-        return f"does not compile: {type(problem).__name__}: {problem}"[:300]
-    return None
-
-
-def check_case(seed: int, sibling: int, args: argparse.Namespace, results: list) -> None:
-    """Appends (features, worst ratio of each pass), and prints what is wrong."""
-    from msfs_kernels.triton_check import by_kernels, directions, random_case, ratios
-
-    dtypes = None if args.device == "cuda" else (torch.float16, torch.float32)
-    case = random_case(seed, args.device, args.largest, dtypes, sibling)
-    try:
-        if args.launch_only:
-            by_kernels(case, *directions(case, sibling))
-            if args.device == "cuda":
-                torch.cuda.synchronize()
-            found = {}
-        else:
-            found = ratios(case, sibling)
-    except Exception as problem:
-        print(f"{case.name}\n    {type(problem).__name__}: {' '.join(str(problem).split())[:200]}")
-        found = dict.fromkeys(("o", "dq", "to"), float("inf"))
-    wrong = {name: round(ratio, 2) for name, ratio in found.items() if not ratio <= 2}
-    if wrong:
-        print(f"{case.name}\n    {wrong}", flush=True)
-    worst: dict[str, float] = dict.fromkeys(("forward", "backward", "tangent"), 0.0)
-    for name, ratio in found.items():
-        which = PASSES.get(name, "backward")
-        worst[which] = max(worst[which], ratio)
-    results.append((case.features, worst))
-
-
-def compiled_cases(seeds: list[int], args: argparse.Namespace, start: float):
-    """(seed, sibling) in the order in which their kernels are there; on the CPU, where the
-    interpreter runs them, and for a memory checker, which takes its kernels from Triton's cache, as
-    they come.
-
-    Processes fork before CUDA starts: they have the imports, and compile for a chip they never
-    open.
-    """
-    if args.device == "cpu" or args.launch_only:
-        for seed in seeds:
-            if time.time() - start < args.seconds:
-                yield seed, 0
-        return
-    from msfs_kernels.triton_check import launches, random_case
-
-    context = multiprocessing.get_context("fork")
-    with concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=context) as pool:
-        pool.submit(os.getpid).result()
-        major, minor = torch.cuda.get_device_capability()
-        pending: dict[tuple[int, int], int] = {}
-        jobs = {}
-        for sibling in range(SIBLINGS):
-            for seed in seeds:
-                count = len(launches(random_case(seed, "cpu", args.largest, sibling=sibling)))
-                pending[seed, sibling] = count
-                for number in range(count):
-                    job = (seed, sibling, number, args.largest, 10 * major + minor)
-                    jobs[pool.submit(compile_ahead, job)] = (seed, sibling)
-        try:
-            left = start + args.seconds - time.time()
-            for future in concurrent.futures.as_completed(jobs, timeout=max(left, 0.0)):
-                seed, sibling = case = jobs[future]
-                if future.result() is not None:
-                    print(f"seed {seed} sibling {sibling} {future.result()}", flush=True)
-                pending[case] -= 1
-                if pending[case] == 0:
-                    yield case
-        except TimeoutError:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def check(args: argparse.Namespace) -> None:
-    """The fuzz set against float64 on the GPU, or in Triton's interpreter; exits 1 if it fails."""
-    from msfs_kernels.triton_check import fuzz_set
-    from triton import knobs
-
-    if args.device == "cpu" and not knobs.runtime.interpret:
-        raise SystemExit("--check --device cpu needs TRITON_INTERPRET=1: the kernels are Triton's")
-    start, late, results, first = time.time(), [], [], set()
-    knobs.compilation.listener = lambda **facts: late.append(1 - facts["cache_hit"])
-    shard, shards = args.shard
-    seeds = fuzz_set(args.cases, args.seed, args.largest)[shard::shards]
-    for seed, sibling in compiled_cases(seeds, args, start):
-        check_case(seed, sibling, args, results)
-        first |= {seed} if sibling == 0 else set()
-    print(f"{'option':16s} cases  forward backward  tangent   (error over the formula's)")
-    for feature in sorted({f for features, _ in results for f in features}):
-        rows = [worst for features, worst in results if feature in features]
-        worst = [max(row[which] for row in rows) for which in ("forward", "backward", "tangent")]
-        verdict = "ok" if max(worst) <= 2 else "WRONG"
-        print(
-            f"{feature:16s} {len(rows):5d} " + " ".join(f"{x:8.2f}" for x in worst), f" {verdict}"
-        )
-    wrong = sum(max(worst.values()) > 2 for _, worst in results)
     print(
-        f"{len(results)} cases in {time.time() - start:.0f} s: {wrong} wrong;"
-        f" {len(first)} of {len(seeds)} draws visited; {sum(late)} kernels compiled late"
+        "head dim, mask, T: forward ms; jvp ms, forwards; forward and tangent kernels; peer, ratio"
     )
-    if wrong or len(first) < len(seeds):
-        raise SystemExit(1)
+    for head_dim in args.head_dims:
+        for causal in args.causal:
+            for length in args.lengths or (1024, 4096, 8192):
+                shape = (6, 8192 // length, 1024 // head_dim, length, head_dim)
+                x = tuple(torch.randn(shape, device="cuda", dtype=torch.bfloat16))
+                primals, tangents = x[:3], x[3:]
+                options = Options(causal=causal, scale=head_dim**-0.5)
+                o, lse = triton_backend.forward(x[0], x[1], x[2], options)
+                calls: list[Callable[[], object]] = [
+                    functools.partial(ours, x[0], x[1], x[2], causal),
+                    functools.partial(jvp_of, ours, primals, tangents, causal),
+                    functools.partial(triton_backend.forward, *primals, options),
+                    functools.partial(
+                        triton_tangent.tangent, *tangents, None, *primals, o, lse, options
+                    ),
+                ]
+                if peer is not None:
+                    calls.append(functools.partial(jvp_of, peer, primals, tangents, causal))
+                # In turn, three times, so that other programs on the host disturb all alike.
+                rounds = [[median_ms(call, args.rep) for call in calls] for _ in range(3)]
+                medians = [sorted(times)[1] for times in zip(*rounds, strict=True)]
+                forward, jvp, two_kernels = medians[0], medians[1], medians[2] + medians[3]
+                row = dict(
+                    head_dim=head_dim, causal=causal, length=length, forward_ms=forward,
+                    jvp_ms=jvp, jvp_over_forward=jvp / forward, two_kernels_ms=two_kernels,
+                )  # fmt: skip
+                text = f"{jvp:7.3f} {jvp / forward:5.2f}   {two_kernels:7.3f}"
+                if peer is not None:
+                    row |= dict(peer_ms=medians[4], faster=medians[4] / jvp)
+                    text += f"   {medians[4]:7.3f} {medians[4] / jvp:5.2f}"
+                rows.append(row)
+                mask = "causal" if causal else "full  "
+                print(f"{head_dim:4d} {mask} {length:6d} {forward:7.3f}  {text}", flush=True)
+    save(args.out, "tangent", rows)
 
 
 def candidates(kernel: str) -> list[Config]:
@@ -687,6 +609,7 @@ def candidates(kernel: str) -> list[Config]:
         "own": [(64, 128), (32, 128), (128, 128), (16, 128)],
         "queries": [(128, 128), (128, 64), (64, 128), (64, 64)],
         "tangent": [(128, 64), (128, 128), (64, 64), (64, 128), (128, 32)],
+        "dual": [(128, 64), (64, 64), (64, 32), (128, 32), (64, 128)],
     }[kernel]
     return [
         Config(m, n, warps, stages, tma)
@@ -710,6 +633,8 @@ def tuned_launch(
     options = Options(causal=causal, scale=head_dim**-0.5)
     if kernel == "forward":
         return triton_forward.plan_forward(q, k, v, do, lse, options, config)
+    if kernel == "dual":
+        return triton_dual.plan_dual(q, k, v, q, k, v, do, lse, do, lse, options, config)
     if kernel == "tangent":
         return triton_tangent.plan_tangent(
             q, k, v, None, q, k, v, do, lse, do, lse, options, config
@@ -792,7 +717,7 @@ def tune(args: argparse.Namespace) -> None:
             except Exception as problem:
                 print(f"  {config}: {type(problem).__name__}")
         ranking.sort()
-        products = {"forward": 2, "keys": 4, "fused": 5, "own": 5, "queries": 3, "tangent": 5}
+        products = dict(forward=2, keys=4, fused=5, own=5, queries=3, tangent=5, dual=6)
         flops = products[kernel] * 2 * TOKENS * length * WIDTH / (2 if causal else 1)
         name = configs.key(kernel, configs.chip(), torch.bfloat16, head_dim, causal, length)
         print(name)
@@ -815,9 +740,6 @@ def tune(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="compare with float64 over random options"
     )
     parser.add_argument("--tangent", action="store_true", help="measure torch.func.jvp")
     parser.add_argument("--overhead", action="store_true", help="measure the host's time a call")
@@ -844,23 +766,13 @@ def main() -> None:
         default=["ours", "cuda", "flash2", "flex", "cudnn", "flash4"],
     )
     parser.add_argument(
-        "--kernels", nargs="+", default=["forward", "fused", "own", "keys", "queries", "tangent"]
+        "--kernels",
+        nargs="+",
+        default=["forward", "fused", "own", "keys", "queries", "tangent", "dual"],
     )
     parser.add_argument("--sizes", nargs="+", choices=["short", "long"], default=["short", "long"])
     parser.add_argument("--rep", type=int, default=100, help="milliseconds of measurement a cell")
-    parser.add_argument(
-        "--seconds", type=float, default=60.0, help="limit for --check, and for compiling in --tune"
-    )
-    parser.add_argument(
-        "--launch-only", action="store_true", help="--check without comparing, for a memory checker"
-    )
-    parser.add_argument("--cases", type=int, default=48, help="draws for --check")
-    parser.add_argument(
-        "--shard", type=int, nargs=2, default=(0, 1), metavar=("I", "N"),
-        help="every Nth draw of --check from the Ith on, so that N machines share them",
-    )  # fmt: skip
-    parser.add_argument("--largest", type=int, default=300, help="tokens, for --check")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=60.0, help="of compiling in --tune")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--show", type=int, default=4, help="lines a ranking in --tune")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
@@ -873,7 +785,6 @@ def main() -> None:
     if args.tune:
         tune(args)
     modes = {
-        "check": check,
         "overhead": bench_overhead,
         "decode": bench_decode,
         "masks": bench_masks,

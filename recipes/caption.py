@@ -29,29 +29,28 @@ import contextlib
 import json
 import os
 import re
-import signal
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in translate.py; must stand before torch
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import tyro
+from caption_settings import Config, Stage, Train, checked
+from caption_settings import command_line as settings_of
 from torch import Tensor
 
 from msfs_functional import (
     agreement,
-    checkpoint,
     errors,
     image_figures,
     images,
+    launching,
     meshes,
     metrics,
     optim,
@@ -64,19 +63,12 @@ from msfs_functional import (
 from msfs_functional import config as configs
 from msfs_functional import distributed_checkpoint as checkpoints
 from msfs_functional import image_corpora as corpora
-from msfs_functional.answering import (
-    Answerer,
-    cut_tiles,
-    gaze,
-    pack_samples,
-    prompt_ids,
-    sample_of,
-    turns_apart,
-)
+from msfs_functional.answering import Answerer, gaze, prompt_ids, turns_apart
 from msfs_functional.compiling import graphed
 from msfs_functional.data import Prefetch
 from msfs_functional.gathering import Sharded, gathered, sharded
 from msfs_functional.generation import Generator
+from msfs_functional.image_batches import DESCRIBE, Questions, texts_of
 from msfs_functional.image_corpora import Pictured
 from msfs_functional.layouts import TOWERS
 from msfs_functional.losses import linear_cross_entropy
@@ -93,160 +85,14 @@ from msfs_functional.models.vlm import (
 )
 from msfs_functional.params import Functional, Params, Rules, cast
 from msfs_functional.params import split as split_params
+from msfs_functional.stages import CHECKPOINTS, run_stage
 from msfs_functional.synthetic import shapes
 from msfs_functional.tokenizer import Tokenizer, train_bpe
-from msfs_functional.tracking import Tracker
 from msfs_functional.train import TrainState, init_state, make_step
 from msfs_functional.zero_shot import exact_match
 
-MAY_BE_ZERO = ("seed", "warmup", "steps", "shift")
 TOKENIZER = "tokenizer.json"
-DESCRIBE = "describe the image."
 STAGES: dict[str, Rules[bool]] = {"projector": STAGE_1, "all": [(r"", True)]}
-
-
-@dataclass(frozen=True)
-class Data:
-    """Where images, captions and questions come from."""
-
-    # "shapes" (made here), a folder in easy-VQA's layout, a local folder of images with a
-    # metadata.jsonl or .csv, or a data set of the Hub
-    name: str = "shapes"
-    config: str | None = None  # configuration of the Hub's data set
-    split: str = "train"  # of it, to train on
-    valid: str | None = None  # split to measure on; None: cut off the training images
-    valid_share: float = 0.1  # of the images, to cut off
-    image: str | None = None  # column of images; None: what it is usually called
-    text: str | None = None  # column of captions, the same
-    question: str | None = None  # column of questions, the same
-    answer: str | None = None  # column of answers, the same
-    fit: Literal["crop", "squash", "pad"] = "crop"  # what becomes of images that are not square
-    limit: int | None = None  # images at most
-    count: int = 16_000  # shapes to train on
-    size: int = 32  # of a side [pixels]
-    flips: bool = False  # turn and mirror training images at random: not where left and up matter
-    shift: int = 0  # move training images at random by at most so much [pixels]
-    seed: int = 0  # of shapes, questions, splits and of the order, not of the model
-
-
-@dataclass(frozen=True)
-class Model:
-    """Sizes of tower, projector and decoder."""
-
-    width: int = 128  # of the tower
-    depth: int = 3  # layers of the tower
-    heads: int = 4  # of both
-    hidden: int = 384  # width inside the feed-forward layers, of both
-    patch: int = 8  # [pixels]
-    stem: Literal["linear", "convolutions"] = "convolutions"  # what makes a patch a vector
-    positions: Literal["learned", "sincos", "rotary"] = "learned"  # of patches
-    shuffle: int = 1  # patches of the side of a square that becomes one token
-    decoder_width: int = 128
-    decoder_depth: int = 3  # blocks
-    qk_norm: bool = False  # RMSNorm of each head's queries and keys, in the decoder
-    prefix: bool = False  # tokens of a prompt see each other (PaliGemma); needs rows of one sample
-    vocabulary: int = 512  # most ids of the byte-level BPE [tokens]
-    length: int = 240  # tokens of a packed row; no sample may be longer
-    # implementation of attention; None: flash on a GPU, sdpa on a CPU
-    attention: Literal["flash", "sdpa", "reference"] | None = None
-    # tiles along a side that a large image is cut into, beside a thumbnail; 1: the image alone
-    tiles: int = 1
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Length of a stage and its peak learning rates."""
-
-    steps: int
-    rate: float = 2e-3  # of the decoder and the projector
-    vision_rate: float = 2e-3  # of the tower
-    warmup: int = 100  # [steps]
-
-
-@dataclass(frozen=True)
-class Train:
-    """Mechanics of training: AdamW, a cosine with warm-up."""
-
-    images: int = 32  # of one step, over all processes
-    questions: int = 8  # of each image in one step; captions count as one
-    # questions that share an image's tokens in a row, without seeing each other
-    turns: int = 8
-    optimizer: Literal["adamw", "muon"] = "muon"  # of the matrices of blocks; AdamW for the rest
-    muon_rate: float = 0.01  # peak, of Muon
-    weight_decay: float = 0.05
-    b2: float = 0.98
-    clip: float = 1.0  # largest global norm of the gradient; 0 does not clip
-    log_every: int = 20  # [steps]
-    eval_every: int = 400  # exact match and a checkpoint [steps]
-    compile: bool = False  # compile the blocks, for large models
-    graph: bool = True  # on one GPU: a step is one CUDA graph
-
-
-@dataclass(frozen=True)
-class Mesh:
-    """Degrees of parallelism, whose product is the number of processes; one may be -1."""
-
-    dp_replicate: int = 1  # processes with equal parameters and other images
-    dp_shard: int = -1  # processes with a shard of each parameter and other images
-
-
-@dataclass(frozen=True)
-class Config:
-    """Everything a run needs; frozen, and written to runs/<name>/config.json."""
-
-    # what to do; must come first
-    mode: tyro.conf.Positional[Literal["train", "chat"]] = "train"
-    # settings that the other options start from: default: minutes on a CPU; gpu: minutes on a GPU;
-    # easy_vqa: the data set of that name
-    preset: Literal["default", "gpu", "easy_vqa"] = "default"
-    # of the run, its folder is <out>/<name>; None: a new number to train, the newest to use
-    name: str | None = None
-    out: Path = Path("runs")  # folder of the runs
-    resume: bool = False  # go on with the run from its latest checkpoint
-    overwrite: bool = False  # delete the run of this name first
-    seed: int = 0  # of initial parameters
-    device: str | None = None  # cpu, cuda, ...; None: cuda where there is one
-    # of the computation, parameters stay float32; None: bfloat16 on a GPU
-    dtype: Literal["float32", "bfloat16"] | None = None
-    threads: int | None = None  # CPU threads; None: all cores
-    chat: Path | None = None  # answer questions about this image with a run's model
-    ask: tuple[str, ...] = ()  # chat: questions; none: read from the terminal
-    vision: Path | None = None  # a run of image_text.py whose tower to begin with
-    test: int = 250  # images whose questions are measured, at most, of each split
-    debug: bool = False  # show tracebacks
-    data: Data = field(default_factory=Data)
-    model: Model = field(default_factory=Model)
-    projector: Stage = field(default_factory=lambda: Stage(20, warmup=5))
-    all: Stage = field(default_factory=lambda: Stage(1100))
-    train: Train = field(default_factory=Train)
-    mesh: Mesh = field(default_factory=Mesh)
-
-
-GPU = Config(
-    preset="gpu",
-    data=Data(count=24_000),
-    model=Model(
-        width=256,
-        depth=6,
-        hidden=768,
-        patch=4,
-        stem="linear",
-        shuffle=2,
-        decoder_width=256,
-        decoder_depth=4,
-    ),
-    all=Stage(1200, rate=1e-3, vision_rate=1e-3),
-    train=Train(images=128, muon_rate=0.02, eval_every=500),
-)
-EASY_VQA = Config(
-    preset="easy_vqa",
-    test=1000,
-    data=Data(name="easy_vqa", size=64, flips=True, shift=4),
-    model=Model(patch=8, shuffle=2),
-    all=Stage(2000),
-    train=Train(eval_every=500),
-)
-PRESETS = {"default": Config(), "gpu": GPU, "easy_vqa": EASY_VQA}
 
 
 class Splits(NamedTuple):
@@ -256,12 +102,14 @@ class Splits(NamedTuple):
     tests: dict[str, Pictured]
 
 
-def read_data(data: Data, test: int) -> Splits:
+def read_data(config: Config) -> Splits:
     """Images of all splits; those that are measured are `test` at most, drawn by the seed."""
+    data, test = config.data, config.test
     if data.name == "shapes":
-        train, _ = corpora.shapes_world(data.seed, data.count, size=data.size)
+        how: dict[str, Any] = {"size": data.size, "held_out": shapes.PAIRS[data.held_out]}
+        train, _ = corpora.shapes_world(data.seed, data.count, **how)
         kinds: tuple[shapes.Split, ...] = ("valid", "unseen")
-        made = (corpora.shapes_world(data.seed, test, kind, size=data.size)[0] for kind in kinds)
+        made = (corpora.shapes_world(data.seed, test, kind, **how)[0] for kind in kinds)
         return Splits(train, dict(zip(kinds, made, strict=True)))
     if corpora.is_easy_vqa(Path(data.name)):
         read = lambda split: corpora.easy_vqa(  # noqa: E731
@@ -283,15 +131,8 @@ def read_data(data: Data, test: int) -> Splits:
     return Splits(train, {"valid": valid.first(test)})
 
 
-def learn_tokenizer(config: Config, data: Pictured) -> Tokenizer:
-    """Byte-level BPE of all captions, questions and answers to train on."""
-    texts = {DESCRIBE: None}
-    for captions, pairs in zip(data.captions, data.questions, strict=True):
-        texts |= dict.fromkeys([*captions, *(text for pair in pairs for text in pair)])
-    return train_bpe(texts, config.model.vocabulary)
-
-
 def make_model(config: Config, tokenizer: Tokenizer) -> Functional:
+    """The tower, or that of a run of image_text.py, a projector and a decoder."""
     sizes = config.model
     common = {"heads": sizes.heads, "hidden": sizes.hidden}
     if config.vision is not None:
@@ -386,87 +227,6 @@ def make_optimizer(config: Train, stage: Stage, names: Iterable[str]) -> optim.T
     return optim.by_group([g for g in groups if any(re.search(g[0], name) for name in names)])
 
 
-class Batches:
-    """Batch n is a function of the seed and n: which images, and what is asked of them."""
-
-    def __init__(
-        self, config: Config, data: Pictured, tokenizer: Tokenizer, model: VLMConfig, share: Any
-    ):
-        self.config, self.data, self.model, self.share = config, data, model, share
-        self.size, self.seed = config.train.images, config.data.seed
-        if len(data) < self.size or self.size % share[1]:
-            raise ValueError(
-                f"--train.images ({self.size}) must be at most the images to train on ({len(data)})"
-                f" and a multiple of the {share[1]} data ranks"
-            )
-        texts = {DESCRIBE: None}
-        for captions, pairs in zip(data.captions, data.questions, strict=True):
-            texts |= dict.fromkeys([*captions, *(text for pair in pairs for text in pair)])
-        self.ids = dict(zip(texts, tokenizer.encode(list(texts)), strict=True))
-        self._order: tuple[int, np.ndarray] = -1, np.empty(0)
-        self.number = 0
-
-    def __iter__(self) -> "Batches":
-        return self
-
-    def __next__(self) -> dict[str, Tensor]:
-        self.number += 1
-        return self.batch(self.number)
-
-    def state(self) -> dict[str, int]:
-        return {"number": self.number}
-
-    def restore(self, state: dict[str, int]) -> None:
-        self.number = state["number"]
-
-    def batch(self, number: int) -> dict[str, Tensor]:
-        """Batch `number`, counted from 1; this process's share of it."""
-        epoch, at = divmod(number - 1, len(self.data) // self.size)
-        if self._order[0] != epoch:
-            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.data))
-            self._order = epoch, order
-        chosen = self._order[1][at * self.size : (at + 1) * self.size]
-        each, turns = self.size // self.share[1], self.config.train.turns
-        samples, moved = [], []
-        for row in range(each):
-            place = self.share[0] * each + row
-            rng = np.random.default_rng((self.seed, 1, number, place))
-            i = int(chosen[place])
-            pairs = [(self.ids[q], self.ids[a]) for q, a in self.asked(i, rng)]
-            for first in range(0, len(pairs), turns):
-                part = pairs[first : first + turns]
-                samples.append(sample_of(row, part, self.model, images_of(self.config)))
-            moved.append(self.moved(self.data.images[i], rng))
-        packed = pack_samples(samples, self.config.model.length)
-        pictures_ = cut_tiles(torch.stack(moved), self.config.model.tiles)
-        return {**packed, "pictures": pictures_}
-
-    def asked(self, image: int, rng: np.random.Generator) -> list[tuple[str, str]]:
-        """A caption, if there is one, and questions, none twice unless there are too few."""
-        captions, pairs = self.data.captions[image], self.data.questions[image]
-        found = [(DESCRIBE, captions[rng.integers(len(captions))])] if captions else []
-        count = self.config.train.questions - len(found)
-        if pairs and count > 0:
-            rows = rng.choice(len(pairs), count, replace=len(pairs) < count)
-            found += [pairs[i] for i in rows]
-        return [found[i] for i in rng.permutation(len(found))]
-
-    def moved(self, picture: Tensor, rng: np.random.Generator) -> Tensor:
-        """The picture turned, mirrored and shifted (the edge repeated) as the settings allow."""
-        data = self.config.data
-        if data.flips:
-            picture = torch.rot90(picture, int(rng.integers(4)), (-2, -1))
-            picture = picture.flip(-1) if rng.integers(2) else picture
-        if data.shift:
-            steps = torch.from_numpy(rng.integers(-data.shift, data.shift + 1, 2))
-            rows, columns = (
-                (torch.arange(n) + step).clamp(0, n - 1)
-                for n, step in zip(picture.shape[-2:], steps, strict=True)
-            )
-            picture = picture[:, rows][:, :, columns]
-        return picture
-
-
 def answerer(config: Config, model: Functional, params: Params, tokenizer: Tokenizer) -> Answerer:
     """The trained model as a function of images and questions."""
     dtype, device = getattr(torch, str(config.dtype)), str(config.device)
@@ -528,23 +288,6 @@ def tower_of(run: Path, device: str) -> tuple[vit.ViTConfig, Params]:
     return replace(settings, pooling=None, projection=None), params
 
 
-def prepare(config: Config) -> tuple[Config, Path, Splits]:
-    """What is wrong with any process is told here, and every process then ends."""
-    with agreement.together():
-        config = checked(config)
-    config = replace(config, name=agreement.from_all(config.name)[0])
-    run = config.out / str(config.name)
-    with agreement.together():
-        meshes.degrees(agreement.world(), **asdict(config.mesh))
-        splits = read_data(config.data, config.test)
-        if not config.resume and agreement.rank() == 0:
-            configs.check_free(run, overwrite=config.overwrite)
-    if agreement.world() > 1:
-        own = {**asdict(config), "device": torch.device(str(config.device)).type}
-        agreement.start_alike({"configuration": own})
-    return config, run, splits
-
-
 class Training(NamedTuple):
     """What both stages share."""
 
@@ -554,15 +297,14 @@ class Training(NamedTuple):
     tokenizer: Tokenizer
     plain: Functional
     model: Functional  # the same, or in shards
-    share: tuple[int, int]
+    share: tuple[int, int]  # (number of this process, processes), of the data
     blind: dict[str, str]
 
 
 def train_stage(t: Training, name: str, params: Params) -> Params:
-    """The loop of a stage, from its own checkpoints if there are some; returns all parameters."""
-    config, settings = t.config, t.config.train
+    """All parameters after a stage, which goes on from its own checkpoints if there are some."""
+    config, settings, data = t.config, t.config.train, t.config.data
     stage: Stage = getattr(config, name)
-    device, rank, world = str(config.device), agreement.rank(), agreement.world()
     params, frozen = split_params(params, STAGES[name])
     optimizer = make_optimizer(settings, stage, params)
     step = make_step(
@@ -572,68 +314,68 @@ def train_stage(t: Training, name: str, params: Params) -> Params:
         compile="regions" if settings.compile else False,
         dynamic=False,
     )
-    if settings.graph and device.startswith("cuda") and world == 1:
+    if settings.graph and str(config.device).startswith("cuda") and agreement.world() == 1:
         step = graphed(step)
-    state = init_state(params, optimizer, random.key(config.seed, device=device))
-    root = t.run / name / "checkpoints"
-    if agreement.from_all(bool(checkpoint.checkpoints(root)))[0]:
-        state = checkpoints.load(root, state).state
-    first = int(state.step)
-    if first >= stage.steps:
-        return {**frozen, **state.params}
-    settings_of: Any = t.plain.skeleton.config
-    batches = Batches(config, t.splits.train, t.tokenizer, settings_of, t.share)
-    batches.restore({"number": first})
-    stream = Prefetch(batches, device)  # pyright: ignore[reportArgumentType]
-    writer = checkpoints.Writer(root, keep_last=2)
-    tracker = Tracker(
-        t.run / name, stage.steps, name=name, step=first, every=settings.log_every, rank=rank
+    questions = Questions(
+        t.splits.train,
+        t.tokenizer,
+        getattr(t.plain.skeleton, "config"),  # noqa: B009
+        settings.images,
+        questions=settings.questions,
+        turns=settings.turns,
+        length=config.model.length,
+        tiles=config.model.tiles,
+        mix=settings.mix,
+        flips=data.flips,
+        shift=data.shift,
+        seed=data.seed,
+        share=t.share,
     )
 
-    def save(count: int, state: TrainState) -> None:
-        tracker.flush()
-        writer.save(count, state, files={TOKENIZER: t.tokenizer.to_json()})
+    def measured(count: int, state: TrainState) -> dict[str, float]:
+        whole = sharding.gather({**frozen, **state.params})
+        few = {split: some.first(64) for split, some in t.splits.tests.items()}
+        answer = answerer(config, t.plain, whole, t.tokenizer)
+        return evaluate(answer, Splits(t.splits.train, few), t.blind)[0]
 
-    with tracker, writer, contextlib.closing(stream), errors.interruptible() as stop:
-        size = sum(p.numel() for p in params.values())
-        tracker.note(
-            f"{size:,} parameters learn, {sum(p.numel() for p in frozen.values()):,} are frozen; "
-            f"{device}, {config.dtype}, {'compiled' if settings.compile else 'eager'}, "
-            f"{world} processes"
+    say(f"{name}: {count_of(params):,} parameters learn, {count_of(frozen):,} are frozen")
+    with contextlib.closing(Prefetch(questions, str(config.device))) as batches:
+        state = run_stage(
+            t.run / name,
+            stage.steps,
+            init_state(params, optimizer, random.key(config.seed, device=config.device)),
+            step,
+            batches,
+            device=str(config.device),
+            resume=launching.resume_command("recipes/caption.py", t.run),
+            every=settings.log_every,
+            save_every=settings.eval_every,
+            keep=2,
+            files={TOKENIZER: t.tokenizer.to_json()},
+            tokens=lambda batch: (batch["labels"] != IGNORED).sum(),
+            evaluate=measured if name == "all" else None,
+            evaluate_every=settings.eval_every,
         )
-        for count in range(first + 1, stage.steps + 1):
-            state, values = step(state, next(stream))
-            tracker.log(count, values, tokens=values.pop("weight"))
-            halt = agreement.highest(stop.received or 0)
-            last = count == stage.steps
-            if count % settings.eval_every == 0 and not last:
-                with tracker.paused():
-                    whole = sharding.gather({**frozen, **state.params})
-                    some = answerer(config, t.plain, whole, t.tokenizer)
-                    tests = {n: data.first(64) for n, data in t.splits.tests.items()}
-                    scores, _ = evaluate(some, Splits(t.splits.train, tests), t.blind)
-                    tracker.record(count, scores)
-            if halt or last or count % settings.eval_every == 0:
-                save(count, state)
-            if halt and not last:
-                writer.wait()
-                again = f"--resume --out {config.out} --name {config.name}"
-                tracker.note(f"saved; go on with: python recipes/caption.py {again}")
-                raise SystemExit(0 if halt == signal.SIGTERM else 128 + halt)
     return {**frozen, **state.params}
 
 
 def train(config: Config) -> None:
     """data -> model -> stages -> report"""
     begin = time.perf_counter()
-    config, run, splits = prepare(config)
-    device, world = str(config.device), agreement.world()
     with agreement.together():
-        tokenizer = learn_tokenizer(config, splits.train)
+        config = checked(config)
+    config = replace(config, name=agreement.from_all(config.name)[0])
+    run, device = config.out / str(config.name), str(config.device)
+    with agreement.together():
+        meshes.degrees(agreement.world(), **asdict(config.mesh))
+        if not config.resume and not agreement.rank():
+            configs.check_free(run, overwrite=config.overwrite)
+        splits = read_data(config)
+        tokenizer = train_bpe(texts_of(splits.train), config.model.vocabulary)
         plain = model = make_model(config, tokenizer)
-    share = (0, 1)
-    params = initial_params(config, plain, device)
-    if world > 1:
+    params, share = initial_params(config, plain, device), (0, 1)
+    if agreement.world() > 1:
+        agreement.start_alike({"configuration": {**asdict(config), "device": device.split(":")[0]}})
         on = meshes.mesh(**asdict(config.mesh), device=torch.device(device).type)
         share, dtype = meshes.data_rank(on), getattr(torch, str(config.dtype))
         model = sharded(plain, TOWERS, on, dtype=dtype, reduce_dtype=torch.float32)
@@ -641,19 +383,26 @@ def train(config: Config) -> None:
     with agreement.together():
         if not config.resume and not agreement.rank():
             configs.new_run(run, config, overwrite=config.overwrite)
+    counts = ", ".join(f"{len(data)} {name}" for name, data in splits.tests.items())
+    say(f"{len(splits.train)} images to train, {counts}; {tokenizer.vocab_size} ids")
+    say(str(splits.train.unreadable) if splits.train.unreadable.count else "")
     blind = without_looking(splits.train)
     training = Training(config, run, splits, tokenizer, plain, model, share, blind)
-    if not agreement.rank():
-        counts = ", ".join(f"{len(data)} {name}" for name, data in splits.tests.items())
-        print(f"{len(splits.train)} images to train, {counts}; {tokenizer.vocab_size} ids")
-        if splits.train.unreadable.count:
-            print(splits.train.unreadable)
     for name in STAGES:
         params = train_stage(training, name, params)
     whole = sharding.gather(params)
     if not agreement.rank():
         report(training, whole)
-        print(f"{time.perf_counter() - begin:.0f} seconds; everything is in {run}")
+    say(f"{time.perf_counter() - begin:.0f} seconds; everything is in {run}")
+
+
+def say(text: str) -> None:
+    if text and not agreement.rank():
+        print(text, flush=True)
+
+
+def count_of(params: Params) -> int:
+    return sum(p.numel() for p in params.values())
 
 
 def report(t: Training, params: Params) -> None:
@@ -705,7 +454,7 @@ def looks(answer: Answerer, picture: Tensor, question: str, path: Path) -> str:
 
 def trained(config: Config) -> tuple[Functional, Params, Tokenizer]:
     """What the run that `config` names has learned, from its latest checkpoint."""
-    found = checkpoints.load(config.out / str(config.name) / "all" / "checkpoints")
+    found = checkpoints.load(config.out / str(config.name) / "all" / CHECKPOINTS)
     tokenizer = Tokenizer.from_json(found.files[TOKENIZER].decode())
     model = make_model(config, tokenizer)
     like = {"params": dict(model.shapes)}
@@ -728,55 +477,15 @@ def chat(config: Config) -> None:
             print(answer(seen, [(0, question)])[0], flush=True)
 
 
-def checked(config: Config) -> Config:
-    """The configuration with what was left to the machine filled in.
-
-    Raises:
-        ValueError: a number out of range, options that exclude each other.
-    """
-    configs.check_numbers(replace(config, mesh=Mesh(dp_shard=1)), MAY_BE_ZERO)
-    if config.name and Path(config.name).name != config.name:
-        raise ValueError(f"--name ({config.name}) must be a plain name: put folders into --out")
-    if config.resume and config.overwrite:
-        raise ValueError("--resume goes on with a run, --overwrite deletes it: give one of them")
-    if not 0 < config.data.valid_share < 1:
-        raise ValueError(f"--data.valid-share ({config.data.valid_share}) must be in (0, 1)")
-    if config.all.steps < 1:
-        raise ValueError(f"--all.steps ({config.all.steps}) must be at least 1")
-    machine = configs.machine(config.device, config.dtype, config.train.compile)
-    if machine.note:
-        print(f"note: {machine.note}", file=sys.stderr)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    attention = config.model.attention or ("flash" if "cuda" in machine.device else "sdpa")
-    return replace(
-        config,
-        model=replace(config.model, attention=attention),
-        name=config.name or configs.free_name(config.out, "caption"),
-        device=machine.device,
-        dtype=machine.dtype,
-        train=replace(config.train, compile=machine.compile),
-    )
-
-
 def main(config: Config) -> None:
-    modes: dict[str, Callable[[Config], None]] = {"chat": chat}
-    if config.mode != "train":
-        return modes[config.mode](config)
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if several:
-        meshes.join(torch.device(config.device).type if config.device else None)
-    with agreement.said_once() if not config.debug else contextlib.nullcontext():
+    if config.mode == "chat":
+        return chat(config)
+    with launching.joined(config.device, debug=config.debug):
         train(config)
-    if several:
-        dist.destroy_process_group()
 
 
 def command_line(args: Sequence[str]) -> Config:
-    if configs.option(args, "--chat") is not None and args[:1] != ["chat"]:
-        args = ["chat", *args]
-    start = configs.starting_point(args, PRESETS, modes=("chat",))
-    return configs.parse(start, args, description=str(__doc__), prog="caption.py")
+    return settings_of(args, str(__doc__))
 
 
 if __name__ == "__main__":

@@ -31,21 +31,20 @@ import contextlib
 import json
 import math
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in translate.py; must stand before torch
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import tyro
+from image_text_settings import Config, Train, checked
+from image_text_settings import command_line as settings_of
 from torch import Tensor
 
 from msfs_functional import (
@@ -53,6 +52,7 @@ from msfs_functional import (
     errors,
     image_figures,
     images,
+    launching,
     meshes,
     optim,
     pictures,
@@ -70,104 +70,21 @@ from msfs_functional.compiling import graphed
 from msfs_functional.contrastive import in_chunks, sigmoid_loss, softmax_loss
 from msfs_functional.data import Prefetch
 from msfs_functional.gathering import Sharded, gathered, sharded
+from msfs_functional.image_batches import Pairs
 from msfs_functional.image_corpora import Pictured
 from msfs_functional.layouts import TOWERS
 from msfs_functional.models import vision_format, vit
 from msfs_functional.models.clip import CLIPConfig, TextConfig, clip
 from msfs_functional.params import Functional, Params, cast
+from msfs_functional.stages import CHECKPOINTS, run_stage
 from msfs_functional.synthetic import shapes
 from msfs_functional.tokenizer import PAD, Tokenizer, train_bpe
-from msfs_functional.tracking import Tracker
-from msfs_functional.train import init_state, make_step
+from msfs_functional.train import TrainState, init_state, make_step
 
-MAY_BE_ZERO = ("seed", "warmup", "chunk")
 Words = Tokenizer | ClipTokenizer
-CHECKPOINTS, TOKENIZER = "checkpoints", "tokenizer.json"
+TOKENIZER = "tokenizer.json"
 # Seen in training: "a small red circle". A class is the mean of these sentences.
 TEMPLATES = ("a small {}", "a large {}")
-
-
-@dataclass(frozen=True)
-class Data:
-    """Where images and texts come from."""
-
-    # "shapes" (made here), a local folder of images with a metadata.jsonl or .csv, or a data set of
-    # the Hub
-    name: str = "shapes"
-    config: str | None = None  # configuration of the Hub's data set
-    split: str = "train"  # of it, to train on
-    valid: str | None = None  # split to measure on; None: cut off the training images
-    valid_share: float = 0.1  # of the images, to cut off
-    image: str | None = None  # column of images; None: what it is usually called
-    text: str | None = None  # column of texts, the same
-    fit: Literal["crop", "squash", "pad"] = "crop"  # what becomes of images that are not square
-    limit: int | None = None  # images at most
-    count: int = 16_000  # shapes to train on
-    size: int = 32  # of a side [pixels]
-    seed: int = 0  # of shapes, of splits and of the order, not of the model
-
-
-@dataclass(frozen=True)
-class Model:
-    """Sizes of both towers."""
-
-    width: int = 128  # of the residual streams
-    depth: int = 4  # layers of the image tower
-    text_depth: int = 2  # layers of the text tower
-    heads: int = 4
-    hidden: int = 384  # width inside the feed-forward layers
-    patch: int = 4  # [pixels]
-    embedding: int = 64  # dims of the common space; SigLIP's is the width
-    vocabulary: int = 512  # most ids of the byte-level BPE [tokens]
-    length: int = 16  # of a text, longer ones are cut [tokens]
-
-
-@dataclass(frozen=True)
-class Train:
-    """Length and mechanics of training: AdamW, a cosine with warm-up."""
-
-    steps: int = 500
-    batch: int = 128  # pairs of one step, over all processes
-    chunk: int = 0  # pairs that are embedded at once; 0: all
-    learning_rate: float = 2e-3  # peak
-    warmup: int = 50  # [steps]
-    weight_decay: float = 0.05
-    optimizer: Literal["adamw", "muon"] = "muon"  # of the matrices of blocks; AdamW for the rest
-    muon_rate: float = 0.02  # peak, of Muon
-    clip: float = 1.0  # largest global norm of the gradient; 0 does not clip
-    log_every: int = 20  # [steps]
-    eval_every: int = 250  # recall and a checkpoint [steps]
-    compile: bool = False  # compile the blocks, for large models
-    graph: bool = True  # on one GPU: a step is one CUDA graph
-
-
-@dataclass(frozen=True)
-class Config:
-    """Everything a run needs; frozen, and written to runs/<name>/config.json."""
-
-    # what to do; must come first
-    mode: tyro.conf.Positional[Literal["train", "classify", "export"]] = "train"
-    # of the run, its folder is <out>/<name>; None: a new number to train, the newest to use
-    name: str | None = None
-    out: Path = Path("runs")  # folder of the runs
-    resume: bool = False  # go on with the run from its latest checkpoint
-    overwrite: bool = False  # delete the run of this name first
-    seed: int = 0  # of initial parameters
-    loss: Literal["softmax", "sigmoid"] = "softmax"  # CLIP's or SigLIP's
-    device: str | None = None  # cpu, cuda, ...; None: cuda where there is one
-    # of the computation, parameters stay float32; None: bfloat16 on a GPU
-    dtype: Literal["float32", "bfloat16"] | None = None
-    threads: int | None = None  # CPU threads; None: all cores
-    published: Path | None = None  # local folder of a published CLIP to begin with, or to use
-    images: tuple[Path, ...] = ()  # classify: files
-    classes: tuple[str, ...] = ()  # classify: their names
-    # sentences around a class's name; none: "a {}", for a published model seven that suit it
-    templates: tuple[str, ...] = ()
-    test: int = 1000  # images that retrieval and zero-shot are measured on, at most
-    debug: bool = False  # show tracebacks
-    data: Data = field(default_factory=Data)
-    model: Model = field(default_factory=Model)
-    train: Train = field(default_factory=Train)
 
 
 class Splits(NamedTuple):
@@ -180,7 +97,9 @@ class Splits(NamedTuple):
     classes: tuple[str, ...]
 
 
-def read_data(data: Data, test: int) -> Splits:
+def read_data(config: Config) -> Splits:
+    """Images of all splits; of shapes as many as are measured at most, drawn by the seed."""
+    data, test = config.data, config.test
     if data.name != "shapes":
         columns = {"image": data.image, "text": data.text, "fit": data.fit, "limit": data.limit}
         read = lambda split: corpora.from_table(  # noqa: E731
@@ -190,14 +109,15 @@ def read_data(data: Data, test: int) -> Splits:
         if data.valid is not None:
             return Splits(whole, read(data.valid), {}, ())
         return Splits(*corpora.hold_out(whole, data.valid_share, data.seed), {}, ())
-    train, _ = corpora.shapes_world(data.seed, data.count, size=data.size)
-    valid, _ = corpora.shapes_world(data.seed, test, "valid", size=data.size)
+    how: dict[str, Any] = {"size": data.size, "held_out": shapes.PAIRS[data.held_out]}
+    train, _ = corpora.shapes_world(data.seed, data.count, **how)
+    valid, _ = corpora.shapes_world(data.seed, test, "valid", **how)
     classes = [f"{colour} {kind}" for colour in shapes.COLOURS for kind in shapes.KINDS]
     labelled = {}
     kinds: dict[str, shapes.Split] = {"seen": "valid", "unseen": "unseen"}
     for name, split in kinds.items():
         single, scenes = corpora.shapes_world(
-            data.seed, test, split, size=data.size, scene_filter=lambda scene: len(scene.shapes) < 2
+            data.seed, test, split, scene_filter=lambda scene: len(scene.shapes) < 2, **how
         )
         own = [classes.index(f"{s.shapes[0].colour} {s.shapes[0].kind}") for s in scenes]
         labelled[name] = single.images, torch.tensor(own)
@@ -334,58 +254,6 @@ def make_optimizer(config: Train) -> optim.Transformation:
     return optim.by_group([(matrices, muon), (r"", adamw)])
 
 
-class Pairs:
-    """Batch n is a function of the seed and n: which images, and which of an image's texts."""
-
-    def __init__(self, config: Config, data: Pictured, tokenizer: Words, share: tuple[int, int]):
-        self.size, self.seed, self.share = config.train.batch, config.data.seed, share
-        rows = [i for i, texts in enumerate(data.captions) if texts]
-        if len(rows) < self.size or self.size % share[1]:
-            raise ValueError(
-                f"--train.batch ({self.size}) must be at most the images with a text ({len(rows)})"
-                f" and a multiple of the {share[1]} data ranks"
-            )
-        self.images, self.rows = data.images, rows
-        counts = [len(data.captions[i]) for i in rows]
-        self.starts = np.concatenate([[0], np.cumsum(counts)])
-        flat = [text for i in rows for text in data.captions[i]]
-        self.texts = encode(tokenizer, flat, config.model.length)
-        self._order: tuple[int, np.ndarray] = -1, np.empty(0)
-        self.number = 0
-
-    def __iter__(self) -> "Pairs":
-        return self
-
-    def __next__(self) -> dict[str, Tensor]:
-        self.number += 1
-        return self.batch(self.number)
-
-    def state(self) -> dict[str, int]:
-        return {"number": self.number}
-
-    def restore(self, state: dict[str, int]) -> None:
-        self.number = state["number"]
-
-    def batch(self, number: int) -> dict[str, Tensor]:
-        """Batch `number`, counted from 1; this process's share of it."""
-        each = len(self.rows) // self.size
-        epoch, at = divmod(number - 1, each)
-        if self._order[0] != epoch:
-            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))
-            self._order = epoch, order
-        chosen = self._order[1][at * self.size : (at + 1) * self.size]
-        rng = np.random.default_rng((self.seed, 1, number))
-        counts = self.starts[chosen + 1] - self.starts[chosen]
-        which = self.starts[chosen] + (rng.random(self.size) * counts).astype(int)
-        part = slice(
-            self.share[0] * self.size // self.share[1],
-            (self.share[0] + 1) * self.size // self.share[1],
-        )
-        picked = torch.tensor([self.rows[i] for i in chosen[part]])
-        texts = torch.from_numpy(which[part])
-        return {"images": self.images[picked], "ids": self.texts[texts]}
-
-
 class Embedded:
     """A trained model as two functions of raw images and texts."""
 
@@ -464,43 +332,32 @@ def similarity_figure(embedded: Embedded, data: Pictured, count: int = 12):
     return image_figures.similarity_matrix(cosines, shown.permute(0, 2, 3, 1).numpy(), texts)
 
 
-def prepare(config: Config) -> tuple[Config, Path, Splits, Any]:
-    """(config, run, data, the checkpoint to go on from or None); errors are every rank's."""
-    with agreement.together():
-        config = checked(config)
-    config = replace(config, name=agreement.from_all(config.name)[0])
-    run = config.out / str(config.name)
-    with agreement.together():
-        splits = read_data(config.data, config.test)
-        if not config.resume and agreement.rank() == 0:
-            configs.check_free(run, overwrite=config.overwrite)
-    own = {**asdict(config), "device": torch.device(str(config.device)).type}
-    if agreement.world() > 1:
-        agreement.start_alike({"configuration": own})
-    saved = checkpoints.load(run / CHECKPOINTS) if config.resume else None
-    return config, run, splits, saved
-
-
 def train(config: Config) -> None:
     """data -> model -> loss -> step -> loop -> report"""
     begin = time.perf_counter()
-    config, run, splits, saved = prepare(config)
-    settings, device = config.train, str(config.device)
-    rank, world = agreement.rank(), agreement.world()
-    texts = [text for texts in splits.train.captions for text in texts]
     with agreement.together():
-        if saved and config.published is None:
-            tokenizer = Tokenizer.from_json(saved.files[TOKENIZER].decode())
-        else:
-            tokenizer = make_tokenizer(config, texts)
+        config = checked(config)
+    config = replace(config, name=agreement.from_all(config.name)[0])
+    run, device, settings = config.out / str(config.name), str(config.device), config.train
+    rank, world = agreement.rank(), agreement.world()
+    with agreement.together():
+        if not config.resume and not rank:
+            configs.check_free(run, overwrite=config.overwrite)
+        splits = read_data(config)
+        texts = [text for texts in splits.train.captions for text in texts]
+        tokenizer = make_tokenizer(config, texts)
         plain = model = make_model(config, tokenizer)
     share = (0, 1)
     if world > 1:
+        agreement.start_alike({"configuration": {**asdict(config), "device": device.split(":")[0]}})
         on = meshes.mesh(dp_shard=-1, device=torch.device(device).type)
         share, dtype = meshes.data_rank(on), getattr(torch, str(config.dtype))
         model = sharded(plain, TOWERS, on, dtype=dtype, reduce_dtype=torch.float32)
     with agreement.together():
-        pairs = Pairs(config, splits.train, tokenizer, share)
+        ids = encode(tokenizer, texts, config.model.length)
+        pairs = Pairs(splits.train, ids, settings.batch, seed=config.data.seed, share=share)
+        if not config.resume and not rank:
+            configs.new_run(run, config, overwrite=config.overwrite)
     optimizer = make_optimizer(settings)
     step = make_step(
         make_loss(config, model),
@@ -517,68 +374,47 @@ def train(config: Config) -> None:
         params = {name: p.to(device) for name, p in load_published(config).params.items()}
     if isinstance(model, Sharded):
         params = sharding.shard(params, TOWERS.rules, model.mesh)
-    state = init_state(params, optimizer, random.key(config.seed, device=device))
-    if saved:
-        state = checkpoints.load(saved.path, state).state
-    first = int(state.step)
-    pairs.restore({"number": first})
-    stream = Prefetch(pairs, device)  # pyright: ignore[reportArgumentType]
-    with agreement.together():
-        if not saved and not rank:
-            configs.new_run(run, config, overwrite=config.overwrite)
-    writer = checkpoints.Writer(run / CHECKPOINTS, keep_last=2)
-    tracker = Tracker(
-        run, settings.steps, name="image_text", step=first, every=settings.log_every, rank=rank
-    )
 
-    def measured() -> dict[str, float]:
+    def measured(count: int, state: TrainState) -> dict[str, float]:
         whole = sharding.gather(state.params)
         return evaluate(config, Embedded(config, plain, whole, tokenizer), splits)
 
-    def save(count: int) -> None:
-        tracker.flush()
-        files = {TOKENIZER: tokenizer.to_json(), configs.FILE: configs.to_json(config)}
-        writer.save(count, state, files=files)
-
-    with tracker, writer, contextlib.closing(stream), errors.interruptible() as stop:
+    if not rank:
         size = sum(math.prod(shape) for shape in plain.shapes.values())
-        tracker.note(
-            f"{len(splits.train)} images to train, {len(splits.valid)} to measure, "
-            f"{tokenizer.vocab_size} ids\n{size:,} parameters, {device}, {config.dtype}, "
-            f"{'compiled' if settings.compile else 'eager'}, {world} processes"
+        print(f"{len(splits.train)} images to train, {len(splits.valid)} to measure")
+        print(f"{size:,} parameters, {tokenizer.vocab_size} ids, {device}, {config.dtype}")
+        print(splits.train.unreadable if splits.train.unreadable.count else "", flush=True)
+    with contextlib.closing(Prefetch(pairs, device)) as batches:
+        state = run_stage(
+            run,
+            settings.steps,
+            init_state(params, optimizer, random.key(config.seed, device=device)),
+            step,
+            batches,
+            device=device,
+            resume=launching.resume_command("recipes/image_text.py", run),
+            every=settings.log_every,
+            save_every=settings.eval_every,
+            keep=2,
+            files={TOKENIZER: tokenizer.to_json(), configs.FILE: configs.to_json(config)},
+            tokens=lambda batch: len(batch["images"]),
+            evaluate=measured,
+            evaluate_every=settings.eval_every,
         )
-        if splits.train.unreadable.count:
-            tracker.note(str(splits.train.unreadable))
-        for count in range(first + 1, settings.steps + 1):
-            state, values = step(state, next(stream))
-            tracker.log(count, values, tokens=values.pop("weight"))
-            halt = agreement.highest(stop.received or 0)
-            if count % settings.eval_every == 0 and count < settings.steps:
-                with tracker.paused():
-                    tracker.record(count, measured())
-            if halt or count % settings.eval_every == 0 or count == settings.steps:
-                save(count)
-            if halt and count < settings.steps:
-                writer.wait()
-                again = f"--resume --out {config.out} --name {config.name}"
-                tracker.note(f"saved; go on with: python recipes/image_text.py {again}")
-                raise SystemExit(0 if halt == signal.SIGTERM else 128 + halt)
-        writer.wait()
-        whole = sharding.gather(state.params)
-        if not rank:
-            report(config, Embedded(config, plain, whole, tokenizer), splits, tracker)
-            seconds = time.perf_counter() - begin
-            tracker.note(f"{seconds:.0f} seconds; everything is in {run}")
+    whole = sharding.gather(state.params)
+    if not rank:
+        report(run, Embedded(config, plain, whole, tokenizer), splits)
+        print(f"{time.perf_counter() - begin:.0f} seconds; everything is in {run}")
 
 
-def report(config: Config, embedded: Embedded, splits: Splits, tracker: Tracker) -> None:
-    """What the model knows of images it never saw; leaves results.json and pictures."""
-    scores = evaluate(config, embedded, splits)
-    tracker.record(config.train.steps, scores)
-    (tracker.run_dir / "results.json").write_text(f"{json.dumps(scores)}\n", encoding="utf-8")
-    tracker.note("\n".join(f"{name:28} {value:.3f}" for name, value in scores.items()))
-    tracker.figure("similarity", similarity_figure(embedded, splits.valid))
-    records = tracking.read_metrics(tracker.run_dir / tracking.METRICS)
+def report(run: Path, embedded: Embedded, splits: Splits) -> None:
+    """What the model knows of images it never saw, and pictures of it."""
+    records = tracking.read_metrics(run / tracking.METRICS)
+    last = [record for record in records if "retrieval/image_to_text@1" in record][-1]
+    scores = {name: value for name, value in last.items() if "/" in name}
+    (run / "results.json").write_text(f"{json.dumps(scores)}\n", encoding="utf-8")
+    print("\n".join(f"{name:28} {value:.3f}" for name, value in scores.items()))
+    pictures.save_png(similarity_figure(embedded, splits.valid), run / "similarity.png")
     panels = {
         "nats per pair": {"loss": "training"},
         "share": {
@@ -588,7 +424,7 @@ def report(config: Config, embedded: Embedded, splits: Splits, tracker: Tracker)
         },
         "scale": {"scale": "1 / temperature"},
     }
-    tracker.figure("curves", pictures.training_curves(records, panels))
+    pictures.save_png(pictures.training_curves(records, panels), run / "curves.png")
 
 
 def trained(config: Config) -> tuple[Functional, Params, Words]:
@@ -656,57 +492,16 @@ def export(config: Config) -> None:
     print(f"{len(params)} tensors in {folder}")
 
 
-def checked(config: Config) -> Config:
-    """The configuration with what was left to the machine filled in.
-
-    Raises:
-        ValueError: a number out of range, options that exclude each other.
-    """
-    configs.check_numbers(config, MAY_BE_ZERO)
-    if config.name and Path(config.name).name != config.name:
-        raise ValueError(f"--name ({config.name}) must be a plain name: put folders into --out")
-    if config.resume and config.overwrite:
-        raise ValueError("--resume goes on with a run, --overwrite deletes it: give one of them")
-    if not 0 < config.data.valid_share < 1:
-        raise ValueError(f"--data.valid-share ({config.data.valid_share}) must be in (0, 1)")
-    if config.model.length < 2:
-        raise ValueError(f"--model.length ({config.model.length}) must hold BOS and EOS: 2 or more")
-    if config.loss == "softmax" and config.train.batch < 2:
-        raise ValueError(f"--train.batch ({config.train.batch}) must be 2 or more pairs")
-    machine = configs.machine(config.device, config.dtype, config.train.compile)
-    if machine.note:
-        print(f"note: {machine.note}", file=sys.stderr)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    return replace(
-        config,
-        name=config.name or configs.free_name(config.out, "image_text"),
-        device=machine.device,
-        dtype=machine.dtype,
-        train=replace(config.train, compile=machine.compile),
-    )
-
-
 def main(config: Config) -> None:
     modes: dict[str, Callable[[Config], None]] = {"classify": classify, "export": export}
     if config.mode != "train":
         return modes[config.mode](config)
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if several:
-        meshes.join(torch.device(config.device).type if config.device else None)
-    with agreement.said_once() if not config.debug else contextlib.nullcontext():
+    with launching.joined(config.device, debug=config.debug):
         train(config)
-    if several:
-        dist.destroy_process_group()
 
 
 def command_line(args: Sequence[str]) -> Config:
-    if args[:1] == ["classify"] and configs.option(args, "--published"):  # of no run
-        data, model = Data(size=224), Model(length=77)
-        start = Config(mode="classify", name="published", data=data, model=model)
-        return configs.parse(start, args, description=str(__doc__), prog="image_text.py")
-    start = configs.starting_point(args, {"default": Config()}, modes=("classify", "export"))
-    return configs.parse(start, args, description=str(__doc__), prog="image_text.py")
+    return settings_of(args, str(__doc__))
 
 
 if __name__ == "__main__":

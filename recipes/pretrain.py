@@ -25,11 +25,13 @@ Several processes: the same step, its parameters in shards over a mesh of these 
         --rdzv-id 1 --max-restarts 3 recipes/pretrain.py --mesh.dp-replicate 2 --mesh.dp-shard 8 \
         --name big
 
-    # Slurm:
-    sbatch --nodes 2 --ntasks-per-node 1 --gpus-per-node 8 --wrap 'srun torchrun --nnodes 2 \
-        --nproc-per-node 8 --rdzv-backend c10d --rdzv-id $SLURM_JOB_ID --rdzv-endpoint \
-        $(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1):29500 --max-restarts 3 \
-        recipes/pretrain.py --mesh.dp-shard 16 --name big'
+    # Slurm, two nodes of 8 GPUs and 64 cores:
+    sbatch --nodes 2 --ntasks-per-node 1 --gpus-per-node 8 --cpus-per-task 64 --wrap '
+        export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+        srun --cpus-per-task 64 torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d \
+            --rdzv-id $SLURM_JOB_ID --rdzv-endpoint \
+            $(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1):29500 --max-restarts 3 \
+            recipes/pretrain.py --mesh.dp-shard 16 --name big'
 
 Checkpoints hold all that the run is, are written in the background by all processes, and are read
 by any number of them in any mesh: --resume --name big goes on, with other degrees if they are
@@ -68,15 +70,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in translate.py; must stand before torch
 
 import torch
-import tyro
-from torch import Tensor
+from pretrain_settings import Config, Optimizer, Vocabulary, checked, command_line, degrees
 
 from msfs_functional import (
     agreement,
@@ -96,13 +97,13 @@ from msfs_functional import distributed_checkpoint as checkpoints
 from msfs_functional.compiling import graphed
 from msfs_functional.data import Prefetch
 from msfs_functional.documents import Corpus, is_held_out, read_documents, stream_documents
-from msfs_functional.gathering import Sharded, gathered, sharded
-from msfs_functional.generation import Generator, Sampling, Settings
+from msfs_functional.gathering import Sharded, sharded
+from msfs_functional.generation import Sampling
 from msfs_functional.layouts import DECODER, DECODER_BY_TOKENS
-from msfs_functional.losses import linear_cross_entropy
 from msfs_functional.models import decoder as models
 from msfs_functional.models import pretrained
-from msfs_functional.packing import PackedBatches, in_batches, pack, total_loss
+from msfs_functional.next_token import continuations, next_token_loss, validate
+from msfs_functional.packing import PackedBatches
 from msfs_functional.params import Functional, Params, cast
 from msfs_functional.streams import StreamedBatches
 from msfs_functional.synthetic.stories import RULES, beginning, shares, stories
@@ -110,144 +111,9 @@ from msfs_functional.tokenizer import BOS, EOS, PAD, Tokenizer, train_bpe, train
 from msfs_functional.tracking import Tracker
 from msfs_functional.train import init_state, make_step
 from msfs_functional.utilisation import Meter, flops_per_token, peak_flops, profiled
-from msfs_functional.vocabulary_parallel import sharded_linear_cross_entropy
 from msfs_functional.watchdog import Watchdog
 
-MAY_BE_ZERO = ("seed", "warmup", "profile")
 CHECKPOINTS, TOKENIZER = "checkpoints", "tokenizer.json"
-
-
-@dataclass(frozen=True)
-class Data:
-    """Where the documents come from."""
-
-    # .txt (documents stand between blank lines) or .jsonl files, also .gz, held in memory; without
-    # files and stream: the stories of this project
-    files: tuple[Path, ...] = ()
-    # a dataset of the Hugging Face Hub, or a path or pattern of .jsonl, .parquet or .txt files:
-    # read as it is needed
-    stream: str | None = None
-    config: str | None = None  # of the dataset on the Hub
-    split: str = "train"  # of it
-    # files for validation, as `files`; none: some of the training documents, set aside
-    valid: tuple[Path, ...] = ()
-    valid_share: float = 0.05  # of the documents, to set aside
-    valid_documents: int = 200  # of a stream's that are set aside, or stories
-    field: str = "text"  # column or key of the text
-    # independent parts of a stream, a multiple of the processes that read; None: one for each.
-    # Resuming with other processes takes the same number
-    lanes: int | None = None
-    stories: int = 24_000  # to train on, where there is nothing else
-    length: int = 224  # tokens of a packed row, the most that attention spans
-    batch: int = 6  # rows of one step, over all processes
-    seed: int = 0  # of the stories, of splits and of the order, not of the model
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """Learned from the training documents only."""
-
-    # byte-level BPE, which spells any text, or whole words; None: words for the stories, which have
-    # 200 of them, else bpe
-    kind: Literal["bpe", "words"] | None = None
-    size: int = 8_000  # most ids [tokens]: 4 specials, 256 bytes of bpe, merges or words
-    documents: int = 10_000  # of a stream, to learn from
-    file: Path | None = None  # a tokenizer that was saved before, in place of learning one
-
-
-@dataclass(frozen=True)
-class Model:
-    """Size of the decoder; None keeps what the size says."""
-
-    size: Literal["nano", "tiny", "small", "gpt2", "large"] = "nano"
-    vocab: int | None = None  # rows of the embedding; None: as many as the vocabulary has ids
-    width: int | None = None  # of the residual stream
-    depth: int | None = None  # blocks
-    heads: int | None = None  # attention heads
-    kv_heads: int | None = None  # key heads, must divide the heads
-    hidden: int | None = None  # width inside the feed-forward layers
-    qk_norm: bool = False  # RMSNorm of each head's queries and keys
-    dropout: float = 0.0  # probability
-    # implementation of attention; None: flash on a GPU, sdpa on a CPU
-    attention: Literal["flash", "sdpa", "reference"] | None = None
-
-
-@dataclass(frozen=True)
-class Optimizer:
-    """AdamW, or Muon for the matrices of blocks and AdamW beside it; a cosine with warm-up."""
-
-    kind: Literal["adamw", "muon"] = "muon"
-    learning_rate: float = 5e-3  # peak, of AdamW
-    muon_rate: float = 0.02  # peak, of Muon
-    warmup: int = 100  # [steps]
-    weight_decay: float = 0.1  # decoupled, on matrices only [1/update, times the learning rate]
-    b1: float = 0.9  # decay of the first moment
-    b2: float = 0.95  # decay of the second moment
-    clip: float = 1.0  # largest global norm of the gradient; 0 does not clip
-
-
-@dataclass(frozen=True)
-class Train:
-    """Length and mechanics of training."""
-
-    steps: int = 2_800  # optimizer steps
-    accumulation: int = 1  # microbatches of one step
-    log_every: int = 40  # [steps]
-    eval_every: int = 560  # validation loss and a checkpoint [steps]
-    keep: int = 2  # checkpoints to keep besides the best
-    compile: bool | None = None  # compile the step; None: on a GPU
-    # steps to trace with torch's profiler, after three others; leaves trace-<rank>.json.gz
-    profile: int = 0
-
-
-@dataclass(frozen=True)
-class Mesh:
-    """Degrees of parallelism, whose product is the number of processes; one may be -1."""
-
-    dp_replicate: int = 1  # processes with equal parameters and other rows
-    dp_shard: int = -1  # processes with a shard of each parameter and other rows
-    tp: int = 1  # processes that share each layer and the vocabulary
-    # processes that share layers hold parts of the tokens between them; tp must divide the length
-    sequence: bool = True
-    timeout: float = 600.0  # the run ends when nothing has happened for so long [s]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What to sample at the end."""
-
-    number: int = 100  # samples without a beginning, and as many that go on with validation stories
-    temperature: float = 0.5  # 0 is greedy
-    top_p: float = 1.0  # probability that the kept candidates hold
-    show: int = 4  # of each kind
-    prompt: str | None = None  # `sample` goes on with this text
-
-
-@dataclass(frozen=True)
-class Config:
-    """Everything a run needs; frozen, and written to runs/<name>/config.json."""
-
-    # what to do; must come first
-    mode: tyro.conf.Positional[Literal["train", "sample", "export"]] = "train"
-    # of the run, its folder is <out>/<name>; None: a new number to train, the newest to use
-    name: str | None = None
-    out: Path = Path("runs")  # folder of the runs
-    # go on with the run from its latest checkpoint, also with other processes and degrees
-    resume: bool = False
-    overwrite: bool = False  # delete the run of this name first
-    seed: int = 0  # of initial parameters, dropout and samples
-    device: str | None = None  # cpu, cuda, ...; None: cuda where there is one
-    # of the computation, parameters stay float32; None: bfloat16 on a GPU
-    dtype: Literal["float32", "bfloat16"] | None = None
-    threads: int | None = None  # CPU threads; None: all cores
-    debug: bool = False  # show tracebacks
-    data: Data = field(default_factory=Data)
-    vocabulary: Vocabulary = field(default_factory=Vocabulary)
-    model: Model = field(default_factory=Model)
-    optimizer: Optimizer = field(default_factory=Optimizer)
-    train: Train = field(default_factory=Train)
-    mesh: Mesh = field(default_factory=Mesh)
-    sample: Sample = field(default_factory=Sample)
 
 
 def read_data(config: Config) -> Corpus:
@@ -323,29 +189,12 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Functional:
 
 
 def make_loss(config: Config, model: Functional, *, dropout: bool = True):
-    """The mean cross-entropy of the next token [nats/token]; padding does not count."""
-    dtype, loss_of = getattr(torch, str(config.dtype)), linear_cross_entropy
-    if isinstance(model, Sharded):
-        vocab = model.shapes["embedding.weight"][0]
-        loss_of = sharded_linear_cross_entropy(model.mesh, vocab)
-
-    def loss_fn(params: Params, batch: dict[str, Tensor], key: Tensor | None):
-        if not isinstance(model, Sharded):  # which casts what it gathers
-            params = cast(params, dtype)
-        states = model.apply(
-            params,
-            batch["tokens"],
-            segment_ids=batch["segments"],
-            positions=batch["positions"],
-            key=key if dropout and config.model.dropout else None,
-            implementation=config.model.attention,
-            method="hidden",
-        )
-        weight = models.output_weight(params)
-        total, count = loss_of(states, weight, batch["labels"], ignore_index=PAD)
-        return total / count.clamp(min=1), {"weight": count}
-
-    return gathered(loss_fn, model) if isinstance(model, Sharded) else loss_fn
+    return next_token_loss(
+        model,
+        dtype=getattr(torch, str(config.dtype)),
+        implementation=config.model.attention or "flash",
+        dropout=dropout,
+    )
 
 
 def make_optimizer(config: Optimizer, steps: int) -> optim.Transformation:
@@ -359,27 +208,6 @@ def make_optimizer(config: Optimizer, steps: int) -> optim.Transformation:
     muon = optim.muon(rate, weight_decay=decay, matrices=[(r"", True)], dtype=dtype)
     rest = r"norm|bias|embedding|positions|^output"
     return optim.by_group([(rest, adamw), (r"", muon)])
-
-
-def degrees(mesh: Mesh) -> dict[str, int]:
-    return {axis: n for axis, n in asdict(mesh).items() if axis in meshes.AXES}
-
-
-def validate(
-    config: Config,
-    model: Functional,
-    params: Params,
-    tokenizer: Tokenizer,
-    documents: list[str],
-    share: tuple[int, int],
-) -> dict[str, float]:
-    """Loss [nats/token] and bits per byte."""
-    loss_fn = make_loss(config, model, dropout=False)
-    rows = pack(tokenizer.encode(documents, bos=True, eos=True), config.data.length)
-    batches = in_batches(rows, config.data.batch, share, str(config.device))
-    nats, count = total_loss(loss_fn, params, batches)
-    size = sum(len(document.encode()) for document in documents)
-    return {"valid/loss": nats / count, "valid/bits_per_byte": nats / math.log(2) / size}
 
 
 def prepare(config: Config, watchdog: Watchdog) -> tuple[Config, Path, Corpus, Any]:
@@ -478,6 +306,12 @@ def train(config: Config, watchdog: Watchdog) -> None:
     )
     meter = Meter(flops_per_token(plain, config.data.length) / peak_flops(device), world)
 
+    def assess(params: Params) -> dict[str, float]:
+        sizes = {"length": config.data.length, "batch": config.data.batch}
+        loss_fn = make_loss(config, model, dropout=False)
+        where = {**sizes, "share": share, "device": device}
+        return validate(loss_fn, params, tokenizer, corpus.valid, **where)
+
     def save(count: int, score: float | None) -> None:
         watchdog.at(f"saving step {count}")
         tracker.flush()
@@ -507,8 +341,7 @@ def train(config: Config, watchdog: Watchdog) -> None:
                 if evaluate:
                     watchdog.at(f"validation after step {count}")
                     with tracker.paused():
-                        params = state.params
-                        scores = validate(config, model, params, tokenizer, corpus.valid, share)
+                        scores = assess(state.params)
                         tracker.record(count, {**scores, **meter.read()})
                         save(count, -scores["valid/loss"])
                 elif halt:
@@ -538,29 +371,19 @@ def about(config: Config, model: Functional, tokenizer: Tokenizer, corpus: Corpu
     )
 
 
-def continuations(
+def tell(
     config: Config,
     model: Functional,
-    tokenizer: Tokenizer,
     params: Params,
+    tokenizer: Tokenizer,
     prompts: Sequence[str],
     samples: int = 1,
 ) -> list[str]:
     """Whole texts that begin with the prompts, `samples` of each."""
-    ids = tokenizer.encode(list(prompts), bos=True)
-    ids = [each if text else [BOS] for each, text in zip(ids, prompts, strict=True)]
     params = cast(params, getattr(torch, str(config.dtype)))
-    generate = Generator(models.language_model(model, params, implementation="sdpa"), compile=False)
-    kind = Sampling(config.sample.temperature, top_p=config.sample.top_p)
-    room = generate.room(ids)
-    with torch.no_grad():
-        found = generate(
-            ids,
-            Settings(room, kind, samples=samples, stop_tokens=(EOS,)),
-            key=random.key(config.seed, device=config.device),
-        )
-    rows = zip(found.tokens.tolist(), found.lengths.tolist(), strict=True)
-    return tokenizer.decode([*ids[n // samples], *row[:end]] for n, (row, end) in enumerate(rows))
+    sampling = Sampling(config.sample.temperature, top_p=config.sample.top_p)
+    options = {"samples": samples, "sampling": sampling, "seed": config.seed}
+    return continuations(model, params, tokenizer, prompts, **options)
 
 
 def report(
@@ -573,10 +396,10 @@ def report(
 ) -> None:
     """Samples, judged if they are stories; leaves results.json and samples.txt."""
     number, own = config.sample.number, not (config.data.files or config.data.stream)
-    kinds = {"free": continuations(config, model, tokenizer, params, [""], number)}
+    kinds = {"free": tell(config, model, params, tokenizer, [""], number)}
     if own:
         prompts = [beginning(text) for text in held_out[:number]]
-        kinds["begun"] = continuations(config, model, tokenizer, params, prompts)
+        kinds["begun"] = tell(config, model, params, tokenizer, prompts)
     records = tracking.read_metrics(tracker.run_dir / tracking.METRICS)
     last = [record for record in records if "valid/loss" in record][-1]
     results = {name: last[name] for name in ("valid/loss", "valid/bits_per_byte", "mfu")}
@@ -625,7 +448,7 @@ def sample(config: Config) -> None:
     config = checked(config)
     model, params, tokenizer = trained(config)
     prompts, number = [config.sample.prompt or ""], config.sample.number
-    for text in continuations(config, model, tokenizer, params, prompts, number):
+    for text in tell(config, model, params, tokenizer, prompts, number):
         print(text)
 
 
@@ -640,49 +463,6 @@ def export(config: Config) -> None:
     print(f"{len(params)} tensors in {folder}")
 
 
-def checked(config: Config) -> Config:
-    """The configuration with what the machine decides filled in.
-
-    Raises:
-        ValueError: a size below its least value, a device that is not there, options that exclude
-            each other.
-    """
-    configs.check_numbers(replace(config, mesh=Mesh(dp_shard=1)), may_be_zero=MAY_BE_ZERO)
-    if config.name and Path(config.name).name != config.name:
-        raise ValueError(f"--name ({config.name}) must be a plain name: put folders into --out")
-    if config.resume and config.overwrite:
-        raise ValueError("--resume goes on with a run, --overwrite deletes it: give one of them")
-    if not config.name and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-        raise ValueError(
-            "--max-restarts needs a --name: processes that start again find their run by it"
-        )
-    if config.mesh.sequence and config.mesh.tp > 1 and config.data.length % config.mesh.tp:
-        raise ValueError(
-            f"--mesh.tp ({config.mesh.tp}) must divide --data.length ({config.data.length}): change"
-            f" one, or pass --mesh.no-sequence"
-        )
-    if not config.mesh.timeout > 0:
-        raise ValueError(f"--mesh.timeout ({config.mesh.timeout}) must be positive [s]")
-    if not 0 < config.data.valid_share < 1:
-        raise ValueError(f"--data.valid-share ({config.data.valid_share}) must be in (0, 1)")
-    machine = configs.machine(config.device, config.dtype, config.train.compile)
-    if machine.note:
-        print(f"note: {machine.note}", file=sys.stderr)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    kind = "bpe" if config.data.files or config.data.stream else "words"
-    attention = config.model.attention or ("flash" if "cuda" in machine.device else "sdpa")
-    return replace(
-        config,
-        device=machine.device,
-        dtype=machine.dtype,
-        name=config.name or configs.free_name(config.out, "pretrain"),
-        vocabulary=replace(config.vocabulary, kind=config.vocabulary.kind or kind),
-        model=replace(config.model, attention=attention),
-        train=replace(config.train, compile=machine.compile),
-    )
-
-
 def main(config: Config) -> None:
     modes: dict[str, Callable[[Config], None]] = {"sample": sample, "export": export}
     if config.mode != "train":
@@ -692,10 +472,5 @@ def main(config: Config) -> None:
         train(config, watchdog)
 
 
-def command_line(args: Sequence[str]) -> Config:
-    start = configs.starting_point(args, {"default": Config()}, modes=("sample", "export"))
-    return configs.parse(start, args, description=str(__doc__), prog="pretrain.py")
-
-
 if __name__ == "__main__":
-    errors.run(main, lambda: command_line(sys.argv[1:]))
+    errors.run(main, lambda: command_line(sys.argv[1:], str(__doc__)))

@@ -84,4 +84,4 @@ pretrain.report = pretrain.draw = lambda *args: None
 pretrain.Tracker = functools.partial(tracking.Tracker, tensorboard=False)
 torch.set_num_threads(1)
 print(f"attempt {attempt} of rank {rank}", file=sys.stderr, flush=True)
-pretrain.errors.run(pretrain.main, lambda: pretrain.command_line(sys.argv[1:]))
+pretrain.errors.run(pretrain.main, lambda: pretrain.command_line(sys.argv[1:], ""))

@@ -12,8 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from msfs_functional import config as configs
 from msfs_functional import distributed_checkpoint as checkpoints
 from msfs_functional import stages
+from msfs_functional.aligning import Mesh, Model, Stage, fine_tune, prepare
+from msfs_functional.alignment_runs import Options, each_seed
+from msfs_functional.alignment_tasks import Data, built_in
+from msfs_functional.preference_training import Preferences, as_data, optimise, preference_loss
+from msfs_functional.reinforcement import Learning
 from msfs_functional.rewards import RewardError
 
 ROOT = Path(__file__).parents[1]
@@ -34,27 +40,33 @@ def align_dpo():
 
 
 @pytest.fixture(scope="module")
+def align_people():
+    return load("align_people")
+
+
+@pytest.fixture(scope="module")
 def align_ppo():
     return load("align_ppo")
 
 
 def tiny(recipe, out, name, **options):
-    data = recipe.Data(demonstrations=120, prompts=60, held_out=30, new=6)
-    stage = recipe.Stage(3, 4, 3e-3, 1)
-    sizes = {"data": data, "model": recipe.Model(16, 1, 2), "sft": stage, "rewards": stage}
-    base = recipe.Config(out=out, name=name, device="cpu", seeds=1, **sizes)
-    return replace(base, **options)
+    data = Data(demonstrations=120, prompts=60, held_out=30, new=6)
+    stage = Stage(3, 4, 3e-3, 1)
+    sizes = {"data": data, "model": Model(16, 1, 2, 64), "sft": stage, "seeds": 1}
+    if hasattr(recipe.Config(), "rewards"):
+        sizes["rewards"] = stage
+    return replace(recipe.Config(out=out, name=name, device="cpu", **sizes), **options)
 
 
-def rl(recipe, **options):
+def rl(**options):
     sizes = {"iterations": 3, "prompts": 4, "samples": 2, "minibatches": 2, "warmup": 1}
-    return recipe.Learning(**{**sizes, **options})
+    return Learning(**{**sizes, **options})
 
 
-def preferences(recipe, **options):
+def preferences(**options):
     sizes = {"steps": 4, "batch": 2, "rate": 1e-3, "warmup": 1, "rounds": 1, "samples": 8}
     sizes["right"] = False
-    return recipe.Preferences(**{**sizes, **options})
+    return Preferences(**{**sizes, **options})
 
 
 def state_of(folder):
@@ -83,7 +95,7 @@ def stop_at(monkeypatch):
 
 
 def test_a_dpo_run_that_was_stopped_ends_with_the_same_bits(align_dpo, tmp_path, stop_at, capsys):
-    options = {"dpo": preferences(align_dpo, loss="kto")}
+    options = {"dpo": preferences(loss="kto")}
     align_dpo.main(tiny(align_dpo, tmp_path, "whole", **options))
     said = capsys.readouterr().out
     assert "right answers to held-out prompts, greedy" in said and "KL to the reference" in said
@@ -103,40 +115,39 @@ def test_a_dpo_run_that_was_stopped_ends_with_the_same_bits(align_dpo, tmp_path,
 
 
 @pytest.mark.parametrize("loss", ["hinge", "ipo", "cdpo", "robust", "simpo", "orpo"])
-def test_every_loss_has_a_gradient_that_prefers_the_chosen_answer(align_dpo, loss):
-    config = preferences(align_dpo, loss=loss, imitation=0.0)
+def test_every_loss_has_a_gradient_that_prefers_the_chosen_answer(loss):
+    config = preferences(loss=loss, imitation=0.0)
     sums = torch.tensor([[-4.0, -4.0]], requires_grad=True)
     lengths = torch.tensor([[4.0, 2.0]])
-    losses, _ = align_dpo.preference_loss(config, sums, lengths, torch.tensor([[-4.0, -4.0]]))
+    losses, _ = preference_loss(config, sums, lengths, torch.tensor([[-4.0, -4.0]]))
     slope = torch.autograd.grad(losses.sum(), sums)[0]
     assert slope[0, 0] < 0 < slope[0, 1]
 
 
 def test_a_sweep_of_beta_in_one_step_equals_single_runs(align_dpo, tmp_path):
     """Members of one beta each, on the same batches, end where runs of that beta alone end."""
-    options = {"dpo": preferences(align_dpo)}
-    config = align_dpo.checked(tiny(align_dpo, tmp_path, "sweep", sweep=(0.1, 2.0), **options))
+    options = {"dpo": preferences()}
+    config = tiny(align_dpo, tmp_path, "sweep", sweep=(0.1, 2.0), **options)
     align_dpo.main(config)
     found = checkpoints.load(tmp_path / "sweep" / "sweep" / "checkpoints")
-    machine = align_dpo.configs.machine("cpu", None, None)
-    task = align_dpo.built_in(config.data, 0)
-    setup = align_dpo.set_up(config.model, task, machine)
-    shapes = setup.model.shapes
-    like = {"params": {n: torch.Size((2, *shape)) for n, shape in shapes.items()}}
+    machine = configs.machine("cpu", None, None)
+    ready = prepare(built_in, config.data, config.model, machine, Mesh(), 0)
+    task, setup, _ = ready
+    like = {"params": {n: torch.Size((2, *s)) for n, s in setup.model.shapes.items()}}
     stacked = checkpoints.load(found.path, like, partial=True).state["params"]
-    start = align_dpo.fine_tune(setup, task, config.sft, 0, tmp_path / "sweep" / "sft", "")
-    pairs = align_dpo.judged_pairs(config.dpo, setup, task, start, task.prompts, 0)
+    start = fine_tune(setup, task, config.sft, 0, tmp_path / "sweep" / "sft", "")
+    pairs = align_dpo.judged_pairs(config, ready, start, task.prompts, 0)
     for member, beta in enumerate(config.sweep):
-        alone = replace(config, dpo=replace(config.dpo, beta=beta))
-        data = align_dpo.as_data(alone.dpo, setup, start, pairs)
-        params = align_dpo.optimise(alone, setup, start, data, 0, tmp_path / f"alone-{beta}")
+        alone = replace(config.dpo, beta=beta)
+        data = as_data(alone, setup, start, pairs)
+        params = optimise(alone, setup, start, data, 0, tmp_path / f"alone-{beta}", "")
         for name, value in params.items():
             torch.testing.assert_close(stacked[name][member], value, atol=2e-5, rtol=1e-3)
     assert json.loads((tmp_path / "sweep" / "results.json").read_text())[1]["beta"] == 2.0
 
 
 def test_influence_is_told_for_training_pairs(align_dpo, tmp_path, capsys):
-    options = {"dpo": preferences(align_dpo, flipped=0.3), "influence": 6}
+    options = {"dpo": preferences(flipped=0.3), "influence": 6}
     align_dpo.main(tiny(align_dpo, tmp_path, "influence", **options))
     said = capsys.readouterr().out
     assert "influence of 6 pairs" in said and said.count("  harmful") == 3
@@ -145,7 +156,7 @@ def test_influence_is_told_for_training_pairs(align_dpo, tmp_path, capsys):
 def test_an_rl_run_stopped_between_two_updates_of_a_rollout_ends_with_the_same_bits(
     align_ppo, tmp_path, stop_at
 ):
-    options = {"rl": rl(align_ppo, algorithm="ppo")}
+    options = {"rl": rl(algorithm="ppo")}
     align_ppo.main(tiny(align_ppo, tmp_path, "whole", **options))
     records = [
         json.loads(line)
@@ -169,8 +180,28 @@ def test_an_rl_run_stopped_between_two_updates_of_a_rollout_ends_with_the_same_b
     assert state_of(places[0]) == state_of(places[1])
 
 
+def test_rollouts_ahead_give_the_same_bits_from_a_process_beside_and_after_a_stop(
+    align_ppo, tmp_path, stop_at
+):
+    """Each rollout by the parameters before the last updates: asked for in turn, while updates
+    run, or read from a checkpoint."""
+    for way in ("ahead", "beside"):
+        align_ppo.main(tiny(align_ppo, tmp_path, way, rl=rl(rollouts=way)))
+    config = tiny(align_ppo, tmp_path, "stopped", rl=rl(rollouts="ahead"))
+    stop_at("rl", 3)
+    with pytest.raises(SystemExit):
+        align_ppo.main(config)
+    align_ppo.main(replace(config, resume=True))
+    ahead, *others = (
+        state_of(tmp_path / name / "seed-0" / "rl") for name in ("ahead", "beside", "stopped")
+    )
+    assert all(other == ahead for other in others)
+    align_ppo.main(tiny(align_ppo, tmp_path, "fresh", rl=rl()))
+    assert state_of(tmp_path / "fresh" / "seed-0" / "rl") != ahead
+
+
 def test_a_reward_model_ensemble_and_a_trust_region_run(align_ppo, tmp_path, capsys):
-    config = rl(align_ppo, reward="model", members=2, aggregate="uncertainty", trust_region=0.01)
+    config = rl(reward="model", members=2, aggregate="uncertainty", trust_region=0.01)
     align_ppo.main(tiny(align_ppo, tmp_path, "model", rl=config))
     assert "reward model accuracy" in capsys.readouterr().out
     path = tmp_path / "model" / "seed-0" / "rl" / "metrics.jsonl"
@@ -180,34 +211,47 @@ def test_a_reward_model_ensemble_and_a_trust_region_run(align_ppo, tmp_path, cap
 
 
 @pytest.mark.ranks
-def test_two_ranks_learn_what_one_process_learns(align_ppo, tmp_path):
-    """The same rollouts, rewards and gradients, to the rounding of another order of sums."""
-    options = ["--data.demonstrations", "120", "--data.prompts", "60", "--data.held-out", "6"]
-    options += ["--model.width", "16", "--model.depth", "1", "--model.heads", "2", "--seeds", "1"]
-    options += ["--sft.steps", "3", "--sft.batch", "4", "--sft.warmup", "1", "--device", "cpu"]
-    options += ["--rl.iterations", "2", "--rl.prompts", "4", "--rl.samples", "2"]
-    options += ["--rl.minibatches", "2", "--rl.warmup", "1", "--out", str(tmp_path), "--name"]
-    align_ppo.main(align_ppo.command_line([*options, "one"]))
-    script = [str(ROOT / "recipes" / "align_ppo.py"), *options, "two", "--mesh.dp-shard", "2"]
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+def test_two_ranks_learn_what_one_process_learns(align_ppo, align_people, tmp_path):
+    """The same rollouts, rewards and gradients, to the rounding of another order of sums: of a
+    policy, of a critic, of an ensemble of reward models and of DPO on files."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys; from pathlib import Path; import align_people, align_ppo\n"
+        f"sys.path.insert(0, {str(ROOT / 'tests')!r}); import test_align_recipes as tests\n"
+        f"tests.learn_three_ways(align_ppo, align_people, Path({str(tmp_path)!r}), 'two-')\n"
+    )
+    paths = os.pathsep.join(map(str, [ROOT, ROOT / "kernels", ROOT / "recipes"]))
     ran = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *script],
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)],
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=250,
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
-    assert ran.stdout.count("seed 0: right before") == 1
-    one, two = (
-        [json.loads(line) for line in (tmp_path / name / place).read_text().splitlines()]
-        for name in ("one", "two")
-        for place in ["seed-0/rl/metrics.jsonl"]
-    )
-    assert len(one) == len(two) == 2
-    for a, b in zip(one, two, strict=True):
-        for name in ("reward", "kl", "length", "grad_norm", "rollout_entropy"):
-            assert a[name] == pytest.approx(b[name], abs=2e-3, rel=5e-3), name
+    assert ran.stdout.count("seed 0: right before") == 2
+    learn_three_ways(align_ppo, align_people, tmp_path, "one-")
+    for place in ("grpo/seed-0/rl", "ppo/seed-0/rewards", "ppo/seed-0/rl", "people/ensemble",
+                  "people/seed-0/dpo"):  # fmt: skip
+        one, two = (
+            [json.loads(line) for line in (tmp_path / path / "metrics.jsonl").open()]
+            for path in (f"one-{place}", f"two-{place}")
+        )
+        assert len(one) == len(two) > 0
+        for a, b in zip(one, two, strict=True):
+            names = {"reward", "kl", "length", "grad_norm", "rollout_entropy", "loss", "value_loss"}
+            for name in names & a.keys():
+                assert a[name] == pytest.approx(b[name], abs=2e-3, rel=5e-3), (place, name)
+
+
+def learn_three_ways(align_ppo, align_people, out, prefix):
+    """GRPO by the checker, PPO by an ensemble of reward models, DPO on files."""
+    sizes = {"iterations": 2, "prompts": 4}
+    own = rl(**sizes)
+    align_ppo.main(tiny(align_ppo, out, f"{prefix}grpo", rl=own))
+    own = rl(**sizes, algorithm="ppo", reward="model", members=2, aggregate="min")
+    align_ppo.main(tiny(align_ppo, out, f"{prefix}ppo", rl=own))
+    align_people.main(tiny(align_people, out, f"{prefix}people", **people(out)))
 
 
 def reward_file(tmp_path, text):
@@ -224,9 +268,7 @@ def test_a_reward_that_fails_once_costs_its_rollout_only(align_ppo, tmp_path, ca
         "    calls.append(1)\n"
         "    return [float('nan') if len(calls) == 2 else len(c) for c in completions]\n",
     )
-    align_ppo.main(
-        tiny(align_ppo, tmp_path, "once", rl=rl(align_ppo, algorithm="dr_grpo", reward=place))
-    )
+    align_ppo.main(tiny(align_ppo, tmp_path, "once", rl=rl(algorithm="dr_grpo", reward=place)))
     said = capsys.readouterr().out
     assert "step 2 is skipped: reward reward gave nan for completion 0" in said
     assert "right answers" in said
@@ -241,7 +283,7 @@ def test_a_reward_that_keeps_failing_stops_the_run_and_nothing_is_lost(align_ppo
         "        raise RuntimeError('no connection')\n"
         "    return [len(c) for c in completions]\n",
     )
-    own = rl(align_ppo, algorithm="reinforce", reward=place, patience=2)
+    own = rl(algorithm="reinforce", reward=place, patience=2)
     config = tiny(align_ppo, tmp_path, "failing", save_every=2, rl=own)
     (tmp_path / "broken").touch()
     with pytest.raises(RewardError, match=r"step 2: .*no connection.*2 steps in a row had no"):
@@ -253,6 +295,21 @@ def test_a_reward_that_keeps_failing_stops_the_run_and_nothing_is_lost(align_ppo
     align_ppo.main(replace(config, resume=True))
     assert state_of(folder / "sft") == before
     assert checkpoints.load(folder / "rl" / "checkpoints").step == 6
+
+
+def one_seed(config, machine, seed, run):
+    """What `each_seed` runs below, in processes of their own."""
+    if seed == 3:
+        raise ValueError("three (3) is too many")
+    return seed, torch.get_num_threads()
+
+
+def test_seeds_side_by_side_come_back_in_order_and_fail_as_they_would_alone():
+    machine = configs.machine("cpu", None, None)
+    options = Options(seed=1, seeds=2, workers=2, threads=2)
+    assert each_seed(one_seed, options, machine, ROOT) == [(1, 1), (2, 1)]
+    with pytest.raises(ValueError, match=r"three \(3\) is too many"):
+        each_seed(one_seed, replace(options, seeds=3), machine, ROOT)
 
 
 @pytest.mark.parametrize(
@@ -290,7 +347,7 @@ def test_bad_options_of_dpo_are_named(align_dpo, tmp_path, arguments, message):
         align_dpo.main(align_dpo.command_line(["--out", str(tmp_path), *arguments]))
 
 
-def test_preferences_of_people_end_in_accuracies_and_a_win_rate(align_dpo, tmp_path, capsys):
+def people(tmp_path):
     path, words = tmp_path / "pairs.jsonl", ["red", "blue", "green", "black", "white"]
     rows = [
         {"prompt": f"say {a} {n % 9}:", "chosen": f" {a}", "rejected": f" {b}"}
@@ -298,26 +355,28 @@ def test_preferences_of_people_end_in_accuracies_and_a_win_rate(align_dpo, tmp_p
         for a, b in zip(words, words[1:] + words[:1], strict=True)
     ]
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    data = align_dpo.Data(files=(path,), vocabulary=280, share=0.2, held_out=4, new=4)
-    config = tiny(
-        align_dpo, tmp_path, "people", data=data, dpo=preferences(align_dpo), members=2,
-        pretrain=align_dpo.Stage(2, 2, 1e-3, 1),
-    )  # fmt: skip
-    align_dpo.main(config)
+    data = Data(files=(path,), vocabulary=280, share=0.2, held_out=4, new=4)
+    return {"data": data, "dpo": preferences(), "members": 2, "pretrain": Stage(2, 2, 1e-3, 1)}
+
+
+def test_preferences_of_people_end_in_accuracies_and_a_win_rate(align_people, tmp_path, capsys):
+    align_people.main(tiny(align_people, tmp_path, "people", **people(tmp_path)))
     said = capsys.readouterr().out
     assert "2 in one step" in said and "DPO's answers beat those before it" in said
     found = json.loads((tmp_path / "people" / "results.json").read_text())
     assert len(found["members"]) == 2 and found["ensemble"].keys() == {"mean", "min", "uncertainty"}
+    with pytest.raises(ValueError, match="holds no file"):
+        align_people.main(tiny(align_people, tmp_path, "none"))
 
 
 def test_problems_with_answers_are_learned_from_files(align_ppo, tmp_path, capsys):
     path = tmp_path / "problems.jsonl"
     rows = [{"question": f"What is {n}?", "answer": f"It is.\n#### {n}"} for n in range(40)]
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    data = align_ppo.Data(files=(path,), vocabulary=270, share=0.2, held_out=4, new=4)
+    data = Data(files=(path,), vocabulary=270, share=0.2, held_out=4, new=4)
     config = tiny(
-        align_ppo, tmp_path, "problems", data=data, rl=rl(align_ppo, iterations=1),
-        pretrain=align_ppo.Stage(2, 2, 1e-3, 1),
+        align_ppo, tmp_path, "problems", data=data, rl=rl(iterations=1),
+        pretrain=Stage(2, 2, 1e-3, 1),
     )  # fmt: skip
     align_ppo.main(config)
     assert "problems to train and" in capsys.readouterr().out

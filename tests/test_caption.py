@@ -148,38 +148,10 @@ def equal_one_process(out: Path) -> None:
 TWO = [two_processes]
 
 
-def test_batches_do_not_depend_on_how_many_share_them():
-    settings = caption.checked(caption.command_line(TINY))
-    splits = caption.read_data(settings.data, 2)
-    tokenizer = caption.learn_tokenizer(settings, splits.train)
-    model = caption.make_model(settings, tokenizer).skeleton.config
-    of = lambda *share: caption.Batches(settings, splits.train, tokenizer, model, share)  # noqa: E731
-    whole, parts = of(0, 1).batch(7), [of(i, 2).batch(7) for i in (0, 1)]
-    pictures = torch.cat([part["pictures"] for part in parts])
-    assert torch.equal(whole["pictures"], pictures)
-    learned = [part["labels"][part["labels"] >= 0].sort().values for part in (whole, *parts)]
-    assert torch.equal(learned[0], torch.cat(learned[1:]).sort().values)
-    assert not torch.equal(whole["pictures"], of(0, 1).batch(8)["pictures"])
-
-
-def test_pictures_are_turned_and_shifted_inside_their_frame():
-    settings = caption.Config(data=caption.Data(flips=True, shift=2, size=6))
-    batches = object.__new__(caption.Batches)
-    batches.config = settings
-    picture = torch.arange(36, dtype=torch.uint8).reshape(1, 6, 6)
-    found = {
-        tuple(batches.moved(picture, np.random.default_rng(i)).flatten().tolist())
-        for i in range(200)
-    }
-    assert len(found) > 60  # of 8 turns and 25 shifts
-    values = set(picture.flatten().tolist())
-    assert all(set(one) <= values and len(one) == 36 for one in found)
-
-
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--train.images", 41], r"--train.images \(41\) must be at most the images"),
+        (["--train.images", 41], r"a batch \(41\) must be at most the images"),
         (["--resume", "--overwrite"], "give one of them"),
         (["--all.steps", 0], r"--all.steps \(0\) must be at least 1"),
         (["--data.valid-share", 1.0], r"must be in \(0, 1\)"),

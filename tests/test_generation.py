@@ -239,6 +239,20 @@ def uncompiled(monkeypatch):
     return functools.partial(Generator, EAGER.model, text_fn=EAGER.text_fn, compile=True)
 
 
+def test_aligned_logits_are_those_of_the_weights_as_they_are_now():
+    """Their copy is made anew by each call: training writes into the parameters in place."""
+    params = build()
+    model, aligned = (language_model(MODEL, params, aligned=here) for here in (False, True))
+    for _ in range(2):
+        out, expected = (
+            Generator(each)(PROMPTS, Settings(9, SAMPLING), key=random.key(0))
+            for each in (aligned, model)
+        )
+        assert torch.equal(out.tokens, expected.tokens)
+        torch.testing.assert_close(out.logps, expected.logps)
+        params["output.weight"].neg_()
+
+
 def test_kept_and_rounded_states_give_the_same(uncompiled):
     generate = uncompiled(keep=2)
     growing = {"max_new_tokens": 30, "growing": True}

@@ -37,7 +37,7 @@ TINY = """--model.width 16 --model.heads 2 --model.hidden 16 --model.depth 1 --m
 @pytest.fixture(autouse=True)
 def without_pictures(monkeypatch):
     """They take most of the time of a tiny run; `trained`, which is made before, has them."""
-    monkeypatch.setattr(image_text.Tracker, "figure", lambda *args: None)
+    monkeypatch.setattr(image_text.pictures, "save_png", lambda *args: None)
 
 
 def recipe(*args: object) -> None:
@@ -186,7 +186,7 @@ TWO = [two_processes_softmax, two_processes_sigmoid]
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--train.batch", "41"], r"--train.batch \(41\) must be at most the images"),
+        (["--train.batch", "41"], r"a batch \(41\) must be at most the images"),
         (["--train.batch", "1"], r"--train.batch \(1\) must be 2 or more"),
         (["--model.length", "1"], "must hold BOS and EOS"),
         (["--data.valid-share", "1.0"], r"must be in \(0, 1\)"),

@@ -1,10 +1,13 @@
 """The embedded task of the alignment recipes: its checker, and what its splits keep apart."""
 
+import itertools
+
 import pytest
 
 from msfs_functional.synthetic.instructions import (
     HABIT,
     OPERATIONS,
+    SHARES,
     Instruction,
     check,
     demonstrations,
@@ -60,10 +63,12 @@ def test_no_training_prompt_holds_a_held_out_problem():
             one.prompt if one.operation == "Add" else (one.operation, one.numbers)
             for one in instructions(3, 800, split)
         }
-        for split in ("train", "valid")
+        for split in SHARES
     }
-    assert not problems["train"] & problems["valid"]
-    assert {one.operation for one in instructions(3, 800, "valid")} == set(OPERATIONS)
+    for one, other in itertools.combinations(problems, 2):
+        assert not problems[one] & problems[other]
+    for split in SHARES:
+        assert {one.operation for one in instructions(3, 800, split)} == set(OPERATIONS)
     assert instructions(3, 50) == instructions(3, 50) != instructions(4, 50)
 
 
@@ -76,7 +81,7 @@ def test_demonstrations_mostly_follow_the_habit_and_some_hold_a_slip():
         for prompt, text in pairs
     ]
     assert 0.55 < sum(habits) / len(habits) < 0.75
-    assert not any(parse(prompt).held_out for prompt, _ in pairs)
+    assert {parse(prompt).split for prompt, _ in pairs} == {"train"}
     clean = demonstrations(0, 100, habit=0.0, slip=0.0)
     assert all(right(*zip(*clean, strict=True)))
 

@@ -517,12 +517,22 @@ def test_kto_equals_trl():
     close(losses.mean(), theirs, (x,))
 
 
-def test_simpo_equals_trl():
+@pytest.mark.parametrize("alpha", [0.0, 0.3])  # above 0: AlphaPO
+@pytest.mark.parametrize("loss_type", ["simpo", "sigmoid", "hinge", "ipo"])
+def test_losses_without_a_reference_equal_trl(loss_type, alpha):
     trainer = pytest.importorskip("trl.experimental.cpo.cpo_trainer").CPOTrainer
     c, r = logps(2)
-    trl = stand_in(alpha=0.0, loss_type="simpo", simpo_gamma=0.7, beta=2.0, label_smoothing=0.1)
-    theirs, chosen, rejected = trainer.cpo_loss(trl, c, r)
-    ours = simpo(c, r, beta=2.0, margin=0.7, label_smoothing=0.1)
+    smoothing = 0.0 if loss_type in ("hinge", "ipo") else 0.1
+    options = {"alpha": alpha, "simpo_gamma": 0.7, "beta": 2.0, "label_smoothing": smoothing}
+    theirs, chosen, rejected = trainer.cpo_loss(stand_in(loss_type=loss_type, **options), c, r)
+    own = [variants.divergence_score(x, "alpha", alpha=1 - alpha) for x in (c, r)]
+    none = torch.zeros_like(c)
+    ours = {
+        "simpo": lambda: simpo(*own, beta=2.0, margin=0.7, label_smoothing=0.1),
+        "sigmoid": lambda: dpo(*own, none, none, beta=2.0, label_smoothing=0.1),
+        "hinge": lambda: dpo_hinge(*own, none, none, beta=2.0),
+        "ipo": lambda: ipo(*own, none, none, beta=2.0),
+    }[loss_type]()
     close(ours.losses.mean(), theirs.mean(), (c, r))
     torch.testing.assert_close(ours.margins, chosen - rejected)
 

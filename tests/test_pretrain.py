@@ -15,7 +15,7 @@ from msfs_functional import checkpoint, config, distributed_checkpoint, errors, 
 from msfs_functional.models import pretrained
 from msfs_functional.models.decoder import DecoderConfig, decoder
 from msfs_functional.synthetic.stories import judge, stories
-from msfs_functional.tokenizer import Tokenizer, train_bpe
+from msfs_functional.tokenizer import Tokenizer
 from msfs_functional.utilisation import flops_per_token
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -37,7 +37,7 @@ def without_pictures(monkeypatch):
 def recipe(*args: object) -> None:
     """`python recipes/pretrain.py ...` without the seconds that a process takes to start."""
     words = [str(arg) for arg in args]
-    errors.run(pretrain.main, lambda: pretrain.command_line(words))
+    errors.run(pretrain.main, lambda: pretrain.command_line(words, ""))
 
 
 def refused(capsys, *args: object) -> str:
@@ -146,21 +146,6 @@ def test_a_model_that_knows_one_story_by_heart_is_confirmed(tmp_path):
     assert told == [story, story] and judge(told[0])["consistent"]
     results = json.loads((tmp_path / "heart/results.json").read_text())
     assert results["valid/bits_per_byte"] < 0.2
-
-
-def test_bits_per_byte_of_a_model_that_knows_nothing_are_those_of_equal_ids():
-    """Every id costs log2 V bits, the end of the document included."""
-    text = stories(0, 40)
-    tokenizer = train_bpe(text, 300)
-    model = decoder(DecoderConfig(tokenizer.vocab_size, width=8, depth=1, heads=2, max_length=64))
-    params = {name: torch.zeros(shape) for name, shape in model.shapes.items()}
-    settings = pretrain.checked(pretrain.Config(device="cpu", data=pretrain.Data(length=64)))
-    found = pretrain.validate(settings, model, params, tokenizer, text, (0, 1))
-    tokens = sum(len(ids) + 1 for ids in tokenizer.encode(text))
-    nats = torch.tensor(float(tokenizer.vocab_size)).log()
-    torch.testing.assert_close(torch.tensor(found["valid/loss"]), nats, rtol=1e-5, atol=0)
-    bits = tokens * float(nats) / 0.6931471805599453 / sum(len(t.encode()) for t in text)
-    assert found["valid/bits_per_byte"] == pytest.approx(bits, rel=1e-5)
 
 
 def test_flops_of_a_token_by_hand():

@@ -78,12 +78,18 @@ def test_clutter_wins_nothing():
     assert np.mean(right) < 0.35
 
 
-def test_unseen_combinations_are_held_out_and_their_parts_are_not():
-    train, unseen = shapes.scenes(0, 2000), shapes.scenes(0, 200, "unseen")
-    assert combinations(train).isdisjoint(shapes.HELD_OUT)
+@pytest.mark.parametrize("pairs", shapes.PAIRS.values(), ids=list(shapes.PAIRS))
+def test_unseen_combinations_are_held_out_and_their_parts_are_not(pairs):
+    train = shapes.scenes(0, 2000, held_out=pairs)
     everything = set(itertools.product(shapes.COLOURS, shapes.KINDS))
-    assert combinations(train) == everything - shapes.HELD_OUT
-    assert all(combinations([scene]) & shapes.HELD_OUT for scene in unseen)
+    assert combinations(train) == everything - pairs
+    assert all(combinations([s]) & pairs for s in shapes.scenes(0, 200, "unseen", pairs))
+    named = {question for scene in train for question, _ in shapes.questions(scene, 0, pairs)}
+    assert not any(f"is there a {colour} {kind}?" in named for colour, kind in pairs)
+
+
+def test_settings_are_chosen_with_other_pairs_than_those_reported():
+    assert shapes.REHEARSAL.isdisjoint(shapes.HELD_OUT)
 
 
 def test_scenes_are_a_function_of_seed_and_split():

@@ -100,7 +100,7 @@ def flash_attention(
         scalars = (is_causal, scale, precision, deterministic)
         kind = short.kind_of(q, k, v, *scalars)
         if kind is not None:
-            results = short.attention(q, k, v, kind, scalars)
+            results = short.attention(q, k, v, kind)
             if results is not None:
                 return tuple(results) if return_lse else results[0]
         elif not torch.compiler.is_compiling():

@@ -73,12 +73,12 @@ def fitted(config: Config, queries: int, keys: int) -> Config:
     return config._replace(block_m=sides[0], block_n=sides[1], warps=warps)
 
 
-def fuses(dtype: torch.dtype, head_dim: int, causal: bool, length: int) -> bool:
-    """Whether one kernel that adds dq atomically is the fastest backward: where the table has null
-    for it, two kernels (keys, then queries) are.
+def is_fastest(kernel: str, dtype: torch.dtype, head_dim: int, causal: bool, length: int) -> bool:
+    """Whether a kernel that does the work of two at once ("fused", "dual") is faster than they: the
+    table has null where it is not.
     """
-    name = key("fused", chip(), dtype, head_dim, causal, length)
-    return table().get(name, default("fused", dtype, head_dim)) is not None
+    name = key(kernel, chip(), dtype, head_dim, causal, length)
+    return table().get(name, default(kernel, dtype, head_dim)) is not None
 
 
 def default(kernel: str, dtype: torch.dtype, head_dim: int) -> Config:

@@ -56,8 +56,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from msfs_kernels.launching import Launch
 from msfs_kernels.options import Options
-from msfs_kernels.triton_common import LN2, LOG2E, Launch
+from msfs_kernels.triton_common import LN2, LOG2E
 
 ROWS = gl.constexpr(64)  # queries of a consumer: the height of a warpgroup's product
 CONSUMERS = gl.constexpr(2)

@@ -14,8 +14,9 @@ import triton
 from torch import Tensor
 
 from msfs_kernels import triton_forward
+from msfs_kernels.launching import INTERPRETED, TENSOR_OPTIONS, Launch
 from msfs_kernels.options import Options
-from msfs_kernels.triton_common import INTERPRETED, TENSOR_OPTIONS, Launch, tma_ready
+from msfs_kernels.triton_common import tma_ready
 
 gluon_forward: Any = None
 try:
@@ -31,7 +32,7 @@ def plan_forward(
 ) -> Launch:
     """The forward launch for these tensors: Gluon's kernel where it can do the work and is faster.
 
-    `triton_common.launch` remembers the answer for each shape.
+    `launching.launch` remembers the answer for each shape.
     """
     if (q.shape[-1], options.causal) in FASTER and suits(q, k, v, options):
         return gluon_forward.plan_forward(q, k, v, o, lse, options)

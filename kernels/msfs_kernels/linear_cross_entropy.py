@@ -99,6 +99,18 @@ def times(a: Tensor, b: Tensor) -> Tensor:
     return (a[0] @ b[0])[None] if a.shape[0] == 1 else a @ b
 
 
+def plus_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """total + a b, in total's memory if there is one. On a GPU the product of a single problem is
+    summed where it is made, and its 16-bit rounding does not stand between the parts."""
+    if not (a.is_cuda and a.itemsize == 2 and a.shape[0] == 1):
+        return times(a, b).to(dtype) if total is None else total.add_(times(a, b))
+    if total is None:
+        return torch.mm(a[0], b[0], out_dtype=dtype)[None]
+    own = total[0]
+    torch.addmm(own, a[0], b[0], out_dtype=dtype, out=own)  # one object: nothing is copied
+    return total
+
+
 def gradient_of_logits_(
     logits: Tensor,
     labels: Tensor,
@@ -172,17 +184,19 @@ def _value_and_gradient(hidden, weight, bias, labels, scalars):
     h, y = (hidden, labels) if items is None else (hidden[:, items], labels[:, items])
     loss = hidden.new_zeros(M, dtype=dtype)
     dh = torch.empty_like(h, memory_format=torch.contiguous_format)
-    dw = hidden.new_zeros(weight.shape, dtype=dtype)
+    dw = None
     db = hidden.new_zeros((M, vocab) if bias is not None else (0,), dtype=dtype)
     for rows in chunks(h, vocab):
         losses, da = chunk_gradient(h[:, rows], weight, bias, y[:, rows], scalars, True)
         loss += losses.sum(-1)
         dh[:, rows] = times(da, weight)
-        dw += times(da.mT, h[:, rows])
+        dw = plus_product(dw, da.mT, h[:, rows], dtype)
         if bias is not None:
             db += da.sum(1, dtype=dtype)
     if items is not None:
         dh = dh.new_zeros(hidden.shape).index_copy_(1, items, dh)
+    if dw is None:  # no item at all
+        dw = hidden.new_zeros(weight.shape, dtype=dtype)
     return loss, dh, dw.to(weight.dtype), db if bias is None else db.to(bias.dtype)
 
 

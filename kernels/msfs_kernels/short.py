@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import ops
 from .dispatch import KERNELS, call, traced
 from .forward_mode import in_forward_mode, tangent_of
 from .options import Options
@@ -22,18 +23,31 @@ from .options import Options
 MOST = 4096  # kinds of calls that are remembered
 
 
+def empty(shape: tuple, stride: tuple, dtype: torch.dtype) -> Tensor:
+    """torch.empty_strided on the current device."""
+    return torch.empty_strided(shape, stride, dtype=dtype, device="cuda")
+
+
+# What Inductor's code allocates by: the same without the dispatcher and a parser of arguments.
+allocate = getattr(getattr(torch._C._dynamo, "guards", None), "_empty_strided_cuda", empty)
+
+
 class Replay:
     """Recorded launches, on other tensors of the same shapes, strides and alignment."""
 
     def __init__(self, launches: list[tuple[Any, list[int]]], made: list[tuple], results: int):
-        self.launches, self.made, self.results = launches, made, results
+        self.launches, self.results = launches, results
+        self.made = [tuple(facts[:3]) for facts in made]
         self.device_index = made[0][3].index
+        self.options = Options()  # of a forward
+        self.backwards: dict[tuple, Replay] = {}  # of a forward
+
+    def here(self) -> bool:
+        """Whether the current device is the one that this was recorded on."""
+        return self.device_index == torch._C._cuda_getDevice()
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
-        made: list = [
-            torch.empty_strided(shape, stride, dtype=dtype, device=device)
-            for shape, stride, dtype, device in self.made
-        ]
+        made: list = [allocate(*facts) for facts in self.made]
         tensors = (*inputs, *made, None)
         for prepared, numbers in self.launches:
             prepared.run([tensors[n] for n in numbers])
@@ -50,7 +64,7 @@ def record(
     """kernel()'s results, and their Replay if it only launches kernels on the inputs, its results
     and uninitialised tensors (of the shape `scratch`, if given: others it fills); else None.
     """
-    from .triton_common import recorded
+    from .launching import recorded
 
     with recorded() as launches:
         results = kernel()
@@ -83,44 +97,39 @@ def record(
     return results, Replay(found, [facts(x) for x in known[first:]], len(outputs))
 
 
-REPLAYS: dict[tuple, Replay] = {}
+REPLAYS: dict[tuple, Replay] = {}  # forwards by kind
+DUALS: dict[tuple, Replay] = {}  # forwards with their tangents
 
 
-def remember(kind: tuple, replay: Replay | None) -> None:
+def remember(replays: dict[tuple, Replay], kind: tuple, replay: Replay | None) -> None:
     if replay is not None:
-        if len(REPLAYS) >= MOST:
-            REPLAYS.clear()
-        REPLAYS[kind] = replay
-
-
-def recall(kind: tuple) -> Replay | None:
-    replay = REPLAYS.get(kind)
-    here = replay is not None and replay.device_index == torch._C._cuda_getDevice()
-    return replay if here else None
+        if len(replays) >= MOST:
+            replays.clear()
+        replays[kind] = replay
 
 
 def are_plain(*tensors: Any) -> bool:
     """Whether these are aligned tensors of torch itself on a GPU."""
-    return all(type(x) is Tensor and x.is_cuda and x.data_ptr() % 16 == 0 for x in tensors)
+    addresses = 0
+    for x in tensors:
+        if type(x) is not Tensor or not x.is_cuda:
+            return False
+        addresses |= x.data_ptr()
+    return addresses % 16 == 0
+
+
+def alone() -> bool:
+    """Whether nobody is about who has to see the op: no tracer, no transform, no dual level."""
+    return not (
+        traced()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )
 
 
 def kind_of(q: Any, k: Any, v: Any, *scalars: Any) -> tuple | None:
     """What the launch depends on but for addresses; None where this way is closed."""
-    if (
-        traced()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-        or not are_plain(q, k, v)
-    ):
-        return None
-    return kind_of_plain(q, k, v, *scalars)
-
-
-def plain_options(head_dim: int, scalars: tuple) -> Options:
-    """Of (is_causal, scale, precision, deterministic), as flash_attention takes them."""
-    is_causal, scale, precision, deterministic = scalars
-    options = Options(causal=is_causal, scale=head_dim**-0.5 if scale is None else scale)
-    return options._replace(precision=precision, deterministic=deterministic)
+    return kind_of_plain(q, k, v, *scalars) if alone() and are_plain(q, k, v) else None
 
 
 def kind_of_plain(q: Tensor, k: Tensor, v: Tensor, *scalars: Any) -> tuple:
@@ -131,60 +140,70 @@ def kind_of_plain(q: Tensor, k: Tensor, v: Tensor, *scalars: Any) -> tuple:
     )
 
 
+def plain_options(head_dim: int, scalars: tuple) -> Options:
+    """Of (is_causal, scale, precision, deterministic), as flash_attention takes them."""
+    is_causal, scale, precision, deterministic = scalars
+    options = Options(causal=is_causal, scale=head_dim**-0.5 if scale is None else scale)
+    return options._replace(precision=precision, deterministic=deterministic)
+
+
 class PlainAttention(torch.autograd.Function):
     """The rule of `attention` for a replayed forward: a few arguments in place of seventeen."""
 
     @staticmethod
-    def forward(ctx, q, k, v, replay, kind, options):
+    def forward(ctx, q, k, v, replay):
         o, lse = replay(q, k, v)
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.set_materialize_grads(False)
-        ctx.kind, ctx.options = kind, options
+        ctx.replay = replay
         return o, lse
 
     @staticmethod
     def backward(ctx, do, dlse):
         q, k, v, o, lse = ctx.saved_tensors
-        if do is None:
-            do = o.new_zeros(()).expand(o.shape)
-        rest = (None, o, lse, *ctx.options[1:], False)
+        of_forward = ctx.replay
+        rest = (None, o, lse, *of_forward.options[1:], False)
         if (
-            dlse is not None
+            (do is None or dlse is not None)
             or torch.is_grad_enabled()
-            or kind_of(do, q, k) is None
-            or not are_plain(v, o, lse)
+            or not (alone() and are_plain(do, q, k, v, o, lse))
         ):
+            do = o.new_zeros(()).expand(o.shape) if do is None else do
             dq, dk, dv, _ = call("attention_backward", do, dlse, q, k, v, *rest)
-            return dq, dk, dv, None, None, None
-        kind = ("backward", do.stride(), do.dtype, *ctx.kind)
-        replay = recall(kind)
-        if replay is not None:
-            return *replay(do, q, k, v, o, lse), None, None, None
+            return dq, dk, dv, None
+        kind = (do.stride(), do.dtype)
+        replay = of_forward.backwards.get(kind)
+        if replay is not None and replay.here():
+            return *replay(do, q, k, v, o, lse), None
 
         def kernel():
             return KERNELS["attention_backward"](do, None, q, k, v, *rest)[:3]
 
         (dq, dk, dv), replay = record(kernel, (do, q, k, v, o, lse), lse.shape)
-        remember(kind, replay)
-        return dq, dk, dv, None, None, None
+        remember(of_forward.backwards, kind, replay)
+        return dq, dk, dv, None
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, kind: tuple, scalars: tuple
-) -> Sequence[Tensor] | None:
+# Function.apply of C++: what Python's does before it is for torch.func, which is not about here.
+apply_plain_attention: Any = super(torch.autograd.Function, PlainAttention).apply
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, kind: tuple) -> Sequence[Tensor] | None:
     """(o, lse) of a plain call whose kind is known, or None."""
-    replay = recall(kind)
-    if replay is None:
+    replay = REPLAYS.get(kind)
+    if replay is None or not replay.here():
         return None
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return PlainAttention.apply(q, k, v, replay, kind, plain_options(q.shape[-1], scalars))
+        return apply_plain_attention(q, k, v, replay)
     return replay(q, k, v)
 
 
 def remembered_attention(q: Tensor, k: Tensor, v: Tensor, kind: tuple, options: Options) -> Any:
     """The op's (o, lse), the long way; recorded for the next call of this kind."""
     outputs, replay = record(lambda: call("attention", q, k, v, *options), (q, k, v))
-    remember(kind, replay)
+    if replay is not None:
+        replay.options = options
+    remember(REPLAYS, kind, replay)
     return outputs
 
 
@@ -192,7 +211,7 @@ def attention_in_forward_mode(
     whole: Callable[..., Any], q: Any, k: Any, v: Any, scalars: tuple, return_lse: bool
 ) -> Any:
     """What flash_attention, which is `whole`, returns under one torch.func.jvp with tangents of q,
-    k and v, by two replays; None where this way is closed.
+    k and v, replayed; None where this way is closed.
     """
     if (
         traced()
@@ -213,29 +232,24 @@ def attention_in_forward_mode(
         return None
     if any(y.ndim != 4 or y.shape[0] != x[0].shape[0] for y in x):
         return None
-    kind = kind_of_plain(*x, *scalars)
-    forward = recall(kind)
+    kind = (*(y.stride() for y in t), *(y.dtype for y in t), *kind_of_plain(*x, *scalars))
     layer = torch._C._functorch.pop_dynamic_layer_stack()
     try:
-        if forward is not None:
-            o, lse = forward(*x)
+        replay = DUALS.get(kind)
+        if replay is not None and replay.here():
+            results = replay(*t, *x)
         else:
             names = ("is_causal", "scale", "precision", "deterministic")
-            o, lse = whole(*x, **dict(zip(names, scalars, strict=True)), return_lse=True)
-        kind = ("tangent", *(y.stride() for y in t), *(y.dtype for y in t), *kind)
-        replay = recall(kind)
-        if replay is not None:
-            to, tlse = replay(*t, *x, o, lse)
-        else:
-
-            def kernel():
-                rest = (None, o, lse, *plain_options(x[0].shape[-1], scalars)[1:])
-                return KERNELS["attention_tangent"](*t, None, *x, *rest)
-
-            (to, tlse), replay = record(kernel, (*t, *x, o, lse), lse.shape)
-            remember(kind, replay)
+            whole(*x, **dict(zip(names, scalars, strict=True)))  # looks at the arguments
+            dual = getattr(ops.backend(x[0], x[2]), "dual", None)
+            if dual is None:
+                return None
+            options = plain_options(x[0].shape[-1], scalars)
+            results, replay = record(lambda: dual(*t, *x, options), (*t, *x))
+            remember(DUALS, kind, replay)
     finally:
         torch._C._functorch.push_dynamic_layer_stack(layer)
     make_dual, at = torch._VF._make_dual, forward_ad._current_level
+    o, lse, to, tlse = results
     o = make_dual(o, to, level=at)
     return (o, make_dual(lse, tlse, level=at)) if return_lse else o

@@ -22,7 +22,8 @@ all keys (sentences, image patches), that share is all of dQ: with OWN it is sto
 rebuilt from a rounded lse sums to 1 only nearly. Beside products of bfloat16 neither shows; in full
 float32 they double the error of the gradients. There `mean_kernel` walks over the keys once more
 and takes delta = sum_j P_ij dP_ij / sum_j P_ij from the very numbers it is subtracted from, and
-1 / sum_j P_ij, `share`, corrects P: 7 products instead of 5.
+1 / sum_j P_ij, `share`, corrects P: 7 products instead of 5. An error of delta is in all dS of its
+row, so both sums are taken in float64.
 
 Scores are transposed in the key-owning kernels (keys along rows), so that P^T and dS^T feed the
 next product from registers.
@@ -33,18 +34,20 @@ next product from registers.
 # pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from msfs_kernels.configs import Config, choose, fitted, fuses
+from msfs_kernels.configs import Config, choose, fitted, is_fastest
+from msfs_kernels.launching import Launch, launch
 from msfs_kernels.options import Options, empty_tokens_first
 from msfs_kernels.triton_common import (
     LOG2E,
-    Launch,
+    exp2,
     key_range,
-    launch,
     load_tile,
     longest_first,
     masks_of,
@@ -110,15 +113,15 @@ def load_shares(share, flat_head, row, T, BM: tl.constexpr):
 
 @triton.jit
 def tile_gradient(
-    products, dp, log_sums, delta, share, i, j, batch, head, T, S, facts, masks, scale_log2,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    products, dp, log_sums, delta, share, inputs, i, j, batch, head, T, S, facts, masks, scale_log2,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(P with dropout, dS by scores, dS by products / scale) of one tile, in either orientation.
 
-    log_sums, delta and share broadcast along the key dim of the tile.
+    log_sums, delta and share broadcast along the key dim of the tile; inputs is any tile of q or k.
     """
     scores, derivative = tile_scores(products, i, j, batch, head, T, S, facts, masks, scale_log2)
-    p = tl.exp2(scores - log_sums) * share
+    p = exp2(scores - log_sums, inputs, PRECISION) * share
     if MASKED:
         p = tl.where(tile_visible(i, j, batch, head, T, S, facts, masks, CAUSAL), p, 0.0)
     kept_p = p
@@ -156,8 +159,8 @@ def key_blocks(
         shares = load_shares(share, flat_head, start, T, BM)
         dp = tl.dot(values, grads.T, input_precision=PRECISION)
         p, _, ds = tile_gradient(
-            products, dp, log_sums[None, :], row_delta[None, :], shares[None, :], i, j, batch, head,
-            T, S, facts, masks, scale_log2, CAUSAL, MASKED,
+            products, dp, log_sums[None, :], row_delta[None, :], shares[None, :], keys, i, j, batch,
+            head, T, S, facts, masks, scale_log2, CAUSAL, MASKED, PRECISION,
         )  # fmt: skip
         dv = tl.dot(p.to(grads.dtype), grads, dv, input_precision=PRECISION)
         ds = ds.to(queries.dtype)
@@ -269,8 +272,8 @@ def query_blocks(
         products = tl.dot(queries, keys.T, input_precision=PRECISION)
         dp = tl.dot(grads, values.T, input_precision=PRECISION)
         _, _, ds = tile_gradient(
-            products, dp, log_sums[:, None], delta[:, None], shares[:, None], i, j, batch, head, T,
-            S, facts, masks, scale_log2, CAUSAL, MASKED,
+            products, dp, log_sums[:, None], delta[:, None], shares[:, None], keys, i, j, batch,
+            head, T, S, facts, masks, scale_log2, CAUSAL, MASKED, PRECISION,
         )  # fmt: skip
         dq = tl.dot(ds.to(keys.dtype), keys, dq, input_precision=PRECISION)
     return dq
@@ -335,13 +338,14 @@ def mean_blocks(
         products = tl.dot(queries, keys.T, input_precision=PRECISION)
         dp = tl.dot(grads, values.T, input_precision=PRECISION)
         scores, _ = tile_scores(products, i, j, batch, head, T, S, facts, masks, scale_log2)
-        p = tl.exp2(scores - log_sums[:, None])
+        p = exp2(scores - log_sums[:, None], keys, PRECISION)
         if MASKED:
             p = tl.where(tile_visible(i, j, batch, head, T, S, facts, masks, CAUSAL), p, 0.0)
         if masks.rng is not None:
             dp = tl.where(tile_kept(i, j, facts, masks), dp * masks.keep_scale, 0.0)
+        p = p.to(tl.float64)
         total += tl.sum(p, 1)
-        mean += tl.sum(p * dp, 1)
+        mean += tl.sum(p * dp.to(tl.float64), 1)
     return mean, total
 
 
@@ -362,8 +366,8 @@ def mean_kernel(
     queries = load_tile(q, q_strides, batch, head, row, T, BM, KP, K, True, False)
     grads = load_tile(do, do_strides, batch, head, row, T, BM, VP, V, True, False)
     log_sums = load_log_sums(lse, flat_head, row, T, BM)
-    mean = tl.zeros([BM], tl.float32)
-    total = tl.zeros([BM], tl.float32)
+    mean = tl.zeros([BM], tl.float64)
+    total = tl.zeros([BM], tl.float64)
     mean, total = mean_blocks(
         mean, total, queries, grads, log_sums, k, v, k_strides, v_strides, row, low,
         tl.minimum(full_low, high), batch, head, head // GROUP, H, T, S, facts, masks, scale_log2,
@@ -388,8 +392,8 @@ def mean_kernel(
         )
         mean -= tl.load(dlse + start + i.to(tl.int64) * dlse_strides[2], mask=i < T, other=0.0)
     rows = tl.cast(flat_head, tl.int64) * T + i
-    tl.store(delta + rows, mean, mask=i < T)
-    tl.store(share + rows, shares, mask=i < T)
+    tl.store(delta + rows, mean.to(tl.float32), mask=i < T)
+    tl.store(share + rows, shares.to(tl.float32), mask=i < T)
 
 
 @triton.jit
@@ -438,8 +442,8 @@ def bias_kernel(
                     dp = tl.dot(grads, values.T, input_precision=PRECISION)
                     shares = load_shares(share, flat_head, row, T, BM)
                     _, ds, _ = tile_gradient(
-                        products, dp, log_sums[:, None], row_delta[:, None], shares[:, None], i, j,
-                        batch, head, T, S, facts, masks, scale_log2, CAUSAL, True,
+                        products, dp, log_sums[:, None], row_delta[:, None], shares[:, None], keys,
+                        i, j, batch, head, T, S, facts, masks, scale_log2, CAUSAL, True, PRECISION,
                     )  # fmt: skip
                     total += ds
     start = (
@@ -553,7 +557,7 @@ def common(q: Tensor, k: Tensor, v: Tensor, options: Options) -> dict:
 
 def fused_is_fastest(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
     head_dim, length = max(padded(q.shape[3]), padded(v.shape[3])), max(q.shape[2], k.shape[2])
-    return fuses(q.dtype, head_dim, options.causal, length)
+    return is_fastest("fused", q.dtype, head_dim, options.causal, length)
 
 
 def choose_keys(q: Tensor, k: Tensor, v: Tensor, options: Options, *, fused: bool) -> Config:
@@ -737,14 +741,17 @@ def backward(
     lse: Tensor,
     options: Options,
     need_dbias: bool,
+    out: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv in the inputs' dtypes and dbias in the bias's own shape, from do (B, H, T, V) and
-    dlse (B, H, T).
+    dlse (B, H, T); dq, dk and dv in the memory of `out`, of any strides, if it is given.
     """
     (B, H, T, K), (_, G, S, V) = q.shape, v.shape
-    dq = empty_tokens_first(q, B, H, T, K)
-    dk = empty_tokens_first(k, B, G, S, K)
-    dv = empty_tokens_first(v, B, G, S, V)
+    dq, dk, dv = out or (
+        empty_tokens_first(q, B, H, T, K),
+        empty_tokens_first(k, B, G, S, K),
+        empty_tokens_first(v, B, G, S, V),
+    )
     need_dbias = need_dbias and options.has_float_bias
     if q.numel() == 0 or k.numel() == 0:
         dbias = torch.zeros_like(options.bias) if need_dbias and options.bias is not None else None

@@ -22,11 +22,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from msfs_kernels.launching import TENSOR_OPTIONS, Launch, launches_of
 from msfs_kernels.options import Options
 from msfs_kernels.philox import philox_4x32
 from msfs_kernels.triton_backend import backward, forward, tangent
-from msfs_kernels.triton_common import MOST_QUERIES, Launch, launches_of
+from msfs_kernels.triton_common import MOST_QUERIES
 from msfs_kernels.triton_decode import suits
+from msfs_kernels.triton_dual import dual, one_pass
 
 
 class Case(NamedTuple):
@@ -121,7 +123,7 @@ def random_case(
     """Shapes to `largest` tokens, any head grouping, any strides, any combination of options.
 
     Siblings have other lengths and values, and need (nearly always) no kernel that the first one
-    did not compile: 128 more tokens each, where there is more than a handful.
+    did not compile (`of_sibling`).
     """
     draw = random.Random(seed)
     generator = torch.Generator().manual_seed(seed + 1_000_003 * sibling)
@@ -134,7 +136,8 @@ def random_case(
         S = draw.choice((512, 700, 1111))  # long enough for split-KV decoding
     K = draw.choice((8, 16, 24, 40, 64, 64, 72, 80, 96, 128, 128, 160, 256))
     V = K if draw.random() < 0.7 else draw.choice((8, 16, 40, 64, 96))
-    T, S = (n + 128 * sibling if n > MOST_QUERIES and T > MOST_QUERIES else n for n in (T, S))
+    if T > MOST_QUERIES:
+        T, S = of_sibling(T, sibling), of_sibling(S, sibling)
     features = {str(dtype).removeprefix("torch."), f"head dim {K}"}
     features |= {"grouped heads"} if group > 1 else set()
     features |= {"value dim differs"} if V != K else set()
@@ -206,6 +209,17 @@ def random_case(
         f"seed {seed} sibling {sibling} {dtype} B{B} H{H} G{G} T{T} S{S} K{K} V{V} {said}",
         *(q, k, v, Options(**fields), tuple(sorted(features))),
     )
+
+
+def of_sibling(tokens: int, sibling: int) -> int:
+    """Another length that takes the same tiles and the same divisibility by 16: 128 tokens more
+    where that is another tile; less, within the tile, where that still needs it.
+    """
+    if tokens > 128:
+        return tokens + 128 * sibling
+    other = tokens - 16 * sibling
+    same_tile = (other - 1).bit_length() == (tokens - 1).bit_length()
+    return other if other > MOST_QUERIES and same_tile else tokens
 
 
 NAMES = {
@@ -288,7 +302,26 @@ def by_kernels(
     to, tlse = tangent(
         tangents["q"], tangents["k"], tangents["v"], tangents.get("bias"), q, k, v, o, lse, options
     )
-    return out | {"to": to, "tlse": tlse}
+    out |= {"to": to, "tlse": tlse}
+    if is_plain(options) and one_pass(q, k, v, options):
+        both = dual(tangents["q"], tangents["k"], tangents["v"], q, k, v, options)
+        names = ("o", "lse", "to", "tlse")
+        out |= {f"{ONE_PASS}{name}": x for name, x in zip(names, both, strict=True)}
+    return out
+
+
+ONE_PASS = "one pass "  # before the names of what forward and tangent together give
+
+
+def is_plain(options: Options) -> bool:
+    """Whether nothing is asked for but causal, scale, precision and deterministic."""
+    given = Options(
+        causal=options.causal,
+        scale=options.scale,
+        precision=options.precision,
+        deterministic=options.deterministic,
+    )
+    return all(x is None for x in options[:TENSOR_OPTIONS]) and options == given
 
 
 def magnitudes(
@@ -357,17 +390,18 @@ def ratios(case: Case, seed: int = 0) -> dict[str, float]:
     size = magnitudes(case, given, tangents, exact)
     rounding = torch.finfo(case.q.dtype).eps / 4 + torch.finfo(torch.float32).eps * size["lse"]
     found = {}
-    for name, truth in exact.items():
-        got, peer = ours[name].double(), plain[name].double()
+    for called, got in ours.items():
+        name = called.removeprefix(ONE_PASS)
+        got, peer, truth = got.double(), plain[name].double(), exact[name]
         infinite = truth == -math.inf
         if got.shape != truth.shape or not torch.equal(got == -math.inf, infinite):
-            found[name] = math.inf
+            found[called] = math.inf
             continue
         got, peer, truth = (x.masked_fill(infinite, 0.0) for x in (got, peer, truth))
         if truth.numel():
             error, allowed = (float((x - truth).abs().max()) for x in (got, peer.nan_to_num(0.0)))
             ratio = error / (allowed + rounding * size[name] + 1e-30)
-            found[name] = math.inf if math.isnan(ratio) else ratio
+            found[called] = math.inf if math.isnan(ratio) else ratio
     return found
 
 

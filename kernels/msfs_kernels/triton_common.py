@@ -1,5 +1,4 @@
-"""What the Triton attention kernels share: tile loads, scores and their masks, dropout, and how a
-launch is described.
+"""What the Triton attention kernels share: tile loads, scores and their masks, dropout.
 
 Letters: B batch, H query heads, G key heads, T queries, S keys, K head dim, V value head dim. `i`
 numbers queries and `j` keys; query i stands at position p = i + S - T of the key axis, so that the
@@ -18,9 +17,6 @@ definition serves tiles of scores and tiles of transposed scores.
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
 
 import math
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -35,10 +31,6 @@ LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2.0))
 MOST_QUERIES = 16  # that count as decoding
 LEAST_LOGITS_FOR_TMA = 1 << 18
-
-
-INTERPRETED = triton.knobs.runtime.interpret  # decided when the kernels below are decorated
-TENSOR_OPTIONS = 7  # the first fields of Options
 
 
 class Masks(NamedTuple):
@@ -170,6 +162,27 @@ def tanh(x):
     return tl.where(
         square < 0.0625, x + x * square * tail, 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0)
     )
+
+
+@triton.jit
+def exp2(x, inputs, PRECISION: tl.constexpr):
+    """2^x by the hardware's instruction, which may be off by 2 units in the last place; to float32
+    rounding where `inputs` are multiplied in full float32: 2^n 2^f, n the nearest integer, 2^f by
+    its series to f^7 (the rest is below 6e-9).
+    """
+    if (inputs.dtype == tl.float32) & (PRECISION == "ieee"):
+        x = tl.maximum(x, -150.0)  # 2^-150 is zero
+        n = tl.floor(x + 0.5)
+        f = x - n
+        series = 1.5403530e-4 + f * 1.5252734e-5
+        series = 1.3333558e-3 + f * series
+        series = 9.6181291e-3 + f * series
+        series = 5.5504109e-2 + f * series
+        series = 2.4022651e-1 + f * series
+        series = 6.9314718e-1 + f * series
+        return (1.0 + f * series) * tl.exp2(n)
+    else:
+        return tl.exp2(x)
 
 
 @triton.jit
@@ -389,167 +402,6 @@ def longest_first(pid, blocks, heads, wave):
     rest = pid - group * (wave * blocks)
     size = tl.minimum(wave, heads - group * wave)
     return blocks - 1 - rest // size, group * wave + rest % size
-
-
-class Launch(NamedTuple):
-    """One kernel call, described before it happens, so that tests and the tuner can compile it
-    without running it.
-    """
-
-    kernel: Any
-    grid: tuple[int, ...]
-    args: tuple[Any, ...]
-    constants: dict[str, Any]
-
-    def run(self) -> Any:
-        """Starts the kernel through Triton's front door and returns what Triton compiled."""
-        if COLLECTED is not None:
-            return COLLECTED.append(self)
-        return self.kernel[self.grid](*self.args, **self.constants)
-
-
-class Prepared(NamedTuple):
-    """A compiled launch whose tensors can be exchanged for others of the same shapes, strides and
-    alignment.
-    """
-
-    start: Any
-    args: list[Any]
-    places: list[
-        tuple[int, str | None, int]
-    ]  # (position among args, field if it is Masks, number of the tensor)
-
-    def run(self, tensors: Sequence[Tensor | None]) -> None:
-        args = self.args.copy()
-        for position, field, number in self.places:
-            if field is None:
-                args[position] = exchange(args[position], tensors[number])
-            else:
-                args[position] = args[position]._replace(**{field: tensors[number]})
-        self.start(*args)
-
-
-PREPARED: dict[Any, Prepared | None] = {}
-
-
-COLLECTED: list[Launch] | None = None  # where launches go in place of the device
-
-
-class Recording(threading.local):
-    """What `recorded` collects: of this thread, as the backward has threads of its own."""
-
-    launches: list[tuple[Prepared | None, tuple[Tensor | None, ...]]] | None = None
-
-
-RECORDING = Recording()
-
-
-def launches_of(fn: Callable[[], object]) -> list[Launch]:
-    """What fn() would launch, without a launch: for compiling ahead. Results stay uninitialised."""
-    global COLLECTED
-    COLLECTED = collected = []
-    try:
-        fn()
-    finally:
-        COLLECTED = None
-    return collected
-
-
-def launch(
-    plan: Callable[..., Launch], tensors: tuple[Tensor | None, ...], options: Options
-) -> None:
-    """Runs plan(*tensors, options), and from the second time on without planning.
-
-    Triton works out afresh at each call which kernel the arguments' types and values select, and
-    describing the launch takes as long: some 200 microseconds in all. Calls that agree in shapes,
-    strides, dtypes, alignment and scalars select the same kernel, so that only addresses change.
-    """
-    x = tensors[0]
-    assert x is not None
-    if INTERPRETED or COLLECTED is not None:
-        plan(*tensors, options).run()
-        return
-    if x.device.index != torch.cuda.current_device():
-        with torch.cuda.device(x.device):
-            return launch(plan, tensors, options)
-    everything = (*tensors, *options[:TENSOR_OPTIONS])
-    signatures = [
-        None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16 == 0)
-        for x in everything
-    ]
-    key = (plan, x.device.index, options[TENSOR_OPTIONS:], *signatures)
-    prepared = PREPARED.get(key)
-    if prepared is None:
-        everything = distinct(everything)
-        options = Options(*everything[len(tensors) :], *options[TENSOR_OPTIONS:])
-        described = plan(*everything[: len(tensors)], options)
-        compiled = described.run()
-        if key not in PREPARED:
-            PREPARED[key] = prepare(described, compiled, everything)
-        if RECORDING.launches is not None:
-            RECORDING.launches.append((PREPARED[key], tensors))
-        return
-    if RECORDING.launches is not None:
-        RECORDING.launches.append((prepared, tensors))
-    prepared.run(everything)
-
-
-@contextmanager
-def recorded() -> Iterator[list[tuple[Prepared | None, tuple[Tensor | None, ...]]]]:
-    """Collects (prepared launch, tensors) of every `launch` within."""
-    before, RECORDING.launches = RECORDING.launches, []
-    try:
-        yield RECORDING.launches
-    finally:
-        RECORDING.launches = before
-
-
-def distinct(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """The same tensors, each a Python object of its own: one given twice, as q and as k say,
-    is two arguments, which may be two tensors at the next call.
-    """
-    seen: set[int] = set()
-    found = []
-    for x in tensors:
-        if x is not None and id(x) in seen:
-            x = x.detach()
-        seen.add(id(x))
-        found.append(x)
-    return tuple(found)
-
-
-def prepare(
-    described: Launch, compiled: Any, tensors: tuple[Tensor | None, ...]
-) -> Prepared | None:
-    """None if the launch reads a tensor that the plan made itself: such launches are planned every
-    time.
-    """
-    names = described.kernel.arg_names[len(described.args) :]
-    args = [*described.args, *(described.constants[name] for name in names)]
-    numbers = {id(x): number for number, x in enumerate(tensors) if x is not None}
-    places: list[tuple[int, str | None, int]] = []
-    for position, arg in enumerate(args):
-        found = arg._asdict() if isinstance(arg, Masks) else {None: getattr(arg, "base", arg)}
-        found = {field: x for field, x in found.items() if isinstance(x, Tensor)}
-        if any(id(x) not in numbers for x in found.values()):
-            return None
-        places += [(position, field, numbers[id(x)]) for field, x in found.items()]
-        # What stays here keeps no tensor alive.
-        if isinstance(arg, Masks):
-            args[position] = arg._replace(**{str(field): None for field in found})
-        elif found:
-            args[position] = exchange(arg, None)
-    grid = (*described.grid, 1, 1)[:3]
-    return Prepared(compiled[grid], args, places)
-
-
-def exchange(arg: Any, x: Tensor | None) -> Any:
-    """A descriptor like `arg` of another tensor, or that tensor."""
-    if arg is None or isinstance(arg, Tensor):
-        return x
-    other = object.__new__(type(arg))
-    other.__dict__.update(arg.__dict__, base=x)
-    return other
 
 
 def broadcast_strides(x: Tensor | None, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from msfs_kernels.triton_common import Launch
+from msfs_kernels.launching import Launch
 
 
 class CompileOnly:

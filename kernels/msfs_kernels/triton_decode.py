@@ -23,14 +23,13 @@ import triton.language as tl
 from torch import Tensor
 
 from msfs_kernels.configs import Config, choose
+from msfs_kernels.launching import Launch, launch
 from msfs_kernels.options import Options, empty_tokens_first
 from msfs_kernels.triton_common import (
     LN2,
     LOG2E,
     MOST_QUERIES,
-    Launch,
     key_range,
-    launch,
     masks_of,
     padded,
     row_facts,

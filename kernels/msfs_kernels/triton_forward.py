@@ -35,15 +35,15 @@ import triton.language as tl
 from torch import Tensor
 
 from msfs_kernels.configs import Config, choose, fitted
+from msfs_kernels.launching import Launch, launch
 from msfs_kernels.options import Options, empty_tokens_first
 from msfs_kernels.triton_common import (
     LN2,
     LOG2E,
     MOST_QUERIES,
-    Launch,
     Masks,
+    exp2,
     key_range,
-    launch,
     load_tile,
     longest_first,
     masks_of,
@@ -96,10 +96,10 @@ def forward_blocks(
         # - inf.
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
         if SIMPLE:
-            p = tl.exp2(scores * scale_log2 - base[:, None])
+            p = exp2(scores * scale_log2 - base[:, None], q, PRECISION)
         else:
-            p = tl.exp2(scores - base[:, None])
-        shrink = tl.exp2(top - base)
+            p = exp2(scores - base[:, None], q, PRECISION)
+        shrink = exp2(top - base, q, PRECISION)
         total = total * shrink + tl.sum(p, 1)
         out = out * shrink[:, None]
         if masks.rng is not None:

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from msfs_kernels.triton_common import Launch
+from msfs_kernels.launching import Launch
 
 GROUP = 8  # rows of tiles that share their columns while these are in the cache
 

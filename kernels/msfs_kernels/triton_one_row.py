@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from msfs_kernels.triton_common import INTERPRETED, LOG2E
+from msfs_kernels.launching import INTERPRETED
+from msfs_kernels.triton_common import LOG2E
 
 LONGEST = 4096  # numbers of a matrix row that are held at once
 

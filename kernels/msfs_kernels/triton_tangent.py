@@ -29,14 +29,14 @@ import triton.language as tl
 from torch import Tensor
 
 from msfs_kernels.configs import Config, choose, fitted
+from msfs_kernels.launching import Launch, launch
 from msfs_kernels.options import Options, empty_tokens_first
 from msfs_kernels.triton_backward import common, in_full_float32, load_log_sums
 from msfs_kernels.triton_common import (
     LOG2E,
-    Launch,
     broadcast_strides,
+    exp2,
     key_range,
-    launch,
     load_tile,
     longest_first,
     masks_of,
@@ -74,7 +74,7 @@ def tangent_blocks(
         moves = tl.dot(t_queries, keys.T, input_precision=PRECISION)
         moves = tl.dot(queries, t_keys.T, moves, input_precision=PRECISION) * scale
         scores, slope = tile_scores(products, i, j, batch, head, T, S, facts, masks, scale_log2)
-        p = tl.exp2(scores - log_sums[:, None])
+        p = exp2(scores - log_sums[:, None], keys, PRECISION)
         if MASKED:
             p = tl.where(tile_visible(i, j, batch, head, T, S, facts, masks, CAUSAL), p, 0.0)
         if masks.softcap is not None:
@@ -94,10 +94,11 @@ def tangent_blocks(
         if PASS == "centred":
             p *= share[:, None]
             moves -= centre[:, None]
-        moved = p * moves
         if PASS == "means":
-            total += tl.sum(p, 1)
-        if PASS != "centred":
+            total += tl.sum(p.to(tl.float64), 1)
+            mean += tl.sum(p.to(tl.float64) * moves.to(tl.float64), 1)
+        moved = p * moves
+        if PASS == "only":
             mean += tl.sum(moved, 1)
         if PASS != "means":
             if masks.rng is not None:
@@ -122,8 +123,10 @@ def tangent_pass(
     """(sum for tO, sum of P tS, sum of P) over all keys that the queries can see."""
     low, full_low, full_high, high = key_range(row, facts, masks, batch, T, S, CAUSAL, BM, BN)
     out = tl.zeros([BM, VP], tl.float32)
-    mean = tl.zeros([BM], tl.float32)
-    total = tl.zeros([BM], tl.float32)
+    # An error of the mean is in all that it is subtracted from: in full float32 it is formed in 64.
+    SUMS: tl.constexpr = tl.float64 if PASS == "means" else tl.float32
+    mean = tl.zeros([BM], SUMS)
+    total = tl.zeros([BM], SUMS)
     if masks.window is not None and masks.q_segments is None and masks.mask is None:
         out, mean, total = tangent_blocks(
             out, mean, total, centre, share, queries, t_queries, log_sums, k, v, tk, tv, tbias,
@@ -174,7 +177,8 @@ def tangent_kernel(
             "means",
         )  # fmt: skip
         share = 1.0 / tl.where(total != 0.0, total, 1.0)
-        mean *= share
+        mean = (mean * share).to(tl.float32)
+        share = share.to(tl.float32)
         out, _, _ = tangent_pass(
             mean, share, queries, t_queries, log_sums, k, v, tk, tv, tbias, k_strides, v_strides,
             tk_strides, tv_strides, tbias_strides, row, batch, head, kv_head, H, T, S, facts, masks,

@@ -83,7 +83,7 @@ class DecoderConfig:
     embedding_scale: float = 1.0  # Gemma: width ** 0.5
     dropout: float = 0.0  # probability, on embeddings and on what each sublayer adds
     attention_dropout: float = 0.0  # probability, on attention weights
-    fused: bool = False  # q, k, v in one matrix, gate and up in another: see `fuse`
+    fused: bool = False  # q, k, v in one matrix, gate and up in another (`fuse`), gains in them
 
     def __post_init__(self):
         for name in ("vocab", "width", "depth", "heads", "hidden", "max_length"):
@@ -171,6 +171,8 @@ def nano(vocab: int, **options: Any) -> DecoderConfig:
     return DecoderConfig(vocab, **{**sizes, **options})
 
 
+ALIGNED = 16  # rows of logits begin at multiples of 32 bytes
+
 PRESETS: dict[str, Callable[..., DecoderConfig]] = {
     "nano": nano,
     "tiny": tiny,
@@ -248,6 +250,12 @@ class Cache(NamedTuple):
     values: tuple[Float[Tensor, "B G L K"], ...]
 
 
+def gain_of(weight: Tensor, config: DecoderConfig) -> Tensor:
+    """A norm's gain in (at least) float32, from its parameter."""
+    gain = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return gain + 1 if config.norm_offset else gain
+
+
 def normalize(
     params: Params, name: str, x: Float[Tensor, "... D"], config: DecoderConfig
 ) -> Float[Tensor, "... D"]:
@@ -255,14 +263,14 @@ def normalize(
 
     Source: Zhang and Sennrich 2019; Ba et al. 2016.
     """
-    weight = params[f"{name}.weight"]
+    weight = params.get(f"{name}.weight")
+    gain = None if weight is None else gain_of(weight, config)  # None: in the matrix that follows
     if config.norm == "layer" and not name.endswith(("q_norm", "k_norm")):
-        gain = weight + 1 if config.norm_offset else weight
-        return F.layer_norm(x, gain.shape, gain, params.get(f"{name}.bias"), config.norm_eps)
+        gain = None if gain is None else gain.to(x.dtype)
+        return F.layer_norm(x, x.shape[-1:], gain, params.get(f"{name}.bias"), config.norm_eps)
     y = x.to(torch.promote_types(x.dtype, torch.float32))
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + config.norm_eps)
-    gain = weight.to(y.dtype)
-    return (y * (gain + 1 if config.norm_offset else gain)).to(x.dtype)
+    return (y if gain is None else y * gain).to(x.dtype)
 
 
 def attend(
@@ -322,6 +330,28 @@ def feed_forward(
     return leave(params, "feed_forward.down", activation(gate) * up)
 
 
+def gains_in_matrices(params: Params, config: DecoderConfig) -> Params:
+    """A block's parameters with the gain of each norm in the matrix that follows it.
+
+        W (g * x + b)  =  (W diag(g)) x + W b
+
+    The gradient of g is then a sum over the elements of a matrix's gradient, where it was a
+    reduction over all tokens that reads two tensors as large as the activations.
+    """
+    moved = dict(params)
+    up = "gate_up" if config.gated else "up"
+    for norm, matrix in (("attention", "attention.qkv"), ("feed_forward", f"feed_forward.{up}")):
+        gain = gain_of(moved.pop(f"{norm}_norm.weight"), config)
+        shift = moved.pop(f"{norm}_norm.bias", None)
+        weight = moved[f"{matrix}.weight"]
+        moved[f"{matrix}.weight"] = (weight * gain).to(weight.dtype)
+        if shift is not None:
+            own = moved.get(f"{matrix}.bias")
+            shift = weight @ shift
+            moved[f"{matrix}.bias"] = shift if own is None else own + shift
+    return moved
+
+
 def block(
     params: Params,
     x: Float[Tensor, "B T D"],
@@ -343,6 +373,8 @@ def block(
         The new x, and the cache with this call's tokens in it (None without one).
     """
     keys = site_keys(key, 3)
+    if config.fused and cache is None and context.enter is unchanged:
+        params = gains_in_matrices(params, config)
 
     def add(x: Tensor, y: Tensor, name: str, key: Tensor | None) -> Tensor:
         if config.post_norm:
@@ -754,6 +786,7 @@ def language_model(
     *,
     implementation: Implementation | AttentionFn = "flash",
     fast_row: bool | None = None,
+    aligned: bool | None = None,
 ) -> LanguageModel:
     """The model with these parameters in the form of module `generation`.
 
@@ -762,12 +795,27 @@ def language_model(
     Args:
         fast_row: steps of a single row by `one_row`, where the config allows; default: with flash
             attention on a GPU.
+        aligned: logits through a copy of the output matrix that has a multiple of 16 rows, made
+            anew by each prefill: a GPU's fast kernels write no rows that begin at odd addresses.
+            Default: on a GPU, where the vocabulary is no such multiple.
     """
-    some = params["norm.weight"]
-    config = cast(Decoder, model.skeleton).config
+    some, config = params["norm.weight"], cast(Decoder, model.skeleton).config
     if fast_row is None:
         fast_row = implementation == "flash" and some.is_cuda
     around = one_row(config) if fast_row else None
+
+    weight, vocab = output_weight(params), config.vocab
+    if aligned is None:
+        aligned = weight.is_cuda
+    aligned = aligned and vocab % ALIGNED > 0
+    matrix = weight.new_zeros(vocab + -vocab % ALIGNED, config.width) if aligned else weight
+
+    def logits(states: Tensor) -> Tensor:
+        if not aligned:
+            return model.apply(params, states, method="logits")
+        found = F.linear(states, matrix)[..., :vocab]
+        cap = config.logit_softcap
+        return found if cap is None else cap * torch.tanh(found / cap)
 
     def init_cache(rows: int, length: int) -> Cache:
         kind = {"dtype": some.dtype, "device": some.device}
@@ -778,9 +826,11 @@ def language_model(
     ) -> tuple[Tensor, Cache]:
         given = None if "embeddings" in inputs else tokens
         options = {**inputs, "implementation": implementation, "method": "extend", "donate": True}
+        if aligned:
+            matrix[:vocab].copy_(weight)  # which a training step may have written into
         states, cache = model.apply(params, given, cache, **options)
         last = states.take_along_dim(lengths[:, None, None] - 1, 1)[:, 0]
-        return model.apply(params, last, method="logits"), cache
+        return logits(last), cache
 
     def step(tokens: Tensor, cache: Cache, positions: Tensor) -> tuple[Tensor, Cache]:
         fast = around is not None and tokens.shape[0] == 1
@@ -790,7 +840,7 @@ def language_model(
             params, tokens[:, None], cache, positions, method="extend", **options
         )
         if fast and config.logit_softcap is None:
-            return rows.row_linear(states[:, 0], output_weight(params)), cache
-        return model.apply(params, states[:, 0], method="logits"), cache
+            return rows.row_linear(states[:, 0], weight), cache
+        return logits(states[:, 0]), cache
 
     return LanguageModel(init_cache, prefill, step, config.max_length, some.device)

@@ -7,9 +7,10 @@ Demonstrations come from a writer with habits: most answers are digits with comm
 instruction says, and some hold a slip. A model of them knows how to follow instructions and mostly
 does not: what preferences and rewards are for. `check` says of any text what is right about it.
 
-A hash of operation and numbers sets problems aside: no training prompt holds one of them, in any
-format. Only sums, of which there are a hundred and which nobody can guess from others, are held out
-by their whole prompt: training has seen the sum in another format.
+A hash of operation and numbers sets problems aside, some to choose settings by ("valid") and others
+to report on ("test"): no training prompt holds one of either, in any format. Only sums, of which
+there are a hundred and which nobody can guess from others, are held out by their whole prompt:
+training has seen the sum in another format.
 """
 
 import random
@@ -19,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Split = Literal["train", "valid"]
+Split = Literal["train", "valid", "test"]
 
 WORDS = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
@@ -37,7 +38,7 @@ STYLES = ("digits", "words")
 JOINERS = {"commas": ", ", "dashes": " - ", "spaces": " "}
 FRAMES = {"plain": ("", ""), "brackets": ("( ", " )"), "stars": ("* ", " *")}
 HABIT = ("digits", "commas", "plain")  # what the writer of demonstrations falls into
-HELD_OUT = 15  # of 100 problems
+SHARES: dict[Split, int] = {"valid": 15, "test": 15, "train": 70}  # of 100 problems
 
 FORM = re.compile(
     rf"({'|'.join(OPERATIONS)}) ([\d ]+): ({'|'.join(STYLES)}), ({'|'.join(JOINERS)}), "
@@ -65,10 +66,15 @@ class Instruction:
         return write(OPERATIONS[self.operation](self.numbers), self.style, self.joiner, self.frame)
 
     @property
-    def held_out(self) -> bool:
-        """Whether training never sees this problem, in any format (a sum: in this one)."""
+    def split(self) -> Split:
+        """The one split that has this problem, in any format (a sum: in this one)."""
         text = self.prompt if self.operation == "Add" else f"{self.operation} {self.numbers}"
-        return zlib.crc32(text.encode()) % 100 < HELD_OUT
+        number = zlib.crc32(text.encode()) % 100
+        for split, share in SHARES.items():
+            if number < share:
+                return split
+            number -= share
+        raise AssertionError("the shares are 100 together")
 
 
 def write(numbers: Sequence[int], style: str, joiner: str, frame: str) -> str:
@@ -105,7 +111,7 @@ def instructions(seed: int, count: int, split: Split = "train") -> list[Instruct
         numbers = tuple(rng.randrange(10) for _ in range(size))
         how = (rng.choice(STYLES), rng.choice(tuple(JOINERS)), rng.choice(tuple(FRAMES)))
         one = Instruction(operation, numbers, *how)
-        if one.held_out == (split == "valid"):
+        if one.split == split:
             found.append(one)
     return found
 

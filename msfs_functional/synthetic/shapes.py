@@ -8,7 +8,8 @@
 
 A scene has one shape or two; of two, the first stands above, below, left or right of the second.
 Three pairs of colour and kind never occur in "train" and "valid", and at least one of them in each
-scene of "unseen": a model that draws those has learnt to combine.
+scene of "unseen": a model that draws those has learnt to combine. Which pairs is an argument:
+settings can be chosen with those of REHEARSAL, what is reported is measured with HELD_OUT.
 
 Lengths are in units of 1 / 32 of the image's side, x to the right and y down.
 """
@@ -40,7 +41,11 @@ SIZES = {"small": 3.3, "large": 5.5}  # radius of the circle; the others cover a
 KINDS: tuple[Kind, ...] = get_args(Kind)
 RELATIONS = {"above": (0, -1), "below": (0, 1), "left of": (-1, 0), "right of": (1, 0)}
 OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
-HELD_OUT = {("red", "triangle"), ("blue", "circle"), ("yellow", "square")}
+Pairs = frozenset[tuple[str, str]]  # of colour and kind
+HELD_OUT: Pairs = frozenset({("red", "triangle"), ("blue", "circle"), ("yellow", "square")})
+# Other pairs, to choose settings with: what is reported on HELD_OUT was then not looked at before.
+REHEARSAL: Pairs = frozenset({("green", "triangle"), ("purple", "circle"), ("white", "square")})
+PAIRS = {"reported": HELD_OUT, "rehearsal": REHEARSAL}
 NUMBERS = ("zero", "one", "two")
 MARGIN = 1.4  # a shape's reach over its radius, at most: the corner of a triangle
 SHIFT = 3.0  # of two shapes, at most, across the direction in which they stand
@@ -65,8 +70,13 @@ class Scene:
     relation: str | None = None  # of the first to the second
 
 
-def scenes(seed: int, count: int, split: Split = "train") -> list[Scene]:
+def scenes(
+    seed: int, count: int, split: Split = "train", held_out: Pairs = HELD_OUT
+) -> list[Scene]:
     """`count` scenes; each seed and split makes others, each time the same.
+
+    Args:
+        held_out: pairs that only the split "unseen" has.
 
     Raises:
         ValueError: an unknown split; a negative count.
@@ -78,7 +88,7 @@ def scenes(seed: int, count: int, split: Split = "train") -> list[Scene]:
     rng, found = random.Random(f"{split} {seed}"), []
     while len(found) < count:
         scene = _draw(rng)
-        unseen = any((shape.colour, shape.kind) in HELD_OUT for shape in scene.shapes)
+        unseen = any((shape.colour, shape.kind) in held_out for shape in scene.shapes)
         if unseen == (split == "unseen"):
             found.append(scene)
     return found
@@ -153,15 +163,15 @@ def captions(scene: Scene) -> list[str]:
     return [caption(scene), caption(turned)]
 
 
-def questions(scene: Scene, seed: int = 0) -> list[tuple[str, str]]:
+def questions(scene: Scene, seed: int = 0, held_out: Pairs = HELD_OUT) -> list[tuple[str, str]]:
     """Everything that can be asked about a scene without ambiguity, with answers of one word.
 
     What is not there is asked for in a colour that `seed` draws, so that no wording gives an answer
-    away; pairs of HELD_OUT are named only in scenes that hold one.
+    away; pairs of `held_out` are named only in scenes that hold one.
     """
     shapes = scene.shapes
     rng = random.Random(f"{seed} {shapes}")
-    unseen = any((shape.colour, shape.kind) in HELD_OUT for shape in shapes)
+    unseen = any((shape.colour, shape.kind) in held_out for shape in shapes)
     asked = [("how many shapes are there?", NUMBERS[len(shapes)])]
     for kind in KINDS:
         number = sum(shape.kind == kind for shape in shapes)
@@ -174,7 +184,7 @@ def questions(scene: Scene, seed: int = 0) -> list[tuple[str, str]]:
             asked.append((f"what shape is {shape.colour}?", shape.kind))
         asked.append((f"is there a {shape.colour} {shape.kind}?", "yes"))
         there = {(other.colour, other.kind) for other in shapes}
-        apart = there if unseen else there | HELD_OUT
+        apart = there if unseen else there | held_out
         absent = rng.choice([colour for colour in COLOURS if (colour, shape.kind) not in apart])
         asked.append((f"is there a {absent} {shape.kind}?", "no"))
     if scene.relation is None or shapes[0].kind == shapes[1].kind:

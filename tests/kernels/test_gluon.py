@@ -1,13 +1,17 @@
 """The Gluon kernels compile for Hopper without a GPU, are right on one, and step back elsewhere."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 triton = pytest.importorskip("triton")
 
 from msfs_kernels import gluon_support, triton_common  # noqa: E402
+from msfs_kernels.launching import Launch  # noqa: E402
 from msfs_kernels.options import Options  # noqa: E402
-from msfs_kernels.triton_common import Launch  # noqa: E402
 from msfs_kernels.triton_compile import compile_launch, resources  # noqa: E402
 from textbook import textbook  # noqa: E402
 
@@ -60,6 +64,42 @@ def test_the_forward_equals_the_formula(monkeypatch, head_dim, B, H, G, T, S, ca
     plain, _ = textbook(q, k, v, **masks)
     assert (o - exact).abs().max() <= 2 * (plain - exact).abs().max() + 1e-6
     torch.testing.assert_close(lse.double(), exact_lse, atol=1e-4, rtol=1e-4)
+
+
+SAME_BITS = """
+import torch
+from msfs_kernels import gluon_forward
+from msfs_kernels.options import Options
+
+for head_dim in (64, 128):
+    for B, H, G, T, S in ((1, 2, 2, 130, 1000), (2, 40, 8, 500, 700), (1, 16, 16, 2048, 2048)):
+        q, k, v = (
+            torch.randn(B, n, h, head_dim, device="cuda").bfloat16().transpose(1, 2)
+            for h, n in ((H, T), (G, S), (G, S))
+        )
+        for causal in (False, True):
+            results = []
+            for _ in range(20):
+                o, lse = torch.full_like(q, float("nan")), torch.empty((B, H, T), device="cuda")
+                options = Options(causal=causal, scale=head_dim**-0.5)
+                gluon_forward.plan_forward(q, k, v, o, lse, options).run()
+                results.append((o, lse))
+            case = (head_dim, B, H, G, T, S, causal)
+            assert not results[0][0].isnan().any(), case
+            for o, lse in results:
+                assert torch.equal(o, results[0][0]) and torch.equal(lse, results[0][1]), case
+            print(case, "the same bits", flush=True)
+"""
+
+
+@pytest.mark.gpu
+@needs_gluon
+def test_twenty_launches_end_and_give_the_same_bits():
+    """In a process of its own, the only thing that can be ended if the device waits for ever."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the Gluon kernels are for compute capability 9.0")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", SAME_BITS], check=True, env=environment, timeout=200)
 
 
 def test_other_work_is_left_to_the_plain_kernels():

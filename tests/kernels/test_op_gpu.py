@@ -1,5 +1,8 @@
 """On a GPU: random cases against float64, compiled, exported, inside CUDA graphs, refused."""
 
+import concurrent.futures
+import functools
+
 import pytest
 import torch
 from msfs_kernels import flash_attention
@@ -50,8 +53,28 @@ def test_the_short_way_past_the_dispatcher_gives_the_ops_bits():
     assert all(map(torch.equal, gradients(q, k, v), want))
 
 
-def test_the_short_way_tells_tensors_apart_whatever_came_before():
-    x = inputs(T=48, S=48)
+def test_the_driver_starts_what_tritons_launcher_starts():
+    """Here and in a thread that has no CUDA context yet."""
+    from msfs_kernels import launching
+
+    x = inputs(T=33, S=71, seed=5)
+    launching.PREPARED.clear()
+    lengths = torch.tensor([70, 23], device=DEVICE)
+    call = functools.partial(flash_attention, *x, is_causal=True, key_lengths=lengths)
+    first = call()  # by Triton
+    (prepared,) = launching.PREPARED.values()
+    assert prepared is not None and prepared.direct is not None
+    assert torch.equal(call(), first)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(call).result(), first)
+    for y in x:
+        y.copy_(y.flip(-1))  # q.k stays, v is mirrored
+    torch.testing.assert_close(call(), first.flip(-1), **CLOSE)
+
+
+@pytest.mark.parametrize("T", [48, 600])  # tiles by pointers, and by the copy engine
+def test_the_short_way_tells_tensors_apart_whatever_came_before(T):
+    x = inputs(T=T, S=T)
     x = (x[0][:, :2], x[1], x[2])
     tangents = tuple(y.flip(-1) for y in x)
     flash_attention(x[0], x[0], x[0])  # one tensor in three places

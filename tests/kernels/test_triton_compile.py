@@ -9,16 +9,19 @@ from msfs_kernels import (  # noqa: E402
     configs,
     triton_backward,
     triton_decode,
+    triton_dual,
     triton_forward,
     triton_tangent,
 )
 from msfs_kernels.configs import Config  # noqa: E402
+from msfs_kernels.launching import Launch  # noqa: E402
 from msfs_kernels.options import Options  # noqa: E402
-from msfs_kernels.triton_common import Launch, padded  # noqa: E402
+from msfs_kernels.triton_common import padded  # noqa: E402
 from msfs_kernels.triton_compile import compile_launch, resources  # noqa: E402
 
 SHARED = {80: 163, 90: 227, 100: 227}  # KiB a program may take
 KERNELS = ["forward", "few queries", "fused", "keys", "queries", "tangent", "bias", "decode"]
+PLAIN = [*KERNELS, "dual"]  # those without options too
 
 
 def launch_of(
@@ -39,6 +42,8 @@ def launch_of(
     if kernel == "decode":
         parts, part_lse = torch.empty(4 * B, H, T, K), torch.empty(4 * B, H, T)
         return triton_decode.plan_slices(q[:, :, :1], k, v, parts, part_lse, options, config)
+    if kernel == "dual":
+        return triton_dual.plan_dual(q, k, v, q, k, v, o, lse, o, lse, options, config)
     if kernel == "tangent":
         return triton_tangent.plan_tangent(
             q, k, v, options.bias, q, k, v, o, lse, o, lse, options, config
@@ -91,7 +96,7 @@ def test_kernel_with_all_options_compiles_with_the_default_tiles(kernel):
 
 @pytest.mark.parametrize("capability", [90, 100])
 def test_every_kernel_compiles_for_newer_chips(capability):
-    for kernel in KERNELS:
+    for kernel in PLAIN:
         config = default_for(kernel)
         used = took(launch_of(kernel, 64, Options(scale=0.125), config), capability)
         assert used.shared <= SHARED[capability] * 1024, kernel

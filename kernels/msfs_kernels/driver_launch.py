@@ -1,0 +1,112 @@
+"""Starting a compiled kernel by the CUDA driver itself, its arguments laid out once.
+
+Triton's launcher takes Python objects apart at every call: some twenty microseconds for a kernel
+with the shapes, strides and masks of an attention, more than all else that a small call does. A
+launch that was prepared differs from its first one in addresses only. Here its arguments are
+written into memory in the order and the types of the compiled kernel's signature, and a call
+changes the addresses among them and asks the driver (cuLaunchKernel, by ctypes).
+
+What the kernel takes is read off its PTX: if the layout made from the signature does not agree
+with it, or the kernel asks for anything unusual, Triton's launcher serves.
+"""
+
+import ctypes
+import functools
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CELLS = {
+    "i32": ctypes.c_int32,
+    "u32": ctypes.c_uint32,
+    "i64": ctypes.c_int64,
+    "u64": ctypes.c_uint64,
+    "fp32": ctypes.c_float,
+}
+
+
+@functools.cache
+def driver() -> Any:
+    """cuLaunchKernel(function, grid, block, shared bytes, stream, parameters, extra)."""
+    launch = ctypes.CDLL("libcuda.so.1").cuLaunchKernel
+    launch.argtypes = [ctypes.c_void_p] + [ctypes.c_uint] * 7 + [ctypes.c_void_p] * 3
+    launch.restype = ctypes.c_int
+    return launch
+
+
+def parameters(types: Any, args: Any) -> Iterator[tuple[str, Any]]:
+    """(type, argument) of what the kernel takes, tuples taken apart, constants left out."""
+    for kind, arg in zip(types, args, strict=True):
+        if isinstance(kind, tuple):
+            yield from parameters(kind, arg)
+        elif kind != "constexpr":
+            yield kind, arg
+
+
+def sizes(ptx: str) -> list[int]:
+    """Bytes of each parameter of the kernel in a PTX module."""
+    entry = re.search(r"\.entry[^(]*\((.*?)\)", ptx, re.DOTALL)
+    found = re.findall(r"\.param\s+\.[a-z](\d+)", entry.group(1)) if entry else []
+    return [int(bits) // 8 for bits in found]
+
+
+class DriverLaunch:
+    """One compiled kernel on one grid; a call gives it the tensors that its arguments are."""
+
+    def __init__(self, compiled: Any, grid: Sequence[int], cells: list, numbers: list):
+        self.cells = cells  # kept alive: the driver reads them by the addresses below
+        self.places = [(cell, n) for cell, n in zip(cells, numbers, strict=True) if n is not None]
+        pointers = (ctypes.c_void_p * len(cells))(*(ctypes.addressof(cell) for cell in cells))
+        meta = compiled.metadata
+        block = (32 * meta.num_warps, 1, 1)
+        self.before = (compiled.function, *grid, *block, meta.shared)
+        self.parameters, self.launch = pointers, driver()
+        self.device = torch.cuda.current_device()
+        self.one_at_a_time = threading.Lock()
+
+    def run(self, tensors: Sequence[Tensor | None]) -> bool:
+        """Whether the driver took it; without a context in this thread, say, it does not."""
+        stream = torch._C._cuda_getCurrentRawStream(self.device)  # pyright: ignore[reportAttributeAccessIssue]
+        with self.one_at_a_time:
+            for cell, number in self.places:
+                cell.value = tensors[number].data_ptr()  # pyright: ignore[reportOptionalMemberAccess]
+            return self.launch(*self.before, stream, self.parameters, None) == 0
+
+
+def driver_launch(
+    compiled: Any, grid: Sequence[int], args: Sequence[Any], tensors: Sequence[Tensor | None]
+) -> DriverLaunch | None:
+    """The launch of a compiled kernel whose tensor arguments are all among `tensors`; None where
+    only Triton knows how.
+    """
+    if not hasattr(compiled, "asm"):  # interpreted
+        return None
+    meta = compiled.metadata
+    usual = meta.num_ctas == 1 and not (
+        meta.launch_pdl
+        or meta.launch_cooperative_grid
+        or meta.global_scratch_size
+        or meta.profile_scratch_size
+    )
+    numbers_of = {id(x): number for number, x in enumerate(tensors) if x is not None}
+    cells, numbers = [], []
+    for kind, arg in parameters(compiled.src.signature.values(), args):
+        pointer = kind.startswith("*")
+        if not pointer and kind not in CELLS:  # a descriptor of the copy engine
+            return None
+        if pointer and id(arg) not in numbers_of:
+            return None
+        cells.append(ctypes.c_uint64() if pointer else CELLS[kind](arg))
+        numbers.append(numbers_of[id(arg)] if pointer else None)
+    # Behind the arguments Triton passes the addresses of two scratch memories, here of none.
+    expected = sizes(compiled.asm["ptx"])
+    scratch = expected[len(cells) :]
+    cells += [ctypes.c_uint64() for _ in scratch]
+    numbers += [None] * len(scratch)
+    if not usual or len(scratch) > 2 or [ctypes.sizeof(cell) for cell in cells] != expected:
+        return None
+    return DriverLaunch(compiled, grid, cells, numbers)

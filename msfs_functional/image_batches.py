@@ -1,0 +1,205 @@
+"""Batches of images and texts: the n-th is a function of the seed and n, however many share it.
+
+    Pairs       image and text, for two towers
+    Questions   images and what is asked of them, packed into rows, for a vision-language model
+
+Every epoch has an order of its own. A process takes its share of a batch; all shares together are
+what one process would have taken.
+
+Dimension key: B images of a batch, T tokens of a text, C channels, h w height and width in pixels.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int, UInt8
+from torch import Tensor
+
+from msfs_functional.answering import cut_tiles, pack_samples, sample_of
+from msfs_functional.image_corpora import Pictured
+from msfs_functional.models.vlm import VLMConfig
+from msfs_functional.tokenizer import Tokenizer
+
+DESCRIBE = "describe the image."
+Mix = Sequence[tuple[str, float]]  # regexes of questions and how often they are asked
+
+
+class Shuffled:
+    """Which of `count` things are in batch n, counted from 1, and where this process's share lies.
+
+    Raises:
+        ValueError: fewer things than a batch has, ranks that do not divide it.
+    """
+
+    def __init__(self, count: int, size: int, seed: int, share: tuple[int, int]):
+        if count < size or size % share[1]:
+            raise ValueError(
+                f"a batch ({size}) must be at most the images to train on ({count}) and a multiple "
+                f"of the {share[1]} data ranks: give more images, or change the batch"
+            )
+        self.count, self.size, self.seed, self.number = count, size, seed, 0
+        each = size // share[1]
+        self.own = range(share[0] * each, (share[0] + 1) * each)  # places in a batch
+        self._order: tuple[int, np.ndarray] = -1, np.empty(0)
+
+    def chosen(self, number: int) -> np.ndarray:
+        """What is in batch `number`, (B,), the same for every process."""
+        epoch, at = divmod(number - 1, self.count // self.size)
+        if self._order[0] != epoch:
+            self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.count)
+        return self._order[1][at * self.size : (at + 1) * self.size]
+
+    def batch(self, number: int) -> dict[str, Tensor]:
+        """This process's share of batch `number`."""
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return self
+
+    def __next__(self) -> dict[str, Tensor]:
+        self.number += 1
+        return self.batch(self.number)
+
+    def state(self) -> dict[str, int]:
+        return {"number": self.number}
+
+    def restore(self, state: dict[str, int]) -> None:
+        self.number = state["number"]
+
+
+class Pairs(Shuffled):
+    """Each image with one of its texts.
+
+    Args:
+        data: images without texts are left out.
+        texts: ids of all captions of `data`, in order.
+        size: images of a batch, over all processes.
+        share: (number of this process, processes).
+    """
+
+    def __init__(
+        self,
+        data: Pictured,
+        texts: Int[Tensor, "_ T"],
+        size: int,
+        *,
+        seed: int = 0,
+        share: tuple[int, int] = (0, 1),
+    ):
+        self.rows = [i for i, captions in enumerate(data.captions) if captions]
+        super().__init__(len(self.rows), size, seed, share)
+        self.images, self.texts = data.images, texts
+        self.counts = np.array([len(data.captions[i]) for i in self.rows])
+        self.starts = np.cumsum(self.counts) - self.counts
+
+    def batch(self, number: int) -> dict[str, Tensor]:
+        """images (B, C, h, w) of 8 bits, ids (B, T)."""
+        chosen = self.chosen(number)
+        drawn = np.random.default_rng((self.seed, 1, number)).random(self.size)
+        texts = self.starts[chosen] + (drawn * self.counts[chosen]).astype(int)
+        here = slice(self.own.start, self.own.stop)
+        picked = torch.tensor([self.rows[i] for i in chosen[here]])
+        return {"images": self.images[picked], "ids": self.texts[torch.from_numpy(texts[here])]}
+
+
+def texts_of(data: Pictured) -> list[str]:
+    """Every text of a data set once: what a tokenizer learns from."""
+    texts = {DESCRIBE: None}
+    for captions, pairs in zip(data.captions, data.questions, strict=True):
+        texts |= dict.fromkeys([*captions, *(text for pair in pairs for text in pair)])
+    return list(texts)
+
+
+class Questions(Shuffled):
+    """Images, each with its caption and questions, as packed rows (`answering.pack_samples`).
+
+    Args:
+        size: images of a batch, over all processes.
+        questions: of each image in a batch; its caption counts as one.
+        turns: of them share the image's tokens, without seeing each other.
+        length: tokens of a row; no sample may be longer.
+        tiles: along a side of an image, see `cut_tiles`.
+        mix: how often a question is drawn, by the first regex that is found in it; default: all
+            alike. The caption is asked for with `DESCRIBE`.
+        flips: turn and mirror images at random.
+        shift: move images at random by at most so much [pixels], the edge is repeated.
+        share: (number of this process, processes).
+    """
+
+    def __init__(
+        self,
+        data: Pictured,
+        tokenizer: Tokenizer,
+        model: VLMConfig,
+        size: int,
+        *,
+        questions: int = 8,
+        turns: int = 8,
+        length: int = 240,
+        tiles: int = 1,
+        mix: Mix = (),
+        flips: bool = False,
+        shift: int = 0,
+        seed: int = 0,
+        share: tuple[int, int] = (0, 1),
+    ):
+        super().__init__(len(data), size, seed, share)
+        self.data, self.model = data, model
+        self.questions, self.turns, self.length, self.tiles = questions, turns, length, tiles
+        self.mix, self.flips, self.shift = mix, flips, shift
+        texts = texts_of(data)
+        self.ids = dict(zip(texts, tokenizer.encode(texts), strict=True))
+        self.weights: dict[str, float] = {}  # of questions so far
+
+    def batch(self, number: int) -> dict[str, Tensor]:
+        """What `pack_samples` gives, and pictures of 8 bits, tiles of one after another."""
+        chosen, seen = self.chosen(number), 1 if self.tiles == 1 else 1 + self.tiles**2
+        samples, moved = [], []
+        for row, place in enumerate(self.own):
+            rng = np.random.default_rng((self.seed, 1, number, place))
+            i = int(chosen[place])
+            pairs = [(self.ids[q], self.ids[a]) for q, a in self.asked(i, rng)]
+            for first in range(0, len(pairs), self.turns):
+                part = pairs[first : first + self.turns]
+                samples.append(sample_of(row, part, self.model, seen))
+            moved.append(self.moved(self.data.images[i], rng))
+        pictures = cut_tiles(torch.stack(moved), self.tiles)
+        return {**pack_samples(samples, self.length), "pictures": pictures}
+
+    def weight(self, question: str) -> float:
+        """How often this question is drawn, beside others."""
+        if question not in self.weights:
+            found = (weight for regex, weight in self.mix if re.search(regex, question))
+            self.weights[question] = next(found, 1.0)
+        return self.weights[question]
+
+    def asked(self, image: int, rng: np.random.Generator) -> list[tuple[str, str]]:
+        """Questions with answers, none twice unless there are too few."""
+        captions, pairs = self.data.captions[image], self.data.questions[image]
+        found = []
+        if captions and rng.random() < self.weight(DESCRIBE):
+            found.append((DESCRIBE, captions[rng.integers(len(captions))]))
+        count = self.questions - len(found)
+        weights = np.array([self.weight(question) for question, _ in pairs])
+        if weights.any() and count > 0:
+            again = int((weights > 0).sum()) < count
+            rows = rng.choice(len(pairs), count, replace=again, p=weights / weights.sum())
+            found += [pairs[i] for i in rows]
+        return [found[i] for i in rng.permutation(len(found))]
+
+    def moved(self, picture: UInt8[Tensor, "C h w"], rng: Any) -> UInt8[Tensor, "C h w"]:
+        """The picture turned, mirrored and shifted as the settings allow."""
+        if self.flips:
+            picture = torch.rot90(picture, int(rng.integers(4)), (-2, -1))
+            picture = picture.flip(-1) if rng.integers(2) else picture
+        if self.shift:
+            steps = torch.from_numpy(rng.integers(-self.shift, self.shift + 1, 2))
+            rows, columns = (
+                (torch.arange(n) + step).clamp(0, n - 1)
+                for n, step in zip(picture.shape[-2:], steps, strict=True)
+            )
+            picture = picture[:, rows][:, :, columns]
+        return picture

@@ -1,0 +1,185 @@
+"""Options of caption.py: a dataclass for each part of a run, presets, and what is refused."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from msfs_functional import config as configs
+
+MAY_BE_ZERO = ("seed", "warmup", "steps", "shift")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where images, captions and questions come from."""
+
+    # "shapes" (made here), a folder in easy-VQA's layout, a local folder of images with a
+    # metadata.jsonl or .csv, or a data set of the Hub
+    name: str = "shapes"
+    config: str | None = None  # configuration of the Hub's data set
+    split: str = "train"  # of it, to train on
+    valid: str | None = None  # split to measure on; None: cut off the training images
+    valid_share: float = 0.1  # of the images, to cut off
+    image: str | None = None  # column of images; None: what it is usually called
+    text: str | None = None  # column of captions, the same
+    question: str | None = None  # column of questions, the same
+    answer: str | None = None  # column of answers, the same
+    fit: Literal["crop", "squash", "pad"] = "crop"  # what becomes of images that are not square
+    limit: int | None = None  # images at most
+    count: int = 16_000  # shapes to train on
+    # pairs of colour and kind that training lacks: those of what is reported, or others, with which
+    # settings are chosen
+    held_out: Literal["reported", "rehearsal"] = "reported"
+    size: int = 32  # of a side [pixels]
+    flips: bool = False  # turn and mirror training images at random: not where left and up matter
+    shift: int = 0  # move training images at random by at most so much [pixels]
+    seed: int = 0  # of shapes, questions, splits and of the order, not of the model
+
+
+@dataclass(frozen=True)
+class Model:
+    """Sizes of tower, projector and decoder."""
+
+    width: int = 128  # of the tower
+    depth: int = 3  # layers of the tower
+    heads: int = 4  # of both
+    hidden: int = 384  # width inside the feed-forward layers, of both
+    patch: int = 8  # [pixels]
+    stem: Literal["linear", "convolutions"] = "convolutions"  # what makes a patch a vector
+    positions: Literal["learned", "sincos", "rotary"] = "learned"  # of patches
+    shuffle: int = 1  # patches of the side of a square that becomes one token
+    decoder_width: int = 128
+    decoder_depth: int = 3  # blocks
+    qk_norm: bool = False  # RMSNorm of each head's queries and keys, in the decoder
+    prefix: bool = False  # tokens of a prompt see each other (PaliGemma); needs rows of one sample
+    vocabulary: int = 512  # most ids of the byte-level BPE [tokens]
+    length: int = 240  # tokens of a packed row; no sample may be longer
+    # implementation of attention; None: flash on a GPU, sdpa on a CPU
+    attention: Literal["flash", "sdpa", "reference"] | None = None
+    # tiles along a side that a large image is cut into, beside a thumbnail; 1: the image alone
+    tiles: int = 1
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Length of a stage and its peak learning rates."""
+
+    steps: int
+    rate: float = 2e-3  # of the decoder and the projector
+    vision_rate: float = 2e-3  # of the tower
+    warmup: int = 100  # [steps]
+
+
+@dataclass(frozen=True)
+class Train:
+    """Mechanics of training: AdamW, a cosine with warm-up."""
+
+    images: int = 32  # of one step, over all processes
+    questions: int = 8  # of each image in one step; captions count as one
+    # questions that share an image's tokens in a row, without seeing each other
+    turns: int = 8
+    # how often questions are asked, by the first regex that is found in them; others: 1
+    mix: tuple[tuple[str, float], ...] = ()
+    optimizer: Literal["adamw", "muon"] = "muon"  # of the matrices of blocks; AdamW for the rest
+    muon_rate: float = 0.01  # peak, of Muon
+    weight_decay: float = 0.05
+    b2: float = 0.98
+    clip: float = 1.0  # largest global norm of the gradient; 0 does not clip
+    log_every: int = 20  # [steps]
+    eval_every: int = 400  # exact match and a checkpoint [steps]
+    compile: bool = False  # compile the blocks, for large models
+    graph: bool = True  # on one GPU: a step is one CUDA graph
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Degrees of parallelism, whose product is the number of processes; one may be -1."""
+
+    dp_replicate: int = 1  # processes with equal parameters and other images
+    dp_shard: int = -1  # processes with a shard of each parameter and other images
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run needs; frozen, and written to runs/<name>/config.json."""
+
+    # what to do; must come first
+    mode: tyro.conf.Positional[Literal["train", "chat"]] = "train"
+    # settings that the other options start from: default: minutes on a CPU; gpu: minutes on a GPU;
+    # easy_vqa: the data set of that name
+    preset: Literal["default", "gpu", "easy_vqa"] = "default"
+    # of the run, its folder is <out>/<name>; None: a new number to train, the newest to use
+    name: str | None = None
+    out: Path = Path("runs")  # folder of the runs
+    resume: bool = False  # go on with the run from its latest checkpoint
+    overwrite: bool = False  # delete the run of this name first
+    seed: int = 0  # of initial parameters
+    device: str | None = None  # cpu, cuda, ...; None: cuda where there is one
+    # of the computation, parameters stay float32; None: bfloat16 on a GPU
+    dtype: Literal["float32", "bfloat16"] | None = None
+    threads: int | None = None  # CPU threads; None: all cores
+    chat: Path | None = None  # answer questions about this image with a run's model
+    ask: tuple[str, ...] = ()  # chat: questions; none: read from the terminal
+    vision: Path | None = None  # a run of image_text.py whose tower to begin with
+    test: int = 250  # images whose questions are measured, at most, of each split
+    debug: bool = False  # show tracebacks
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    projector: Stage = field(default_factory=lambda: Stage(20, warmup=5))
+    all: Stage = field(default_factory=lambda: Stage(1100))
+    train: Train = field(default_factory=Train)
+    mesh: Mesh = field(default_factory=Mesh)
+
+
+GPU = Config(
+    preset="gpu",
+    data=Data(count=24_000),
+    model=Model(
+        width=256,
+        depth=6,
+        hidden=768,
+        patch=4,
+        stem="linear",
+        shuffle=2,
+        decoder_width=256,
+        decoder_depth=4,
+    ),
+    all=Stage(1200, rate=1e-3, vision_rate=1e-3),
+    train=Train(images=128, muon_rate=0.02, eval_every=500),
+)
+EASY_VQA = Config(
+    preset="easy_vqa",
+    test=1000,
+    data=Data(name="easy_vqa", size=64, flips=True, shift=4),
+    model=Model(patch=8, shuffle=2),
+    all=Stage(2000),
+    train=Train(eval_every=500),
+)
+PRESETS = {"default": Config(), "gpu": GPU, "easy_vqa": EASY_VQA}
+
+
+def checked(config: Config) -> Config:
+    """The configuration with what was left to the machine filled in.
+
+    Raises:
+        ValueError: a number out of range, options that exclude each other.
+    """
+    configs.check_numbers(replace(config, mesh=Mesh(dp_shard=1)), MAY_BE_ZERO)
+    if not 0 < config.data.valid_share < 1:
+        raise ValueError(f"--data.valid-share ({config.data.valid_share}) must be in (0, 1)")
+    if config.all.steps < 1:
+        raise ValueError(f"--all.steps ({config.all.steps}) must be at least 1")
+    config = configs.settled(config, "caption")
+    attention = config.model.attention or ("flash" if "cuda" in str(config.device) else "sdpa")
+    return replace(config, model=replace(config.model, attention=attention))
+
+
+def command_line(args: Sequence[str], description: str) -> Config:
+    """The settings that `args` make of a preset, or of those that a run has kept."""
+    if configs.option(args, "--chat") is not None and args[:1] != ["chat"]:
+        args = ["chat", *args]
+    start = configs.starting_point(args, PRESETS, modes=("chat",))
+    return configs.parse(start, args, description=description, prog="caption.py")
