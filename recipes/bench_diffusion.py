@@ -10,7 +10,8 @@ squared error of eps; diffusers' UNet runs under bf16 autocast, compiled whole, 
 Ours compiles one block of each shape (--compile regions) or the whole loss (--compile whole). Both
 run in channels_last. With --apart each side is a process of its own: all compile at the same time,
 and take turns on the GPU to be timed. Sampling: diffusers' pipeline with compiled UNet and decoder,
-DPM-Solver++ 2M. Caches of compiled code are new and empty folders, so that the first step is a first one.
+DPM-Solver++ 2M. Caches of compiled code are new and empty folders, so that the first step is a
+first one.
 
 `--small` shows on a CPU that all of it works; its figures mean nothing.
 """
@@ -271,6 +272,7 @@ def sample(config: Config, device: str) -> None:
     if not config.small:
         theirs.unet = torch.compile(theirs.unet, dynamic=False)
         theirs.vae.decode = torch.compile(theirs.vae.decode, dynamic=False)
+    torch.backends.cudnn.benchmark = True  # both sides search the fastest convolutions
     size, steps = (16, 3) if config.small else (512, 30)
     options: dict[str, Any] = {"height": size, "width": size}
     for batch in config.batches:

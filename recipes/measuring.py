@@ -60,6 +60,8 @@ def measure(
     step()
     synchronize()
     first = time.perf_counter() - begin
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # of what compiling tried out, for others on this device
     with turn or nullcontext():
         for _ in range(warmup - 1):
             step()
