@@ -1,14 +1,30 @@
-"""Kernels of image networks in Triton's interpreter: values and gradients, odd sizes, slices."""
+"""Kernels of image networks: values and gradients, odd sizes, slices. Without a GPU the first test
+runs the others in a process with Triton's interpreter."""
+
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+
+pytest.importorskip("triton")
+
 from msfs_kernels import group_norm, triton_group_norm
 
-pytestmark = pytest.mark.skipif(
-    not triton_group_norm.triton.knobs.runtime.interpret and not torch.cuda.is_available(),
-    reason="TRITON_INTERPRET=1 or a GPU",
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+GPU = torch.cuda.is_available() and not INTERPRETED
+DEVICE = "cuda" if GPU else "cpu"
+kernels = pytest.mark.skipif(
+    not GPU and not INTERPRETED, reason="no GPU: test_the_kernels_in_the_interpreter runs it"
 )
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.skipif(GPU or INTERPRETED, reason="runs the other tests")
+def test_the_kernels_in_the_interpreter():
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", __file__]
+    subprocess.run(command, check=True, env=environment, timeout=300)
 
 
 def image(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -17,6 +33,7 @@ def image(*shape: int, seed: int = 0) -> torch.Tensor:
     return x.to(DEVICE, memory_format=torch.channels_last)
 
 
+@kernels
 @pytest.mark.parametrize("silu", (False, True))
 @pytest.mark.parametrize(("size", "groups"), (((2, 12, 5, 7), 3), ((1, 96, 20, 17), 4)))
 def test_norm_and_its_gradients_are_the_formula_s(size, groups, silu, monkeypatch):
@@ -41,6 +58,7 @@ def test_norm_and_its_gradients_are_the_formula_s(size, groups, silu, monkeypatc
         assert float((one.double() - other).abs().max()) < 1e-5 * scale, name
 
 
+@kernels
 def test_many_parts_of_an_image_give_the_statistics_of_the_whole(monkeypatch):
     monkeypatch.setattr(triton_group_norm, "MOST_PARTS", 3)
     x = image(1, 4, 33, 31)
@@ -51,6 +69,7 @@ def test_many_parts_of_an_image_give_the_statistics_of_the_whole(monkeypatch):
     torch.testing.assert_close(found.rstd.double(), (variance + 1e-6).rsqrt(), rtol=1e-6, atol=0)
 
 
+@kernels
 def test_second_derivatives_are_the_formula_s(monkeypatch):
     x, gain, bias = image(1, 4, 3, 3), torch.ones(4, device=DEVICE), torch.zeros(4, device=DEVICE)
     found = []
@@ -63,6 +82,7 @@ def test_second_derivatives_are_the_formula_s(monkeypatch):
     torch.testing.assert_close(*found)
 
 
+@kernels
 def test_a_join_gives_its_gradient_back_in_whole_pieces_and_a_residual_adds(monkeypatch):
     monkeypatch.setattr(group_norm, "fused", lambda *images: True)
     x, skip = image(2, 5, 3, 4).requires_grad_(), image(2, 70, 3, 4, seed=1).requires_grad_()
