@@ -20,14 +20,17 @@ S = TypeVar("S")
 
 def inductor_options() -> dict[str, Any]:
     """What differs from Inductor's defaults in a training step."""
-    from msfs_functional.epilogues import ReluInProducts
-    from msfs_functional.joined_gradients import GradientsSideBySide, InOrder
+    from msfs_functional.epilogues import InTurn, ReluInProducts
+    from msfs_functional.joined_gradients import GradientsSideBySide
+    from msfs_functional.transposed_products import TransposedProducts
 
     return {
         # Left on, a layer norm's gradients over input and weights share one kernel that sums in two
         # orders: on an H200, for 32,768 rows of 512, 176 microseconds where two kernels take 81.
         "triton.mix_order_reduction": False,
-        "joint_custom_pre_pass": InOrder(ReluInProducts(), GradientsSideBySide()),
+        "joint_custom_pre_pass": InTurn(
+            ReluInProducts(), GradientsSideBySide(), TransposedProducts()
+        ),
     }
 
 

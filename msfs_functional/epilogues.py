@@ -32,6 +32,20 @@ VIEWS = (
 )
 
 
+class InTurn(CustomGraphPass):
+    """Several passes as one, which is what Inductor's options take."""
+
+    def __init__(self, *passes: CustomGraphPass):
+        self.passes = passes
+
+    def uuid(self) -> Any:
+        return tuple(each.uuid() for each in self.passes)
+
+    def __call__(self, graph: Graph) -> None:
+        for each in self.passes:
+            each(graph)
+
+
 class ReluInProducts(CustomGraphPass):
     """The pass, for Inductor's option `joint_custom_pre_pass`.
 

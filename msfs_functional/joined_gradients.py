@@ -23,20 +23,6 @@ aten = torch.ops.aten
 OPS = torch.ops.msfs_kernels
 
 
-class InOrder(CustomGraphPass):
-    """Several passes as one, which is what Inductor's options take."""
-
-    def __init__(self, *passes: CustomGraphPass):
-        self.passes = passes
-
-    def uuid(self) -> Any:
-        return tuple(each.uuid() for each in self.passes)
-
-    def __call__(self, graph: Graph) -> None:
-        for each in self.passes:
-            each(graph)
-
-
 class GradientsSideBySide(CustomGraphPass):
     """The pass, for Inductor's option `joint_custom_pre_pass`.
 

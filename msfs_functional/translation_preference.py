@@ -51,11 +51,12 @@ def sample_translations(
     key: Tensor,
     *,
     samples: int,
+    temperature: float = 1.0,
     extra: int = 10,
     batch: int = 64,
     implementation: str = "flash",
 ) -> list[list[Ids]]:
-    """Samples of each sentence at temperature 1, with their end token where they have one.
+    """Samples of each sentence, with their end token where they have one.
 
     Args:
         sources: ids of the sentences, as the model reads them.
@@ -86,6 +87,7 @@ def sample_translations(
                 random.fold_in(key, start).to(device),
                 batch=len(rows) * samples,
                 max_length=most,
+                temperature=temperature,
                 bos=BOS,
                 eos=EOS,
                 pad=PAD,

@@ -32,7 +32,7 @@ from msfs_functional.contrastive import gradient_cache, softmax_loss
 from msfs_functional.generation import GREEDY, Generator, Settings
 from msfs_functional.losses import linear_cross_entropy
 from msfs_functional.models.clip import CLIPConfig, TextConfig, clip
-from msfs_functional.models.vision_format import read_clip
+from msfs_functional.models.tower_options import read_clip
 from msfs_functional.models.vit import clip_vision
 from msfs_functional.models.vlm import (
     IGNORED,

@@ -75,6 +75,7 @@ from msfs_functional.image_corpora import Pictured
 from msfs_functional.layouts import TOWERS
 from msfs_functional.models import vision_format, vit
 from msfs_functional.models.clip import CLIPConfig, TextConfig, clip
+from msfs_functional.models.families import Published
 from msfs_functional.params import Functional, Params, cast
 from msfs_functional.stages import CHECKPOINTS, run_stage
 from msfs_functional.synthetic import shapes
@@ -131,7 +132,7 @@ def make_tokenizer(config: Config, texts: Sequence[str]) -> Words:
     return train_bpe(texts, config.model.vocabulary)
 
 
-def load_published(config: Config) -> vision_format.Published:
+def load_published(config: Config) -> Published:
     """A published CLIP, in float32.
 
     Raises:
@@ -383,7 +384,8 @@ def train(config: Config) -> None:
         size = sum(math.prod(shape) for shape in plain.shapes.values())
         print(f"{len(splits.train)} images to train, {len(splits.valid)} to measure")
         print(f"{size:,} parameters, {tokenizer.vocab_size} ids, {device}, {config.dtype}")
-        print(splits.train.unreadable if splits.train.unreadable.count else "", flush=True)
+        if splits.train.unreadable.count:
+            print(splits.train.unreadable)
     with contextlib.closing(Prefetch(pairs, device)) as batches:
         state = run_stage(
             run,

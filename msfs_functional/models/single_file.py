@@ -25,8 +25,8 @@ from torch import Tensor
 from msfs_functional.models.autoencoder import AutoencoderConfig, autoencoder
 from msfs_functional.models.clip import TextConfig, text_tower
 from msfs_functional.models.diffusers_format import TRANSFORMER_WORDS
+from msfs_functional.models.tower_options import TOWERS, substitute
 from msfs_functional.models.unet import UNetConfig, unet
-from msfs_functional.models.vision_format import TOWERS, substitute
 from msfs_functional.models.weight_files import take, translate
 from msfs_functional.params import Params
 

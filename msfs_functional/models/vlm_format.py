@@ -5,19 +5,14 @@ PaliGemma (1 and 2) and LLaVA, with the towers of `vision_format` and the decode
 
 import functools
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from msfs_functional.models import pretrained, vision_format
+from msfs_functional.models import families, pretrained, vision_format
 from msfs_functional.models.decoder import DecoderConfig
+from msfs_functional.models.families import Families, Family
 from msfs_functional.models.pretrained import Hub
-from msfs_functional.models.vision_format import (
+from msfs_functional.models.tower_options import (
     CLIP_NAMES,
-    Families,
-    Family,
-    Published,
     Substitutions,
     activation_of,
     substitute,
@@ -25,7 +20,6 @@ from msfs_functional.models.vision_format import (
 )
 from msfs_functional.models.vit import ViTConfig
 from msfs_functional.models.vlm import VLMConfig, vlm
-from msfs_functional.params import Params
 
 HEAD = "language_model.lm_head.weight"
 # What a text_config leaves out because it is the default of transformers' class.
@@ -230,19 +224,9 @@ FAMILIES: Families = {
         tied,
     ),
 }
-from_hub = functools.partial(vision_format.from_hub, families=FAMILIES)
 
-
-def load(folder: str | Path, **options: Any) -> Published:
-    """`vision_format.load` for the families of this module; options as there."""
-    return vision_format.load(folder, families=FAMILIES, **options)
-
-
-def save(folder: str | Path, config: VLMConfig, params: Params, **options: Any) -> None:
-    """`vision_format.save` for the families of this module; options as there."""
-    vision_format.save(folder, config, params, families=FAMILIES, **options)
-
-
-def to_hub(config: VLMConfig, params: Params) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The inverse of `from_hub`."""
-    return vision_format.to_hub(config, params, FAMILIES)
+# `families.from_hub`, ... for the families of this module.
+from_hub = functools.partial(families.from_hub, families=FAMILIES)
+to_hub = functools.partial(families.to_hub, families=FAMILIES)
+load = functools.partial(families.load, families=FAMILIES)
+save = functools.partial(families.save, families=FAMILIES)
