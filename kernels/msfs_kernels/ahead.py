@@ -33,6 +33,8 @@ def meta(x: Tensor | None) -> Meta | None:
 def expect(name: str, given: dict[str, Any]) -> None:
     """Has the kernels of an op compiled, whose fake kernel was just given these arguments."""
     q = given["q"]
+    if not os.environ.get("MSFS_COMPILE_AHEAD"):
+        return
     if q.device.type != "cuda" or q.dtype is torch.float64:
         return
     tensors = ["q", "k", "v", "bias", *Options._fields[1:TENSOR_OPTIONS]]

@@ -31,6 +31,7 @@ def one_process(monkeypatch, tmp_path):
     from torch._inductor import async_compile
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("MSFS_COMPILE_AHEAD", "1")
     monkeypatch.setattr(ahead, "asked", set())
     monkeypatch.setattr(ahead, "pending", {})
     monkeypatch.setattr(async_compile, "get_compile_threads", lambda: 2)
