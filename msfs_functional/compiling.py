@@ -23,15 +23,15 @@ def inductor_options() -> dict[str, Any]:
     """What differs from Inductor's defaults in a training step."""
     from msfs_functional.epilogues import InTurn, ReluInProducts
     from msfs_functional.joined_gradients import GradientsSideBySide
+    from msfs_functional.member_layers import MemberLayers
     from msfs_functional.transposed_products import TransposedProducts
 
+    passes = ReluInProducts(), MemberLayers(), GradientsSideBySide(), TransposedProducts()
     return {
         # Left on, a layer norm's gradients over input and weights share one kernel that sums in two
         # orders: on an H200, for 32,768 rows of 512, 176 microseconds where two kernels take 81.
         "triton.mix_order_reduction": False,
-        "joint_custom_pre_pass": InTurn(
-            ReluInProducts(), GradientsSideBySide(), TransposedProducts()
-        ),
+        "joint_custom_pre_pass": InTurn(*passes),
     }
 
 

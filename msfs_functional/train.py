@@ -295,6 +295,7 @@ def _update(optimizer: Transformation, ema_decay: float | None) -> UpdateFn:
 
     def update(trained: Trained, grads: Params, scale: Tensor | None, finite: Tensor) -> Trained:
         params, opt_state, mean = trained
+        grads = tree_map(lambda g, p: g.to(p.dtype), grads, params)  # see `transforms.in_dtype`
         if scale is not None:
             grads = tree_map(lambda g: g * scale.to(g.dtype), grads)
         updates, opt_state = optimizer.update(grads, opt_state, params)
@@ -463,7 +464,8 @@ def make_step(
         donate: write the new state into the old one's memory: nothing is allocated, and the state
             that went in is spent.
         gradient: replaces `transforms.accumulate`, for models that keep parameters of their own
-            (`fsdp`) or gather them beside the computation (`gathering.Sharded.gradient`). The loss
+            (`fsdp`), gather them beside the computation (`gathering.Sharded.gradient`), or are
+            differentiated in half precision (`transforms.in_dtype`). The loss
             is then no graph, its regions are with compile="regions"; the update is.
 
     Raises:

@@ -31,6 +31,18 @@ def gradients(*args: Tensor, **options) -> tuple[Tensor, ...]:
     return out, *torch.autograd.grad(out, args, torch.ones_like(out).cumsum(-1))
 
 
+def rewritten(fn, args: list[Tensor]) -> tuple[torch.fx.GraphModule, bool]:
+    """The graph after the pass, and whether gradients are joined in it, and nothing copied."""
+    module = make_fx(fn, tracing_mode="fake")(*args)
+    GradientsSideBySide(everywhere=True)(module.graph)
+    module.graph.lint()
+    module.recompile()
+    names = [str(n.target) for n in module.graph.nodes if n.op == "call_function"]
+    joined = any("attention_backward_joined" in name for name in names)
+    assert any("aten.cat" in name for name in names) != joined
+    return module, joined
+
+
 @pytest.mark.parametrize(
     "options, joined",
     [({}, True), ({"kv_heads": 1}, True), ({"turn": True}, False)],
@@ -40,13 +52,22 @@ def test_gradients_are_joined_where_one_product_made_the_heads(options, joined):
     generator = torch.Generator().manual_seed(0)
     args = [torch.randn(size, generator=generator) for size in SIZES]
     run = lambda *args: gradients(*args, **options)  # noqa: E731
-    module = make_fx(run, tracing_mode="fake")(*args)
-    GradientsSideBySide(everywhere=True)(module.graph)
-    module.graph.lint()
-    module.recompile()
-    names = [str(n.target) for n in module.graph.nodes if n.op == "call_function"]
-    assert any("attention_backward_joined" in name for name in names) == joined
-    assert any("aten.cat" in name for name in names) != joined
+    module, found = rewritten(run, args)
+    assert found == joined
+    torch.testing.assert_close(module(*args), run(*args))
+
+
+def test_gradients_of_the_members_of_an_ensemble_are_joined_too():
+    generator = torch.Generator().manual_seed(0)
+    args = [torch.randn((3, *size), generator=generator) for size in SIZES]
+
+    def run(*args: Tensor) -> tuple[Tensor, ...]:
+        args = tuple(x.detach().requires_grad_() for x in args)
+        out = torch.func.vmap(attend)(*args)
+        return out, *torch.autograd.grad(out, args, torch.ones_like(out).cumsum(-1))
+
+    module, found = rewritten(run, args)
+    assert found
     torch.testing.assert_close(module(*args), run(*args))
 
 
