@@ -83,7 +83,11 @@ def samples_of_other_ops() -> dict[str, tuple]:
     w, b, residual = (randn(*n, requires_grad=False) for n in ((12, 8), (12,), (6,)))
     caches = (randn(1, 2, 9, 8, requires_grad=False) for _ in range(2))
     qkv, turns = randn(64, requires_grad=False), randn(2, 4, requires_grad=False)
+    q, k, v = randn(2, 4, 3, 8), randn(2, 2, 3, 8, seed=7), randn(2, 2, 3, 8, seed=8)
+    rest = Options(causal=True, scale=0.3)[1:]
+    o, lse = OPS.attention(q, k, v, None, *rest)
     return {
+        "attention_backward_joined": detached((o, None, q, k, v, None, o, lse, *rest)),
         "linear_cross_entropy": (*asked(*x), *scalars, True),
         "linear_cross_entropy_gradient": (*asked(g, *x), *grads, *scalars),
         "linear_cross_entropy_tangent": (*asked(*t, *x), *grads, *scalars),
@@ -94,7 +98,13 @@ def samples_of_other_ops() -> dict[str, tuple]:
 
 
 def test_the_other_ops_pass_opcheck_and_no_op_is_forgotten():
-    from msfs_kernels import linear_cross_entropy, masked_product, one_row, philox  # noqa: F401
+    from msfs_kernels import (  # noqa: F401
+        joined_backward,
+        linear_cross_entropy,
+        masked_product,
+        one_row,
+        philox,
+    )
 
     others = samples_of_other_ops()
     for name, args in others.items():
