@@ -1,5 +1,6 @@
 """How functions are compiled here: whether they can be, for which shapes, as which CUDA graphs."""
 
+import importlib
 import os
 import types
 from collections.abc import Callable
@@ -32,6 +33,15 @@ def inductor_options() -> dict[str, Any]:
         "triton.mix_order_reduction": False,
         "joint_custom_pre_pass": InTurn(*passes),
     }
+
+
+def start_compilers() -> None:
+    """Starts Inductor's processes, which take seconds to be there, before there is work for them.
+
+    They compile a GPU's kernels; until they are there the main process compiles alone.
+    """
+    if torch.cuda.is_available():
+        importlib.import_module("torch._inductor.async_compile")
 
 
 def why_not_compile(device: torch.device | str) -> str | None:

@@ -1,12 +1,17 @@
 """The graph pass that has gradients of q, k and v written side by side: same numbers, no copy."""
 
+import dataclasses
+
 import pytest
 import torch
 from msfs_kernels import flash_attention
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from msfs_functional.compiling import compile_per_shape
 from msfs_functional.joined_gradients import GradientsSideBySide
+from msfs_functional.models.decoder import decoder, fuse, gpt2
+from msfs_functional.transforms import value_and_grad
 
 SIZES = [(2, 5, 8), (24, 8)]  # x; a matrix for 2 heads of 4 and as many keys, or 4 and 1 of each
 
@@ -64,3 +69,37 @@ def test_gradients_of_the_members_of_an_ensemble_are_joined_too():
     module, found = rewritten(run, args)
     assert found
     torch.testing.assert_close(module(*args), run(*args))
+
+
+@pytest.mark.gpu
+def test_a_compiled_fused_block_is_as_exact_as_an_eager_plain_one():
+    """On a GPU, where the pass is at work, with gains moved into matrices, in bfloat16."""
+    shape = gpt2(300, width=128, depth=1, heads=2, hidden=256, max_length=256, fused=True)
+    params = {name: 3 * x for name, x in decoder(shape).init(0, device="cuda").items()}
+    tokens = torch.randint(300, (4, 256), device="cuda")
+    some = torch.randn(4, 256, 128, device="cuda")
+
+    def gradient(dtype, shape, implementation, compiled):
+        model = decoder(shape)
+        own = {name: x.to(dtype) for name, x in params.items()}
+        if not shape.fused:
+            own = {name: x.to(dtype) for name, x in unfused.items()}
+        options = {"method": "hidden", "implementation": implementation}
+        loss = lambda p, x: (model.apply(p, x, **options) * some).sum()  # noqa: E731
+        fn = compile_per_shape(loss, False) if compiled else loss
+        grads = value_and_grad(fn)(own, tokens)[1]
+        return grads if shape.fused else fuse(grads)
+
+    sizes = [128 * i for i in range(4)]
+    unfused = dict(params)
+    for last in ("weight", "bias"):
+        joined = unfused.pop(f"blocks.0.attention.qkv.{last}")
+        for part, start in zip("qkv", sizes, strict=False):
+            unfused[f"blocks.0.attention.{part}.{last}"] = joined[start : start + 128]
+    plain = dataclasses.replace(shape, fused=False)
+    exact = gradient(torch.float64, plain, "reference", False)
+    eager = gradient(torch.bfloat16, plain, "reference", False)
+    found = gradient(torch.bfloat16, shape, "flash", True)
+    for name, want in exact.items():
+        error, usual = ((x[name].double() - want).norm() / want.norm() for x in (found, eager))
+        assert error <= 2 * usual + 1e-3, (name, float(error), float(usual))
