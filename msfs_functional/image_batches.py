@@ -126,6 +126,7 @@ class Questions(Shuffled):
             alike. The caption is asked for with `DESCRIBE`.
         flips: turn and mirror images at random.
         shift: move images at random by at most so much [pixels], the edge is repeated.
+        tint: scale each colour of images at random by a factor in [1 - tint, 1 + tint].
         share: (number of this process, processes).
     """
 
@@ -143,13 +144,14 @@ class Questions(Shuffled):
         mix: Mix = (),
         flips: bool = False,
         shift: int = 0,
+        tint: float = 0.0,
         seed: int = 0,
         share: tuple[int, int] = (0, 1),
     ):
         super().__init__(len(data), size, seed, share)
         self.data, self.model = data, model
         self.questions, self.turns, self.length, self.tiles = questions, turns, length, tiles
-        self.mix, self.flips, self.shift = mix, flips, shift
+        self.mix, self.flips, self.shift, self.tint = mix, flips, shift, tint
         texts = texts_of(data)
         self.ids = dict(zip(texts, tokenizer.encode(texts), strict=True))
         self.weights: dict[str, float] = {}  # of questions so far
@@ -157,7 +159,7 @@ class Questions(Shuffled):
     def batch(self, number: int) -> dict[str, Tensor]:
         """What `pack_samples` gives, and pictures of 8 bits, tiles of one after another."""
         chosen, seen = self.chosen(number), 1 if self.tiles == 1 else 1 + self.tiles**2
-        samples, moved = [], []
+        samples, moved, factors = [], [], []
         for row, place in enumerate(self.own):
             rng = np.random.default_rng((self.seed, 1, number, place))
             i = int(chosen[place])
@@ -166,8 +168,15 @@ class Questions(Shuffled):
                 part = pairs[first : first + self.turns]
                 samples.append(sample_of(row, part, self.model, seen))
             moved.append(self.moved(self.data.images[i], rng))
-        pictures = cut_tiles(torch.stack(moved), self.tiles)
-        return {**pack_samples(samples, self.length), "pictures": pictures}
+            factors.append(rng.uniform(1 - self.tint, 1 + self.tint, len(moved[-1])))
+        pictures = torch.stack(moved)
+        if self.tint:
+            scale = torch.from_numpy(np.stack(factors))[..., None, None].float()
+            pictures = (pictures * scale).round_().clamp_(max=255).byte()
+        return {
+            **pack_samples(samples, self.length),
+            "pictures": cut_tiles(pictures, self.tiles),
+        }
 
     def weight(self, question: str) -> float:
         """How often this question is drawn, beside others."""

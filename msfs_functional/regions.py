@@ -76,9 +76,26 @@ class Regions:
             def run(params: Any, call: tuple[tuple, dict]) -> Any:
                 return fn(params, *call[0], **call[1])
 
-            one = run if dims is None else torch.func.vmap(run, in_dims=dims)
+            one = run if dims is None else mapped(run, dims)
             self.graphs[key] = compile_per_shape(lambda *args: one(*args), self.dynamic)
         return self.graphs[key]
+
+
+def mapped(fn: Callable[..., Any], dims: Any) -> Callable[..., Any]:
+    """vmap(fn, in_dims=dims) of a function whose result may hold None, which torch's refuses."""
+
+    def run(*args: Any) -> Any:
+        spec: Any = None
+
+        def tensors(*args: Any) -> tuple[Tensor, ...]:
+            nonlocal spec
+            leaves, spec, *_ = optree.tree_flatten(fn(*args), namespace=NAMESPACE)
+            return tuple(leaves)
+
+        leaves = torch.func.vmap(tensors, in_dims=dims)(*args)
+        return optree.tree_unflatten(spec, leaves)
+
+    return run
 
 
 def unwrapped(tree: Any, level: int) -> tuple[Any, Any]:

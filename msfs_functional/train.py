@@ -33,7 +33,12 @@ from torch.func import vmap
 from torch.utils import _pytree
 
 from msfs_functional import random
-from msfs_functional.compiling import compile_per_shape, fresh, why_not_compile
+from msfs_functional.compiling import (
+    compile_per_shape,
+    fresh,
+    start_compilers,
+    why_not_compile,
+)
 from msfs_functional.leafwise import Leafwise, Trained, UpdateFn, memory_plan
 from msfs_functional.optim import Transformation, apply_updates, ema, global_norm, overwrite
 from msfs_functional.params import Functional, Params, stack
@@ -473,6 +478,8 @@ def make_step(
         raise ValueError(f"clip_norm ({clip_norm}) must be positive; None does not clip")
     if members is not None and dynamic:
         raise ValueError(f"dynamic=True with members={members}: an ensemble needs dynamic=False")
+    if compile:
+        start_compilers()
     dynamic = False if members is not None else dynamic
     weighted = accumulation > 1
     objective = _objective(loss_fn, weighted, members)

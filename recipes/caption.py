@@ -134,7 +134,6 @@ def read_data(config: Config) -> Splits:
 def make_model(config: Config, tokenizer: Tokenizer) -> Functional:
     """The tower, or that of a run of image_text.py, a projector and a decoder."""
     sizes = config.model
-    common = {"heads": sizes.heads, "hidden": sizes.hidden}
     if config.vision is not None:
         vision, _ = tower_of(config.vision, "cpu")
     else:
@@ -145,8 +144,9 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Functional:
             width=sizes.width,
             depth=sizes.depth,
             positions=sizes.positions,
+            heads=sizes.heads,
+            hidden=sizes.hidden,
             pooling=None,
-            **common,
         )
     vocab = tokenizer.vocab_size
     decoder = decoders.tiny(
@@ -155,7 +155,8 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Functional:
         depth=sizes.decoder_depth,
         qk_norm=sizes.qk_norm,
         max_length=max(sizes.length, 256),
-        **common,
+        heads=sizes.heads,
+        hidden=sizes.decoder_hidden,
     )
     return vlm(VLMConfig(vision, decoder, vocab, shuffle=sizes.shuffle))  # id beyond the texts'
 
@@ -221,7 +222,7 @@ def make_optimizer(config: Train, stage: Stage, names: Iterable[str]) -> optim.T
             matrices=[(r"", True)],
             dtype=torch.float32,
         )
-        matrices = r"blocks\.\d+\.(attention|feed_forward)\.\w+\.weight$"
+        matrices = r"blocks\.\d+\.(attention\.[qkvo]|feed_forward\.\w+)\.weight$"
         groups.insert(0, (matrices, muon))
     names = list(names)
     return optim.by_group([g for g in groups if any(re.search(g[0], name) for name in names)])
@@ -328,6 +329,7 @@ def train_stage(t: Training, name: str, params: Params) -> Params:
         mix=settings.mix,
         flips=data.flips,
         shift=data.shift,
+        tint=data.tint,
         seed=data.seed,
         share=t.share,
     )

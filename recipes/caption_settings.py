@@ -36,6 +36,7 @@ class Data:
     size: int = 32  # of a side [pixels]
     flips: bool = False  # turn and mirror training images at random: not where left and up matter
     shift: int = 0  # move training images at random by at most so much [pixels]
+    tint: float = 0.0  # scale each colour of training images at random by at most so much
     seed: int = 0  # of shapes, questions, splits and of the order, not of the model
 
 
@@ -46,13 +47,14 @@ class Model:
     width: int = 128  # of the tower
     depth: int = 3  # layers of the tower
     heads: int = 4  # of both
-    hidden: int = 384  # width inside the feed-forward layers, of both
+    hidden: int = 384  # width inside the tower's feed-forward layers
     patch: int = 8  # [pixels]
     stem: Literal["linear", "convolutions"] = "convolutions"  # what makes a patch a vector
     positions: Literal["learned", "sincos", "rotary"] = "learned"  # of patches
     shuffle: int = 1  # patches of the side of a square that becomes one token
     decoder_width: int = 128
     decoder_depth: int = 3  # blocks
+    decoder_hidden: int = 384  # width inside its feed-forward layers
     qk_norm: bool = False  # RMSNorm of each head's queries and keys, in the decoder
     prefix: bool = False  # tokens of a prompt see each other (PaliGemma); needs rows of one sample
     vocabulary: int = 512  # most ids of the byte-level BPE [tokens]
@@ -146,6 +148,7 @@ GPU = Config(
         shuffle=2,
         decoder_width=256,
         decoder_depth=4,
+        decoder_hidden=768,
     ),
     all=Stage(1200, rate=1e-3, vision_rate=1e-3),
     train=Train(images=128, muon_rate=0.02, eval_every=500),

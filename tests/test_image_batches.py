@@ -61,6 +61,16 @@ def test_pictures_are_turned_and_shifted_inside_their_frame():
     assert all(set(one) <= values and len(one) == 36 for one in found)
 
 
+def test_tints_scale_each_colour_of_a_picture_alike():
+    plain, tinted = (questions(tint=t).batch(1)["pictures"].float() for t in (0.0, 0.2))
+    ratios = (tinted + 0.5) / (plain + 0.5)
+    dark = ratios[:, :, 0, 0]  # of the background, whose values are small
+    assert 0.75 < dark.min() < 0.95 and 1.05 < dark.max() < 1.25
+    assert len({tuple(ratio.tolist()) for ratio in dark}) == len(dark)
+    bright = (plain > 50) & (tinted < 255)
+    assert 0.79 < ratios[bright].min() and ratios[bright].max() < 1.21
+
+
 def test_a_batch_larger_than_the_data_is_refused():
     with pytest.raises(ValueError, match=r"a batch \(30\) must be at most the images .* \(24\)"):
         Pairs(DATA, torch.zeros(99, 1, dtype=torch.int64), 30)
