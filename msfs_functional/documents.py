@@ -18,14 +18,12 @@ import math
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import datasets
-import datasets.exceptions
 import numpy as np
-import pyarrow as pa
 
-from msfs_functional.corpora import hub_errors
+if TYPE_CHECKING:  # importing it takes seconds, which what is in memory does not need
+    from datasets import IterableDataset
 
 LOCAL = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 PACKING = (".gz", ".zst", ".bz2", ".xz")
@@ -62,7 +60,7 @@ class Corpus(NamedTuple):
 
     train: list[str]  # documents; of a stream some of the first ones
     valid: list[str]
-    stream: datasets.IterableDataset | None = None
+    stream: "IterableDataset | None" = None
 
 
 def read_documents(
@@ -107,11 +105,14 @@ def local_files(location: str) -> list[str]:
 @contextlib.contextmanager
 def stream_errors(what: str) -> Iterator[None]:
     """What a damaged file does to its reader, as a ValueError of one line."""
+    import datasets.exceptions
+    import pyarrow
+
     logger = logging.getLogger("datasets.packaged_modules.json.json")  # says the same
     logger.disabled = True
     try:
         yield
-    except (pa.ArrowException, datasets.exceptions.DatasetGenerationError) as error:
+    except (pyarrow.ArrowException, datasets.exceptions.DatasetGenerationError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise ValueError(f"{what} cannot be read ({reason}): mend the file") from None
     finally:
@@ -120,7 +121,7 @@ def stream_errors(what: str) -> Iterator[None]:
 
 def open_stream(
     location: str, *, config: str | None = None, split: str = "train", field: str = "text"
-) -> datasets.IterableDataset:
+) -> "IterableDataset":
     """Documents one after the other, nothing of them fetched before it is read.
 
     Args:
@@ -132,6 +133,10 @@ def open_stream(
     Raises:
         ValueError: nothing of that name, no network, no such column. One line.
     """
+    import datasets
+
+    from msfs_functional.corpora import hub_errors
+
     files = local_files(location)
     try:
         if files:
@@ -166,7 +171,7 @@ def is_held_out(text: str, share: float) -> bool:
 
 
 def held_out(
-    stream: datasets.IterableDataset, *, number: int, share: float, field: str = "text"
+    stream: "IterableDataset", *, number: int, share: float, field: str = "text"
 ) -> list[str]:
     """The first documents of the stream that are set aside.
 

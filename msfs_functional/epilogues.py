@@ -80,16 +80,12 @@ class ReluInProducts(CustomGraphPass):
         relu.replace_all_uses_with(arguments(relu)[0])
 
     def backward(self, graph: Graph, where: Node) -> None:
-        condition, zero, grad = arguments(where)
-        if not (
-            is_call(condition, aten.le.Scalar) and is_zero(zero) and arguments(condition)[1] == 0
-        ):
+        found = masked_by_relu(graph, where, aten.mm.default)
+        if found is None or not self.suits(found[1]):
             return
-        y, product = behind_views(arguments(condition)[0]), alone(grad, aten.mm.default)
-        if product is None or not self.suits(product) or not comes_before(graph, y, product):
-            return
+        y, product = found
         columns = product.meta["val"].shape[1]
-        if not isinstance(columns, int) or y.meta["val"].dtype != product.meta["val"].dtype:
+        if not isinstance(columns, int):
             return
         with graph.inserting_before(product):
             y = insert(graph, product, aten.reshape.default, y, [-1, columns])
@@ -97,7 +93,7 @@ class ReluInProducts(CustomGraphPass):
                           *product.args, y)  # fmt: skip
             out, sums = (insert(graph, product, operator.getitem, pair, i) for i in (0, 1))
         product.replace_all_uses_with(out)
-        where.replace_all_uses_with(grad)
+        where.replace_all_uses_with(arguments(where)[2])
         for total in sums_over_rows(out, columns):
             with graph.inserting_before(total):
                 dtype = total.meta["val"].dtype
@@ -109,12 +105,14 @@ class ReluInProducts(CustomGraphPass):
             total.replace_all_uses_with(new)
 
     def suits(self, product: Node) -> bool:
-        value = product.meta["val"]
-        if self.everywhere:
-            return True
-        if value.device.type != "cuda" or value.dtype not in (torch.bfloat16, torch.float16):
-            return False
-        return torch.cuda.get_device_capability(value.device)[0] == 9
+        return self.everywhere or on_hopper_in_16_bits(product)
+
+
+def on_hopper_in_16_bits(node: Node) -> bool:
+    value = node.meta["val"]
+    if value.device.type != "cuda" or value.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return torch.cuda.get_device_capability(value.device)[0] == 9
 
 
 def arguments(call: Any) -> Any:
@@ -160,6 +158,18 @@ def comes_before(graph: Graph, first: Any, second: Node) -> bool:
     return False
 
 
+def masked_by_relu(graph: Graph, where: Node, target: Any) -> tuple[Node, Node] | None:
+    """(y, product) if `where` is where(y <= 0, 0, product), the product behind views and no one
+    else's: what flows back through y = relu(...)."""
+    condition, zero, grad = arguments(where)
+    if not (is_call(condition, aten.le.Scalar) and is_zero(zero) and arguments(condition)[1] == 0):
+        return None
+    y, product = behind_views(arguments(condition)[0]), alone(grad, target)
+    if product is None or not comes_before(graph, y, product):
+        return None
+    return (y, product) if y.meta["val"].dtype == product.meta["val"].dtype else None
+
+
 def sums_over_rows(x: Node, columns: int) -> Iterator[Node]:
     """Sums over dim 0 of x (M, columns), or of views of x that have its shape."""
     for user in list(x.users):
@@ -179,5 +189,6 @@ def insert(graph: Graph, like: Node, target: Any, *args: Any) -> Node:
     node.meta = dict(like.meta)
     values = [x.meta["val"] if isinstance(x, Node) else x for x in args]
     node.meta["val"] = target(*values)
-    node.meta.pop("tensor_meta", None)
+    for stale in ("tensor_meta", "eager_input_vals"):  # the latter are the arguments of `like`
+        node.meta.pop(stale, None)
     return node

@@ -13,7 +13,7 @@ Dimension key: N real, M fake, D features.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64, UInt8
@@ -149,6 +149,28 @@ def precision_recall(
         return float(torch.cat(rows).double().mean())
 
     return PrecisionRecall(covered(fake, real), covered(real, fake))
+
+
+def evenly(count: int, most: int) -> Int64[Tensor, "_"]:
+    """At most so many rows of `count`, evenly: sets often lie class by class."""
+    n = min(count, most)
+    return torch.arange(n) * count // n
+
+
+def scores(
+    real: Float[Tensor, "N D"], fake: Float[Tensor, "M D"], key: Int64[Tensor, "2"], **options: Any
+) -> dict[str, float]:
+    """All of the above by name: fid, kid, kid_std, precision and recall.
+
+    Precision and recall compare as many real samples as there are fake ones, taken evenly.
+
+    Args:
+        key, options: of `kernel_distance`.
+    """
+    kid = kernel_distance(real, fake, key, **options)
+    near = precision_recall(real[evenly(len(real), len(fake))], fake)
+    found = {"fid": frechet_distance(real, fake), "kid": kid.mean, "kid_std": kid.std}
+    return found | near._asdict()
 
 
 def _pair(real: Tensor, fake: Tensor, least: int) -> tuple[Tensor, Tensor]:

@@ -250,6 +250,8 @@ def resize(
     if min(target) < 1 or min(image.shape[-2:]) < 1:
         raise ValueError(f"size {target} and image {tuple(image.shape[-2:])} must be at least 1")
     here = image.shape[-2:]
+    if tuple(here) == tuple(target):
+        return image
     if fit == "squash":
         return _scaled(image, target)
     if fit not in ("crop", "pad"):
@@ -273,6 +275,26 @@ def _scaled(image: Tensor, size: tuple[int, int]) -> Tensor:
     x = image.reshape(-1, *image.shape[-3:]).float()
     x = F.interpolate(x, size=size, mode="bicubic", antialias=True, align_corners=False)
     return x.round().clamp(0, 255).to(torch.uint8).reshape(*image.shape[:-2], *size)
+
+
+def grid(
+    images: UInt8[Tensor, "N C h w"], columns: int, *, enlarge: int = 1
+) -> UInt8[Tensor, "C Y X"]:
+    """Images side by side, row by row, the last row filled up with black.
+
+    Args:
+        enlarge: pixels along the side of the square that one pixel becomes.
+    """
+    missing = -len(images) % columns
+    images = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
+    rows = images.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
+    return rows.repeat_interleave(enlarge, 1).repeat_interleave(enlarge, 2)
+
+
+def save_png(image: UInt8[Tensor, "C h w"], path: Path) -> None:
+    """Writes an image of one (grey) or three channels."""
+    array = image.permute(1, 2, 0).cpu().numpy()
+    Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(path)
 
 
 def normalize(

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 import optree
 import torch
+import torch._functorch.config as functorch_config
 from msfs_kernels.dispatch import is_sharded
 from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
@@ -75,9 +76,26 @@ class Regions:
             def run(params: Any, call: tuple[tuple, dict]) -> Any:
                 return fn(params, *call[0], **call[1])
 
-            one = run if dims is None else torch.func.vmap(run, in_dims=dims)
+            one = run if dims is None else mapped(run, dims)
             self.graphs[key] = compile_per_shape(lambda *args: one(*args), self.dynamic)
         return self.graphs[key]
+
+
+def mapped(fn: Callable[..., Any], dims: Any) -> Callable[..., Any]:
+    """vmap(fn, in_dims=dims) of a function whose result may hold None, which torch's refuses."""
+
+    def run(*args: Any) -> Any:
+        spec: Any = None
+
+        def tensors(*args: Any) -> tuple[Tensor, ...]:
+            nonlocal spec
+            leaves, spec, *_ = optree.tree_flatten(fn(*args), namespace=NAMESPACE)
+            return tuple(leaves)
+
+        leaves = torch.func.vmap(tensors, in_dims=dims)(*args)
+        return optree.tree_unflatten(spec, leaves)
+
+    return run
 
 
 def unwrapped(tree: Any, level: int) -> tuple[Any, Any]:
@@ -136,14 +154,21 @@ def bound(fn: F) -> F:
     return run  # pyright: ignore[reportReturnType]
 
 
-def region_of(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """A pure function of (params, ...) as a region, compiled once for all params of a shape."""
+def region_of(fn: Callable[..., Any], *, thrifty: bool = False) -> Callable[..., Any]:
+    """A pure function of (params, ...) as a region, compiled once for all params of a shape.
+
+    Args:
+        thrifty: what one pass over memory makes (a norm, a product of two tensors) is made again in
+            the backward, also where a matrix product then has to wait for it. Left to itself
+            torch's partitioner keeps it: of a UNet's transformer a quarter of all that is kept.
+    """
 
     def run(params: Any, *args: Any, **kwargs: Any) -> Any:
         regions = active()
         if regions is None:
             return fn(params, *args, **kwargs)
-        return regions.call(fn, params, args, kwargs)
+        with functorch_config.patch(ban_recompute_materialized_backward=not thrifty):
+            return regions.call(fn, params, args, kwargs)
 
     return run
 

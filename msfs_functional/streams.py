@@ -17,16 +17,17 @@ the chunk again and goes on.
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 import torch
-from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 
 from msfs_functional.documents import stream_errors
 from msfs_functional.packing import FIELDS, Packed, pack
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
 
 EncodeFn = Callable[[list[str]], Sequence[Sequence[int]]]  # documents -> ids with BOS and EOS
 CHUNK = 256  # documents
@@ -43,7 +44,7 @@ class Lane:
         self,
         number: int,
         lanes: int,
-        stream: datasets.IterableDataset,
+        stream: "IterableDataset",
         encode_fn: EncodeFn,
         length: int,
         seed: int,
@@ -51,6 +52,8 @@ class Lane:
         field: str,
         skip_fn: Callable[[str], bool],
     ):
+        from datasets.distributed import split_dataset_by_node  # takes seconds to import
+
         self.number, self.lanes, self.encode_fn, self.length = number, lanes, encode_fn, length
         self.seed, self.chunk, self.field, self.skip_fn = seed, chunk, field, skip_fn
         self.stream = split_dataset_by_node(stream, number, lanes)
@@ -147,7 +150,7 @@ class StreamedBatches:
 
     def __init__(
         self,
-        stream: datasets.IterableDataset,
+        stream: "IterableDataset",
         encode_fn: EncodeFn,
         length: int,
         batch: int,

@@ -33,7 +33,12 @@ from torch.func import vmap
 from torch.utils import _pytree
 
 from msfs_functional import random
-from msfs_functional.compiling import compile_per_shape, fresh, why_not_compile
+from msfs_functional.compiling import (
+    compile_per_shape,
+    fresh,
+    start_compilers,
+    why_not_compile,
+)
 from msfs_functional.leafwise import Leafwise, Trained, UpdateFn, memory_plan
 from msfs_functional.optim import Transformation, apply_updates, ema, global_norm, overwrite
 from msfs_functional.params import Functional, Params, stack
@@ -290,6 +295,7 @@ def _update(optimizer: Transformation, ema_decay: float | None) -> UpdateFn:
 
     def update(trained: Trained, grads: Params, scale: Tensor | None, finite: Tensor) -> Trained:
         params, opt_state, mean = trained
+        grads = tree_map(lambda g, p: g.to(p.dtype), grads, params)  # see `transforms.in_dtype`
         if scale is not None:
             grads = tree_map(lambda g: g * scale.to(g.dtype), grads)
         updates, opt_state = optimizer.update(grads, opt_state, params)
@@ -458,7 +464,8 @@ def make_step(
         donate: write the new state into the old one's memory: nothing is allocated, and the state
             that went in is spent.
         gradient: replaces `transforms.accumulate`, for models that keep parameters of their own
-            (`fsdp`) or gather them beside the computation (`gathering.Sharded.gradient`). The loss
+            (`fsdp`), gather them beside the computation (`gathering.Sharded.gradient`), or are
+            differentiated in half precision (`transforms.in_dtype`). The loss
             is then no graph, its regions are with compile="regions"; the update is.
 
     Raises:
@@ -471,6 +478,8 @@ def make_step(
         raise ValueError(f"clip_norm ({clip_norm}) must be positive; None does not clip")
     if members is not None and dynamic:
         raise ValueError(f"dynamic=True with members={members}: an ensemble needs dynamic=False")
+    if compile:
+        start_compilers()
     dynamic = False if members is not None else dynamic
     weighted = accumulation > 1
     objective = _objective(loss_fn, weighted, members)

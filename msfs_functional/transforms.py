@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint
 
-from msfs_functional.params import Methods, Params
+from msfs_functional.params import Methods, Params, cast
 
 NAMESPACE = "msfs_functional"
 
@@ -184,6 +184,25 @@ def accumulate(fn: Callable[..., tuple[Tensor, Any]], params: Any, calls: Iterab
     if i < 0:
         raise ValueError("accumulate needs at least one call, got none")
     return optree.tree_unflatten(spec, totals)
+
+
+def in_dtype(dtype: torch.dtype) -> Callable[..., Any]:
+    """`accumulate` by parameters cast to `dtype`, whose gradients stay so until the optimizer.
+
+        make_step(loss_fn, optimizer, compile="regions", gradient=in_dtype(torch.bfloat16))
+
+    The same numbers as a loss that casts its parameters first: the gradient of a cast is a cast.
+    But the optimizer reads half the bytes, and nothing writes them anew. Several microbatches are
+    summed in the parameters' own dtype, as by `accumulate`.
+    """
+
+    def gradient(fn: Callable[..., tuple[Tensor, Any]], params: Any, calls: Iterable[tuple]) -> Any:
+        calls = list(calls)
+        if len(calls) > 1:
+            return accumulate(lambda p, *call: fn(cast(p, dtype), *call), params, calls)
+        return accumulate(fn, cast(params, dtype), calls)
+
+    return gradient
 
 
 def add_terms(total: Any, terms: Any) -> Any:

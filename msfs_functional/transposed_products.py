@@ -72,6 +72,7 @@ def renew_views(node: Node) -> None:
     for user in list(node.users):
         if callable(user.target) and user.target in VIEWS_OF_PARTS:
             args = map_arg(user.args, lambda x: x.meta["val"])
-            user.meta["val"] = user.target(*args, **user.kwargs)
+            target: Any = user.target
+            user.meta["val"] = target(*args, **user.kwargs)
             user.meta.pop("tensor_meta", None)
             renew_views(user)

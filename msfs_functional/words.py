@@ -34,18 +34,19 @@ class Words:
 
     @staticmethod
     def of(captions: Iterable[str], *, most: int = 4000, length: int = 32) -> "Words":
-        """The commonest words of some captions.
+        """The commonest words of some captions; none longer than `length`, nor than the longest.
 
         Raises:
             ValueError: no word in any caption; most or length below 1.
         """
         if most < 1 or length < 1:
             raise ValueError(f"words ({most}) and length ({length}) must be at least 1")
-        counts = Counter(word for caption in captions for word in split(caption))
+        parts = [split(caption) for caption in captions]
+        counts = Counter(word for part in parts for word in part)
         if not counts:
             raise ValueError("all captions are empty: train on classes, or name another column")
         chosen = sorted(counts, key=lambda word: (-counts[word], word))[:most]
-        return Words(tuple(chosen), length)
+        return Words(tuple(chosen), min(length, max(map(len, parts))))
 
     @property
     def vocab(self) -> int:

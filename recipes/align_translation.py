@@ -3,17 +3,21 @@ r"""Tune a translation model by preferences: its own samples, judged by chrF aga
     python recipes/align_translation.py                      # trains a translator first
     python recipes/align_translation.py --run runs/translate-1
 
-A model that recipes/translate.py has trained translates training sentences several times; of each
-sentence the best and the worst translation are a pair; DPO learns from the pairs. The report is
-BLEU and chrF of greedy translations of the test split before and after, and the KL that it cost.
+A model that recipes/translate.py has trained translates training sentences several times, once
+greedily. Of each sentence the best and the worst translation are a pair, so that the preferred
+one is never worse than what the model would say; DPO on log-probabilities a token learns from them.
+The report is BLEU and chrF of greedy and of sampled translations of held-out sentences: of the
+validation split, to choose settings by, and of the test split.
 """
 
 import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in recipe.py; must stand before torch
 
@@ -54,13 +58,15 @@ class Config:
     translate: recipe.Config = field(default_factory=shorter)
     out: Path = Path("runs")
     name: str | None = None  # of this run; None: a new number
-    sentences: int = 1500  # of the training split, to translate
-    samples: int = 6  # translations of each
+    sentences: int = 1000  # of the training split, to translate
+    samples: int = 6  # translations of each, beside the greedy one
+    # of the samples; at 1 even the best of them is worse than the greedy translation
+    temperature: float = 0.5
     gap: float = 5.0  # least difference of the two of a pair [points of chrF]
-    test: int = 300  # sentences of the test split to report on
-    beta: float = 0.5  # strength of the pull to the reference
+    held_out: int = 300  # sentences of each split to report on
+    beta: float = 5.0  # strength of the pull to the reference, on nats a token
     imitation: float = 1.0  # weight of the chosen translations' mean negative log-probability
-    dpo: Stage = field(default_factory=lambda: Stage(120, 32, 1e-4, 10))
+    dpo: Stage = field(default_factory=lambda: Stage(100, 32, 6e-5, 10))
     seed: int = 0
     debug: bool = False  # show tracebacks
 
@@ -72,7 +78,8 @@ def tune(
 
     def loss_fn(params: Params, batch: dict[str, Tensor], key: Tensor):
         sums, lengths = pair_sums(model, params, batch)
-        out = dpo(*sums.unbind(1), *batch["reference"].unbind(1), beta=config.beta)
+        means, before = sums / lengths, batch["reference"] / lengths
+        out = dpo(*means.unbind(1), *before.unbind(1), beta=config.beta)
         imitation = -sums[:, 0].sum() / lengths[:, 0].sum()
         right = (out.margins > 0).float().mean()
         return out.losses.mean() + config.imitation * imitation, {
@@ -95,21 +102,40 @@ def tune(
     ).params
 
 
+def greedily(
+    own: recipe.Config,
+    model: Functional,
+    tokenizers: Tokenizers,
+    params: Params,
+    texts: Sequence[str],
+) -> list[str]:
+    """Greedy translations."""
+    greedy = replace(own, decode=replace(own.decode, beam=1, nbest=1))
+    say = recipe.make_translate(greedy, model, tokenizers, params)
+    return [best.text for best, *_ in say(texts)]
+
+
 def score(
     own: recipe.Config,
     model: Functional,
     tokenizers: Tokenizers,
     params: Params,
-    splits: recipe.Splits,
-    count: int,
+    texts: Sequence[str],
+    truths: Sequence[str],
 ) -> tuple[dict[str, float], list[str]]:
-    """BLEU and chrF of greedy translations of test sentences."""
-    greedy = replace(own, decode=replace(own.decode, beam=1, nbest=1))
-    say = recipe.make_translate(greedy, model, tokenizers, params)
-    texts = [best.text for best, *_ in say(splits.test["source"][:count])]
-    truths = splits.test["target"][:count]
-    figures = {"bleu": metrics.bleu(texts, truths).value, "chrf": metrics.chrf(texts, truths).value}
-    return figures, texts
+    """BLEU and chrF of greedy and of sampled translations, and the greedy ones."""
+    sources = tokenizers.source.encode(list(texts))
+    drawn = sample_translations(model, params, sources, random.key(1), samples=1)
+    said = {
+        "greedy": greedily(own, model, tokenizers, params, texts),
+        "sampled": tokenizers.target.decode([ids for (ids,) in drawn]),
+    }
+    figures = {
+        f"{how} {name}": fn(found, truths).value
+        for how, found in said.items()
+        for name, fn in (("BLEU", metrics.bleu), ("chrF", metrics.chrf))
+    }
+    return figures, said["greedy"]
 
 
 def main(config: Config) -> None:
@@ -127,25 +153,36 @@ def main(config: Config) -> None:
     configs.new_run(run, config)
     model, tokenizers, params = recipe.load_trained(own)
     splits = recipe.read_data(own.data)
-    before, first = score(own, model, tokenizers, params, splits, config.test)
-    texts = splits.train["source"][: config.sentences]
+    asked = {
+        name: [getattr(splits, name)[side][: config.held_out] for side in ("source", "target")]
+        for name in ("valid", "test")
+    }
+    before = {name: score(own, model, tokenizers, params, *asked[name]) for name in asked}
+    texts, truths = (splits.train[side][: config.sentences] for side in ("source", "target"))
     sources = tokenizers.source.encode(list(texts))
-    key = random.key(config.seed)
-    made = sample_translations(model, params, sources, key, samples=config.samples)
+    made = sample_translations(
+        model,
+        params,
+        sources,
+        random.key(config.seed),
+        samples=config.samples,
+        temperature=config.temperature,
+    )
+    likely = tokenizers.target.encode(greedily(own, model, tokenizers, params, texts), eos=True)
+    made = [[*found, greedy] for found, greedy in zip(made, likely, strict=True)]
     said = [tokenizers.target.decode(each) for each in made]
-    truths = splits.train["target"][: config.sentences]
     pairs = judged_pairs(sources, made, said, truths, gap=config.gap)
     print(f"{len(pairs)} pairs of {len(sources)} sentences", flush=True)
     tuned = tune(config, model, params, pair_data(model, params, pairs), run / "dpo")
-    after, last = score(own, model, tokenizers, tuned, splits, config.test)
-    shown = zip(splits.test["source"], first, last, strict=False)
-    for source, a, b in [each for each in shown if each[1] != each[2]][:5]:
-        print(f"{source}\n  before: {a}\n  after:  {b}")
-    print(
-        f"{config.test} test sentences, greedy: BLEU {before['bleu']:.1f} before, "
-        f"{after['bleu']:.1f} after; chrF {before['chrf']:.1f} before, {after['chrf']:.1f} after"
-    )
-    figures = {"pairs": len(pairs), "before": before, "after": after}
+    after = {name: score(own, model, tokenizers, tuned, *asked[name]) for name in asked}
+    shown = zip(asked["test"][0], before["test"][1], after["test"][1], strict=True)
+    for source, first, last in [each for each in shown if each[1] != each[2]][:5]:
+        print(f"{source}\n  before: {first}\n  after:  {last}")
+    figures: dict[str, Any] = {"pairs": len(pairs)}
+    for split, ((old, _), (new, _)) in {n: (before[n], after[n]) for n in asked}.items():
+        changes = ", ".join(f"{name} {old[name]:.1f} to {new[name]:.1f}" for name in old)
+        print(f"{config.held_out} sentences, {split}: {changes}")
+        figures[split] = {"before": old, "after": new}
     (run / "results.json").write_text(json.dumps(figures) + "\n", encoding="utf-8")
     print(f"{time.perf_counter() - begin:.0f} seconds; everything is in {run}")
 

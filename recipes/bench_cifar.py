@@ -5,8 +5,8 @@
 
 DIR holds the training set's zips or its folder train/. Both sides train a class-conditional UNet of
 the shape of DDPM's (widths 128, 256, 256, 256, two ResNet blocks a level, attention at 16 x 16, 36M
-parameters) for --seconds of wall-clock time, compiling included, evaluation not, flips, batches
-of 256, bf16 compute, channels_last and a moving average:
+parameters) for --seconds of wall-clock time, the first step, which compiles, and evaluation not
+counted, flips, batches of 256, bf16 compute, channels_last and a moving average:
 
     ours        EDM's preconditioning and noise levels; blocks compiled once, one CUDA graph a step;
                 AdamW 8e-4, falling at the end, average 0.999; 18 Heun steps (35 calls)
@@ -25,17 +25,16 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 import tyro
 from measuring import synchronize
-from PIL import Image
 from torch import Tensor
 
 from msfs_functional import diffusion as df
-from msfs_functional import errors, features, fidelity, image_sets, optim, random, samplers
+from msfs_functional import errors, features, fidelity, image_sets, images, optim, random, samplers
 from msfs_functional import noise_schedules as ns
 from msfs_functional.compiling import graphed
 from msfs_functional.models.convolutions import channels_last, stored_channels_last
@@ -56,7 +55,9 @@ class Config:
     weights: Path | None = None
     """of the ResNet whose features are compared; None: a classifier of the data, trained first"""
     seconds: float = 480.0
-    """of training"""
+    """of training, after the first step"""
+    end: float = math.inf
+    """seconds after the start at which training is over in any case, its schedule fitted to it"""
     batch: int = 256
     """pictures a step"""
     samples: int = 10_000
@@ -222,25 +223,41 @@ def samples_of(sample: SampleFn, count: int, classes: int, device: str) -> Tenso
     return torch.cat(parts)
 
 
-def training(config: Config, step: StepFn) -> Iterator[tuple[int, float, float]]:
-    """(steps, seconds, loss) at each point of the curve and at the end; what is done between two of
+class Point(NamedTuple):
+    """Of the curve: what training had done when the samples were drawn."""
+
+    first_step: float  # seconds, compiling included; not part of `seconds`
+    seconds: float
+    steps: int
+    loss: float
+
+
+def training(config: Config, step: StepFn, started: float) -> Iterator[Point]:
+    """Trains, and stops at each point of the curve and at the end; what is done between two of
     them is not counted as training."""
-    spent, count = 0.0, 0
+    begin = time.perf_counter()
+    loss = float(step(0, 0.0))
+    synchronize()
+    first = time.perf_counter() - begin
+    budget = min(config.seconds, config.end - (time.perf_counter() - started))
+    if budget <= 0:
+        raise ValueError(f"the first step took {first:.0f} s: nothing is left before --end")
+    spent, count = 0.0, 1
     for i in range(1, config.curve + 2):
-        until = config.seconds * i / (config.curve + 1)
+        until = budget * i / (config.curve + 1)
         begin = time.perf_counter()
-        loss = math.nan
         while spent + time.perf_counter() - begin < until:
-            done = min((spent + time.perf_counter() - begin) / config.seconds, 1.0)
+            done = min((spent + time.perf_counter() - begin) / budget, 1.0)
             losses = [step(count + j, done) for j in range(2 if config.small else 20)]
             count += len(losses)
             loss = float(torch.stack(losses).mean())  # waits for the device
         synchronize()
         spent += time.perf_counter() - begin
-        yield count, spent, loss
+        yield Point(first, spent, count, loss)
 
 
 def main(config: Config) -> None:
+    started = time.perf_counter()
     if not config.small and not torch.cuda.is_available():
         raise ValueError("no GPU is here: --small shows on a CPU that it works")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -261,18 +278,20 @@ def main(config: Config) -> None:
     build = our_side if config.side == "ours" else their_side
     step, sample = build(config, data, device)
     curve: list[dict[str, float]] = []
-    for count, seconds, loss in training(config, step):
+    for point in training(config, step, started):
         last = len(curve) == config.curve
         many = config.samples if last else min(2000, config.samples)
         begin = time.perf_counter()
         made = samples_of(sample, many, len(data.classes), device)
         fake = fidelity.features_of(made, extractor.feature_fn)
-        row = {"seconds": seconds, "steps": count, "pictures": count * config.batch, "loss": loss}
-        row |= {"samples": many, "fid": fidelity.frechet_distance(real, fake)}
+        row: dict[str, float] = {
+            **point._asdict(),
+            "pictures": point.steps * config.batch,
+            "samples": many,
+        }
+        row |= {"fid": fidelity.frechet_distance(real, fake)}
         if last:
-            kid = fidelity.kernel_distance(real, fake, random.key(0))
-            near = fidelity.precision_recall(real[torch.randperm(len(real))[: len(fake)]], fake)
-            row |= {"kid": kid.mean, "kid_std": kid.std, **near._asdict()}
+            row |= fidelity.scores(real, fake, random.key(0))
         row["evaluation_seconds"] = time.perf_counter() - begin
         curve.append(row)
         print("  ".join(f"{name} {value:.5g}" for name, value in row.items()), flush=True)
@@ -280,9 +299,9 @@ def main(config: Config) -> None:
         report = {"side": config.side, "card": card, "features": extractor.name, "curve": curve}
         (config.out / f"{config.side}.json").write_text(json.dumps(report, indent=1))
         columns = len(data.classes)
-        shown = made[: 8 * columns].permute(0, 2, 3, 1).cpu()
-        grid = shown.unflatten(0, (-1, columns)).transpose(1, 2).flatten(0, 1).flatten(1, 2)
-        Image.fromarray(grid.numpy()).save(config.out / f"{config.side}.png")
+        images.save_png(
+            images.grid(made[: 8 * columns], columns), config.out / f"{config.side}.png"
+        )
 
 
 if __name__ == "__main__":

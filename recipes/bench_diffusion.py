@@ -3,19 +3,27 @@
     python recipes/bench_diffusion.py train     # batch 16 of 64 x 64 latents, bf16 compute
     python recipes/bench_diffusion.py sample    # 512 x 512, 30 steps, guided, batch 1 and 8
 
+    python recipes/bench_diffusion.py train --graph --apart
+
 Random weights: the work is the same as with trained ones. Training: fp32 parameters, AdamW, the
 squared error of eps; diffusers' UNet runs under bf16 autocast, compiled whole, with fused AdamW.
 Ours compiles one block of each shape (--compile regions) or the whole loss (--compile whole). Both
-run in channels_last. Sampling: diffusers' pipeline with compiled UNet and decoder, DPM-Solver++ 2M.
-Caches of compiled code are new and empty folders, so that the first step is a first one.
+run in channels_last. With --apart each side is a process of its own: all compile at the same time,
+and take turns on the GPU to be timed. Sampling: diffusers' pipeline with compiled UNet and decoder,
+DPM-Solver++ 2M. Caches of compiled code are new and empty folders, so that the first step is a
+first one.
 
 `--small` shows on a CPU that all of it works; its figures mean nothing.
 """
 
+import json
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()  # must stand before torch
@@ -25,7 +33,7 @@ import diffusers
 import torch
 import torch.nn.functional as F
 import tyro
-from measuring import fresh, measure, synchronize
+from measuring import Figures, fresh, measure, synchronize, taking_turns
 from torch import Tensor
 
 from msfs_functional import errors, optim, random
@@ -38,6 +46,7 @@ from msfs_functional.models.convolutions import channels_last, stored_channels_l
 from msfs_functional.models.unet import unet
 from msfs_functional.params import Params, cast
 from msfs_functional.train import init_state, make_step
+from msfs_functional.transforms import in_dtype
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,10 @@ class Config:
     """images at once, of sampling"""
     repeats: int = 3
     """timed calls, of sampling"""
+    apart: bool = False
+    """each side, and each batch of sampling, in a process of its own"""
+    turns: Path | None = None
+    """such a process: the folder where it waits for its turn and leaves its figures"""
     profile: bool = False
     """print our kernels of one step, or of one call"""
     debug: bool = False
@@ -74,6 +87,37 @@ def show_kernels(run: Callable[[], object]) -> None:
         synchronize()
     by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
     print(profile.key_averages().table(sort_by=by, row_limit=45, max_name_column_width=80))
+
+
+def timed(config: Config, name: str, run: Callable[[], object], warmup: int, steps: int) -> Figures:
+    """What a side took, in its turn."""
+    turn = None if config.turns is None else taking_turns(config.turns / "lock")
+    figures = measure(run, warmup, steps, blocks=1 if config.small else 3, turn=turn)
+    if config.turns is not None:
+        (config.turns / f"{name}.json").write_text(json.dumps(figures._asdict()))
+    return figures
+
+
+def apart(config: Config) -> None:
+    """The sides in processes of their own, and the ratios of their rates."""
+    batches = config.batches if config.mode == "sample" else (0,)
+    with tempfile.TemporaryDirectory() as folder:
+        running = []
+        for batch in batches:
+            for side in config.sides:
+                own = ["--sides", side, "--batches", str(batch or 1), "--no-apart"]
+                command = [sys.executable, *sys.argv, *own, "--turns", folder]
+                running.append(subprocess.Popen(command))
+        if failed := [one.args for one in running if one.wait()]:
+            raise ValueError(f"a side failed, its message is above: {failed[0]}")
+        for batch in batches:
+            took = {}
+            for path in Path(folder).glob(f"*{batch or ''}.json"):
+                took[path.stem] = json.loads(path.read_text())["seconds"]
+            name = f"batch {batch}  " if batch else ""
+            if len(took) == 2:
+                ours, theirs = (took[f"{side}{batch or ''}"] for side in ("ours", "diffusers"))
+                print(f"{name}ours / diffusers: {theirs / ours:.3f}")
 
 
 def sizes(small: bool) -> dict[str, Any]:
@@ -121,7 +165,8 @@ def our_training(config: Config, batch: dict[str, Tensor], device: str) -> Calla
     params = stored_channels_last(model.init(0, device=device))
     state = init_state(params, optimizer, random.key(1, device=device))
     how: Any = False if config.small else True if config.compile == "whole" else "regions"
-    step = make_step(loss_fn, optimizer, compile=how, dynamic=False)
+    gradient = None if how is True else in_dtype(dtype)  # of a single graph it is part
+    step = make_step(loss_fn, optimizer, compile=how, dynamic=False, gradient=gradient)
     step = graphed(step) if config.graph else step
 
     def run() -> None:
@@ -140,10 +185,9 @@ def their_training(config: Config, batch: dict[str, Tensor], device: str) -> Cal
     def run() -> None:
         with torch.autocast(device, torch.bfloat16, enabled=not config.small):
             y = network(batch["x"], batch["t"], batch["context"], return_dict=False)[0]
-        loss = F.mse_loss(y.float(), batch["eps"])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        F.mse_loss(y.float(), batch["eps"]).backward()
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)  # kept, gradients would lie beside the activations
 
     return run
 
@@ -157,7 +201,7 @@ def train(config: Config, device: str) -> None:
         torch._dynamo.reset()
         fresh()
         run = builds[name](config, batch, device)
-        figures = measure(run, config.warmup, config.steps)
+        figures = timed(config, name, run, config.warmup, config.steps)
         rates[name] = len(batch["x"]) / figures.seconds
         print(
             f"{name:10} {rates[name]:8.1f} latents/s  {figures.memory:6.1f} GiB  "
@@ -226,8 +270,9 @@ def sample(config: Config, device: str) -> None:
         autoencoder=(ours.autoencoder[0], layout(ours.autoencoder[1])),
     )
     if not config.small:
-        theirs.unet = torch.compile(theirs.unet)
-        theirs.vae.decode = torch.compile(theirs.vae.decode)
+        theirs.unet = torch.compile(theirs.unet, dynamic=False)
+        theirs.vae.decode = torch.compile(theirs.vae.decode, dynamic=False)
+    torch.backends.cudnn.benchmark = True  # both sides search the fastest convolutions
     size, steps = (16, 3) if config.small else (512, 30)
     options: dict[str, Any] = {"height": size, "width": size}
     for batch in config.batches:
@@ -249,7 +294,7 @@ def sample(config: Config, device: str) -> None:
         }
         rates = {}
         for name in config.sides:
-            figures = measure(runs[name], 1, config.repeats)
+            figures = timed(config, f"{name}{batch}", runs[name], 1, config.repeats)
             rates[name] = batch / figures.seconds
             print(
                 f"batch {batch}  {name:10} {rates[name]:8.3f} images/s  "
@@ -267,7 +312,11 @@ def main(config: Config) -> None:
         raise ValueError("no GPU is here: --small shows on a CPU that it works")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    print(f"{name}, torch {torch.__version__}, diffusers {diffusers.__version__}")
+    if config.turns is None:
+        print(f"{name}, torch {torch.__version__}, diffusers {diffusers.__version__}", flush=True)
+    if config.apart:
+        apart(config)
+        return
     {"train": train, "sample": sample}[config.mode](config, device)
 
 

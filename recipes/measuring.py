@@ -1,9 +1,13 @@
 """What the benchmarks share: the first step, the others timed together, peak memory, kernels."""
 
+import fcntl
 import gc
+import statistics
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,20 +33,47 @@ def fresh() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def measure(step: Callable[[], object], warmup: int, steps: int) -> Figures:
-    """Runs `step` warmup + steps times; the steps are timed together, without a wait in between."""
+@contextmanager
+def taking_turns(lock: Path) -> Iterator[None]:
+    """One process of those that name this file is inside; the others wait."""
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def measure(
+    step: Callable[[], object],
+    warmup: int,
+    steps: int,
+    *,
+    blocks: int = 1,
+    turn: AbstractContextManager[Any] | None = None,
+) -> Figures:
+    """Runs `step` warmup + blocks * steps times; the steps of a block are timed together, without a
+    wait in between, and the median block counts.
+
+    Args:
+        turn: entered after the first step, so that processes that share a device are not timed at
+            the same time (`taking_turns`).
+    """
     begin = time.perf_counter()
     step()
     synchronize()
     first = time.perf_counter() - begin
-    for _ in range(warmup - 1):
-        step()
-    synchronize()
-    begin = time.perf_counter()
-    for _ in range(steps):
-        step()
-    synchronize()
-    seconds = (time.perf_counter() - begin) / steps
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # of what compiling tried out, for others on this device
+    with turn or nullcontext():
+        for _ in range(warmup - 1):
+            step()
+        synchronize()
+        took = []
+        for _ in range(blocks):
+            begin = time.perf_counter()
+            for _ in range(steps):
+                step()
+            synchronize()
+            took.append((time.perf_counter() - begin) / steps)
+    seconds = statistics.median(took)
     memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
     return Figures(first, seconds, memory)
 

@@ -94,8 +94,8 @@ from msfs_functional import (
 )
 from msfs_functional import config as configs
 from msfs_functional import distributed_checkpoint as checkpoints
+from msfs_functional.batches import Prefetch
 from msfs_functional.compiling import graphed
-from msfs_functional.data import Prefetch
 from msfs_functional.documents import Corpus, is_held_out, read_documents, stream_documents
 from msfs_functional.gathering import Sharded, sharded
 from msfs_functional.generation import Sampling

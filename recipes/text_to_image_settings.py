@@ -64,6 +64,8 @@ class Config:
     name: str | None = None
     out: Path = Path("runs")  # folder of the runs
     resume: bool = False  # go on with the run from its latest checkpoints
+    # train: the last stage for now; --resume goes on
+    until: Literal["autoencoder", "latents", "denoiser"] = "denoiser"
     overwrite: bool = False  # delete the run of this name first
     seed: int = 0
     device: str | None = None  # cpu, cuda, ...; None: cuda where there is one
@@ -85,12 +87,12 @@ class Config:
     depth: int = 4  # blocks of the transformer; of a UNet's level
     patch: int = 2  # latents along one side of the transformer's tokens
     pixels: int = 32  # channels of the autoencoder
-    autoencoder: Stage = field(default_factory=lambda: Stage(500, 32, 2e-3))
-    denoiser: Stage = field(default_factory=lambda: Stage(1000, 64, 2e-3))
+    autoencoder: Stage = field(default_factory=lambda: Stage(400, 32, 2e-3))
+    denoiser: Stage = field(default_factory=lambda: Stage(800, 64, 2e-3))
     caption_dropout: float = 0.1  # share of captions left out, for guidance
     ema: float = 0.99  # decay of the average of the denoiser's parameters
     save_every: int = 200  # steps
-    draw_every: int = 500  # steps of the denoiser from one grid to the next
+    draw_every: int = 400  # steps of the denoiser from one grid to the next
     most_skipped: int = 100  # steps whose loss was not finite, after which a run stops
     guidance: float = 3.0  # 1 is the caption alone
     sample_steps: int = 25

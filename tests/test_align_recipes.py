@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -12,15 +13,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from msfs_functional import alignment_runs, stages
 from msfs_functional import config as configs
 from msfs_functional import distributed_checkpoint as checkpoints
-from msfs_functional import stages
 from msfs_functional.aligning import Mesh, Model, Stage, fine_tune, prepare
 from msfs_functional.alignment_runs import Options, each_seed
 from msfs_functional.alignment_tasks import Data, built_in
+from msfs_functional.models import decoder, pretrained
 from msfs_functional.preference_training import Preferences, as_data, optimise, preference_loss
 from msfs_functional.reinforcement import Learning
 from msfs_functional.rewards import RewardError
+from msfs_functional.synthetic.instructions import demonstrations
+from msfs_functional.tokenizer import train_word_level
 
 ROOT = Path(__file__).parents[1]
 
@@ -114,6 +118,27 @@ def test_a_dpo_run_that_was_stopped_ends_with_the_same_bits(align_dpo, tmp_path,
         assert state_of(places[0]) == state_of(places[1])
 
 
+def test_a_run_starts_from_a_local_folder(align_dpo, tmp_path):
+    """A published decoder is fine-tuned at its own sizes, on its own tokenizer's ids."""
+    shown = demonstrations(0, 120)
+    words = train_word_level([text for pair in shown for text in pair], 200)
+    size = decoder.tiny(words.vocab_size, width=16, depth=2, heads=2, kv_heads=1, hidden=24)
+    params, place = decoder.decoder(size).init(0), tmp_path / "published"
+    pretrained.save(place, size, params, tokenizer=words.to_json(), family="llama")
+    special = {"eos_token": "<eos>", "bos_token": "<bos>", "pad_token": "<pad>"}
+    (place / "tokenizer_config.json").write_text(json.dumps(special))
+    options = {"model": Model(length=64, folder=place), "dpo": preferences()}
+    align_dpo.main(tiny(align_dpo, tmp_path, "local", **options))
+    found = checkpoints.load(tmp_path / "local" / "seed-0" / "dpo-1" / "checkpoints")
+    like = {"params": {name: torch.Size(p.shape) for name, p in params.items()}}
+    tuned = checkpoints.load(found.path, like, partial=True).state["params"]
+    moved = max(float((tuned[name] - p).abs().max()) for name, p in params.items())
+    assert 0 < moved < 0.1  # nearer to the folder's than to any other start
+    with pytest.raises(ValueError, match=r"length \(4096\) is beyond the context"):
+        wrong = replace(options["model"], length=4096)
+        align_dpo.main(tiny(align_dpo, tmp_path, "long", **{**options, "model": wrong}))
+
+
 @pytest.mark.parametrize("loss", ["hinge", "ipo", "cdpo", "robust", "simpo", "orpo"])
 def test_every_loss_has_a_gradient_that_prefers_the_chosen_answer(loss):
     config = preferences(loss=loss, imitation=0.0)
@@ -196,8 +221,6 @@ def test_rollouts_ahead_give_the_same_bits_from_a_process_beside_and_after_a_sto
         state_of(tmp_path / name / "seed-0" / "rl") for name in ("ahead", "beside", "stopped")
     )
     assert all(other == ahead for other in others)
-    align_ppo.main(tiny(align_ppo, tmp_path, "fresh", rl=rl()))
-    assert state_of(tmp_path / "fresh" / "seed-0" / "rl") != ahead
 
 
 def test_a_reward_model_ensemble_and_a_trust_region_run(align_ppo, tmp_path, capsys):
@@ -304,7 +327,9 @@ def one_seed(config, machine, seed, run):
     return seed, torch.get_num_threads()
 
 
-def test_seeds_side_by_side_come_back_in_order_and_fail_as_they_would_alone():
+def test_seeds_side_by_side_come_back_in_order_and_fail_as_they_would_alone(monkeypatch):
+    quick = multiprocessing.get_context("fork")  # a run spawns, which imports everything anew
+    monkeypatch.setattr(alignment_runs.multiprocessing, "get_context", lambda kind: quick)
     machine = configs.machine("cpu", None, None)
     options = Options(seed=1, seeds=2, workers=2, threads=2)
     assert each_seed(one_seed, options, machine, ROOT) == [(1, 1), (2, 1)]

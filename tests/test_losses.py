@@ -155,18 +155,6 @@ def test_autograd_equals_plain(compiled, bias):
         torch.testing.assert_close(twice, exact)
 
 
-@pytest.mark.parametrize("chunk", [40, 10**6])
-def test_problems_one_by_one_equal_all_at_once(monkeypatch, chunk):
-    """As members of an ensemble whose logits are too many for the cache; in chunks and whole."""
-    monkeypatch.setitem(fused.CHUNK, "cpu", chunk)
-    h, w, b, labels = problem(bias=True)
-    many = [torch.stack([x, x.flip(0), x + 1]) for x in (h, w, b)]
-    fn = vmap(grad(losses(labels, label_smoothing=0.1)[0], argnums=(0, 1, 2)))
-    expected = fn(*many)
-    monkeypatch.setattr(fused, "CACHED", 0)
-    torch.testing.assert_close(fn(*many), expected)
-
-
 def test_gradient_is_that_of_finite_differences():
     h, w, b, labels = problem()
     leaves = tuple(x.requires_grad_() for x in (h, w, b))

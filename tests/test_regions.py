@@ -83,3 +83,16 @@ def test_an_ensemble_in_regions_equals_the_eager_one(counter):
     for name in one.params:
         torch.testing.assert_close(one.params[name], other.params[name])
     torch.testing.assert_close(metrics["loss"], expected["loss"])
+
+
+def test_members_of_a_region_may_return_none_beside_tensors(counter):
+    """As a decoder's block does, whose second result is the cache that it was not given."""
+
+    @region
+    def double(x, n):
+        return x * n, None
+
+    x, regions = torch.arange(6.0).view(2, 3), Regions(dynamic=False)
+    with regions.compiled():
+        found = torch.func.vmap(lambda x: double(x, 2)[0] if double(x, 2)[1] is None else x)(x)
+    assert torch.equal(found, 2 * x) and counter.frame_count == 1

@@ -7,6 +7,7 @@ import collections
 import dataclasses
 import functools
 
+import optree
 import pytest
 import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
@@ -16,7 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.func import grad, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from msfs_functional import context_parallel, optim, random, sharding
+from msfs_functional import agreement, context_parallel, optim, random, sharding
 from msfs_functional import vocabulary_parallel as vocabulary
 from msfs_functional.attention import attention
 from msfs_functional.collectives import psum
@@ -52,6 +53,8 @@ PAIRS = TransformerConfig(29, width=12, depth=1, heads=2, hidden=18, dropout=0.0
 # Without eps Adam inflates gradients that are rounding alone, such as those of a key's bias.
 OPTIMIZER, CLIP = optim.adamw(1e-2, eps=1e-3), 0.5
 CHAINED = optim.chain(optim.clip_by_global_norm(CLIP), OPTIMIZER)
+# On GPUs: each of these small shapes would be float32 kernels of its own to compile.
+ATTENTION = "flash" if DEVICE == "cpu" else "reference"
 CLOSE = {"rtol": 1e-5, "atol": 2e-6}  # after five steps in float32
 
 
@@ -62,13 +65,14 @@ def batches(n: int = 5, seed: int = 0) -> list[torch.Tensor]:
 
 def next_token(model, params, tokens, key):
     """Padding (token 0) makes shares of a batch weigh differently."""
-    logits = model.apply(params, tokens[:, :-1])
+    logits = model.apply(params, tokens[:, :-1], implementation=ATTENTION)
     loss, count = cross_entropy(logits, tokens[:, 1:])
     return loss / count, {"weight": count, "top": logits.amax()}
 
 
 def translation(model, params, tokens, key):
-    loss, count = cross_entropy(model.apply(params, tokens, tokens[:, :-1]), tokens[:, 1:])
+    logits = model.apply(params, tokens, tokens[:, :-1], implementation=ATTENTION)
+    loss, count = cross_entropy(logits, tokens[:, 1:])
     return loss / count, {"weight": count}
 
 
@@ -88,11 +92,27 @@ def train(loss_fn, params, data, optimizer, **options):
     return state, torch.stack(history)
 
 
-@functools.cache
+def by_rank_0(fn):
+    """fn's result, a tree of tensors, worked out by one rank for all: cores are few."""
+
+    @functools.cache
+    def run(*args, **kwargs):
+        found = None
+        if agreement.rank() == 0:
+            found = optree.tree_map(torch.Tensor.cpu, fn(*args, **kwargs))
+        return optree.tree_map(lambda x: x.to(DEVICE), agreement.from_all(found)[0])
+
+    return run
+
+
+@by_rank_0
 def on_one_process(build, config, loss, optimizer, **options):
+    """(params, moving average, history) after five steps."""
     model = build(config)
     params = model.init(0, device=DEVICE)
-    return train(functools.partial(loss, model), params, batches(), optimizer, **options)
+    loss_fn = functools.partial(loss, model)
+    state, history = train(loss_fn, params, batches(), optimizer, **options)
+    return state.params, state.ema, history
 
 
 def equal_one_process(
@@ -108,7 +128,7 @@ def equal_one_process(
     optimizer = optimizer or OPTIMIZER
     on = mesh(**given)
     accumulation = {k: v for k, v in options.items() if k == "accumulation"}
-    one, want = on_one_process(build, config, loss, optimizer, **accumulation)
+    params, ema, want = on_one_process(build, config, loss, optimizer, **accumulation)
     model = sharded(build(config), layout, on)
     loss_fn = gathered(functools.partial(loss, model), model)
     if options.pop("own", False):
@@ -116,7 +136,7 @@ def equal_one_process(
     data = [share(tokens, on) for tokens in batches()]
     state, got = train(loss_fn, model.init(0), data, optimizer, **options)
     torch.testing.assert_close(got, want, **CLOSE)
-    for trees in ((state.params, one.params), (state.ema, one.ema)):
+    for trees in ((state.params, params), (state.ema, ema)):
         for name, value in sharding.gather(trees[0]).items():
             torch.testing.assert_close(value, trees[1][name], **CLOSE, msg=lambda m, n=name: n + m)
     return state, model
@@ -183,7 +203,7 @@ def tensor_parallel():
 
 def fused_loss(model, params, tokens, key):
     """With the loss that holds no logits; its options, too."""
-    states = model.apply(params, tokens[:, :-1], method="hidden")
+    states = model.apply(params, tokens[:, :-1], method="hidden", implementation=ATTENTION)
     loss_of = linear_cross_entropy
     if isinstance(model, Sharded):
         loss_of = sharded_linear_cross_entropy(model.mesh, 29)
@@ -283,7 +303,32 @@ def overlapped_gathers_and_sums():
         patch.setattr(
             torch, "compile", lambda fn, **given: plain(fn, dynamic=False, backend="aot_eager")
         )
-        equal_one_process({"dp_shard": 2}, own=True, compile="regions", config=UNNORMED)
+        options = {"compile": "regions", "config": UNNORMED, "optimizer": optim.sgd(1e-2)}
+        equal_one_process({"dp_shard": 2}, own=True, **options)
+
+
+def products_in_bfloat16_are_summed_in_float32():
+    """Over float32 shards; sums in bfloat16, the other choice, come out otherwise."""
+    on, plain, tokens = mesh(dp_shard=2), decoder(UNNORMED), share(batches(1)[0], mesh(dp_shard=2))
+    labels, group = tokens[:, 1:], on.get_group("dp_shard").group_name
+    count = psum((labels != 0).sum().float(), group)
+
+    def own(params):
+        params = {name: p.to(torch.bfloat16) for name, p in params.items()}
+        return cross_entropy(plain.apply(params, tokens[:, :-1]), labels)[0] / count
+
+    _, mine = value_and_grad(own)(plain.init(0, device=DEVICE))
+    want = {name: psum(g, group) for name, g in mine.items()}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = sharded(plain, DECODER, on, dtype=torch.bfloat16, reduce_dtype=dtype)
+        loss_fn = gathered(functools.partial(next_token, model), model)
+        call, params = (tokens, random.key(0)), model.init(0)
+        found = [value_and_grad(loss_fn, has_aux=True)(params, *call)[1]]
+        found.append(model.gradient(loss_fn, params, [call])[1])
+        for grads in found:
+            assert all(g.dtype == torch.float32 for g in grads.values())
+            off = [(grads[n].full_tensor() - g).norm() / g.norm() for n, g in want.items()]
+            assert (max(off) < 1e-6) == (dtype == torch.float32), off
 
 
 def gradients_are_reduced_once_a_step():
@@ -370,8 +415,8 @@ def muon_on_every_mesh():
 
 def fsdp2(build, config, layout, loss, accumulation=1, **given):
     """fully_shard behind the same step: the same losses, gradient norms and parameters."""
-    one, want = on_one_process(build, config, loss, OPTIMIZER, accumulation=accumulation)
     on = mesh(**given)
+    params, _, want = on_one_process(build, config, loss, OPTIMIZER, accumulation=accumulation)
     model = fully_sharded(build(config), layout, on)
     loss_fn = gathered(functools.partial(loss, model), model)
     data = [share(tokens, on) for tokens in batches()]
@@ -379,7 +424,7 @@ def fsdp2(build, config, layout, loss, accumulation=1, **given):
     state, got = train(loss_fn, model.init(0), data, OPTIMIZER, **options)
     torch.testing.assert_close(got, want, **CLOSE)
     for name, value in sharding.gather(state.params).items():
-        torch.testing.assert_close(value, one.params[name], **CLOSE)
+        torch.testing.assert_close(value, params[name], **CLOSE)
 
 
 def fsdp2_path():
@@ -416,18 +461,31 @@ def transforms():
     transforms_on(mesh(tp=2), DECODER_BY_TOKENS)
 
 
-def transforms_on(on, layout):
-    plain, model = decoder(CONFIG), sharded(decoder(CONFIG), layout, on)
-    tokens, key = batches(1)[0], random.key(0)
-    whole = plain.init(0, dtype=torch.float64)
-    v = {name: p.cos() * 0.3 for name, p in plain.init(1, dtype=torch.float64).items()}
-    params, tv = (sharding.shard(x, layout.rules, on) for x in (whole, v))
-    sharded_loss = gathered(functools.partial(next_token, model), model)
+@by_rank_0
+def transforms_of_one_process():
+    """Loss, gradient, tangent, Hessian-vector product and each example's gradient."""
+    model, tokens, key = decoder(CONFIG), batches(1)[0], random.key(0)
+    whole, v = point_and_direction()
 
     def f(params, tokens=tokens):
-        return next_token(plain, params, tokens, key)[0]
+        return next_token(model, params, tokens, key)[0]
 
-    def g(params, tokens=tokens):
+    each = vmap(grad(lambda p, row: f(p, row[None])), (None, 0))(whole, tokens)
+    return f(whole), grad(f)(whole), jvp(f, (whole,), (v,)), hvp(f, whole, v), each
+
+
+def point_and_direction():
+    params, other = (decoder(CONFIG).init(i, dtype=torch.float64) for i in range(2))
+    return params, {name: p.cos() * 0.3 for name, p in other.items()}
+
+
+def transforms_on(on, layout):
+    model, tokens, key = sharded(decoder(CONFIG), layout, on), batches(1)[0], random.key(0)
+    params, v = (sharding.shard(x, layout.rules, on) for x in point_and_direction())
+    sharded_loss = gathered(functools.partial(next_token, model), model)
+    loss, gradient, tangent, product, examples = transforms_of_one_process()
+
+    def g(params):
         return sharded_loss(params, share(tokens, on), key)[0]
 
     def same(got, want):
@@ -435,18 +493,16 @@ def transforms_on(on, layout):
             assert isinstance(got[name], DTensor)
             torch.testing.assert_close(got[name].full_tensor(), value, msg=lambda m, n=name: n + m)
 
-    same(grad(g)(params), grad(f)(whole))
+    same(grad(g)(params), gradient)
     value, grads = value_and_grad(g)(params)
-    torch.testing.assert_close(value, f(whole))
-    same(grads, grad(f)(whole))
-    got, want = jvp(g, (params,), (tv,)), jvp(f, (whole,), (v,))
-    torch.testing.assert_close(got, want)
-    same(hvp(g, params, tv), hvp(f, whole, v))
+    torch.testing.assert_close(value, loss)
+    same(grads, gradient)
+    torch.testing.assert_close(jvp(g, (params,), (v,)), tangent)
+    same(hvp(g, params, v), product)
 
     # Every rank takes every example, and shares its gradient's shards out.
     each = vmap(grad(lambda p, row: sharded_loss(p, row[None], key)[0]), (None, 0))
-    want = vmap(grad(lambda p, row: f(p, row[None])), (None, 0))(whole, tokens)
-    same(each(params, tokens), want)
+    same(each(params, tokens), examples)
 
 
 def split_tokens(on, tokens):
@@ -470,33 +526,43 @@ def next_of_own(model, attend, packed, params, parts, key):
     return loss / count, {"weight": count}
 
 
+SHORT = DecoderConfig(
+    29, width=12, depth=2, heads=2, kv_heads=1, hidden=18, max_length=16, attention_softcap=5.0
+)
+
+
+def longer_batches():
+    return [torch.cat([x, x, x[:, :3]], 1) for x in batches()]  # 16 and one to predict
+
+
+@by_rank_0
+def without_context(packed):
+    alone = functools.partial(next_of_own, decoder(SHORT), "flash", packed)
+    whole = [
+        {
+            "tokens": x[:, :-1],
+            "labels": x[:, 1:],
+            "positions": torch.arange(16, device=DEVICE),
+            "documents": (torch.arange(16, device=DEVICE) // 3).expand(8, 16),
+        }
+        for x in longer_batches()
+    ]
+    state, history = train(alone, decoder(SHORT).init(0, device=DEVICE), whole, OPTIMIZER)
+    return state.params, history
+
+
 def equal_one_process_in_context(packings=(False, True), **given):
-    config = DecoderConfig(
-        29, width=12, depth=2, heads=2, kv_heads=1, hidden=18, max_length=16, attention_softcap=5.0
-    )
-    tokens = [torch.cat([x, x, x[:, :3]], 1) for x in batches()]  # 16 and one to predict
+    on = mesh(**given)
     for packed in packings:
-        on = mesh(**given)
-        alone = functools.partial(next_of_own, decoder(config), "flash", packed)
-        whole = [
-            {
-                "tokens": x[:, :-1],
-                "labels": x[:, 1:],
-                "positions": torch.arange(16, device=DEVICE),
-                "documents": (torch.arange(16, device=DEVICE) // 3).expand(8, 16),
-            }
-            for x in tokens
-        ]
-        params = decoder(config).init(0, device=DEVICE)
-        state, want = train(alone, params, whole, OPTIMIZER)
-        model = sharded(decoder(config), DECODER, on)
+        params, want = without_context(packed)
+        model = sharded(decoder(SHORT), DECODER, on)
         ring = context_parallel.ring_attention(on)
         loss_fn = gathered(functools.partial(next_of_own, model, ring, packed), model)
-        parts = [split_tokens(on, x) for x in tokens]
+        parts = [split_tokens(on, x) for x in longer_batches()]
         ours, got = train(loss_fn, model.init(0), parts, OPTIMIZER)
         torch.testing.assert_close(got, want, **CLOSE)
         for name, value in sharding.gather(ours.params).items():
-            torch.testing.assert_close(value, state.params[name], **CLOSE)
+            torch.testing.assert_close(value, params[name], **CLOSE)
 
 
 def context_parallelism():
@@ -553,6 +619,7 @@ TWO = [
     translation_model,
     accumulated_microbatches,
     overlapped_gathers_and_sums,
+    products_in_bfloat16_are_summed_in_float32,
     gradients_are_reduced_once_a_step,
     factored_optimizer,
     guard_agrees_on_all_ranks,

@@ -11,13 +11,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
-from msfs_functional import checkpoint
+from msfs_functional import distributed_checkpoint as checkpoints
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 import text_to_image as recipe
+import text_to_image_models as networks
 import text_to_image_settings as settings
+
+ABOUT = recipe.describe(
+    settings.Config(), recipe.read_data(settings.Config(data=settings.Data(pictures=60)))
+)
 
 
 def tiny(out: Path, name: str, **options):
@@ -28,9 +32,15 @@ def tiny(out: Path, name: str, **options):
     return settings.Config(out=out, name=name, device="cpu", **{**sizes, **options})
 
 
+SHORT = {stage: settings.Stage(8, 4, 1e-3, warmup=2) for stage in ("autoencoder", "denoiser")}
+
+
 def denoiser(run: Path) -> dict[str, torch.Tensor]:
-    path = checkpoint.load(run / "denoiser" / "checkpoints").path
-    return load_file(path / "state.safetensors")
+    """Everything that the last checkpoint holds, by name."""
+    shapes = dict(recipe.make_models(tiny(run.parent, run.name), ABOUT).denoiser.shapes)
+    like = {"params": shapes, "ema": shapes}
+    state = checkpoints.load(run / "denoiser" / "checkpoints", like, partial=True).state
+    return {f"{kind}.{name}": x for kind in like for name, x in state[kind].items()}
 
 
 def test_all_stages_end_in_grids_and_a_stopped_run_goes_on_bit_exactly(
@@ -38,10 +48,13 @@ def test_all_stages_end_in_grids_and_a_stopped_run_goes_on_bit_exactly(
 ):
     recipe.main(tiny(tmp_path, "whole"))
     said = capsys.readouterr().out
-    assert "valid: count" in said and "unseen: count" in said
+    assert "valid: all" in said and "unseen: all" in said
     for split in ("valid", "unseen"):
         assert Image.open(tmp_path / "whole" / f"{split}.png").size == (8 * 32 * 4, 32 * 4)
         assert len((tmp_path / "whole" / f"{split}.txt").read_text().splitlines()) == 4
+    recipe.main(tiny(tmp_path, "stopped", until="latents"))
+    kept = set(os.listdir(tmp_path / "stopped"))
+    assert "latents.safetensors" in kept and not {"denoiser", "results.json"} & kept
     calls, real = [], recipe.make_step
 
     def stopping(*args, **options):
@@ -49,7 +62,7 @@ def test_all_stages_end_in_grids_and_a_stopped_run_goes_on_bit_exactly(
 
         def run(state, batch):
             calls.append(1)
-            if len(calls) == 12 + 10:  # two steps after the denoiser's first checkpoint
+            if len(calls) == 10:  # two steps after the denoiser's first checkpoint
                 raise KeyboardInterrupt
             return step(state, batch)
 
@@ -57,7 +70,7 @@ def test_all_stages_end_in_grids_and_a_stopped_run_goes_on_bit_exactly(
 
     monkeypatch.setattr(recipe, "make_step", stopping)
     with pytest.raises(KeyboardInterrupt):
-        recipe.main(tiny(tmp_path, "stopped"))
+        recipe.main(tiny(tmp_path, "stopped", resume=True))
     recipe.main(tiny(tmp_path, "stopped", resume=True))
     whole, stopped = denoiser(tmp_path / "whole"), denoiser(tmp_path / "stopped")
     assert whole.keys() == stopped.keys()
@@ -68,11 +81,11 @@ def test_all_stages_end_in_grids_and_a_stopped_run_goes_on_bit_exactly(
 
 
 def test_the_large_autoencoder_trains_beside_its_discriminator_and_a_unet_learns_latents(tmp_path):
-    config = tiny(tmp_path, "run", coder="kl", backbone="unet", draw_every=100)
+    config = tiny(tmp_path, "run", coder="kl", backbone="unet", draw_every=100, **SHORT)
     recipe.main(config)
     coder, place = recipe.make_models(config, recipe.About(3, 32)).coder, tmp_path / "run"
     like, start = {"params": dict(coder.shapes)}, coder.init(0)
-    state = checkpoint.load(place / "autoencoder" / "checkpoints", like, partial=True).state
+    state = checkpoints.load(place / "autoencoder" / "checkpoints", like, partial=True).state
     for name in ("discriminator.output.weight", "autoencoder.decoder.output.weight"):
         assert not torch.equal(state["params"][name], start[name])
 
@@ -108,14 +121,11 @@ def test_classes_of_files_are_learnt_in_pixels_by_meanflow_and_measured(
 
 
 def test_a_run_of_losses_that_are_not_finite_stops(tmp_path, monkeypatch):
-    monkeypatch.setattr(recipe, "to_signed", lambda pictures: pictures.float() * torch.nan)
+    monkeypatch.setattr(networks, "to_signed", lambda pictures: pictures.float() * torch.nan)
     with pytest.raises(
         ValueError, match="8 steps of the autoencoder had a loss that is not finite"
     ):
         recipe.main(tiny(tmp_path, "run", most_skipped=7))
-
-
-SHORT = {stage: settings.Stage(8, 4, 1e-3, warmup=2) for stage in ("autoencoder", "denoiser")}
 
 
 def on_two_ranks() -> None:

@@ -13,6 +13,7 @@ from msfs_functional import optim, random, train
 from msfs_functional import params as P
 from msfs_functional.compiling import can_compile, graphed, why_not_compile
 from msfs_functional.train import init_state, make_step
+from msfs_functional.transforms import in_dtype
 
 VOCAB = 7
 NAMES = ("params", "opt_state", "ema", "step", "skipped", "key")
@@ -486,3 +487,27 @@ def test_step_replayed_from_cuda_graphs_equals_the_step(compile):
 def test_graphed_step_refuses_a_state_on_the_cpu():
     with pytest.raises(ValueError, match=r"graphed needs a state on a GPU, got one on .*cpu"):
         graphed(make_step(loss_fn, optimizer(), compile=False))(new_state(), make_batch(0))
+
+
+def test_gradients_that_stay_in_half_precision_make_the_same_step():
+    """A cast's gradient is a cast: with or without it the optimizer sees the same numbers."""
+
+    def loss_fn(params, batch, key):
+        params = P.cast(params, torch.bfloat16)
+        y = torch.tanh(batch["x"].bfloat16() @ params["w"]) @ params["v"]
+        return y.float().square().mean(), {}
+
+    keys = random.split(random.key(0), 3)
+    params = {"w": random.normal(keys[0], (8, 16)), "v": random.normal(keys[1], (16, 4))}
+    batch, halves = {"x": random.normal(keys[2], (6, 8))}, in_dtype(torch.bfloat16)
+    after = []
+    for accumulation, gradient in ((1, None), (1, halves), (2, None), (2, halves)):
+        optimizer = optim.adamw(1e-2)
+        options = {"clip_norm": 0.1, "accumulation": accumulation, "gradient": gradient}
+        step = make_step(loss_fn, optimizer, compile=False, **options)
+        state = init_state(dict(params), optimizer, random.key(1))
+        for _ in range(3):
+            state, _ = step(state, batch)
+        after.append(state.params)
+    for plain, half in ((0, 1), (2, 3)):
+        assert all(torch.equal(after[plain][name], after[half][name]) for name in params)

@@ -1,5 +1,7 @@
 """The UNet: diffusers' numbers, both ways, and what a pure function of it allows."""
 
+import contextlib
+
 import diffusers
 import pytest
 import torch
@@ -278,7 +280,7 @@ def test_meanflow_trains_a_unet():
 
 
 def test_regions_compile_one_block_of_each_shape(monkeypatch):
-    """3 ResNet blocks and 4 transformers of one shape, 2 blocks joined by a skip: 3 graphs."""
+    """Transformers of one shape are one graph; ResNet blocks need none."""
     config = UNetConfig(
         channels=2, widths=(8,), depth=1, attention=(True,), heads=(2,), context=6, groups=4
     )
@@ -299,7 +301,7 @@ def test_regions_compile_one_block_of_each_shape(monkeypatch):
     with Regions(dynamic=False).compiled():
         for ours, value in zip(gradients(), expected, strict=True):
             torch.testing.assert_close(ours, value, rtol=1e-3, atol=1e-5)
-    assert len(compiled) == 3
+    assert len(compiled) == 1
 
 
 @torch.no_grad()
@@ -406,3 +408,37 @@ def test_weights_of_another_configuration_are_named():
         diffusers_format.unet_from({**HUB, "in_channels": 3}, weights)
     with pytest.raises(ValueError, match=r"unexpected \['extra'\]"):
         diffusers_format.unet_from(HUB, {**weights, "extra": torch.ones(1)})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("regions", (False, True))
+def test_kernels_of_a_gpu_give_the_formulas_prediction_and_gradients(regions):
+    """ResNet blocks, heads of 40 in lanes of 64, skips: channels_last beside plain layout on the
+    CPU, in float32."""
+    config = UNetConfig(
+        widths=(80, 160), depth=1, attention=(True, False), heads=(2, 2), context=24, groups=8
+    )
+    model = unet(config)
+    params = {n: x + 0.02 * random.normal(random.key(i), x.shape)
+              for i, (n, x) in enumerate(model.init(0).items())}  # fmt: skip
+    keys = random.split(random.key(1), 2)
+    x, context = random.normal(keys[0], (2, 4, 16, 16)), random.normal(keys[1], (2, 7, 24))
+
+    def gradients(params, x, context):
+        params = {name: value.requires_grad_() for name, value in params.items()}
+        y = model.apply(params, x, torch.tensor([5.0, 800.0]).to(x.device), context)
+        return y, *torch.autograd.grad(y.square().mean(), list(params.values()))
+
+    def there(x):
+        layout = torch.channels_last if x.ndim == 4 else torch.contiguous_format
+        return x.cuda().contiguous(memory_format=layout)
+
+    wide = {name: value.double() for name, value in params.items()}
+    expected = gradients(wide, x.double(), context.double())
+    own = {name: there(value) for name, value in params.items()}
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        with Regions(False).compiled() if regions else contextlib.nullcontext():
+            found = gradients(own, there(x), there(context))
+    for one, other in zip(found, expected, strict=True):
+        error = (one.cpu().double() - other).detach().abs().max() / other.detach().abs().max()
+        assert float(error) < 1e-3

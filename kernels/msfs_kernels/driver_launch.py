@@ -54,18 +54,45 @@ def sizes(ptx: str) -> list[int]:
     return [int(bits) // 8 for bits in found]
 
 
+def layout(
+    compiled: Any, args: Sequence[Any], tensors: Sequence[Tensor | None]
+) -> tuple[list[Any], list[int | None]] | None:
+    """Memory for each parameter of the kernel, and which of the tensors it is the address of; None
+    where only Triton knows.
+    """
+    numbers_of = {id(x): number for number, x in enumerate(tensors) if x is not None}
+    cells: list[Any] = []
+    numbers: list[int | None] = []
+    for kind, arg in parameters(compiled.src.signature.values(), args):
+        pointer = kind.startswith("*")
+        if not pointer and kind not in CELLS:  # a descriptor of the copy engine
+            return None
+        if pointer and id(arg) not in numbers_of:
+            return None
+        cells.append(ctypes.c_uint64() if pointer else CELLS[kind](arg))
+        numbers.append(numbers_of[id(arg)] if pointer else None)
+    # Behind the arguments Triton passes the addresses of two scratch memories, here of none.
+    expected = sizes(compiled.asm["ptx"])
+    scratch = expected[len(cells) :]
+    cells += [ctypes.c_uint64() for _ in scratch]
+    numbers += [None] * len(scratch)
+    if len(scratch) > 2 or [ctypes.sizeof(cell) for cell in cells] != expected:
+        return None
+    return cells, numbers
+
+
 class DriverLaunch:
     """One compiled kernel on one grid; a call gives it the tensors that its arguments are."""
 
-    def __init__(self, compiled: Any, grid: Sequence[int], cells: list, numbers: list):
+    def __init__(
+        self, compiled: Any, grid: Sequence[int], cells: list[Any], numbers: list[int | None]
+    ):
         self.cells = cells  # kept alive: the driver reads them by the addresses below
         self.places = [(cell, n) for cell, n in zip(cells, numbers, strict=True) if n is not None]
-        pointers = (ctypes.c_void_p * len(cells))(*(ctypes.addressof(cell) for cell in cells))
-        meta = compiled.metadata
-        block = (32 * meta.num_warps, 1, 1)
-        self.before = (compiled.function, *grid, *block, meta.shared)
-        self.parameters, self.launch = pointers, driver()
-        self.device = torch.cuda.current_device()
+        self.parameters = (ctypes.c_void_p * len(cells))(*map(ctypes.addressof, cells))
+        block = (32 * compiled.metadata.num_warps, 1, 1)
+        self.before = (compiled.function, *grid, *block, compiled.metadata.shared)
+        self.launch, self.device = driver(), torch.cuda.current_device()
         self.one_at_a_time = threading.Lock()
 
     def run(self, tensors: Sequence[Tensor | None]) -> bool:
@@ -86,27 +113,8 @@ def driver_launch(
     if not hasattr(compiled, "asm"):  # interpreted
         return None
     meta = compiled.metadata
-    usual = meta.num_ctas == 1 and not (
-        meta.launch_pdl
-        or meta.launch_cooperative_grid
-        or meta.global_scratch_size
-        or meta.profile_scratch_size
-    )
-    numbers_of = {id(x): number for number, x in enumerate(tensors) if x is not None}
-    cells, numbers = [], []
-    for kind, arg in parameters(compiled.src.signature.values(), args):
-        pointer = kind.startswith("*")
-        if not pointer and kind not in CELLS:  # a descriptor of the copy engine
-            return None
-        if pointer and id(arg) not in numbers_of:
-            return None
-        cells.append(ctypes.c_uint64() if pointer else CELLS[kind](arg))
-        numbers.append(numbers_of[id(arg)] if pointer else None)
-    # Behind the arguments Triton passes the addresses of two scratch memories, here of none.
-    expected = sizes(compiled.asm["ptx"])
-    scratch = expected[len(cells) :]
-    cells += [ctypes.c_uint64() for _ in scratch]
-    numbers += [None] * len(scratch)
-    if not usual or len(scratch) > 2 or [ctypes.sizeof(cell) for cell in cells] != expected:
+    unusual = (meta.num_ctas > 1, meta.launch_pdl, meta.launch_cooperative_grid)
+    if any(unusual) or meta.global_scratch_size or meta.profile_scratch_size:
         return None
-    return DriverLaunch(compiled, grid, cells, numbers)
+    found = layout(compiled, args, tensors)
+    return None if found is None else DriverLaunch(compiled, grid, *found)

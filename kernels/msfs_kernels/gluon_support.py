@@ -45,12 +45,17 @@ def suits(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
         q.shape[-1] in (64, 128)
         and q.shape[-1] == v.shape[-1]
         and q.element_size() == 2
-        and q.is_cuda
-        and not INTERPRETED
         and plain_options(options)
         and tma_ready(q, k, v)
-        and compiled(q.dtype, q.shape[-1], options.causal, q.device)
+        and here(q, options)
     )
+
+
+def here(q: Tensor, options: Options) -> bool:
+    """Whether q's device runs what Gluon makes."""
+    if not q.is_cuda or INTERPRETED:
+        return False
+    return compiled(q.dtype, q.shape[-1], options.causal, q.device)
 
 
 def plain_options(options: Options) -> bool:

@@ -37,7 +37,6 @@ INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels"
 SCALARS = "float label_smoothing, int ignore_index, float z_loss, float softcap"  # 0: no cap
 GRADIENTS = "(Tensor dhidden, Tensor dweight, Tensor dbias)"
 CHUNK = {"cpu": 2**21, "cuda": 2**29}  # logits held at once: a cache's worth, 1 GiB in bf16
-CACHED = 2**24  # logits of several problems: more than these do not stay in a GPU's cache
 
 
 def linear_cross_entropy(
@@ -95,26 +94,15 @@ def chunks(hidden: Tensor, vocab: int) -> Iterator[slice]:
         yield slice(start, start + rows)
 
 
-def together(hidden: Tensor, vocab: int) -> Iterator[slice]:
-    """Slices of the M problems: all, or one by one if the logits of all are more than a GPU's cache
-    holds, because four passes over them would go to memory that may stay there for one."""
-    M, N, _ = hidden.shape
-    size = 1 if M * N * vocab > CACHED else max(1, M)
-    for i in range(0, M, size):
-        yield slice(i, i + size)
-
-
-def times(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+def times(a: Tensor, b: Tensor) -> Tensor:
     """Batched a b; a single problem as the plain product, which is faster."""
-    if a.shape[0] == 1:
-        return torch.mm(a[0], b[0], out=None if out is None else out[0])[None]
-    return torch.bmm(a, b, out=out)
+    return (a[0] @ b[0])[None] if a.shape[0] == 1 else a @ b
 
 
 def plus_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """total + a b, in total's memory if there is one. On a GPU the product of a single problem is
     summed where it is made, and its 16-bit rounding does not stand between the parts."""
-    if not (a.is_cuda and a.itemsize == 2 and a.shape[0] == 1):
+    if not (a.is_cuda and a.itemsize == 2 and a.shape[0] == 1 and dtype != a.dtype):
         return times(a, b).to(dtype) if total is None else total.add_(times(a, b))
     if total is None:
         return torch.mm(a[0], b[0], out_dtype=dtype)[None]
@@ -194,31 +182,24 @@ def _value_and_gradient(hidden, weight, bias, labels, scalars):
     M, vocab, dtype = hidden.shape[0], weight.shape[1], accumulate_dtype(hidden.dtype)
     items = kept_items(labels, scalars[1], vocab)
     h, y = (hidden, labels) if items is None else (hidden[:, items], labels[:, items])
+    loss = hidden.new_zeros(M, dtype=dtype)
     dh = torch.empty_like(h, memory_format=torch.contiguous_format)
-    dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    dw = None
     db = hidden.new_zeros((M, vocab) if bias is not None else (0,), dtype=dtype)
-    loss = [hidden.new_zeros(M, 0, dtype=dtype)]
-    for some in together(h, vocab):
-        loss_rows, total = [], None
-        slices = list(chunks(h[some], vocab))
-        for rows in slices:
-            own = h[some, rows], weight[some], None if bias is None else bias[some], y[some, rows]
-            losses, da = chunk_gradient(*own, scalars, True)
-            loss_rows.append(losses)
-            times(da, weight[some], out=dh[some, rows])
-            if bias is not None:
-                db[some] += da.sum(1, dtype=dtype)
-            if len(slices) == 1:
-                times(da.mT, h[some], out=dw[some])
-            else:
-                total = plus_product(total, da.mT, h[some, rows], dtype)
-        if len(slices) != 1:
-            dw[some] = 0.0 if total is None else total
-        loss.append(torch.cat(loss_rows, 1) if loss_rows else loss[0][some])
-    loss = torch.cat(loss[1:]).sum(-1, dtype=dtype)
+    slices = list(chunks(h, vocab))
+    sum_dtype = dtype if len(slices) > 1 else weight.dtype  # one product needs no sum
+    for rows in slices:
+        losses, da = chunk_gradient(h[:, rows], weight, bias, y[:, rows], scalars, True)
+        loss += losses.sum(-1)
+        dh[:, rows] = times(da, weight)
+        dw = plus_product(dw, da.mT, h[:, rows], sum_dtype)
+        if bias is not None:
+            db += da.sum(1, dtype=dtype)
     if items is not None:
         dh = dh.new_zeros(hidden.shape).index_copy_(1, items, dh)
-    return loss, dh, dw, db if bias is None else db.to(bias.dtype)
+    if dw is None:  # no item at all
+        dw = hidden.new_zeros(weight.shape, dtype=dtype)
+    return loss, dh, dw.to(weight.dtype), db if bias is None else db.to(bias.dtype)
 
 
 def gradient_kernel(g, hidden, weight, bias, labels, dh, dw, db, *scalars):

@@ -38,7 +38,9 @@ NUMBERS, FOLD, SPLIT, DROPOUT = range(4)
 
 CHUNK = 2**13  # counters at a time on the CPU: the temporaries stay in cache
 FEW = 8  # counters for which Python's integers are faster than 150 calls of numpy
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+# `triton_op` imports Dynamo and Inductor, which takes seconds: not where there can be no GPU.
+CAN_HAVE_GPU = torch.version.cuda is not None or torch.version.hip is not None
+HAS_TRITON = CAN_HAVE_GPU and importlib.util.find_spec("triton") is not None
 
 
 def multiply_32(word: Word, constant: int) -> tuple[Word, Word]:
@@ -190,26 +192,30 @@ def _bits(key: Tensor, count: int, threshold: int) -> Tensor:
     return torch.from_numpy(out).view(*lead, n).to(key.device)
 
 
-@torch.library.triton_op("msfs_kernels::philox_words_triton", mutates_args=())
-def _cuda_words(key: Tensor, counter: Tensor, domain: int) -> Tensor:
-    from . import philox_triton
+if HAS_TRITON:
 
-    lead, keys, counters = _rows(key, counter)
-    rows, n = len(keys), counters.shape[1]
-    out = keys.new_empty(rows, n, 4)
-    philox_triton.words(torch.library.wrap_triton, keys, counters, domain, out)
-    return out.view(*lead, n, 4)
+    @torch.library.triton_op("msfs_kernels::philox_words_triton", mutates_args=())
+    def _cuda_words(key: Tensor, counter: Tensor, domain: int) -> Tensor:
+        from . import philox_triton
 
+        lead, keys, counters = _rows(key, counter)
+        rows, n = len(keys), counters.shape[1]
+        out = keys.new_empty(rows, n, 4)
+        philox_triton.words(torch.library.wrap_triton, keys, counters, domain, out)
+        return out.view(*lead, n, 4)
 
-@torch.library.triton_op("msfs_kernels::dropout_bits_triton", mutates_args=())
-def _cuda_bits(key: Tensor, count: int, threshold: int) -> Tensor:
-    from . import philox_triton
+    @torch.library.triton_op("msfs_kernels::dropout_bits_triton", mutates_args=())
+    def _cuda_bits(key: Tensor, count: int, threshold: int) -> Tensor:
+        from . import philox_triton
 
-    n = (count + 7) // 8
-    keys = key.reshape(-1, 2)
-    out = torch.empty(len(keys), n, dtype=torch.uint8, device=key.device)
-    philox_triton.bits(torch.library.wrap_triton, keys, threshold, out, DROPOUT)
-    return out.view(*key.shape[:-1], n)
+        n = (count + 7) // 8
+        keys = key.reshape(-1, 2)
+        out = torch.empty(len(keys), n, dtype=torch.uint8, device=key.device)
+        philox_triton.bits(torch.library.wrap_triton, keys, threshold, out, DROPOUT)
+        return out.view(*key.shape[:-1], n)
+
+else:
+    _cuda_words, _cuda_bits = _words, _bits
 
 
 @_words.register_fake
@@ -241,10 +247,7 @@ def _map_bits(info, in_dims, key: Tensor, count: int, threshold: int):
     return dropout_bits(key.movedim(in_dims[0], 0), count, threshold), 0
 
 
-for op, rule in (
-    (_words, _map_words),
-    (_cuda_words, _map_words),
-    (_bits, _map_bits),
-    (_cuda_bits, _map_bits),
-):
-    op.register_vmap(rule)
+for op in {_words, _cuda_words}:
+    op.register_vmap(_map_words)
+for op in {_bits, _cuda_bits}:
+    op.register_vmap(_map_bits)

@@ -37,7 +37,8 @@ class Replay:
 
     def __init__(self, launches: list[tuple[Any, list[int]]], made: list[tuple], results: int):
         self.launches, self.results = launches, results
-        self.made = [tuple(facts[:3]) for facts in made]
+        # Tuples, where torch.Size would not do for `allocate`.
+        self.made = [(tuple(shape), tuple(stride), dtype) for shape, stride, dtype, _ in made]
         self.device_index = made[0][3].index
         self.options = Options()  # of a forward
         self.backwards: dict[tuple, Replay] = {}  # of a forward

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from msfs_kernels.configs import Config
 from msfs_kernels.options import Options
 
 LOG2E = tl.constexpr(math.log2(math.e))
@@ -482,3 +483,23 @@ def descriptor(x: Tensor, rows: int, cols: int) -> TensorDescriptor:
 
 def tiles(x: Tensor, rows: int, cols: int, tma: bool) -> Any:
     return descriptor(x, rows, cols) if tma else x
+
+
+def constants(
+    q: Tensor, k: Tensor, v: Tensor, options: Options, config: Config, **more: Any
+) -> dict[str, Any]:
+    """What a kernel is compiled for: grouping, head dims, masks, tiles, and what is its own."""
+    return dict(
+        GROUP=q.shape[1] // k.shape[1],
+        K=q.shape[3],
+        V=v.shape[3],
+        KP=padded(q.shape[3]),
+        VP=padded(v.shape[3]),
+        CAUSAL=options.causal,
+        PRECISION=options.precision,
+        BM=config.block_m,
+        BN=config.block_n,
+        num_warps=config.warps,
+        num_stages=config.stages,
+        **more,
+    )

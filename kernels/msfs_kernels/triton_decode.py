@@ -29,6 +29,7 @@ from msfs_kernels.triton_common import (
     LN2,
     LOG2E,
     MOST_QUERIES,
+    constants,
     key_range,
     masks_of,
     padded,
@@ -153,6 +154,7 @@ def plan_slices(
     masks = masks_of(options, (B, H, T, S))
     KP, VP = padded(K), padded(V)
     config = config or choose("decode", q.dtype, max(KP, VP), options.causal, S)
+    config = config._replace(block_m=padded(T * H // G))
     parts = o.shape[0] // B
     simple = masks.softcap is None and masks.alibi is None and masks.bias is None
     return Launch(
@@ -175,21 +177,7 @@ def plan_slices(
             S,
             options.scale * LOG2E.value,
         ),
-        dict(
-            GROUP=H // G,
-            SLICES=parts,
-            K=K,
-            V=V,
-            BM=padded(T * H // G),
-            BN=config.block_n,
-            KP=KP,
-            VP=VP,
-            CAUSAL=options.causal,
-            SIMPLE=simple and options.scale > 0,
-            PRECISION=options.precision,
-            num_warps=config.warps,
-            num_stages=config.stages,
-        ),
+        constants(q, k, v, options, config, SLICES=parts, SIMPLE=simple and options.scale > 0),
     )
 
 

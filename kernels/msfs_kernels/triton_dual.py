@@ -35,10 +35,10 @@ from msfs_kernels import triton_decode
 from msfs_kernels.configs import Config, choose, fitted, is_fastest
 from msfs_kernels.launching import Launch, launch
 from msfs_kernels.options import Options, empty_tokens_first
-from msfs_kernels.triton_backward import common, in_full_float32
 from msfs_kernels.triton_common import (
     LN2,
     LOG2E,
+    constants,
     load_tile,
     longest_first,
     padded,
@@ -47,6 +47,7 @@ from msfs_kernels.triton_common import (
     tma_ready,
 )
 from msfs_kernels.triton_forward import heads_in_cache
+from msfs_kernels.triton_rows import in_full_float32
 
 
 @triton.jit
@@ -174,15 +175,7 @@ def plan_dual(
             options.scale * LOG2E.value,
             heads_in_cache(k, v, H // G) if options.causal else 1,
         ),
-        common(q, k, v, options)
-        | dict(
-            BM=BM,
-            BN=BN,
-            EVEN=not options.causal and S % BN == 0,
-            TMA=tma,
-            num_warps=config.warps,
-            num_stages=config.stages,
-        ),
+        constants(q, k, v, options, config, EVEN=not options.causal and S % BN == 0, TMA=tma),
     )
 
 

@@ -22,6 +22,7 @@ rule is the derivative of Dao 2023, Algorithm 1, written out; memory is linear i
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalOperand=false
 # pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
+# pyright: reportAssignmentType=false
 
 import torch
 import triton
@@ -31,10 +32,10 @@ from torch import Tensor
 from msfs_kernels.configs import Config, choose, fitted
 from msfs_kernels.launching import Launch, launch
 from msfs_kernels.options import Options, empty_tokens_first
-from msfs_kernels.triton_backward import common, in_full_float32, load_log_sums
 from msfs_kernels.triton_common import (
     LOG2E,
     broadcast_strides,
+    constants,
     exp2,
     key_range,
     load_tile,
@@ -51,6 +52,7 @@ from msfs_kernels.triton_common import (
     tma_ready,
 )
 from msfs_kernels.triton_forward import heads_in_cache, is_even
+from msfs_kernels.triton_rows import in_full_float32, load_log_sums
 
 
 @triton.jit
@@ -243,15 +245,15 @@ def plan_tangent(
             options.scale * LOG2E.value,
             heads_in_cache(k, v, H // G) if options.causal else 1,
         ),
-        common(q, k, v, options)
-        | dict(
-            BM=BM,
-            BN=BN,
+        constants(
+            q,
+            k,
+            v,
+            options,
+            config,
             EVEN=is_even(masks, options.causal, S, BN),
             TMA=tma,
             EXACT=in_full_float32(q, options),
-            num_warps=config.warps,
-            num_stages=config.stages,
         ),
     )
 

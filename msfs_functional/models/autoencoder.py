@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from msfs_functional.attention import Implementation, attention
 from msfs_functional.models.convolutions import (
     INITIALIZERS,
+    Convolution,
     Norm,
     Resnet,
     double,
@@ -154,7 +155,7 @@ class Level(nn.Module):
         if leave == "shrink":  # padded on the right and at the bottom alone
             self.shrink = nn.Conv2d(width, width, 3, stride=2)
         elif leave == "enlarge":
-            self.enlarge = nn.Conv2d(width, width, 3, padding=1)
+            self.enlarge = Convolution(width, width)
 
 
 class Half(nn.Module):
@@ -166,7 +167,7 @@ class Half(nn.Module):
         widths = config.widths if encodes else config.widths[::-1]
         inputs = config.channels if encodes else config.latent
         outputs = 2 * config.latent if encodes else config.channels
-        self.input = nn.Conv2d(inputs, widths[0], 3, padding=1)
+        self.input = Convolution(inputs, widths[0])
         levels, width = nn.ModuleList(), widths[0]
         for i, size in enumerate(widths):
             leave = None if i == len(widths) - 1 else "shrink" if encodes else "enlarge"
@@ -182,7 +183,7 @@ class Half(nn.Module):
         else:
             self.up = levels
         self.output_norm = Norm(widths[-1])
-        self.output = nn.Conv2d(widths[-1], outputs, 3, padding=1)
+        self.output = Convolution(widths[-1], outputs)
 
     def forward(self, x: Tensor, implementation: Implementation) -> Tensor:
         config, middle = self.config, cast(Any, self.middle)
@@ -202,7 +203,7 @@ class Half(nn.Module):
             if hasattr(level, "enlarge"):
                 x = level.enlarge(double(x))
         norm: Params = dict(self.output_norm.named_parameters("norm"))
-        return F.silu(group_norm(norm, "norm", x, config.groups, config.norm_eps))
+        return group_norm(norm, "norm", x, config.groups, config.norm_eps, silu=True)
 
 
 class Autoencoder(nn.Module):

@@ -1,7 +1,8 @@
 """What image networks are made of: convolutions, group norms and the ResNet block, of named params.
 
-Each function takes its block's parameters in a dict, named without the block's own prefix, so that
-it can be compiled once for all blocks of a shape (`regions.region_of`); modules only hold them.
+Each function takes its block's parameters in a dict, named without the block's own prefix; modules
+only hold them. On a GPU what lies between convolutions runs in kernels of its own, which nothing
+has to compile (`msfs_kernels.group_norm`).
 
 Dimension key: B batch, C channels, H height, W width, D channels of the time embedding.
 """
@@ -11,10 +12,10 @@ import math
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from msfs_kernels import group_norm as fused
 from torch import Tensor, nn
 
 from msfs_functional.params import Initializer, Params, Rules, kaiming_uniform, ones, zeros
-from msfs_functional.regions import region_of
 
 # PyTorch's own start, U(+-1 / sqrt(fan_in)), but what a residual branch ends in adds nothing yet.
 INITIALIZERS: Rules[Initializer] = [
@@ -38,10 +39,19 @@ def channels_last(params: Params) -> Params:
     return {n: x.permute(0, 3, 1, 2) if x.ndim == 4 else x for n, x in params.items()}
 
 
-def convolve(params: Params, name: str, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B _ H W"]:
-    """The convolution of that name, padded by half its kernel, which keeps the size."""
-    weight = params[f"{name}.weight"]
-    return F.conv2d(x, weight, params.get(f"{name}.bias"), padding=weight.shape[-1] // 2)
+def convolve(
+    params: Params, name: str, x: Float[Tensor, "B C H W"], *, bias: bool = True, stride: int = 1
+) -> Float[Tensor, "B _ H W"]:
+    """The convolution of that name, padded by half its kernel, which keeps the size.
+
+    Args:
+        bias: False leaves it to the caller, who adds it in passing: alone it is a pass over y.
+    """
+    weight, own = params[f"{name}.weight"], params.get(f"{name}.bias") if bias else None
+    padding = weight.shape[-1] // 2
+    if x.is_cuda and own is not None:  # cuDNN adds it slowly
+        return fused.residual(F.conv2d(x, weight, stride=stride, padding=padding), own)
+    return F.conv2d(x, weight, own, stride, padding)
 
 
 def linear(params: Params, name: str, x: Float[Tensor, "... C"]) -> Float[Tensor, "... _"]:
@@ -50,10 +60,18 @@ def linear(params: Params, name: str, x: Float[Tensor, "... C"]) -> Float[Tensor
 
 
 def group_norm(
-    params: Params, name: str, x: Float[Tensor, "B C H W"], groups: int, eps: float
+    params: Params,
+    name: str,
+    x: Float[Tensor, "B C H W"],
+    groups: int,
+    eps: float,
+    *,
+    shift: Float[Tensor, "B C"] | None = None,
+    silu: bool = False,
 ) -> Float[Tensor, "B C H W"]:
-    """GroupNorm (Wu and He 2018) with the gain and bias of that name."""
-    return F.group_norm(x, groups, params[f"{name}.weight"], params[f"{name}.bias"], eps)
+    """GroupNorm (Wu and He 2018) of x + shift with the gain and bias of that name, and its SiLU."""
+    gain, bias = params[f"{name}.weight"], params[f"{name}.bias"]
+    return fused.group_norm(x, gain, bias, groups, eps, shift=shift, silu=silu)
 
 
 def resnet(
@@ -68,6 +86,9 @@ def resnet(
 ) -> Float[Tensor, "B _ H W"]:
     """x + conv_out(silu(norm_out(conv_in(silu(norm_in(x))) + time))), x widened where it must be.
 
+    Biases and the time are added where the next pass reads anyway; convolutions are libraries'. So
+    nothing is left here that a compiler could join, and no block has to be compiled.
+
     Args:
         time: after its activation; added between the convolutions, or with scale_shift (Dhariwal
             and Nichol 2021) it scales and shifts what norm_out returns.
@@ -76,20 +97,27 @@ def resnet(
     Source: Ho et al. 2020, appendix B.
     """
     if skip is not None:
-        x = torch.cat([x, skip], 1)
-    y = convolve(params, "conv_in", F.silu(group_norm(params, "norm_in", x, groups, eps)))
-    shift = None if time is None else linear(params, "time", time)[:, :, None, None]
-    if shift is not None and not scale_shift:
-        y = y + shift
-    y = group_norm(params, "norm_out", y, groups, eps)
-    if shift is not None and scale_shift:
-        scale, shift = shift.chunk(2, 1)
-        y = y * (1 + scale) + shift
-    y = convolve(params, "conv_out", F.silu(y))
-    return y + (convolve(params, "skip", x) if "skip.weight" in params else x)
-
-
-_resnet = region_of(resnet)
+        x = fused.join(x, skip)
+    y = group_norm(params, "norm_in", x, groups, eps, silu=True)
+    y = convolve(params, "conv_in", y, bias=False)
+    bias = params["conv_in.bias"].to(y.dtype)
+    if time is None or scale_shift:
+        y = group_norm(
+            *(params, "norm_out", y, groups, eps),
+            shift=bias.expand(len(y), -1),
+            silu=time is None,
+        )
+    else:
+        shift = linear(params, "time", time) + bias
+        y = group_norm(params, "norm_out", y, groups, eps, shift=shift, silu=True)
+    if time is not None and scale_shift:
+        scale, shift = linear(params, "time", time)[:, :, None, None].chunk(2, 1)
+        y = F.silu(y * (1 + scale) + shift)
+    y = convolve(params, "conv_out", y, bias=False)
+    bias = params["conv_out.bias"]
+    if "skip.weight" in params:
+        x, bias = convolve(params, "skip", x, bias=False), bias + params["skip.bias"]
+    return fused.residual(y, bias, x)
 
 
 class Norm(nn.Module):
@@ -99,6 +127,17 @@ class Norm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
         self.bias = nn.Parameter(torch.empty(width))
+
+
+class Convolution(nn.Conv2d):
+    """A 3 x 3 convolution that keeps the size, or halves it with stride 2."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1):
+        super().__init__(inputs, outputs, 3, stride, padding=1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        params = {"conv.weight": self.weight, "conv.bias": self.bias}
+        return convolve(params, "conv", input, stride=self.stride[0])
 
 
 class Resnet(nn.Module):
@@ -130,7 +169,7 @@ class Resnet(nn.Module):
             self.skip = nn.Conv2d(inputs, outputs, 1)
 
     def forward(self, x: Tensor, time: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
-        return _resnet(dict(self.named_parameters()), x, time, skip, **self.options)
+        return resnet(dict(self.named_parameters()), x, time, skip, **self.options)
 
 
 def enlarge(

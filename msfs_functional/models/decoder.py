@@ -729,6 +729,23 @@ def fuse(params: Params) -> Params:
     return fused
 
 
+def unfuse(params: Params, config: DecoderConfig) -> Params:
+    """The inverse of `fuse`, for parameters of a fused config: what published layouts hold."""
+    apart: Params = {}
+    for name, value in params.items():
+        head, _, last = name.rpartition(".")
+        layer, _, part = head.rpartition(".")
+        if part == "qkv":
+            rows = value.split(config.projections)
+            apart |= {f"{layer}.{p}.{last}": x for p, x in zip("qkv", rows, strict=True)}
+        elif part == "gate_up":
+            rows = value.chunk(2)
+            apart |= {f"{layer}.{p}.{last}": x for p, x in zip(("gate", "up"), rows, strict=True)}
+        else:
+            apart[name] = value
+    return apart
+
+
 def one_row(config: DecoderConfig) -> Callable[[BlockFn], BlockFn] | None:
     """For `around_block`: the block for one new token of one sequence, in five launches.
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from msfs_functional.models.decoder import DecoderConfig, decoder, gpt2
+from msfs_functional.models.decoder import DecoderConfig, decoder, gpt2, unfuse
 from msfs_functional.models.weight_files import read_json
 from msfs_functional.params import Params
 from msfs_functional.rotary import Scaling
@@ -535,6 +535,8 @@ def save(
     """
     expected = decoder(config).shapes
     if {name: value.shape for name, value in params.items()} != expected:
-        raise ValueError("params are not of this configuration; fused ones cannot be exported")
+        raise ValueError("params are not of this configuration")
+    if config.fused:
+        config, params = replace(config, fused=False), unfuse(params, config)
     hub, weights = to_hub(config, params, family)
     write_folder(folder, {**hub, **extra}, weights, tokenizer)

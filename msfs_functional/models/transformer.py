@@ -84,7 +84,12 @@ class TransformerConfig:
             if value is not None and value < 1:
                 raise ValueError(f"{name} ({value}) must be at least 1, or None for the default")
         if self.width % self.heads:
-            raise ValueError(f"heads ({self.heads}) must divide width ({self.width})")
+            fitting = max(n for n in range(1, self.heads) if self.width % n == 0)
+            unit = self.heads * (1 + self.heads % 2)  # positions ask for an even width
+            raise ValueError(
+                f"heads ({self.heads}) must divide width ({self.width}): use {fitting}, or a width "
+                f"of {self.width + -self.width % unit}"
+            )
         if self.width % 2:
             raise ValueError(f"width ({self.width}) must be even for sinusoidal positions")
         for name in ("dropout", "attention_dropout", "hidden_dropout"):

@@ -10,8 +10,9 @@
                                       x = x + cross_attention(norm(x), context)
                                       x = x + down(up(norm(x)) * gelu(gate(norm(x))))
 
-`unet(config)` gives pure functions: `init(seed)` and `apply(params, x, t, context)`. ResNet blocks
-and transformers are regions: a step with compile="regions" compiles one of each shape.
+`unet(config)` gives pure functions: `init(seed)` and `apply(params, x, t, context)`. Transformers
+are regions: a step with compile="regions" compiles one of each shape. ResNet blocks have kernels of
+their own (`convolutions`).
 
 Dimension key: B batch, C channels, H height, W width, S context tokens, X width of the context,
 T tokens (pixels), D width.
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from msfs_functional.attention import Implementation
 from msfs_functional.models.convolutions import (
     INITIALIZERS,
+    Convolution,
     Norm,
     Resnet,
     enlarge,
@@ -146,59 +148,56 @@ PRESETS = {
 }
 
 
-def transformer(
+def blocks(
     params: Params,
     x: Float[Tensor, "B D H W"],
+    normed: Float[Tensor, "B D H W"],
     context: Float[Tensor, "B S X"] | None,
     context_lengths: Int[Tensor, "B"] | None = None,
     *,
     heads: int,
     depth: int,
-    groups: int,
-    linear_projection: bool = False,
     implementation: Implementation = "flash",
 ) -> Float[Tensor, "B D H W"]:
     """x plus what `depth` transformer blocks over its pixels, or attention alone, make of it."""
-    y = group_norm(params, "norm", x, groups, 1e-6 if depth else 1e-5)  # as published, both
-    y = y.flatten(2).transpose(1, 2)  # (B, T, D); a 1 x 1 convolution of pixels is linear, too
+    y = normed.flatten(2).transpose(1, 2)  # (B, T, D); a 1 x 1 convolution of pixels is linear, too
     if depth == 0:
         y = attend(params, "attention", y, None, heads, implementation)
         return x + y.transpose(1, 2).unflatten(-1, x.shape[-2:])
     y = linear(params, "project_in", y)
 
-    def normed(name: str) -> Tensor:
+    def layer_norm(name: str) -> Tensor:
         gain, bias = params[f"{name}.weight"], params[f"{name}.bias"]
         return F.layer_norm(y, gain.shape, gain, bias, 1e-5)
 
     for i in range(depth):
         at = f"blocks.{i}"
-        inside = normed(f"{at}.self_norm")
+        inside = layer_norm(f"{at}.self_norm")
         y = y + attend(params, f"{at}.self_attention", inside, None, heads, implementation)
         if context is not None:
-            inside = normed(f"{at}.cross_norm")
+            inside = layer_norm(f"{at}.cross_norm")
             name = f"{at}.cross_attention"
             y = y + attend(params, name, inside, context, heads, implementation, context_lengths)
-        inside = linear(params, f"{at}.feed_forward.up_gate", normed(f"{at}.feed_forward_norm"))
-        up, gate = inside.chunk(2, -1)
+        inside, name = layer_norm(f"{at}.feed_forward_norm"), f"{at}.feed_forward.up_gate"
+        # Two products: the gradient of one product's halves would be a copy of both.
+        halves = (params[f"{name}.{part}"].chunk(2) for part in ("weight", "bias"))
+        up, gate = (F.linear(inside, w, b) for w, b in zip(*halves, strict=True))
         y = y + linear(params, f"{at}.feed_forward.down", up * F.gelu(gate))
     y = linear(params, "project_out", y)
     return x + y.transpose(1, 2).unflatten(-1, x.shape[-2:])
 
 
-_transformer = region_of(transformer)
+_blocks = region_of(blocks, thrifty=True)
 
 
 class Transformer(nn.Module):
-    """Holds a transformer's parameters; its forward is `transformer`."""
+    """Holds a transformer's parameters; its forward is `blocks` behind a norm."""
 
     def __init__(self, width: int, heads: int, config: UNetConfig):
         super().__init__()
         self.context = config.context
-        self.options = {
-            "heads": heads,
-            "depth": config.transformer_depth,
-            "groups": config.groups,
-        }
+        self.options = {"heads": heads, "depth": config.transformer_depth}
+        self.groups = config.groups
 
         def projection() -> nn.Module:
             flat = config.linear_projection
@@ -236,11 +235,17 @@ class Transformer(nn.Module):
         context_lengths: Tensor | None,
         implementation: Implementation,
     ) -> Tensor:
-        params, options = dict(self.named_parameters()), self.options
+        params: Params = dict(self.named_parameters())
+        options = self.options
         if self.context is None:
             context = context_lengths = None
-        return _transformer(
-            params, x, context, context_lengths, implementation=implementation, **options
+        eps = 1e-6 if options["depth"] else 1e-5  # as published, both
+        normed = group_norm(params, "norm", x, self.groups, eps)
+        params = {name: p for name, p in params.items() if not name.startswith("norm.")}
+        return _blocks(
+            *(params, x, normed, context, context_lengths),
+            implementation=implementation,
+            **options,
         )
 
 
@@ -270,7 +275,7 @@ class Level(nn.Module):
         )
         if leave is not None:
             stride = 2 if leave == "shrink" else 1
-            setattr(self, leave, nn.Conv2d(width, width, 3, stride, padding=1))
+            setattr(self, leave, Convolution(width, width, stride))
 
 
 class UNet(nn.Module):
@@ -280,7 +285,7 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         widths, time = config.widths, 4 * config.widths[0]
-        self.input = nn.Conv2d(config.channels, widths[0], 3, padding=1)
+        self.input = Convolution(config.channels, widths[0])
 
         self.time = TimeEmbedding(widths[0], time)
         if config.interval:
@@ -309,7 +314,7 @@ class UNet(nn.Module):
             leave = "enlarge" if i else None
             self.up.append(Level(inputs, i, config, transformers=count, leave=leave))
         self.output_norm = Norm(widths[0])
-        self.output = nn.Conv2d(widths[0], config.outputs or config.channels, 3, padding=1)
+        self.output = Convolution(widths[0], config.outputs or config.channels)
 
     def forward(
         self,
@@ -369,7 +374,8 @@ class UNet(nn.Module):
             if hasattr(level, "enlarge"):
                 x = level.enlarge(enlarge(x, skips[-1]))
         norm: Params = dict(self.output_norm.named_parameters("norm"))
-        return self.output(F.silu(group_norm(norm, "norm", x, config.groups, config.norm_eps)))
+        x = group_norm(norm, "norm", x, config.groups, config.norm_eps, silu=True)
+        return self.output(x)
 
 
 def unet(config: UNetConfig) -> Functional:

@@ -17,6 +17,7 @@ Lengths are in units of 1 / 32 of the image's side, x to the right and y down.
 import itertools
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -293,3 +294,14 @@ def check(image: UInt8[np.ndarray, "32 32 3"], scene: Scene) -> dict[str, bool]:
         if sum(marks.values()) > sum(best.values()) or not best:
             best = marks
     return best
+
+
+def shares(images: UInt8[np.ndarray, "N 32 32 3"], scenes: Sequence[Scene]) -> dict[str, float]:
+    """The share of attributes that the images show of their scenes' captions: "all", and of the
+    count, sizes, colours, kinds and relations alone."""
+    marks: dict[str, list[bool]] = {"all": []}
+    for image, scene in zip(images, scenes, strict=True):
+        for name, right in check(np.ascontiguousarray(image), scene).items():
+            marks.setdefault(name.split()[0], []).append(right)
+            marks["all"].append(right)
+    return {name: float(np.mean(rights)) for name, rights in marks.items()}

@@ -5,13 +5,13 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from msfs_kernels import cpu, flash_attention, tiled, tiles
 from msfs_kernels.options import Options
 from textbook import attention_mask, textbook
 from torch import Tensor
-from torch.func import grad, jvp
+from torch.func import grad, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 F64 = torch.float64
@@ -243,6 +243,38 @@ def test_any_call_equals_the_textbook_forward_and_backward(problem):
     for mine, theirs, truth in zip(got, plain, want, strict=True):
         # Twice the plain formula's error; it may be exact by chance on tiny shapes.
         assert worst(mine, truth) <= 2 * max(worst(theirs, truth), 4 * torch.finfo(dtype).eps)
+
+
+def in_float64(x):
+    return x.double() if torch.is_tensor(x) and x.is_floating_point() else x
+
+
+MAPPED = st.none() | st.integers(0, 2)  # where a mapped dim stands, if there is one
+
+
+@settings(max_examples=40)
+@given(problems(), st.lists(MAPPED, min_size=3, max_size=3), st.integers(0, 2))
+def test_gradients_vmapped_over_any_dims_equal_the_textbooks_one_by_one(problem, in_dims, out_dim):
+    assume(in_dims != [None] * 3)
+    _, x, options = problem
+    x = [in_float64(y) for y in x]
+    options = {name: in_float64(y) for name, y in options.items()}
+    lanes = [
+        [y if d is None else y * share for y, d in zip(x, in_dims, strict=True)]
+        for share in (1.0, 0.5, -0.7)
+    ]
+
+    def gradients(attention):
+        return grad(lambda *x: attention(*x, **options).sin().sum(), (0, 1, 2))
+
+    one_by_one = zip(*(gradients(textbook)(*x) for x in lanes), strict=True)
+    want = [torch.stack(ys, out_dim) for ys in one_by_one]
+    inputs = [
+        ys[0] if d is None else torch.stack(ys, d)
+        for ys, d in zip(zip(*lanes, strict=True), in_dims, strict=True)
+    ]
+    got = vmap(gradients(flash_attention), tuple(in_dims), out_dim)(*inputs)
+    assert max(map(worst, got, want)) < 1e-12
 
 
 @settings(max_examples=30)

@@ -100,6 +100,24 @@ def test_forward_mode_is_the_derivative_of_the_forward():
     torch.testing.assert_close(tangent, (ahead - behind) / (2 * step), rtol=2e-3, atol=2e-3)
 
 
+def test_float32_is_exact_unless_tf32_is_asked_for():
+    x = tuple(y.float() for y in inputs(T=300, S=300))
+    exact = flash_attention(*(y.double() for y in x))
+
+    def error(precision):
+        return float((flash_attention(*x, precision=precision) - exact).abs().max())
+
+    assert error("ieee") < 5e-6 < error("tf32") < 5e-3
+
+
+def test_float64_passes_gradcheck():
+    x = [y[:, :, :6, :8].double().requires_grad_() for y in inputs(T=7, S=9)]
+    masks = {"is_causal": True, "window": 4}
+    assert torch.autograd.gradcheck(
+        lambda *x: flash_attention(*x, **masks), x, check_forward_ad=True, fast_mode=True
+    )
+
+
 def test_compiled_equals_eager():
     x = inputs()
     compiled = torch.compile(gradients_of_func, fullgraph=True)

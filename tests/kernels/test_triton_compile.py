@@ -8,12 +8,15 @@ triton = pytest.importorskip("triton")
 from msfs_kernels import (  # noqa: E402
     configs,
     triton_backward,
+    triton_bias,
     triton_decode,
     triton_dual,
     triton_forward,
+    triton_rows,
     triton_tangent,
 )
 from msfs_kernels.configs import Config  # noqa: E402
+from msfs_kernels.driver_launch import layout  # noqa: E402
 from msfs_kernels.launching import Launch  # noqa: E402
 from msfs_kernels.options import Options  # noqa: E402
 from msfs_kernels.triton_common import padded  # noqa: E402
@@ -21,7 +24,7 @@ from msfs_kernels.triton_compile import compile_launch, resources  # noqa: E402
 
 SHARED = {80: 163, 90: 227, 100: 227}  # KiB a program may take
 KERNELS = ["forward", "few queries", "fused", "keys", "queries", "tangent", "bias", "decode"]
-PLAIN = [*KERNELS, "dual"]  # those without options too
+WITHOUT_OPTIONS = ["dual", "delta", "merge"]
 
 
 def launch_of(
@@ -42,6 +45,11 @@ def launch_of(
     if kernel == "decode":
         parts, part_lse = torch.empty(4 * B, H, T, K), torch.empty(4 * B, H, T)
         return triton_decode.plan_slices(q[:, :, :1], k, v, parts, part_lse, options, config)
+    if kernel == "delta":
+        return triton_rows.plan_delta(o, o, lse, lse, options)
+    if kernel == "merge":
+        parts, part_lse = torch.empty(4 * B, H, T, K), torch.empty(4 * B, H, T)
+        return triton_decode.plan_merge(parts, part_lse, o, lse, options)
     if kernel == "dual":
         return triton_dual.plan_dual(q, k, v, q, k, v, o, lse, o, lse, options, config)
     if kernel == "tangent":
@@ -49,15 +57,17 @@ def launch_of(
             q, k, v, options.bias, q, k, v, o, lse, o, lse, options, config
         )
     if kernel == "queries":
-        return triton_backward.plan_queries(q, k, v, o, lse, lse, share, q, options, config)
+        rest = (None, None) if exact else (o, lse)
+        return triton_backward.plan_queries(q, k, v, o, *rest, lse, lse, share, q, options, config)
     if kernel == "mean":
-        return triton_backward.plan_mean(q, k, v, o, lse, lse, lse, lse, options, config)
+        return triton_rows.plan_mean(q, k, v, o, lse, lse, lse, lse, options, config)
     if kernel == "bias":
         bias = torch.empty(1, H, T, T, dtype=dtype)
         options = options._replace(bias=bias)
-        return triton_backward.plan_bias(q, k, v, o, lse, lse, share, options, config)[0]
+        return triton_bias.plan_bias(q, k, v, o, lse, lse, share, options, config)[0]
     sums = torch.empty(B, H, T, K) if kernel == "fused" else None
-    return triton_backward.plan_keys(q, k, v, o, lse, lse, share, k, v, sums, options, config)
+    rest = (None, None, lse, lse, share, k, v, sums)
+    return triton_backward.plan_keys(q, k, v, o, *rest, options, config)
 
 
 def everything() -> Options:
@@ -85,7 +95,17 @@ def default_for(kernel: str) -> Config:
 
 
 def took(launch: Launch, capability: int):
-    return resources(compile_launch(launch, capability), capability)
+    compiled = compile_launch(launch, capability)
+    assert parameters_agree(launch, compiled)
+    return resources(compiled, capability)
+
+
+def parameters_agree(launch: Launch, compiled) -> bool:
+    """Whether what the driver is given is what the machine code takes."""
+    names = launch.kernel.arg_names[len(launch.args) :]
+    args = [*launch.args, *(launch.constants[name] for name in names)]
+    fields = [x for arg in args for x in (arg if isinstance(arg, tuple) else [arg])]
+    return layout(compiled, args, [x for x in fields if isinstance(x, torch.Tensor)]) is not None
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -94,13 +114,15 @@ def test_kernel_with_all_options_compiles_with_the_default_tiles(kernel):
     assert took(launch_of(kernel, 64, everything(), config), 80).shared <= SHARED[80] * 1024
 
 
-@pytest.mark.parametrize("capability", [90, 100])
-def test_every_kernel_compiles_for_newer_chips(capability):
-    for kernel in PLAIN:
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_every_kernel_compiles_for_every_chip(capability):
+    known = KERNELS if capability > 80 else []  # the test above has them on the oldest
+    for kernel in [*known, *WITHOUT_OPTIONS]:
         config = default_for(kernel)
         used = took(launch_of(kernel, 64, Options(scale=0.125), config), capability)
         assert used.shared <= SHARED[capability] * 1024, kernel
-        assert used.wgmma > 0 or capability != 90 or config.block_m < 64, kernel
+        rows = config.block_m if kernel not in ("delta", "merge") else 0
+        assert used.wgmma > 0 or capability != 90 or rows < 64, kernel
 
 
 @pytest.mark.parametrize("K", [80, 256])

@@ -1,0 +1,109 @@
+"""Kernels of image networks: values and gradients, odd sizes, slices. Without a GPU the first test
+runs the others in a process with Triton's interpreter."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from msfs_kernels import group_norm, triton_group_norm
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+GPU = torch.cuda.is_available() and not INTERPRETED
+DEVICE = "cuda" if GPU else "cpu"
+kernels = pytest.mark.skipif(
+    not GPU and not INTERPRETED, reason="no GPU: test_the_kernels_in_the_interpreter runs it"
+)
+
+
+@pytest.mark.skipif(GPU or INTERPRETED, reason="runs the other tests")
+def test_the_kernels_in_the_interpreter():
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", __file__]
+    subprocess.run(command, check=True, env=environment, timeout=300)
+
+
+def image(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = 3 + 2 * torch.randn(shape, generator=generator)
+    return x.to(DEVICE, memory_format=torch.channels_last)
+
+
+@kernels
+@pytest.mark.parametrize("silu", (False, True))
+@pytest.mark.parametrize(("size", "groups"), (((2, 12, 5, 7), 3), ((1, 96, 20, 17), 4)))
+def test_norm_and_its_gradients_are_the_formula_s(size, groups, silu, monkeypatch):
+    monkeypatch.setattr(group_norm, "fused", lambda *images: True)
+    C = size[1]
+    wide = image(size[0], 2 * C, *size[2:])
+    dy = image(*size, seed=1)
+    # a slice of channels: what comes back from a join; and a gradient that is one
+    x, dy_slice = wide[:, C:], image(size[0], C + 3, *size[2:], seed=1)[:, 3:]
+    gain, bias = 1 + 0.1 * dy[0, :, 0, 0], 0.1 * dy[0, :, 1, 1]
+    shift = image(size[0], C, 1, 1, seed=2)[:, :, 0, 0].contiguous()
+    given = [t.detach().clone().requires_grad_() for t in (x, gain, bias, shift)]
+    given[0] = x.detach().requires_grad_()
+    y = group_norm.group_norm(*given[:3], groups, 1e-5, shift=given[3], silu=silu)
+    grads = torch.autograd.grad(y, given, dy_slice)
+    exact = [t.detach().double().requires_grad_() for t in given]
+    right = group_norm.plain_group_norm(*exact, groups, 1e-5, silu)
+    expected = torch.autograd.grad(right, exact, dy_slice.double())
+    torch.testing.assert_close(y.double(), right, rtol=1e-5, atol=1e-5)
+    for name, one, other in zip(("x", "gain", "bias", "shift"), grads, expected, strict=True):
+        scale = float(other.abs().max())
+        assert float((one.double() - other).abs().max()) < 1e-5 * scale, name
+
+
+@kernels
+def test_many_parts_of_an_image_give_the_statistics_of_the_whole(monkeypatch):
+    monkeypatch.setattr(triton_group_norm, "MOST_PARTS", 3)
+    x = image(1, 4, 33, 31)
+    _, found = triton_group_norm.forward(x, x[0, :, 0, 0], x[0, :, 0, 1], None, 2, 1e-6, True)
+    groups = x.double().unflatten(1, (2, 2)).flatten(2)
+    torch.testing.assert_close(found.mean.double(), groups.mean(-1))
+    variance = groups.var(-1, unbiased=False)
+    torch.testing.assert_close(found.rstd.double(), (variance + 1e-6).rsqrt(), rtol=1e-6, atol=0)
+
+
+@kernels
+def test_second_derivatives_are_the_formula_s(monkeypatch):
+    x, gain, bias = image(1, 4, 3, 3), torch.ones(4, device=DEVICE), torch.zeros(4, device=DEVICE)
+    found = []
+    for fused in (True, False):
+        monkeypatch.setattr(group_norm, "fused", lambda *images, fused=fused: fused)
+        one = x.clone().requires_grad_()
+        y = group_norm.group_norm(one, gain, bias, 2, 1e-5, silu=True)
+        (first,) = torch.autograd.grad(y.square().sum(), one, create_graph=True)
+        found += torch.autograd.grad(first.sin().sum(), one)
+    torch.testing.assert_close(*found)
+
+
+@kernels
+def test_a_join_gives_its_gradient_back_in_whole_pieces_and_a_residual_adds(monkeypatch):
+    monkeypatch.setattr(group_norm, "fused", lambda *images: True)
+    x, skip = image(2, 5, 3, 4).requires_grad_(), image(2, 70, 3, 4, seed=1).requires_grad_()
+    joined, dy = group_norm.join(x, skip), image(2, 75, 3, 4, seed=2)
+    dx, dskip = torch.autograd.grad(joined, (x, skip), dy)
+    assert torch.equal(joined, torch.cat([x, skip], 1))
+    assert torch.equal(dx, dy[:, :5]) and torch.equal(dskip, dy[:, 5:])
+    assert dskip.is_contiguous(memory_format=torch.channels_last)
+    bias = torch.arange(5.0, device=DEVICE).requires_grad_()
+    for other in (x.detach(), None):
+        total = group_norm.residual(x, bias, other)
+        expected = x + bias[:, None, None] + (0 if other is None else other)
+        torch.testing.assert_close(total, expected)
+        dx, dbias = torch.autograd.grad(total, (x, bias), dy[:, :5])
+        torch.testing.assert_close(dbias, dy[:, :5].sum((0, 2, 3)))
+        assert torch.equal(dx, dy[:, :5])
+
+
+def test_bad_groups_and_shifts_are_refused():
+    x, one = torch.ones(1, 6, 2, 2), torch.ones(6)
+    with pytest.raises(ValueError, match=r"groups \(4\) must divide the channels \(6\)"):
+        group_norm.group_norm(x, one, one, 4, 1e-5)
+    with pytest.raises(ValueError, match=r"shift \(6,\) must be \(1, 6\)"):
+        group_norm.group_norm(x, one, one, 3, 1e-5, shift=one)
