@@ -1,6 +1,6 @@
 """Preference tuning of encoder-decoders: translations sampled, judged, and preferred.
 
-    sentences -> sample_translations -> judged_pairs (chrF against the references)
+    sentences -> sample_translations -> judged_pairs (quality against the references)
               -> pair_data (reference log-probabilities) -> pair_sums -> preference.dpo
 
 A preference loss sees sums of log-probabilities only, so nothing of it knows of encoders.
@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
+from sacrebleu.metrics.bleu import BLEU
 from torch import Tensor
 
 from msfs_functional import metrics, random
@@ -25,6 +26,7 @@ from msfs_functional.scoring import in_parts
 from msfs_functional.tokenizer import BOS, EOS, PAD
 
 Ids = list[int]
+SENTENCE = BLEU(effective_order=True)  # of the orders that a sentence has
 
 
 class TranslationPair(NamedTuple):
@@ -98,6 +100,11 @@ def sample_translations(
     return found
 
 
+def quality(text: str, truth: str) -> float:
+    """The mean of a sentence's chrF and BLEU [points of 100]: chrF alone prefers long ones."""
+    return (metrics.chrf([text], [truth]).value + SENTENCE.sentence_score(text, [truth]).score) / 2
+
+
 def judged_pairs(
     sources: Sequence[Ids],
     translations: Sequence[Sequence[Ids]],
@@ -106,15 +113,15 @@ def judged_pairs(
     *,
     gap: float = 5.0,
 ) -> list[TranslationPair]:
-    """The best and the worst translation of each sentence by chrF, where they differ enough.
+    """The best and the worst translation of each sentence, where their `quality` differs enough.
 
     Args:
         texts: of the translations; references: what people wrote.
-        gap: least difference of the two, in points of chrF out of 100.
+        gap: least difference of the two, in points of 100.
     """
     pairs = []
     for source, ids, found, truth in zip(sources, translations, texts, references, strict=True):
-        scores = [metrics.chrf([text], [truth]).value for text in found]
+        scores = [quality(text, truth) for text in found]
         order = sorted(range(len(found)), key=scores.__getitem__)
         worst, best = order[0], order[-1]
         if scores[best] - scores[worst] >= gap:

@@ -1,4 +1,4 @@
-r"""Tune a translation model by preferences: its own samples, judged by chrF against the references.
+r"""Tune a translation model by preferences: its own samples, judged by the references.
 
     python recipes/align_translation.py                      # trains a translator first
     python recipes/align_translation.py --run runs/translate-1
@@ -62,7 +62,7 @@ class Config:
     samples: int = 6  # translations of each, beside the greedy one
     # of the samples; at 1 even the best of them is worse than the greedy translation
     temperature: float = 0.5
-    gap: float = 5.0  # least difference of the two of a pair [points of chrF]
+    gap: float = 5.0  # least difference of the two of a pair [points of chrF and BLEU]
     held_out: int = 300  # sentences of each split to report on
     beta: float = 5.0  # strength of the pull to the reference, on nats a token
     imitation: float = 1.0  # weight of the chosen translations' mean negative log-probability

@@ -8,6 +8,8 @@ setting), its model runs without dropout and, unless `--peer-checkpointing`, wit
 checkpointing. Both use AdamW, fused at TRL. DPO's reference is a forward pass in the step on both
 sides. TRL runs offline: its model is made here, so are its tokenizer and its data.
 
+One H200, torch 2.11, TRL 1.16: DPO 2.80 times TRL's tokens/s in 41% of its memory, GRPO 5.17 times.
+
 `--small` shows on a CPU that all of it works; its figures mean nothing.
 """
 
