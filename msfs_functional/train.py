@@ -279,8 +279,8 @@ def _norm(grads: list[Tensor], lead: int) -> Tensor:
             torch.linalg.vector_norm(g.reshape(len(g), -1), dim=1, dtype=dtype)
             for g, dtype in zip(grads, wide, strict=True)
         ]
-    elif all(g.dtype == dtype for g, dtype in zip(grads, wide, strict=True)):
-        norms = torch._foreach_norm(grads)
+    elif len(set(wide)) == 1:  # half precision is widened in passing, not one by one
+        norms = torch._foreach_norm(grads, 2, dtype=wide[0])
     else:
         norms = [
             torch.linalg.vector_norm(g, dtype=dtype) for g, dtype in zip(grads, wide, strict=True)

@@ -44,21 +44,21 @@ class Data:
 class Model:
     """Sizes of tower, projector and decoder."""
 
-    width: int = 128  # of the tower
+    width: int = 96  # of the tower
     depth: int = 3  # layers of the tower
     heads: int = 4  # of both
-    hidden: int = 384  # width inside the tower's feed-forward layers
-    patch: int = 8  # [pixels]
+    hidden: int = 288  # width inside the tower's feed-forward layers
+    patch: int = 4  # [pixels]
     stem: Literal["linear", "convolutions"] = "convolutions"  # what makes a patch a vector
     positions: Literal["learned", "sincos", "rotary"] = "learned"  # of patches
-    shuffle: int = 1  # patches of the side of a square that becomes one token
-    decoder_width: int = 128
+    shuffle: int = 2  # patches of the side of a square that becomes one token
+    decoder_width: int = 64
     decoder_depth: int = 3  # blocks
-    decoder_hidden: int = 384  # width inside its feed-forward layers
+    decoder_hidden: int = 192  # width inside its feed-forward layers
     qk_norm: bool = False  # RMSNorm of each head's queries and keys, in the decoder
     prefix: bool = False  # tokens of a prompt see each other (PaliGemma); needs rows of one sample
     vocabulary: int = 512  # most ids of the byte-level BPE [tokens]
-    length: int = 240  # tokens of a packed row; no sample may be longer
+    length: int = 160  # tokens of a packed row; no sample may be longer
     # implementation of attention; None: flash on a GPU, sdpa on a CPU
     attention: Literal["flash", "sdpa", "reference"] | None = None
     # tiles along a side that a large image is cut into, beside a thumbnail; 1: the image alone
@@ -79,15 +79,15 @@ class Stage:
 class Train:
     """Mechanics of training: AdamW, a cosine with warm-up."""
 
-    images: int = 32  # of one step, over all processes
-    questions: int = 8  # of each image in one step; captions count as one
+    images: int = 64  # of one step, over all processes
+    questions: int = 4  # of each image in one step; captions count as one
     # questions that share an image's tokens in a row, without seeing each other
-    turns: int = 8
+    turns: int = 4
     # how often questions are asked, by the first regex that is found in them; others: 1
     mix: tuple[tuple[str, float], ...] = ()
     optimizer: Literal["adamw", "muon"] = "muon"  # of the matrices of blocks; AdamW for the rest
     muon_rate: float = 0.01  # peak, of Muon
-    weight_decay: float = 0.05
+    weight_decay: float = 0.2
     b2: float = 0.98
     clip: float = 1.0  # largest global norm of the gradient; 0 does not clip
     log_every: int = 20  # [steps]
@@ -131,7 +131,7 @@ class Config:
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     projector: Stage = field(default_factory=lambda: Stage(20, warmup=5))
-    all: Stage = field(default_factory=lambda: Stage(1100))
+    all: Stage = field(default_factory=lambda: Stage(900))
     train: Train = field(default_factory=Train)
     mesh: Mesh = field(default_factory=Mesh)
 
@@ -143,21 +143,18 @@ GPU = Config(
         width=256,
         depth=6,
         hidden=768,
-        patch=4,
-        stem="linear",
-        shuffle=2,
         decoder_width=256,
         decoder_depth=4,
         decoder_hidden=768,
     ),
     all=Stage(1200, rate=1e-3, vision_rate=1e-3),
-    train=Train(images=128, muon_rate=0.02, eval_every=500),
+    train=Train(images=128, eval_every=500),
 )
 EASY_VQA = Config(
     preset="easy_vqa",
     test=1000,
     data=Data(name="easy_vqa", size=64, flips=True, shift=4),
-    model=Model(patch=8, shuffle=2),
+    model=Model(patch=8, length=112),
     all=Stage(2000),
     train=Train(eval_every=500),
 )

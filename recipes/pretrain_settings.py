@@ -92,10 +92,10 @@ class Optimizer:
 class Train:
     """Length and mechanics of training."""
 
-    steps: int = 2_800  # optimizer steps
+    steps: int = 2_500  # optimizer steps
     accumulation: int = 1  # microbatches of one step
     log_every: int = 40  # [steps]
-    eval_every: int = 560  # validation loss and a checkpoint [steps]
+    eval_every: int = 500  # validation loss and a checkpoint [steps]
     keep: int = 2  # checkpoints to keep besides the best
     compile: bool | None = None  # compile the step; None: on a GPU
     # steps to trace with torch's profiler, after three others; leaves trace-<rank>.json.gz

@@ -11,7 +11,7 @@ Dimension key: B batch, T tokens, H query heads, G key heads, K head dim.
 import torch
 from torch import Tensor
 
-from msfs_kernels import ahead, cpu, ops, tiled
+from msfs_kernels import cpu, ops, tiled
 from msfs_kernels.options import LIBRARY, OPTION_SCHEMA, Options
 
 NAME = "attention_backward_joined"
@@ -22,8 +22,6 @@ def attention_backward_joined(do, dlse, q, k, v, bias, o, lse, *options) -> Tens
 
     There are as many keys as queries, values are as long as keys, and the bias has no gradient.
     """
-    if ahead.pending:
-        ahead.wait("attention_backward")
     (B, H, T, K), G = q.shape, k.shape[1]
     joined = q.new_empty(B, T, H + 2 * G, K)
     parts = joined.transpose(1, 2).split([H, G, G], 1)

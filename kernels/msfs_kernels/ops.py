@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ahead, cpu, rules, second_order, tiled
+from . import cpu, rules, second_order, tiled
 from .batching import vmap_rule
 from .dispatch import DIRECT_RULES, KERNELS, RULES, mixing_dtensors
 from .options import (
@@ -53,14 +53,10 @@ def backend(q: Tensor, v: Tensor) -> Any:
 
 
 def attention(q, k, v, bias, *options):
-    if ahead.pending:
-        ahead.wait("attention")
     return backend(q, v).forward(q, k, v, Options(bias, *options))
 
 
 def attention_backward(do, dlse, q, k, v, bias, o, lse, *rest):
-    if ahead.pending:
-        ahead.wait("attention_backward")
     *options, need_dbias = rest
     full = Options(bias, *options)
     grads = backend(q, v).backward(do, dlse, q, k, v, o, lse, full, need_dbias)
@@ -94,13 +90,11 @@ def with_dbias(grads, bias: Tensor | None, need_dbias: bool):
     return dq, dk, dv, dbias.sum_to_size(bias.shape).to(bias.dtype)
 
 
-def fake(name: str, names: list[str]) -> Callable:
+def fake(names: list[str]) -> Callable:
     """Shapes, dtypes and strides of an op's results from its arguments' names."""
 
     def outputs(*args):
         given = dict(zip(names, args, strict=True))
-        if name == "attention":
-            ahead.expect(name, given)
         q, v = given["q"], given["v"]
         B, H, T, _ = q.shape
         lse = q.new_empty((B, H, T), dtype=accumulate_dtype(q.dtype))
@@ -108,8 +102,6 @@ def fake(name: str, names: list[str]) -> Callable:
 
     def gradients(*args):
         given = dict(zip(names, args, strict=True))
-        if name == "attention_backward":
-            ahead.expect(name, given)
         bias = given["bias"] if given["need_dbias"] else None
         dbias = given["q"].new_empty(0) if bias is None else bias.new_empty(bias.shape)
         return *(empty_tokens_first(given[x], *given[x].shape) for x in "qkv"), dbias
@@ -156,7 +148,7 @@ def register(kernel: Callable, rule: Any, arguments: str, results: str) -> None:
     KERNELS[name], RULES[name] = kernel, rule
     LIBRARY.impl(name, kernel, "CPU")
     LIBRARY.impl(name, kernel, "CUDA")
-    torch.library.register_fake(f"msfs_kernels::{name}", fake(name, names), lib=LIBRARY)
+    torch.library.register_fake(f"msfs_kernels::{name}", fake(names), lib=LIBRARY)
     LIBRARY.impl(name, entry, "Autograd")
     LIBRARY.impl(name, entry, "FuncTorchDynamicLayerFrontMode")
 

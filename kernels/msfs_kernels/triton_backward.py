@@ -424,11 +424,12 @@ def backward(
     exact = in_full_float32(q, options)
     one_tile = choose_keys(q, k, v, options, fused=True).block_n >= S
     two_kernels = options.deterministic or not fused_is_fastest(q, k, v, options)
-    # Who meets each row once, and before others need it, makes delta on the way; one tile of large
-    # heads has no registers left for it.
+    # Who meets each row once, and before others need it, makes delta on the way, if it has the
+    # registers: one tile of large heads has not, nor one of many keys under a causal mask.
     on_the_way = not exact and two_kernels
     if one_tile:
-        on_the_way = not exact and not need_dbias and max(K, V) <= 64
+        room = max(K, V) <= 64 and not (options.causal and S > 64)
+        on_the_way = not exact and not need_dbias and room
     rows = (o, dlse) if on_the_way else (None, None)
     delta = None if on_the_way and one_tile else torch.empty_like(lse)
     share = torch.empty_like(lse) if exact else None

@@ -174,19 +174,20 @@ def backward_sums_kernel(
     part, b = tl.program_id(0), tl.program_id(2)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     stop = tl.minimum((part + 1) * PART, P)
-    plain = tl.zeros([BC], tl.float32)
-    weighted = tl.zeros([BC], tl.float32)
+    plain = tl.zeros([BP, BC], tl.float32)  # summed over pixels once, after the loop
+    weighted = tl.zeros([BP, BC], tl.float32)
     for start in range(part * PART, stop, BP):
         pixels = start + tl.arange(0, BP)
         normal, dz, _, _ = gradient_tile(
             x, shift, given, gain, bias, mean, rstd, dy, b, pixels, c, P, C, G, batch_stride,
             row_stride, dy_batch_stride, dy_row_stride, silu,
         )  # fmt: skip
-        plain += tl.sum(dz, 0)
-        weighted += tl.sum(dz * normal, 0)
+        plain += dz
+        weighted += dz * normal
     at = (b * tl.num_programs(0) + part) * C + c
-    tl.store(sums + at, plain, mask=c < C)
-    tl.store(sums + tl.num_programs(2) * tl.num_programs(0) * C + at, weighted, mask=c < C)
+    later = tl.num_programs(2) * tl.num_programs(0) * C
+    tl.store(sums + at, tl.sum(plain, 0), mask=c < C)
+    tl.store(sums + later + at, tl.sum(weighted, 0), mask=c < C)
 
 
 @triton.jit(do_not_specialize=["B", "PARTS"])
@@ -330,8 +331,8 @@ def backward(
     mean, rstd, channel_mean = found
     given = (x, *added, gain, bias, mean, rstd, dy)
     rest = (P, C, groups, *strides, *dy_strides)
-    backward_sums_kernel[(parts, triton.cdiv(C, SUMS_TILE["BC"]), B)](
-        *given, sums, *rest, part, int(silu), **SUMS_TILE
+    backward_sums_kernel[(parts, triton.cdiv(C, TILE["BC"]), B)](
+        *given, sums, *rest, part, int(silu), **TILE
     )
     wide = wide_tile(parts, C // groups)
     backward_combine_kernel[(B * groups,)](

@@ -40,7 +40,6 @@ COLOURS = {
 SIZES = {"small": 3.3, "large": 5.5}  # radius of the circle; the others cover about as much
 KINDS: tuple[Kind, ...] = get_args(Kind)
 RELATIONS = {"above": (0, -1), "below": (0, 1), "left of": (-1, 0), "right of": (1, 0)}
-SIDES = {"above": "top", "below": "bottom", "left of": "left", "right of": "right"}
 OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
 Pairs = frozenset[tuple[str, str]]  # of colour and kind
 HELD_OUT: Pairs = frozenset({("red", "triangle"), ("blue", "circle"), ("yellow", "square")})
@@ -195,10 +194,6 @@ def questions(scene: Scene, seed: int = 0, held_out: Pairs = HELD_OUT) -> list[t
         (shapes[1], OPPOSITE[scene.relation], shapes[0]),
     )
     for one, relation, other in pairs:
-        side = SIDES[relation]
-        asked.append((f"on which side is the {one.kind}?", side))
-        asked.append((f"what shape is on the {side} side?", one.kind))
-        asked.append((f"what colour is the shape on the {side} side?", one.colour))
         asked.append((f"what colour is the shape {relation} the {other.kind}?", one.colour))
         asked.append((f"what shape is {relation} the {other.kind}?", one.kind))
         asked.append((f"is the {one.kind} {relation} the {other.kind}?", "yes"))

@@ -66,7 +66,9 @@ def test_opcheck(name, bias):
 
 
 def samples_of_other_ops() -> dict[str, tuple]:
-    """Arguments of the library's other ops: losses over a vocabulary, one row of a decoder."""
+    """Arguments of the library's other ops: gradients in one tensor, losses over a vocabulary, one
+    row of a decoder.
+    """
 
     def asked(*tensors):
         return tuple(x.detach().requires_grad_() if x.is_floating_point() else x for x in tensors)
@@ -83,7 +85,11 @@ def samples_of_other_ops() -> dict[str, tuple]:
     w, b, residual = (randn(*n, requires_grad=False) for n in ((12, 8), (12,), (6,)))
     caches = (randn(1, 2, 9, 8, requires_grad=False) for _ in range(2))
     qkv, turns = randn(64, requires_grad=False), randn(2, 4, requires_grad=False)
+    q, k = (randn(2, n, 3, 8, requires_grad=False) for n in (4, 2))
+    rest = Options(causal=True, scale=0.3)[1:]
+    o, lse = OPS.attention(q, k, k, None, *rest)
     return {
+        "attention_backward_joined": (o, None, q, k, k, None, o, lse, *rest),
         "linear_cross_entropy": (*asked(*x), *scalars, True),
         "linear_cross_entropy_gradient": (*asked(g, *x), *grads, *scalars),
         "linear_cross_entropy_tangent": (*asked(*t, *x), *grads, *scalars),
@@ -94,15 +100,14 @@ def samples_of_other_ops() -> dict[str, tuple]:
 
 
 def test_the_other_ops_pass_opcheck_and_no_op_is_forgotten():
-    from msfs_kernels import linear_cross_entropy, masked_product, one_row, philox  # noqa: F401
+    from msfs_kernels import joined_backward, linear_cross_entropy, one_row  # noqa: F401
 
     others = samples_of_other_ops()
     for name, args in others.items():
         torch.library.opcheck(getattr(OPS, name).default, args)
-    # Those of philox and masked_product are checked by their own tests, or their CPU form is; the
-    # last one only raises.
+    # These are checked by tests of their own, or their CPU form is; the last one only raises.
     elsewhere = {"philox_words", "philox_words_triton", "dropout_bits", "dropout_bits_triton"}
-    elsewhere |= {"masked_product", "attention_refused"}
+    elsewhere |= {"masked_product", "members_linear", "members_masked_product", "attention_refused"}
     names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names()
              if name.startswith("msfs_kernels::")}  # fmt: skip
     assert names <= {*samples(None), *others, *elsewhere}
