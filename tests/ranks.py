@@ -40,10 +40,11 @@ def check_claims(*stages: tuple[list[Callable[[], None]], int]) -> None:
     those of the largest one.
     """
     start_server(*{claim.__module__ for claims, _ in stages for claim in claims})
-    results = mp.get_context("forkserver").SimpleQueue()
+    context = mp.get_context("forkserver")
+    results = context.SimpleQueue()
+    ports = context.Array("i", len(stages))
     world = max(ranks for _, ranks in stages)
-    planned = [(claims, ranks, free_port()) for claims, ranks in stages]
-    args = (planned, dict(os.environ), results)
+    args = (stages, ports, dict(os.environ), results)
     processes = mp.start_processes(_rank, args, world, join=False, start_method="forkserver")
     assert processes is not None
     failed = ""
@@ -61,15 +62,25 @@ def start_server(*modules: str) -> None:
         forkserver.ensure_running()
 
 
-def _rank(rank: int, stages: list, environment: dict[str, str], results) -> None:
+def _rank(rank: int, stages: tuple, ports, environment: dict[str, str], results) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
-    for claims, world, port in stages:
+    for i, (claims, world) in enumerate(stages):
         if rank < world:
+            port = port_of(ports, i, rank)
             given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
             os.environ.update({name: str(value) for name, value in given.items()})
             os.environ["MASTER_ADDR"] = "127.0.0.1"
             _stage(rank, world, claims, results)
+
+
+def port_of(ports, stage: int, rank: int) -> int:
+    """Rank 0 chooses it when the stage begins: one chosen minutes before may be in use by then."""
+    if rank == 0:
+        ports[stage] = free_port()
+    while not ports[stage]:
+        time.sleep(0.01)
+    return ports[stage]
 
 
 def _stage(rank: int, world: int, claims: list, results) -> None:
