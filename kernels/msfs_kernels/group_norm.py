@@ -59,7 +59,6 @@ class GroupNorm(torch.autograd.Function):
     def forward(ctx: Any, x, gain, bias, shift, groups: int, eps: float, silu: bool) -> Tensor:
         from . import triton_group_norm
 
-        shift = None if shift is None else shift.contiguous()
         y, found = triton_group_norm.forward(x, gain, bias, shift, groups, eps, silu)
         ctx.save_for_backward(x, gain, bias, shift, *found)
         ctx.options = groups, eps, silu
@@ -103,12 +102,17 @@ def group_norm(
         silu: z sigmoid(z) of what is normalized.
 
     Raises:
-        ValueError: groups that do not divide the channels; a shift of another shape.
+        ValueError: groups that do not divide the channels; a gain, bias or shift of another shape.
 
     Source: Wu and He 2018.
     """
     if groups < 1 or x.shape[1] % groups:
         raise ValueError(f"groups ({groups}) must divide the channels ({x.shape[1]})")
+    if not gain.shape == bias.shape == x.shape[1:2]:
+        raise ValueError(
+            f"gain {tuple(gain.shape)} and bias {tuple(bias.shape)} must be ({x.shape[1]},): one "
+            "number for each channel"
+        )
     if shift is not None and shift.shape != x.shape[:2]:
         raise ValueError(
             f"shift {tuple(shift.shape)} must be {tuple(x.shape[:2])}: one number for each image "
@@ -116,6 +120,8 @@ def group_norm(
         )
     if not fused(x):
         return plain_group_norm(x, gain, bias, shift, groups, eps, silu)
+    # The kernels know no strides of these; in the rule, second derivatives would end at the copies.
+    gain, bias, shift = (t if t is None else t.contiguous() for t in (gain, bias, shift))
     return GroupNorm.apply(x, gain, bias, shift, groups, eps, silu)  # pyright: ignore
 
 
@@ -145,7 +151,7 @@ class Residual(torch.autograd.Function):
         from . import triton_group_norm
 
         ctx.has = bias is not None, x is not None
-        return triton_group_norm.residual(y, bias, x)
+        return triton_group_norm.residual(y, None if bias is None else bias.contiguous(), x)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:  # pyright: ignore
@@ -159,7 +165,15 @@ def residual(y: Tensor, bias: Tensor | None, x: Tensor | None = None) -> Tensor:
     Args:
         y, x: (B, C, H, W); None adds nothing.
         bias: (C,), or None.
+
+    Raises:
+        ValueError: an x or a bias of another shape.
     """
+    if (bias is not None and bias.shape != y.shape[1:2]) or (x is not None and x.shape != y.shape):
+        shapes = [None if t is None else tuple(t.shape) for t in (bias, x)]
+        raise ValueError(
+            f"bias {shapes[0]} and x {shapes[1]} must be ({y.shape[1]},) and {tuple(y.shape)}"
+        )
     images = [y] if x is None else [y, x]
     if fused(*images) and all(z.dtype == y.dtype for z in images):
         return Residual.apply(y, bias, x)  # pyright: ignore
