@@ -10,6 +10,7 @@ Dimension key: B images of a batch, T tokens of a text, C channels, h w height a
 """
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,14 +22,15 @@ from torch import Tensor
 from msfs_functional.answering import cut_tiles, pack_samples, sample_of
 from msfs_functional.image_corpora import Pictured
 from msfs_functional.models.vlm import VLMConfig
+from msfs_functional.pairs import Shuffled
 from msfs_functional.tokenizer import Tokenizer
 
 DESCRIBE = "describe the image."
 Mix = Sequence[tuple[str, float]]  # regexes of questions and how often they are asked
 
 
-class Shuffled:
-    """Which of `count` things are in batch n, counted from 1, and where this process's share lies.
+class Numbered(ABC):
+    """Batch n, counted from 1, of `count` images, and where this process's share of it lies.
 
     Raises:
         ValueError: fewer things than a batch has, ranks that do not divide it.
@@ -40,21 +42,19 @@ class Shuffled:
                 f"a batch ({size}) must be at most the images to train on ({count}) and a multiple "
                 f"of the {share[1]} data ranks: give more images, or change the batch"
             )
-        self.count, self.size, self.seed, self.number = count, size, seed, 0
+        self.order = Shuffled({"row": torch.arange(count)}, size, seed)
+        self.size, self.seed, self.number = size, seed, 0
         each = size // share[1]
         self.own = range(share[0] * each, (share[0] + 1) * each)  # places in a batch
-        self._order: tuple[int, np.ndarray] = -1, np.empty(0)
 
     def chosen(self, number: int) -> np.ndarray:
         """What is in batch `number`, (B,), the same for every process."""
-        epoch, at = divmod(number - 1, self.count // self.size)
-        if self._order[0] != epoch:
-            self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.count)
-        return self._order[1][at * self.size : (at + 1) * self.size]
+        self.order.restore({"done": number - 1})
+        return next(self.order)["row"].numpy()
 
+    @abstractmethod
     def batch(self, number: int) -> dict[str, Tensor]:
         """This process's share of batch `number`."""
-        raise NotImplementedError
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return self
@@ -70,7 +70,7 @@ class Shuffled:
         self.number = state["number"]
 
 
-class Pairs(Shuffled):
+class Pairs(Numbered):
     """Each image with one of its texts.
 
     Args:
@@ -113,7 +113,7 @@ def texts_of(data: Pictured) -> list[str]:
     return list(texts)
 
 
-class Questions(Shuffled):
+class Questions(Numbered):
     """Images, each with its caption and questions, as packed rows (`answering.pack_samples`).
 
     Args:
