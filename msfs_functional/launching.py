@@ -56,14 +56,19 @@ def processes(
 
 @contextlib.contextmanager
 def joined(device: str | None = None, *, debug: bool = False) -> Iterator[None]:
-    """As `processes`, without a watchdog: for runs of minutes."""
+    """As `processes`, without a watchdog: for runs of minutes.
+
+    A process group that was there before stays.
+    """
     if not several():
         yield
         return
+    before = dist.is_initialized()
     meshes.join(torch.device(device).type if device else None)
     with contextlib.nullcontext() if debug else agreement.said_once():
         yield
-    dist.destroy_process_group()
+    if not before:
+        dist.destroy_process_group()
 
 
 def resume_command(script: str, run: Path) -> str:

@@ -26,13 +26,12 @@ trains the same model to rounding and draws the same pictures.
 Measured: the README's section "Pictures from captions".
 """
 
-import contextlib
 import functools
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,7 +40,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in translate.py; must stan
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from text_to_image_models import (
@@ -463,20 +461,6 @@ def curves(config: Config) -> None:
 # ------------------------------------------------------------------------------------- the command
 
 
-@contextlib.contextmanager
-def processes(config: Config) -> Iterator[None]:
-    """Joins the others, if torchrun started any."""
-    joined = dist.is_initialized()
-    if not launching.several():
-        yield
-        return
-    meshes.join(torch.device(config.device).type if config.device else None)
-    with agreement.said_once() if not config.debug else contextlib.nullcontext():
-        yield
-    if not joined:
-        dist.destroy_process_group()
-
-
 def run(config: Config) -> None:
     begin = time.perf_counter()
     with agreement.together():
@@ -498,7 +482,7 @@ def run(config: Config) -> None:
 
 
 def main(config: Config) -> None:
-    with processes(config):
+    with launching.joined(config.device, debug=config.debug):
         run(config)
 
 
