@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import tyro
 
-from msfs_functional import agreement, errors, tracking
+from msfs_functional import agreement, errors, launching, tracking
 from msfs_functional import config as configs
 from msfs_functional.aligning import Mesh, Model, Stage, check_room, joined, say
 from msfs_functional.alignment_tasks import Data
@@ -101,10 +101,7 @@ def begin(config: Options, program: str, may_be_zero: Sequence[str] = ()) -> Beg
 
 def _checked(config: Options, program: str, may_be_zero: Sequence[str]) -> Options:
     configs.check_numbers(replace(config, mesh=Mesh(dp_shard=1)), may_be_zero)
-    if config.name and Path(config.name).name != config.name:
-        raise ValueError(f"--name ({config.name}) must be a plain name: put folders into --out")
-    if config.resume and config.overwrite:
-        raise ValueError("--resume goes on with a run, --overwrite deletes it: give one of them")
+    configs.check_run(config)
     check_room(config.data, config.model)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -112,7 +109,7 @@ def _checked(config: Options, program: str, may_be_zero: Sequence[str]) -> Optio
 
 
 def resume_command(program: str, config: Options) -> str:
-    return f"python recipes/{program}.py --resume --out {config.out} --name {config.name}"
+    return launching.resume_command(f"recipes/{program}.py", config.out / str(config.name))
 
 
 # ------------------------------------------------------------------------------ seeds side by side

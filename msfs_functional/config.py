@@ -161,6 +161,21 @@ def machine(name: str | None, dtype: str | None, compile: bool | None) -> Machin
     )
 
 
+def check_run(config: Any) -> None:
+    """Refuses names that are paths, and going on with a run together with deleting it.
+
+    Args:
+        config: has the fields name, resume, overwrite.
+
+    Raises:
+        ValueError: one of the two.
+    """
+    if config.name and Path(config.name).name != config.name:
+        raise ValueError(f"--name ({config.name}) must be a plain name: put folders into --out")
+    if config.resume and config.overwrite:
+        raise ValueError("--resume goes on with a run, --overwrite deletes it: give one of them")
+
+
 def settled(config: C, prefix: str) -> C:
     """The configuration of a run with what was left to the machine filled in, threads set.
 
@@ -171,11 +186,8 @@ def settled(config: C, prefix: str) -> C:
     Raises:
         ValueError: a name that is a path, options that exclude each other, as `device`.
     """
+    check_run(config)
     given: Any = config
-    if given.name and Path(given.name).name != given.name:
-        raise ValueError(f"--name ({given.name}) must be a plain name: put folders into --out")
-    if given.resume and given.overwrite:
-        raise ValueError("--resume goes on with a run, --overwrite deletes it: give one of them")
     where = machine(given.device, given.dtype, False)
     if given.threads:
         torch.set_num_threads(given.threads)

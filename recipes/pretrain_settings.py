@@ -164,10 +164,7 @@ def checked(config: Config) -> Config:
             each other.
     """
     configs.check_numbers(replace(config, mesh=Mesh(dp_shard=1)), may_be_zero=MAY_BE_ZERO)
-    if config.name and Path(config.name).name != config.name:
-        raise ValueError(f"--name ({config.name}) must be a plain name: put folders into --out")
-    if config.resume and config.overwrite:
-        raise ValueError("--resume goes on with a run, --overwrite deletes it: give one of them")
+    configs.check_run(config)
     if not config.name and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
         raise ValueError(
             "--max-restarts needs a --name: processes that start again find their run by it"

@@ -135,10 +135,7 @@ def checked(config: Config) -> Config:
     if config.width % (4 * HEADS):
         raise ValueError(f"--width ({config.width}) must be a multiple of {4 * HEADS}")
     configs.check_numbers(replace(config, mesh=Mesh()), ("seed", "warmup", "measured", "gan"))
-    if config.name and Path(config.name).name != config.name:
-        raise ValueError(f"--name ({config.name}) must be a plain name: put folders into --out")
-    if config.resume and config.overwrite:
-        raise ValueError("--resume goes on with a run, --overwrite deletes it: give one of them")
+    configs.check_run(config)
     for name in ("caption_dropout", "ema"):
         if not 0 <= getattr(config, name) < 1:
             raise ValueError(f"{name} ({getattr(config, name)}) must be in [0, 1)")

@@ -199,10 +199,7 @@ def checked(config: Config) -> Config:
             f"--decode.members ({config.decode.members}) must not exceed --members "
             f"({config.members}): train more"
         )
-    if config.name and Path(config.name).name != config.name:
-        raise ValueError(f"--name ({config.name}) must be a plain name: put folders into --out")
-    if config.resume and config.overwrite:
-        raise ValueError("--resume goes on with a run, --overwrite deletes it: give one of them")
+    configs.check_run(config)
     machine = configs.machine(config.device, config.dtype, config.train.compile)
     if machine.note:
         print(f"note: {machine.note}", file=sys.stderr)
