@@ -11,7 +11,7 @@ from torch.func import functional_call, jvp
 from msfs_functional import diffusion as df
 from msfs_functional import noise_schedules as ns
 from msfs_functional import random, samplers
-from msfs_functional.models import diffusers_format
+from msfs_functional.models import denoising, diffusers_format
 from msfs_functional.models.unet import (
     PRESETS,
     UNetConfig,
@@ -345,6 +345,33 @@ def test_published_head_dims_equal_the_reference_on_a_gpu(head_dim):
         outs.append((y, *torch.autograd.grad(y.square().sum(), leaf)))
     for flash, reference in zip(*outs, strict=True):
         assert (flash - reference).abs().max() <= 1e-3 * reference.abs().max()
+
+
+@pytest.mark.parametrize("compiled", (False, True), ids=("eager", "compiled"))
+def test_heads_in_wider_lanes_are_the_same_heads(compiled, monkeypatch):
+    """As a GPU pads them: heads of 6 in lanes of 8, to itself and to a memory, with gradients."""
+    torch._dynamo.reset()
+    sizes = {"q": (12, 5), "k": (12, 7), "v": (12, 7), "o": (5, 12)}
+    generator = torch.Generator().manual_seed(0)
+    new = lambda *size: torch.randn(size, generator=generator, dtype=torch.float64)  # noqa: E731
+    x, memory, lengths = new(2, 9, 5), new(2, 4, 7), torch.tensor([4, 2])
+    weights = {f"a.{part}.weight": new(*size) for part, size in sizes.items()}
+    own = weights | {f"a.{part}.weight": new(12, 5) for part in "kv"}
+    biases = {f"a.{part}.bias": new(size[0]) for part, size in sizes.items()}
+    ends = {"a.o.bias": biases["a.o.bias"]}
+
+    def both(x, memory, weights, own):
+        to_itself = denoising.attend({**own, **biases}, "a", x, None, 2, "reference")
+        of = denoising.attend({**weights, **ends}, "a", x, memory, 2, "reference", lengths)
+        return (to_itself.sin() + of.square()).sum()
+
+    found = []
+    for width in (6, 8):
+        monkeypatch.setattr(denoising, "lane", lambda head_dim, x, width=width: width)
+        fn = torch.func.grad_and_value(both, (0, 1, 2, 3))
+        fn = torch.compile(fn, backend="aot_eager", fullgraph=True) if compiled else fn
+        found.append(fn(x, memory, weights, own))
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("name", PRESETS)
