@@ -121,8 +121,9 @@ def group_norm(
     if not fused(x):
         return plain_group_norm(x, gain, bias, shift, groups, eps, silu)
     # The kernels know no strides of these; in the rule, second derivatives would end at the copies.
-    gain, bias, shift = (t if t is None else t.contiguous() for t in (gain, bias, shift))
-    return GroupNorm.apply(x, gain, bias, shift, groups, eps, silu)  # pyright: ignore
+    shift = None if shift is None else shift.contiguous()
+    given = x, gain.contiguous(), bias.contiguous(), shift
+    return GroupNorm.apply(*given, groups, eps, silu)  # pyright: ignore
 
 
 class Join(torch.autograd.Function):
