@@ -25,7 +25,7 @@ from msfs_functional import noise_schedules as ns
 from msfs_functional import random, samplers
 from msfs_functional.attention import Implementation
 from msfs_functional.clip_tokenizer import ClipTokenizer
-from msfs_functional.diffusion import Target, denoiser, preserving_to_exploding
+from msfs_functional.diffusion import DenoiseFn, Target, denoiser, preserving_to_exploding
 from msfs_functional.guidance import (
     classifier_free_guidance,
     clip_x0,
@@ -42,7 +42,8 @@ from msfs_functional.regions import Regions
 from msfs_functional.replay import replayed
 
 Sampler = Literal["ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde"]
-Spacing = Literal["leading", "linspace", "trailing"]
+OVER_ALPHA_BAR = ("ddpm", "ddim")  # the others are over sigma
+Spacing = Literal["leading", "linspace", "trailing", "karras"]
 TARGETS: dict[str, Target] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
@@ -78,10 +79,17 @@ def read_process(hub: dict[str, Any]) -> Process:
     """
     start, end = hub.get("beta_start", 1e-4), hub.get("beta_end", 0.02)
     steps, name = hub.get("num_train_timesteps", 1000), hub.get("beta_schedule", "linear")
-    schedules = {"linear": ns.linear, "scaled_linear": ns.scaled_linear}
+    schedules = {
+        "linear": lambda: ns.linear(steps, start, end),
+        "scaled_linear": lambda: ns.scaled_linear(steps, start, end),
+        "squaredcos_cap_v2": lambda: ns.cosine(steps),
+        "sigmoid": lambda: ns.sigmoid(steps, start, end),
+    }
     if name not in schedules or hub.get("trained_betas") is not None:
-        raise ValueError(f"beta_schedule ({name!r}) must be one of {list(schedules)}")
-    alpha_bar = schedules[name](steps, start, end)
+        raise ValueError(
+            f"beta_schedule ({name!r}) must be one of {list(schedules)}, without trained_betas"
+        )
+    alpha_bar = schedules[name]()
     if hub.get("rescale_betas_zero_snr", False):
         alpha_bar = ns.zero_terminal_snr(alpha_bar)
     target = hub.get("prediction_type", "epsilon")
@@ -90,7 +98,7 @@ def read_process(hub: dict[str, Any]) -> Process:
     return Process(
         alpha_bar,
         TARGETS[target],
-        hub.get("timestep_spacing", "leading"),
+        "karras" if hub.get("use_karras_sigmas") else hub.get("timestep_spacing", "leading"),
         hub.get("steps_offset", 0),
         1.0 if hub.get("set_alpha_to_one", True) else float(alpha_bar[0]),
         hub.get("clip_sample_range", 1.0) if hub.get("clip_sample", False) else None,
@@ -264,6 +272,28 @@ def _check_image(
         )
 
 
+def _steps(
+    denoise_fn: DenoiseFn, process: Process, sampler: Sampler, steps: int, spacing: Spacing
+) -> tuple[DenoiseFn, Tensor, ns.Coordinates]:
+    """denoise_fn, grid and coordinates as the sampler wants them."""
+    count = len(process.alpha_bar)
+    if sampler in OVER_ALPHA_BAR:
+        if spacing == "karras":
+            raise ValueError(
+                f"spacing ('karras') is of samplers over sigma, not of {sampler}: give another"
+            )
+        chosen = ns.spaced_steps(count, steps, spacing, offset=process.offset)
+        grid = ns.alpha_bars_at(process.alpha_bar, chosen, final=process.final)
+        return denoise_fn, grid, ns.variance_preserving
+    if spacing == "karras":
+        low, high = (float(ns.sigma_of(process.alpha_bar[i])) for i in (0, -1))
+        grid = ns.karras_sigmas(steps, sigma_min=low, sigma_max=high)
+    else:
+        chosen = ns.spaced_steps(count, steps, spacing, offset=process.offset)
+        grid = ns.sigmas_at(process.alpha_bar, chosen)
+    return preserving_to_exploding(denoise_fn), grid, ns.variance_exploding
+
+
 @torch.no_grad()
 def images_of(
     model: StableDiffusion,
@@ -294,7 +324,8 @@ def images_of(
         image: to start from in place of noise, one for all contexts or one for each.
         strength: share of the steps taken from there, in (0, 1]; 1 forgets the image.
         repaint: True where the image is painted anew; all other pixels come out as they are.
-        spacing: of the steps; default: the published scheduler's.
+        spacing: of the steps; default: the published scheduler's. "karras" falls as EDM's sigmas
+            between the schedule's ends, for samplers over sigma.
         compile: blocks of UNet and decoder, once for each shape: a minute, which pays for many
             images on a GPU, where a call of the UNet then is one CUDA graph. The fastest
             convolutions are searched, too, which may round otherwise from run to run.
@@ -324,22 +355,17 @@ def images_of(
     )
     if process.clip is not None:
         denoise_fn = clip_x0(denoise_fn, process.clip)
-    chosen = ns.spaced_steps(
-        len(process.alpha_bar), steps, spacing or process.spacing, offset=process.offset
+    denoise_fn, grid, coordinates = _steps(
+        denoise_fn, process, sampler, steps, spacing or process.spacing
     )
     keys = torch.stack([random.fold_in(key, i) for i in range(len(context))]).to(some.device)
     noise_keys, step_keys = torch.func.vmap(random.split)(keys).unbind(1)
     shape = (len(context), config.latent, height // config.factor, width // config.factor)
     noise = torch.empty(shape, device=some.device)
-    if sampler in ("ddpm", "ddim"):
-        coordinates, scale = ns.variance_preserving, 1.0
-        grid = ns.alpha_bars_at(process.alpha_bar, chosen, final=process.final)
-    else:
-        coordinates, denoise_fn = ns.variance_exploding, preserving_to_exploding(denoise_fn)
-        grid = ns.sigmas_at(process.alpha_bar, chosen)
-        scale = float(grid[0].square().add(1).sqrt())  # data of variance 1 and the noise
+    start = coordinates(grid[0])
     if image is None:
-        x = scale * samplers.draw(noise_keys, noise)
+        scale = (start.alpha**2 + start.sigma**2).sqrt()  # data of variance 1 and the noise
+        x = float(scale) * samplers.draw(noise_keys, noise)
     else:
         signed = image.to(some.device, some.dtype).permute(0, 3, 1, 2) / 127.5 - 1
         how: dict[str, Any] = {"method": "latents", "implementation": implementation}

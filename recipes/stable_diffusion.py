@@ -59,6 +59,8 @@ class Config:
     height: int = 512
     width: int = 512
     sampler: sd.Sampler = "dpmpp_2m"
+    spacing: sd.Spacing | None = None
+    """Of the steps; default: the folder's."""
     seed: int = 0
     device: str | None = None
     """Default: cuda where there is one."""
@@ -122,6 +124,7 @@ def main(config: Config) -> None:
         height=config.height,
         width=config.width,
         sampler=config.sampler,
+        spacing=config.spacing,
         compile=config.compile,
         **start_from,
     ).cpu()

@@ -201,6 +201,20 @@ def test_guidance_acts_within_its_interval_only(model):
     assert not torch.equal(never, always)
 
 
+def test_karras_spacing_takes_edm_s_sigmas_between_the_schedule_s_ends(model, monkeypatch):
+    seen = []
+    monkeypatch.setattr(samplers, "euler", lambda fn, x, grid, key: seen.append((x, grid)) or x)
+    options = {"steps": 4, "spacing": "karras", "sampler": "euler", **SIZE}
+    stable_diffusion.text_to_image(model, ["a"], KEY, **options)
+    ((x, grid),) = seen
+    ends = ns.sigma_of(model.process.alpha_bar)
+    expected = ns.karras_sigmas(4, sigma_min=float(ends[0]), sigma_max=float(ends[-1]))
+    assert torch.equal(grid, expected)
+    torch.testing.assert_close(x, float((1 + ends[-1] ** 2).sqrt()) * start(1))
+    with pytest.raises(ValueError, match=r"spacing \('karras'\) is of samplers over sigma"):
+        stable_diffusion.text_to_image(model, ["a"], KEY, **{**options, "sampler": "ddim"})
+
+
 def test_prompts_are_padded_and_encoded_as_diffusers_does(folder, model):
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder)
     expected, _ = pipeline.encode_prompt(PROMPTS, "cpu", 1, False)
@@ -434,6 +448,10 @@ def test_schedules_of_published_folders_are_read():
     )
     assert process.target == "v" and process.spacing == "trailing" and process.final == 1.0
     torch.testing.assert_close(process.alpha_bar, ns.zero_terminal_snr(ns.scaled_linear()))
+    process = stable_diffusion.read_process(
+        {"beta_schedule": "squaredcos_cap_v2", "use_karras_sigmas": True}
+    )
+    assert torch.equal(process.alpha_bar, ns.cosine()) and process.spacing == "karras"
 
 
 def test_autoencoders_of_either_layout_are_one_model(model):
