@@ -15,9 +15,10 @@ from msfs_kernels import group_norm, triton_group_norm
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GPU = torch.cuda.is_available() and not INTERPRETED
 DEVICE = "cuda" if GPU else "cpu"
-kernels = pytest.mark.skipif(
-    not GPU and not INTERPRETED, reason="no GPU: test_the_kernels_in_the_interpreter runs it"
+alone = pytest.mark.skipif(
+    not INTERPRETED, reason="no GPU: test_the_kernels_in_the_interpreter runs it"
 )
+kernels = pytest.mark.gpu if GPU else alone
 
 
 @pytest.mark.skipif(GPU or INTERPRETED, reason="runs the other tests")
