@@ -42,7 +42,7 @@ from msfs_functional.compiling import (
 from msfs_functional.leafwise import Leafwise, Trained, UpdateFn, memory_plan
 from msfs_functional.optim import Transformation, apply_updates, ema, global_norm, overwrite
 from msfs_functional.params import Functional, Params, stack
-from msfs_functional.regions import Regions, region
+from msfs_functional.regions import Regions
 from msfs_functional.side_by_side import joined, lay
 from msfs_functional.transforms import NAMESPACE, accumulate
 from msfs_functional.updates import tree_map
