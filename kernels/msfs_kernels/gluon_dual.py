@@ -254,7 +254,7 @@ def dual_kernel(
     barriers = (q_full, q_free, k_full, k_free, v_full, v_free)
     work = (tiles, blocks, heads, H, group, T, S, wave)
     gl.warp_specialize(
-        [  # fmt: skip
+        [
             (
                 consumer,
                 (
