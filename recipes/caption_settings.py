@@ -9,7 +9,7 @@ import tyro
 
 from msfs_functional import config as configs
 
-MAY_BE_ZERO = ("seed", "warmup", "steps", "shift")
+MAY_BE_ZERO = ("seed", "warmup", "steps", "shift", "contrast")
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,9 @@ class Data:
     flips: bool = False  # turn and mirror training images at random: not where left and up matter
     shift: int = 0  # move training images at random by at most so much [pixels]
     tint: float = 0.0  # scale each colour of training images at random by at most so much
+    # share of training images that are shown in grey and asked nothing of colours, as a regex finds
+    grey: float = 0.0
+    coloured: str = r"colou?r|red|green|blue|yellow|purple|white|black|gr[ae]y|teal|brown|describe"
     seed: int = 0  # of shapes, questions, splits and of the order, not of the model
 
 
@@ -56,7 +59,7 @@ class Model:
     decoder_depth: int = 3  # blocks
     decoder_hidden: int = 192  # width inside its feed-forward layers
     qk_norm: bool = False  # RMSNorm of each head's queries and keys, in the decoder
-    prefix: bool = False  # tokens of a prompt see each other (PaliGemma); needs rows of one sample
+    activation: Literal["swish", "relu"] = "swish"  # of the decoder's gates
     vocabulary: int = 512  # most ids of the byte-level BPE [tokens]
     length: int = 160  # tokens of a packed row; no sample may be longer
     # implementation of attention; None: flash on a GPU, sdpa on a CPU
@@ -85,6 +88,9 @@ class Train:
     turns: int = 4
     # how often questions are asked, by the first regex that is found in them; others: 1
     mix: tuple[tuple[str, float], ...] = ()
+    # weight of a contrastive loss between images and their captions, as CLIP's, where every image
+    # has one: the tower learns to see in a fraction of the steps that answers alone take
+    contrast: float = 1.0
     optimizer: Literal["adamw", "muon"] = "muon"  # of the matrices of blocks; AdamW for the rest
     muon_rate: float = 0.01  # peak, of Muon
     weight_decay: float = 0.2
