@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
+from pictured_settings import Pictured
 
 from msfs_functional import config as configs
 
@@ -13,34 +14,17 @@ MAY_BE_ZERO = ("seed", "warmup", "steps", "shift", "contrast")
 
 
 @dataclass(frozen=True)
-class Data:
-    """Where images, captions and questions come from."""
+class Data(Pictured):
+    """Where images, captions and questions come from, and how training images are changed."""
 
-    # "shapes" (made here), a folder in easy-VQA's layout, a local folder of images with a
-    # metadata.jsonl or .csv, or a data set of the Hub
-    name: str = "shapes"
-    config: str | None = None  # configuration of the Hub's data set
-    split: str = "train"  # of it, to train on
-    valid: str | None = None  # split to measure on; None: cut off the training images
-    valid_share: float = 0.1  # of the images, to cut off
-    image: str | None = None  # column of images; None: what it is usually called
-    text: str | None = None  # column of captions, the same
-    question: str | None = None  # column of questions, the same
+    question: str | None = None  # column of questions; None: what it is usually called
     answer: str | None = None  # column of answers, the same
-    fit: Literal["crop", "squash", "pad"] = "crop"  # what becomes of images that are not square
-    limit: int | None = None  # images at most
-    count: int = 16_000  # shapes to train on
-    # pairs of colour and kind that training lacks: those of what is reported, or others, with which
-    # settings are chosen
-    held_out: Literal["reported", "rehearsal"] = "reported"
-    size: int = 32  # of a side [pixels]
     flips: bool = False  # turn and mirror training images at random: not where left and up matter
     shift: int = 0  # move training images at random by at most so much [pixels]
     tint: float = 0.0  # scale each colour of training images at random by at most so much
-    # share of training images that are shown in grey and asked nothing of colours, as a regex finds
-    grey: float = 0.0
+    grey: float = 0.0  # share of training images that are shown in grey, asked nothing of colours
+    # finds texts that speak of colours
     coloured: str = r"colou?r|red|green|blue|yellow|purple|white|black|gr[ae]y|teal|brown|describe"
-    seed: int = 0  # of shapes, questions, splits and of the order, not of the model
 
 
 @dataclass(frozen=True)
