@@ -23,7 +23,7 @@ from msfs_functional.answering import cut_tiles, pack_samples, sample_of
 from msfs_functional.image_corpora import Pictured
 from msfs_functional.models.vlm import VLMConfig
 from msfs_functional.pairs import Shuffled
-from msfs_functional.tokenizer import BOS, EOS, PAD, Tokenizer
+from msfs_functional.tokenizer import Tokenizer
 
 DESCRIBE = "describe the image."
 Mix = Sequence[tuple[str, float]]  # regexes of questions and how often they are asked
@@ -135,8 +135,6 @@ class Questions(Numbered):
         tint: scale each colour of images at random by a factor in [1 - tint, 1 + tint].
         grey: share of images that are shown in grey, and asked nothing that matches `coloured`, a
             regex: so a model learns shapes apart from colours.
-        captioned: give one caption of each image beside what is asked of it, for a contrastive
-            loss; every image must have one.
         share: (number of this process, processes).
     """
 
@@ -157,7 +155,6 @@ class Questions(Numbered):
         tint: float = 0.0,
         grey: float = 0.0,
         coloured: str = "",
-        captioned: bool = False,
         seed: int = 0,
         share: tuple[int, int] = (0, 1),
     ):
@@ -169,18 +166,9 @@ class Questions(Numbered):
         texts = texts_of(data)
         self.ids = dict(zip(texts, tokenizer.encode(texts), strict=True))
         self.weights: dict[str, float] = {}  # of questions so far
-        self.longest = 0  # caption, with its marks; 0: none are given
-        if captioned:
-            if not all(data.captions):
-                raise ValueError(
-                    f"{data.captions.count([])} of {len(data)} images have no caption to compare "
-                    "them with: captioned=False"
-                )
-            self.longest = 2 + max(len(self.ids[text]) for some in data.captions for text in some)
 
     def batch(self, number: int) -> dict[str, Tensor]:
-        """What `pack_samples` gives, and pictures of 8 bits, tiles of one after another; captions
-        (B, L) padded on the right, with their lengths (B,), where they are wanted."""
+        """What `pack_samples` gives, and pictures of 8 bits, tiles of one after another."""
         chosen, seen = self.chosen(number), 1 if self.tiles == 1 else 1 + self.tiles**2
         samples, moved, factors = [], [], []
         for row, place in enumerate(self.own):
@@ -200,19 +188,8 @@ class Questions(Numbered):
             pictures = (pictures * scale).round_().clamp_(max=255).byte()
         return {
             **pack_samples(samples, self.length),
-            **(self.told(number) if self.longest else {}),
             "pictures": cut_tiles(pictures, self.tiles),
         }
-
-    def told(self, number: int) -> dict[str, Tensor]:
-        """One caption of each image, each between its marks."""
-        chosen, rows = self.chosen(number), []
-        for place in self.own:
-            texts = self.data.captions[int(chosen[place])]
-            rng = np.random.default_rng((self.seed, 2, number, place))
-            rows.append([BOS, *self.ids[texts[rng.integers(len(texts))]], EOS])
-        ids = torch.tensor([row + [PAD] * (self.longest - len(row)) for row in rows])
-        return {"captions": ids, "caption_lengths": torch.tensor([len(row) for row in rows])}
 
     def weight(self, question: str) -> float:
         """How often this question is drawn, beside others."""

@@ -41,7 +41,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in translate.py; must stan
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from caption_settings import Config, Stage, Train, checked
 from caption_settings import command_line as settings_of
 from torch import Tensor
@@ -65,9 +64,7 @@ from msfs_functional import config as configs
 from msfs_functional import distributed_checkpoint as checkpoints
 from msfs_functional import image_corpora as corpora
 from msfs_functional.answering import Answerer, gaze, prompt_ids, turns_apart
-from msfs_functional.collectives import all_gather
 from msfs_functional.compiling import graphed
-from msfs_functional.contrastive import softmax_loss
 from msfs_functional.data import Prefetch
 from msfs_functional.gathering import Sharded, gathered, sharded
 from msfs_functional.generation import Generator
@@ -118,6 +115,9 @@ def read_data(config: Config) -> Splits:
         read = lambda split: corpora.easy_vqa(  # noqa: E731
             Path(data.name), split, data.size, limit=data.limit
         )
+        if data.held_out == "rehearsal":
+            train, valid = corpora.hold_out(read("train"), data.valid_share, data.seed)
+            return Splits(train, {"valid": valid.first(test)})
         return Splits(read("train"), {"test": read("test").first(test)})
     columns = {name: getattr(data, name) for name in ("image", "text", "question", "answer")}
     read = lambda split: corpora.from_table(  # noqa: E731
@@ -162,9 +162,7 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Functional:
         heads=sizes.heads,
         hidden=sizes.decoder_hidden,
     )
-    shared = 64 if config.train.contrast else None
-    # the placeholder's id lies beyond the texts'
-    return vlm(VLMConfig(vision, decoder, vocab, shuffle=sizes.shuffle, shared=shared))
+    return vlm(VLMConfig(vision, decoder, vocab, shuffle=sizes.shuffle))  # id beyond the texts'
 
 
 def to_pixels(pictures: Tensor, dtype: torch.dtype) -> Tensor:
@@ -177,23 +175,17 @@ def images_of(config: Config) -> int:
     return 1 if config.model.tiles == 1 else 1 + config.model.tiles**2
 
 
-def make_loss(config: Config, model: Functional, frozen: Params, *, contrast: float):
-    """Mean cross-entropy of the answers' tokens [nats/token], and `contrast` times that of which
-    caption is whose [nats/image]; frozen parameters are constants."""
+def make_loss(config: Config, model: Functional, frozen: Params):
+    """Mean cross-entropy of the answers' tokens [nats/token]; frozen parameters are constants."""
     dtype = getattr(torch, str(config.dtype))
     whole_params = isinstance(model, Sharded)  # which casts what it gathers
-    group = dist.group.WORLD.group_name if whole_params else None  # pyright: ignore
     how = {"implementation": config.model.attention}
     each = images_of(config)
 
     def inner(params: Params, batch: dict[str, Tensor], key: Tensor | None):
         params = params if whole_params else cast(params, dtype)
         pixels = to_pixels(batch["pictures"], dtype)
-        vectors = None
-        if contrast:
-            seen, vectors = model.apply(params, pixels, **how, method="image_tokens_and_vectors")
-        else:
-            seen = model.apply(params, pixels, **how, method="image_tokens")
+        seen = model.apply(params, pixels, **how, method="image_tokens")
         states = model.apply(
             params,
             batch["tokens"],
@@ -207,21 +199,7 @@ def make_loss(config: Config, model: Functional, frozen: Params, *, contrast: fl
         labels = batch["labels"].flatten()[batch["learned"]]
         weight = output_weight(params)
         total, count = linear_cross_entropy(states, weight, labels, ignore_index=IGNORED)
-        loss, metrics = total / count.clamp(min=1), {"weight": count}
-        if vectors is None:
-            return loss, metrics
-        told = batch["captions"], batch["caption_lengths"]
-        texts = model.apply(params, *told, **how, method="text_vectors")
-        scale = params["shared.scale"].float().exp().clamp(max=100.0)
-        nats, pairs = softmax_loss(vectors[::each], texts, scale, group=group)  # thumbnails
-        # A share weighs as many tokens as it has; its images weigh as everybody's do.
-        tokens = count.float()
-        if group is not None:
-            tokens = all_gather(tokens[None], 0, agreement.world(), group).mean()
-        nats = nats / pairs
-        answers = loss.detach()
-        loss = loss + contrast * nats * tokens / count.clamp(min=1)
-        return loss, {**metrics, "answers": answers, "contrast": nats.detach()}
+        return total / count.clamp(min=1), {"weight": count}
 
     loss = gathered(inner, model) if isinstance(model, Sharded) else inner
 
@@ -332,11 +310,10 @@ def train_stage(t: Training, name: str, params: Params) -> Params:
     """All parameters after a stage, which goes on from its own checkpoints if there are some."""
     config, settings, data = t.config, t.config.train, t.config.data
     stage: Stage = getattr(config, name)
-    contrast = settings.contrast if name == "all" else 0.0
     params, frozen = split_params(params, STAGES[name])
     optimizer = make_optimizer(settings, stage, params)
     step = make_step(
-        make_loss(config, t.model, frozen, contrast=contrast),
+        make_loss(config, t.model, frozen),
         optimizer,
         clip_norm=settings.clip or None,
         compile="regions" if settings.compile else False,
@@ -359,7 +336,6 @@ def train_stage(t: Training, name: str, params: Params) -> Params:
         tint=data.tint,
         grey=data.grey,
         coloured=data.coloured,
-        captioned=contrast > 0,
         seed=data.seed,
         share=t.share,
     )
@@ -403,8 +379,6 @@ def train(config: Config) -> None:
         if not config.resume and not agreement.rank():
             configs.check_free(run, overwrite=config.overwrite)
         splits = read_data(config)
-        if not all(splits.train.captions):
-            config = replace(config, train=replace(config.train, contrast=0.0))
         tokenizer = train_bpe(texts_of(splits.train), config.model.vocabulary)
         plain = model = make_model(config, tokenizer)
     params, share = initial_params(config, plain, device), (0, 1)

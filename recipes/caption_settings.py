@@ -10,7 +10,7 @@ from pictured_settings import Pictured
 
 from msfs_functional import config as configs
 
-MAY_BE_ZERO = ("seed", "warmup", "steps", "shift", "contrast")
+MAY_BE_ZERO = ("seed", "warmup", "steps", "shift")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Model:
     hidden: int = 288  # width inside the tower's feed-forward layers
     patch: int = 4  # [pixels]
     stem: Literal["linear", "convolutions"] = "convolutions"  # what makes a patch a vector
-    positions: Literal["learned", "sincos", "rotary"] = "learned"  # of patches
+    positions: Literal["learned", "smooth", "sincos", "rotary"] = "learned"  # of patches
     shuffle: int = 2  # patches of the side of a square that becomes one token
     decoder_width: int = 64
     decoder_depth: int = 3  # blocks
@@ -72,9 +72,6 @@ class Train:
     turns: int = 4
     # how often questions are asked, by the first regex that is found in them; others: 1
     mix: tuple[tuple[str, float], ...] = ()
-    # weight of a contrastive loss between images and their captions, as CLIP's, where every image
-    # has one: the tower learns to see in a fraction of the steps that answers alone take
-    contrast: float = 1.0
     optimizer: Literal["adamw", "muon"] = "muon"  # of the matrices of blocks; AdamW for the rest
     muon_rate: float = 0.01  # peak, of Muon
     weight_decay: float = 0.2

@@ -20,8 +20,8 @@ class Pictured:
     fit: Literal["crop", "squash", "pad"] = "crop"  # what becomes of images that are not square
     limit: int | None = None  # images at most
     count: int = 16_000  # shapes to train on
-    # pairs of colour and kind that training lacks: those of what is reported, or others, with which
-    # settings are chosen
+    # what settings are chosen with: "rehearsal" withholds other pairs of colour and kind from
+    # training than those of what is reported; of easy-VQA it holds out training images
     held_out: Literal["reported", "rehearsal"] = "reported"
     size: int = 32  # of a side [pixels]
     seed: int = 0  # of shapes, questions, splits and of the order, not of the model

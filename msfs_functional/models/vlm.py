@@ -12,14 +12,12 @@ Dimension key: B prompts, T tokens, N images of all prompts, in the order of the
 P tokens of an image, D the decoder's width, V vocabulary.
 """
 
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor, nn
 
@@ -32,20 +30,11 @@ from msfs_functional.models.vit import DECAY as VISION_DECAY
 from msfs_functional.models.vit import ViT, ViTConfig, clip_vision, siglip_vision
 from msfs_functional.models.vit import initializers as vision_initializers
 from msfs_functional.models.vit import tiny as tiny_vision
-from msfs_functional.params import (
-    Functional,
-    Initializer,
-    Params,
-    Rules,
-    constant,
-    functional,
-    normal,
-    zeros,
-)
+from msfs_functional.params import Functional, Initializer, Params, Rules, functional, normal, zeros
 
 IGNORED = -100  # label of a token that is no answer
 
-DECAY: Rules[bool] = [(r"norm|bias|embedding|scale", False), *VISION_DECAY]
+DECAY: Rules[bool] = [(r"norm|bias|embedding", False), *VISION_DECAY]
 # Which parameters train in stage 1 (Liu et al. 2023, section 4.2); stage 2 trains all.
 STAGE_1: Rules[bool] = [(r"^projector\.", True), (r"", False)]
 
@@ -64,8 +53,6 @@ class VLMConfig:
     vision_layers: int | None = None  # stop after so many, without the last norm; None: all, with
     class_token: bool = False  # the class token's state is an image token, too
     prefix: bool = False  # the tokens of a prompt see each other (prefix-LM)
-    # width of a space in which an image lies near its caption (CoCa, Yu et al. 2022); None: none
-    shared: int | None = None
 
     def __post_init__(self):
         if self.projector not in ("linear", "mlp"):
@@ -81,8 +68,6 @@ class VLMConfig:
             )
         if self.class_token and (self.shuffle > 1 or not self.vision.class_token):
             raise ValueError("class_token needs a tower that has one, and shuffle=1")
-        if self.shared is not None and self.shared < 1:
-            raise ValueError(f"shared ({self.shared}) must be a width, at least 1, or None")
         if self.vision_layers is not None and not 0 <= self.vision_layers <= self.vision.depth:
             raise ValueError(
                 f"vision_layers ({self.vision_layers}) must be at least 0 and at most the tower's "
@@ -149,17 +134,6 @@ class Projector(nn.Module):
         return self.linear(x) if hasattr(self, "linear") else self.down(self.activation(self.up(x)))
 
 
-class Shared(nn.Module):
-    """From a mean of the tower's states, and from the state of a caption's last token, to vectors
-    of one space; `scale` is the logarithm of 1 / temperature."""
-
-    def __init__(self, config: VLMConfig, width: int):
-        super().__init__()
-        self.image = nn.Linear(config.vision.width, width, bias=False)
-        self.text = nn.Linear(config.decoder.width, width, bias=False)
-        self.scale = nn.Parameter(torch.empty(()))
-
-
 class VLM(nn.Module):
     """The skeleton behind `vlm`; every method is a pure function of the parameters.
 
@@ -180,8 +154,6 @@ class VLM(nn.Module):
         self.vision = ViT(config.vision)
         self.projector = Projector(config)
         self.decoder = Decoder(config.decoder)
-        if config.shared is not None:
-            self.shared = Shared(config, config.shared)
 
     def forward(
         self,
@@ -252,62 +224,12 @@ class VLM(nn.Module):
         implementation: Implementation = "flash",
     ) -> Float[Tensor, "N P D"]:
         """What stands for each image in the decoder's sequence."""
-        return self._projected(self._seen(pixels, key, implementation), pixels)
-
-    def image_tokens_and_vectors(
-        self,
-        pixels: Float[Tensor, "N C h w"],
-        *,
-        key: Int64[Tensor, "2"] | None = None,
-        implementation: Implementation = "flash",
-    ) -> tuple[Float[Tensor, "N P D"], Float[Tensor, "N E"]]:
-        """`image_tokens`, and a unit vector of each image in the space it shares with texts.
-
-        Raises:
-            ValueError: a model without such a space.
-        """
-        shared = self._space()
-        x = self._seen(pixels, key, implementation)
-        return self._projected(x, pixels), F.normalize(shared.image(x.mean(1)), dim=-1)
-
-    def text_vectors(
-        self,
-        ids: Int[Tensor, "B T"],
-        lengths: Int[Tensor, "B"],
-        *,
-        key: Int64[Tensor, "2"] | None = None,
-        implementation: Implementation | AttentionFn = "flash",
-    ) -> Float[Tensor, "B E"]:
-        """A unit vector of each caption: of its last token, read without the image.
-
-        Args:
-            ids: of captions, padded on the right.
-
-        Raises:
-            ValueError: a model without such a space.
-        """
-        shared = self._space()
-        states = self.decoder.hidden(ids, key=key, implementation=implementation)
-        last = states.take_along_dim((lengths - 1)[:, None, None], 1)[:, 0]
-        return F.normalize(shared.text(last), dim=-1)
-
-    def _space(self) -> Shared:
-        if self.config.shared is None:
-            raise ValueError("a model with shared=None has no space of images and texts: set it")
-        return self.shared
-
-    def _seen(
-        self, pixels: Tensor, key: Tensor | None, implementation: Implementation
-    ) -> Float[Tensor, "N T E"]:
-        """The tower's states, of the class token only where it is an image token."""
         config = self.config
         x = self.vision.hidden_states(
             pixels, layers=config.vision_layers, key=key, implementation=implementation
         )
-        return x[:, 1:] if config.vision.class_token and not config.class_token else x
-
-    def _projected(self, x: Tensor, pixels: Tensor) -> Float[Tensor, "N P D"]:
-        config = self.config
+        if config.vision.class_token and not config.class_token:
+            x = x[:, 1:]
         if config.shuffle > 1:
             height, width = (n // config.vision.patch for n in pixels.shape[-2:])
             if height % config.shuffle or width % config.shuffle:
@@ -446,9 +368,6 @@ def vlm(config: VLMConfig) -> Functional:
         *((f"^decoder.{re.escape(name)}$", init) for name, init in inner.items()),
         (r"^projector\..*weight$", normal(0.02)),
         (r"^projector\..*bias$", zeros),
-        (r"^shared\.image\.weight$", normal(config.vision.width**-0.5)),
-        (r"^shared\.text\.weight$", normal(config.decoder.width**-0.5)),
-        (r"^shared\.scale$", constant(math.log(10))),  # sharper from step to step
         *((f"^vision.*{regex}", init) for regex, init in vision_initializers(config.vision)),
     ]
     return functional(lambda: VLM(config), rules, strict=False)
