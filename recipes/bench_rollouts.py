@@ -70,7 +70,9 @@ def measured(name: str, iterate: Callable[[], dict[str, float]], config: Config)
     seconds = statistics.median(took[config.warmup :])
     shares = {k: statistics.median(p[k] for p in parts[config.warmup :]) for k in parts[0]}
     said = ", ".join(f"{key} {value * 1e3:.0f} ms" for key, value in shares.items())
-    print(f"{name:9} {seconds * 1e3:8.1f} ms an iteration ({said}), first {took[0]:.1f} s", flush=True)
+    print(
+        f"{name:9} {seconds * 1e3:8.1f} ms an iteration ({said}), first {took[0]:.1f} s", flush=True
+    )
     return seconds
 
 
