@@ -20,6 +20,7 @@ MiB. A table goes to the terminal and, with a plot, to --out.
 import argparse
 import concurrent.futures
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -599,7 +600,11 @@ def bench_tangent(args: argparse.Namespace) -> None:
     save(args.out, "tangent", rows)
 
 
-def candidates(kernel: str) -> list[Config]:
+def candidates(kernel: str, length: int) -> list[Config]:
+    if length <= 64:
+        tiles = itertools.product((32, 64), (64,) if kernel == "own" else (32, 64))
+        options = itertools.product((1, 2, 4), (1, 2), (False, True))
+        return [Config(*tile, *option) for tile, option in itertools.product(tiles, options)]
     tiles = {
         "forward": [(128, 128), (128, 64), (64, 128), (64, 64), (256, 64)],
         "keys": [(64, 128), (64, 64), (128, 128), (32, 128), (128, 64)],
@@ -677,18 +682,19 @@ def tune(args: argparse.Namespace) -> None:
 
     target = driver.active.get_current_target()
     assert isinstance(target, GPUTarget)
-    lengths = {"short": 1024, "long": 8192}
+    lengths = {"brief": 64, "short": 1024, "long": 8192}
     cells = [  # (kernel, head dim, causal, length); one tile of "own" holds all keys
-        (kernel, head_dim, causal, 128 if kernel == "own" else lengths[size])
+        (kernel, head_dim, causal, min(lengths[size], 128) if kernel == "own" else lengths[size])
         for kernel in args.kernels
         for head_dim in args.head_dims
         for causal in args.causal
-        for size in (["short"] if kernel == "own" else args.sizes)
+        for size in args.sizes
+        if (kernel, size) != ("own", "long")
     ]
     jobs = {  # all lengths of a cell run the same machine code
         (*cell[:3], config): (*cell, config, int(target.arch))
         for cell in cells
-        for config in candidates(cell[0])
+        for config in candidates(cell[0], cell[3])
     }
     start = time.time()
     context = multiprocessing.get_context("spawn")
@@ -707,7 +713,7 @@ def tune(args: argparse.Namespace) -> None:
     for cell in cells:
         kernel, head_dim, causal, length = cell
         ranking = []
-        for config in candidates(kernel):
+        for config in candidates(kernel, length):
             note = notes.get((*cell[:3], config), "not compiled in time")
             if "reg" not in note:
                 continue
@@ -772,7 +778,8 @@ def main() -> None:
         nargs="+",
         default=["forward", "fused", "own", "keys", "queries", "tangent", "dual"],
     )
-    parser.add_argument("--sizes", nargs="+", choices=["short", "long"], default=["short", "long"])
+    sizes = ["brief", "short", "long"]
+    parser.add_argument("--sizes", nargs="+", choices=sizes, default=sizes[1:])
     parser.add_argument("--rep", type=int, default=100, help="milliseconds of measurement a cell")
     parser.add_argument("--seconds", type=float, default=60.0, help="of compiling in --tune")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")

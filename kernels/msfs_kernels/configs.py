@@ -31,7 +31,7 @@ def key(
     kernel: str, chip: str, dtype: torch.dtype, head_dim: int, causal: bool, length: int
 ) -> str:
     width = "32" if dtype == torch.float32 else "16"
-    size = "short" if length <= 2048 else "long"
+    size = "brief" if length <= 64 else "short" if length <= 2048 else "long"
     return f"{chip}/{kernel}/{width}bit/{head_dim}/{'causal' if causal else 'full'}/{size}"
 
 
@@ -52,11 +52,20 @@ def chip() -> str:
     return f"sm_{major}{minor}"
 
 
+def measured(
+    kernel: str, dtype: torch.dtype, head_dim: int, causal: bool, length: int, missing: Config
+) -> Config | None:
+    """The table's entry, for a brief sequence that of a short one where it lacks one; or `missing`."""
+    name = key(kernel, chip(), dtype, head_dim, causal, length)
+    longer = name.replace("/brief", "/short")
+    return table().get(name, table().get(longer, missing))
+
+
 @functools.cache
 def choose(kernel: str, dtype: torch.dtype, head_dim: int, causal: bool, length: int) -> Config:
     """The configuration for a launch; head_dim is the padded one (a power of two)."""
-    found = table().get(key(kernel, chip(), dtype, head_dim, causal, length))
-    return found or default(kernel, dtype, head_dim)
+    safe = default(kernel, dtype, head_dim)
+    return measured(kernel, dtype, head_dim, causal, length, safe) or safe
 
 
 def fitted(config: Config, queries: int, keys: int) -> Config:
@@ -77,8 +86,8 @@ def is_fastest(kernel: str, dtype: torch.dtype, head_dim: int, causal: bool, len
     """Whether a kernel that does the work of two at once ("fused", "dual") is faster than they: the
     table has null where it is not.
     """
-    name = key(kernel, chip(), dtype, head_dim, causal, length)
-    return table().get(name, default(kernel, dtype, head_dim)) is not None
+    safe = default(kernel, dtype, head_dim)
+    return measured(kernel, dtype, head_dim, causal, length, safe) is not None
 
 
 def default(kernel: str, dtype: torch.dtype, head_dim: int) -> Config:
