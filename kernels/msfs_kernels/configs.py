@@ -55,7 +55,7 @@ def chip() -> str:
 def measured(
     kernel: str, dtype: torch.dtype, head_dim: int, causal: bool, length: int, missing: Config
 ) -> Config | None:
-    """The table's entry, for a brief sequence that of a short one where it lacks one; or `missing`."""
+    """The table's entry; that of short sequences for a brief one without; or `missing`."""
     name = key(kernel, chip(), dtype, head_dim, causal, length)
     longer = name.replace("/brief", "/short")
     return table().get(name, table().get(longer, missing))
