@@ -109,10 +109,14 @@ def _of_members(tokens: Tensor, apart: int) -> Tensor:
     )
 
 
+def transformed() -> bool:
+    """Whether a transform of torch.func is on its way."""
+    return torch._C._functorch.get_interpreter_stack() is not None  # pyright: ignore
+
+
 def lookup(weight: Float[Tensor, "V D"], tokens: Int[Tensor, "..."]) -> Float[Tensor, "... D"]:
     """F.embedding(tokens, weight), under vmap over weights without copies of them."""
-    transformed = torch._C._functorch.get_interpreter_stack() is not None  # pyright: ignore
-    if not transformed or torch.compiler.is_compiling() or forward_mode():
+    if torch.compiler.is_compiling() or not transformed() or forward_mode():
         return F.embedding(tokens, weight)
     rows: Any = _Lookup.apply(weight[None], tokens[None])
     return rows[0]
