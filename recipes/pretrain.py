@@ -18,6 +18,7 @@ Several processes: the same step, its parameters in shards over a mesh of these 
 
     torchrun --nproc-per-node 4 recipes/pretrain.py --mesh.dp-shard 4             # one node
     torchrun --nproc-per-node 4 recipes/pretrain.py --mesh.dp-shard 2 --mesh.tp 2
+    torchrun --nproc-per-node 4 recipes/pretrain.py --mesh.dp-replicate 2 --mesh.cp 2
 
     # two nodes, the same command on each (node-a is the first one's address):
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1      # restarts do not find addresses of the dead
