@@ -48,9 +48,9 @@ Measured on two cores of a busy Intel Xeon, torch 2.11, seeds 0, 1 and 2 (`--see
 210, 210 and 216 s; 0.348, 0.334 and 0.339 nats a token on validation; of 100 samples the judge
 confirms 30, 23 and 30%, of 100 that go on with held-out beginnings, whose pairs of names or of
 words no training story has, 37, 39 and 33%, where names drawn at random among those who are there
-would give 0.4%. Gates are by ReLU: by swish, Llama's choice, the same steps give less (after 1,300 0.437
-nats and 1% of beginnings in place of 0.381 and 15%, seed 0); no gates and LayerNorm give a little
-more, but no published layout to export to. One token a word, a small model and Muon came in
+would give 0.4%. Gates are by ReLU: by swish, Llama's choice, the same steps give less (after 1,300
+0.437 nats and 1% of beginnings in place of 0.381 and 15%, seed 0); no gates and LayerNorm give a
+little more, but no published layout to export to. One token a word, a small model and Muon came in
 together; which of them it takes was not compared on equal terms, and all was chosen on validation
 stories of seed 0.
 
