@@ -24,9 +24,12 @@ def inductor_options() -> dict[str, Any]:
     from msfs_functional.epilogues import InTurn, ReluInProducts
     from msfs_functional.joined_gradients import GradientsSideBySide
     from msfs_functional.member_layers import MemberLayers
+    from msfs_functional.member_sums import MemberSums
     from msfs_functional.transposed_products import TransposedProducts
 
-    passes = ReluInProducts(), MemberLayers(), GradientsSideBySide(), TransposedProducts()
+    passes = (
+        ReluInProducts(), MemberLayers(), GradientsSideBySide(), TransposedProducts(), MemberSums()
+    )  # fmt: skip
     return {
         # Left on, a layer norm's gradients over input and weights share one kernel that sums in two
         # orders: on an H200, for 32,768 rows of 512, 176 microseconds where two kernels take 81.

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from msfs_functional import random
 from msfs_functional.attention import Implementation, attention, attention_weights
+from msfs_functional.params import forward_mode
 from msfs_functional.regions import region
+from msfs_functional.side_by_side import address
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "quick_gelu", "swish"]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -56,6 +58,68 @@ def sinusoidal_positions(
     angles = positions[:, None].to(torch.float64) * frequencies
     waves = (angles.sin().to(dtype), angles.cos().to(dtype))
     return torch.stack(waves, -1).flatten(-2) if layout == "interleaved" else torch.cat(waves, -1)
+
+
+class _Lookup(torch.autograd.Function):
+    """Rows of each member's matrix, in one gather, and one sum over all members' rows back.
+
+        weight (N, V, D), tokens (N, ...)  ->  rows (N, ..., D)
+
+    torch's own rule under vmap gathers from (V, N D): it copies the matrices first, and their
+    gradient, strided as no parameter is, is copied again by all who read it. Here members may lie
+    apart (`side_by_side`): they are rows of the memory that holds them.
+    """
+
+    @staticmethod
+    def forward(weight: Tensor, tokens: Tensor) -> Tensor:
+        (N, V, D), apart = weight.shape, weight.stride(0)
+        if address(weight) is None or weight.stride()[1:] != (D, 1) or apart % D:
+            weight, apart = weight.contiguous(), V * D
+        rows = weight.as_strided((apart // D * (N - 1) + V, D), (D, 1), weight.storage_offset())
+        return F.embedding(_of_members(tokens, apart // D), rows)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        weight, tokens = inputs
+        ctx.save_for_backward(tokens)
+        ctx.rows = weight.shape[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
+        (tokens,), N = ctx.saved_tensors, grad.shape[0]
+        index, fn = _of_members(tokens, ctx.rows), torch.ops.aten.embedding_dense_backward
+        return fn(grad, index, N * ctx.rows, -1, False).unflatten(0, (N, -1)), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, weight: Tensor, tokens: Tensor) -> tuple[Tensor, int]:
+        M = info.batch_size
+        weight, tokens = (
+            x.expand(M, *x.shape) if dim is None else x.movedim(dim, 0)
+            for x, dim in zip((weight, tokens), in_dims, strict=True)
+        )
+        rows: Any = _Lookup.apply(weight.flatten(0, 1), tokens.flatten(0, 1))
+        return rows.unflatten(0, (M, -1)), 0
+
+
+def _of_members(tokens: Tensor, apart: int) -> Tensor:
+    """tokens (N, ...) + n apart, for rows of matrices that begin so many rows apart."""
+    N = tokens.shape[0]
+    return tokens + (torch.arange(N, device=tokens.device) * apart).view(
+        N, *[1] * (tokens.ndim - 1)
+    )
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func is on its way."""
+    return torch._C._functorch.get_interpreter_stack() is not None  # pyright: ignore
+
+
+def lookup(weight: Float[Tensor, "V D"], tokens: Int[Tensor, "..."]) -> Float[Tensor, "... D"]:
+    """F.embedding(tokens, weight), under vmap over weights without copies of them."""
+    if torch.compiler.is_compiling() or not transformed() or forward_mode():
+        return F.embedding(tokens, weight)
+    rows: Any = _Lookup.apply(weight[None], tokens[None])
+    return rows[0]
 
 
 _split = region(random.split)

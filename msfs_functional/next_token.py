@@ -19,7 +19,8 @@ from msfs_functional.attention import Implementation
 from msfs_functional.gathering import LossFn, Sharded, gathered
 from msfs_functional.generation import Generator, Sampling, Settings
 from msfs_functional.losses import linear_cross_entropy
-from msfs_functional.models.decoder import language_model, output_weight
+from msfs_functional.models.decoder import output_weight
+from msfs_functional.models.decoder_generation import language_model
 from msfs_functional.packing import in_batches, pack, total_loss
 from msfs_functional.params import Functional, Params, cast
 from msfs_functional.tokenizer import BOS, EOS, PAD, Tokenizer

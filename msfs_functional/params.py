@@ -386,8 +386,8 @@ class _Cast(torch.autograd.Function):
         return _Cast.apply(dtypes, lead, *tensors), tuple(in_dims[2:])
 
 
-def _forward_mode() -> bool:
-    """Whether tangents may be on their way, for which `_Cast` has no rule."""
+def forward_mode() -> bool:
+    """Whether tangents may be on their way, for which `_Cast` and `layers._Lookup` have no rule."""
     stack = torch._C._functorch.get_interpreter_stack() or []  # pyright: ignore
     jvp = torch._C._functorch.TransformType.Jvp  # pyright: ignore
     return forward_ad._current_level >= 0 or any(level.key() == jvp for level in stack)
@@ -399,7 +399,7 @@ def cast(params: Params, dtype: torch.dtype) -> Params:
     together = (
         changed
         and not torch.compiler.is_compiling()
-        and not _forward_mode()
+        and not forward_mode()
         and all(type(x) in (Tensor, nn.Parameter) for x in changed.values())
     )
     if together:

@@ -373,10 +373,6 @@ def check(rl: Learning) -> None:
         raise ValueError(
             f"--rl.trust-region ({rl.trust_region}) moves no critic: choose another --rl.algorithm"
         )
-    if rl.trust_region is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError(
-            f"--rl.trust-region ({rl.trust_region}) is for one process: start without torchrun"
-        )
     if rl.reward not in ("rule", "model"):
         rewards.load(rl.reward)
 

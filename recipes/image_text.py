@@ -75,7 +75,7 @@ from msfs_functional.image_corpora import Pictured
 from msfs_functional.layouts import TOWERS
 from msfs_functional.models import vision_format, vit
 from msfs_functional.models.clip import CLIPConfig, TextConfig, clip
-from msfs_functional.models.families import Published
+from msfs_functional.models.hub_folders import Published
 from msfs_functional.params import Functional, Params, cast
 from msfs_functional.stages import CHECKPOINTS, run_stage
 from msfs_functional.synthetic import shapes

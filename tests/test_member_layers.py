@@ -14,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from msfs_functional.epilogues import InTurn, ReluInProducts
 from msfs_functional.joined_gradients import GradientsSideBySide
 from msfs_functional.member_layers import MemberLayers
+from msfs_functional.member_sums import MemberSums
 from msfs_functional.transposed_products import TransposedProducts
 
 SIZES = [(3, 2, 5, 8), (3, 24, 8), (3, 24)]  # x, W, b of three members
@@ -91,7 +92,8 @@ class Watched(InTurn):
 def test_inductor_takes_what_all_passes_make_of_an_ensemble():
     def members(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
         def one(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-            return feed_forward(attend(x, w, b).transpose(1, 2).flatten(-2), w, b)
+            y = attend(x, w, b).transpose(1, 2).flatten(-2)
+            return feed_forward(F.layer_norm(y, (8,), b[:8], b[8:16]), w, b)
 
         return torch.func.vmap(one)(x, w, b) + feed_forward(x[0], w[0], b[0])
 
@@ -103,8 +105,9 @@ def test_inductor_takes_what_all_passes_make_of_an_ensemble():
         return out, *torch.autograd.grad(out.square().sum(), args)
 
     passes = Watched(
-        ReluInProducts(True), MemberLayers(True), GradientsSideBySide(True), TransposedProducts()
-    )
+        ReluInProducts(True), MemberLayers(True), GradientsSideBySide(True), TransposedProducts(),
+        MemberSums(True),
+    )  # fmt: skip
     options: Any = {"joint_custom_pre_pass": passes}
     compiled = torch.compile(members, fullgraph=True, dynamic=False, options=options)
     # Sums over rows of the products with a mask are in float32.
@@ -114,4 +117,5 @@ def test_inductor_takes_what_all_passes_make_of_an_ensemble():
     assert passes.ops >= {
         "masked_product",
         "members_linear", "members_masked_product", "attention", "attention_backward_joined",
+        "members_sums", "members_norm_sums",
     }  # fmt: skip

@@ -3,6 +3,7 @@
 import pytest
 import test_caption as caption
 import test_contrastive as contrastive
+import test_curvature as curvature
 import test_distributed_checkpoint as checkpoints
 import test_image_text as image_text
 import test_ranks_refuse as refusals
@@ -19,7 +20,7 @@ def test_several_ranks_equal_one_process_and_go_on_for_one_another(tmp_path, mon
     monkeypatch.setenv("CHECKPOINT_TEST", str(tmp_path))
     monkeypatch.setenv("RECIPES_OUT", str(tmp_path))
     four = sharding.FOUR + checkpoints.FOUR
-    two = sharding.TWO + checkpoints.TWO + pictures.TWO + contrastive.TWO
+    two = sharding.TWO + checkpoints.TWO + pictures.TWO + contrastive.TWO + curvature.TWO
     # Those of recipes start and end their process group themselves.
     runs = [([run], 2) for run in caption.TWO + image_text.TWO + refusals.RUNS]
     check_claims((four, 4), (two + refusals.TWO, 2), *runs, (refusals.AFTER, 2))

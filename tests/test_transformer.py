@@ -1,13 +1,17 @@
 """The Transformer against torch.nn.Transformer and MarianMT, its masks, caches and options."""
 
+import functools
 import math
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import vmap
 from transformers import MarianConfig, MarianMTModel
 
 from msfs_functional import random
+from msfs_functional.layers import lookup
 from msfs_functional.models import transformer as tf
 from msfs_functional.models.marian import from_marian
 from msfs_functional.models.transformer import TransformerConfig, transformer
@@ -333,3 +337,40 @@ def test_sequences_beyond_max_length_are_refused():
         model.apply(params, source, target)
     with pytest.raises(ValueError, match="max_length"):
         model.apply(params, source[:, :4], None, 7, method="start")
+
+
+@pytest.mark.parametrize("dims", [(0, None), (0, 0), (None, 0)])
+def test_rows_of_members_matrices_are_those_of_each(dims):
+    """Values and derivatives of first and second order, of matrices that lie apart in memory."""
+    generator = torch.Generator().manual_seed(0)
+    memory = torch.randn(3, 100, generator=generator, dtype=torch.float64)
+    tokens = torch.randint(7, (3, 2, 5) if dims[1] == 0 else (2, 5), generator=generator)
+
+    def loss(rows_of, weight, ids):
+        return (rows_of(weight, ids).sin() * torch.arange(4.0)).sum()
+
+    def results(rows_of) -> list[Tensor]:
+        whole = memory.clone().requires_grad_()
+        weight = whole[:, 8:36].view(3, 7, 4)
+        args = (weight if dims[0] == 0 else weight[0], tokens)
+        fn = functools.partial(loss, rows_of)
+        values = vmap(fn, in_dims=dims)(*args)
+        first = torch.autograd.grad(values.sum(), whole, create_graph=True)[0]
+        second = torch.autograd.grad(first.square().sum(), whole)[0]
+        each = vmap(torch.func.grad(fn), in_dims=dims)(*args)
+        product = vmap(
+            lambda w, ids: torch.func.jvp(torch.func.grad(lambda w: fn(w, ids)), (w,), (w,))[1],
+            in_dims=dims,
+        )(*args)
+        return [values, first, second, each, product]
+
+    for ours, theirs in zip(
+        results(lookup), results(lambda w, ids: F.embedding(ids, w)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_rows_of_a_matrix_compile_whole():
+    weight, tokens = torch.randn(7, 4), torch.tensor([[1, 6]])
+    compiled = torch.compile(lookup, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(weight, tokens), weight[tokens])

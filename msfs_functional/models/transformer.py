@@ -25,6 +25,7 @@ from msfs_functional.layers import (
     Activation,
     FeedForward,
     MultiHeadAttention,
+    lookup,
     sinusoidal_positions,
     site_keys,
 )
@@ -344,7 +345,8 @@ class Transformer(nn.Module):
                 f"{T} tokens exceed max_length ({config.max_length}); split the sequence or raise "
                 "max_length"
             )
-        x = (self.embedding if self.tied else getattr(self, f"{side}_embedding"))(tokens)
+        embedding = self.embedding if self.tied else getattr(self, f"{side}_embedding")
+        x = lookup(embedding.weight, tokens)
         scale = math.sqrt(config.width) if config.scale_embedding else 1.0
         return with_positions(
             x, position, key, scale=scale, layout=config.positions, dropout=config.dropout
