@@ -22,9 +22,6 @@ class Data(Pictured):
     flips: bool = False  # turn and mirror training images at random: not where left and up matter
     shift: int = 0  # move training images at random by at most so much [pixels]
     tint: float = 0.0  # scale each colour of training images at random by at most so much
-    grey: float = 0.0  # share of training images that are shown in grey, asked nothing of colours
-    # finds texts that speak of colours
-    coloured: str = r"colou?r|red|green|blue|yellow|purple|white|black|gr[ae]y|teal|brown|describe"
 
 
 @dataclass(frozen=True)
