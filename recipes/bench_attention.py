@@ -23,6 +23,7 @@ import functools
 import json
 import multiprocessing
 import os
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -309,11 +310,14 @@ def plot(out: Path, rows: list[dict]) -> None:
 
 
 def interleaved_ms(calls: list[Callable[[], object]], rep_ms: int) -> list[float]:
-    """Median milliseconds of each call on the CPU, run in turn so that all see the same machine."""
+    """Median milliseconds of each call on the CPU, run in turn so that all see the same machine, in
+    another order each time: other programs come and go at times of their own.
+    """
     times: list[list[float]] = [[] for _ in calls]
     start = time.perf_counter()
     while time.perf_counter() - start < len(calls) * rep_ms / 1000 or len(times[0]) < 5:
-        for call, taken in zip(calls, times, strict=True):
+        for number in random.sample(range(len(calls)), len(calls)):
+            call, taken = calls[number], times[number]
             before = time.perf_counter()
             call()
             taken.append(1e3 * (time.perf_counter() - before))
