@@ -584,8 +584,9 @@ def bench_tangent(args: argparse.Namespace) -> None:
     for head_dim in args.head_dims:
         for causal in args.causal:
             for length in args.lengths or (1024, 4096, 8192):
-                shape = (6, 8192 // length, 1024 // head_dim, length, head_dim)
-                x = tuple(torch.randn(shape, device="cuda", dtype=torch.bfloat16))
+                shape = (8192 // length, 1024 // head_dim, length, head_dim)
+                # Six tensors: torch copies tangents of views into storage as large as the views'.
+                x = tuple(torch.randn(shape, device="cuda").bfloat16() for _ in range(6))
                 primals, tangents = x[:3], x[3:]
                 options = Options(causal=causal, scale=head_dim**-0.5)
                 o, lse = triton_backend.forward(x[0], x[1], x[2], options)
