@@ -208,8 +208,9 @@ class Ahead:
 class Beside(Ahead):
     """The same from a process of its own, on the same device or another one.
 
-    Parameters go there through one block of shared memory in the dtype of the computation, page-locked
-    for GPUs, answers come back as they are. It ends with this process, and leaves signals to it.
+    Parameters go there through one block of shared memory in the dtype of the computation,
+    page-locked for GPUs, answers come back as they are. It ends with this process, and leaves
+    signals to it.
 
     Raises:
         RuntimeError: that process has ended.

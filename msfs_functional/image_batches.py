@@ -70,6 +70,12 @@ class Numbered(ABC):
         self.number = state["number"]
 
 
+def grey_of(picture: UInt8[Tensor, "*N 3 h w"]) -> UInt8[Tensor, "*N 3 h w"]:
+    """The picture without colours: Rec. 601's luma in each channel."""
+    luma = torch.einsum("c, ...chw -> ...hw", torch.tensor([0.299, 0.587, 0.114]), picture.float())
+    return luma.round().clamp_(max=255).byte()[..., None, :, :].expand_as(picture)
+
+
 class Pairs(Numbered):
     """Each image with one of its texts.
 
@@ -77,6 +83,8 @@ class Pairs(Numbered):
         data: images without texts are left out.
         texts: ids of all captions of `data`, in order.
         size: images of a batch, over all processes.
+        grey: share of images that are shown in grey, with a text of `colourless`, which are the ids
+            of the same captions without their colours: so shapes are learned apart from colours.
         share: (number of this process, processes).
     """
 
@@ -86,23 +94,31 @@ class Pairs(Numbered):
         texts: Int[Tensor, "_ T"],
         size: int,
         *,
+        grey: float = 0.0,
+        colourless: Int[Tensor, "_ T"] | None = None,
         seed: int = 0,
         share: tuple[int, int] = (0, 1),
     ):
         self.rows = [i for i, captions in enumerate(data.captions) if captions]
         super().__init__(len(self.rows), size, seed, share)
         self.images, self.texts = data.images, texts
+        self.grey, self.colourless = grey, texts if colourless is None else colourless
         self.counts = np.array([len(data.captions[i]) for i in self.rows])
         self.starts = np.cumsum(self.counts) - self.counts
 
     def batch(self, number: int) -> dict[str, Tensor]:
         """images (B, C, h, w) of 8 bits, ids (B, T)."""
         chosen = self.chosen(number)
-        drawn = np.random.default_rng((self.seed, 1, number)).random(self.size)
-        texts = self.starts[chosen] + (drawn * self.counts[chosen]).astype(int)
+        rng = np.random.default_rng((self.seed, 1, number))
+        texts = self.starts[chosen] + (rng.random(self.size) * self.counts[chosen]).astype(int)
+        greyed = rng.random(self.size) < self.grey
         here = slice(self.own.start, self.own.stop)
         picked = torch.tensor([self.rows[i] for i in chosen[here]])
-        return {"images": self.images[picked], "ids": self.texts[torch.from_numpy(texts[here])]}
+        images, rows = self.images[picked], torch.from_numpy(texts[here])
+        ids, plain = self.texts[rows], torch.from_numpy(greyed[here])
+        if plain.any():
+            images[plain], ids[plain] = grey_of(images[plain]), self.colourless[rows[plain]]
+        return {"images": images, "ids": ids}
 
 
 def texts_of(data: Pictured) -> list[str]:
@@ -111,12 +127,6 @@ def texts_of(data: Pictured) -> list[str]:
     for captions, pairs in zip(data.captions, data.questions, strict=True):
         texts |= dict.fromkeys([*captions, *(text for pair in pairs for text in pair)])
     return list(texts)
-
-
-def grey_of(picture: UInt8[Tensor, "3 h w"]) -> UInt8[Tensor, "3 h w"]:
-    """The picture without colours: Rec. 601's luma in each channel."""
-    luma = torch.einsum("c, chw -> hw", torch.tensor([0.299, 0.587, 0.114]), picture.float())
-    return luma.round().clamp_(max=255).byte().expand_as(picture)
 
 
 class Questions(Numbered):

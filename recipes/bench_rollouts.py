@@ -12,8 +12,9 @@ the update (one step off-policy), while this one updates. Random weights; the re
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import tyro
@@ -24,7 +25,7 @@ from msfs_functional import config as configs
 from msfs_functional import errors, random, rewards
 from msfs_functional.aligning import Model, Stage, optimizer_of, set_up, step_of
 from msfs_functional.alignment_tasks import Prompt, Task
-from msfs_functional.answerers import Answerer, Beside, Work
+from msfs_functional.answerers import Answerer, Beside, Judged, Work
 from msfs_functional.models.decoder import gpt2
 from msfs_functional.reinforcement import Learning, experience, make_loss, minibatch, opinions, told
 from msfs_functional.train import init_state
@@ -41,20 +42,23 @@ class Config:
     debug: bool = False  # show tracebacks
 
 
-class Ids:
+class Numbers:
     """A tokenizer of that many ids without texts."""
 
     def __init__(self, vocab: int):
         self.vocab_size = vocab
 
-    def encode(self, lines, **options):
-        raise NotImplementedError("ids only")
+    def encode(
+        self, lines: Sequence[str], *, bos: bool = False, eos: bool = False
+    ) -> list[list[int]]:
+        raise ValueError(f"there are no texts to encode, got {len(lines)}")
 
-    decode = encode
+    def decode(self, ids: Iterable[Sequence[int]]) -> list[str]:
+        return [" ".join(map(str, row)) for row in ids]
 
 
 @rewards.on_tokens
-def various(prompts, completions, metadata):
+def various(prompts: Any, completions: Any, metadata: Any) -> list[float]:
     """A reward that costs nothing."""
     return diversity(completions)
 
@@ -96,7 +100,7 @@ def main(config: Config) -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, size.vocab, (4 * size.prompts, size.prompt), generator=generator)
     prompts = [Prompt("", row) for row in ids.tolist()]
-    task = Task(Ids(size.vocab), prompts, [], [], size.new, graded=various)
+    task = Task(Numbers(size.vocab), prompts, [], [], size.new, graded=various)
     rl = Learning(
         prompts=size.prompts,
         samples=size.samples,
@@ -115,7 +119,7 @@ def main(config: Config) -> dict[str, float]:
     coefficient = torch.full((), rl.pull, device=setup.device)
     count = 0
 
-    def update(judged) -> float:
+    def update(judged: Judged) -> float:
         """What learning makes of answers; seconds."""
         nonlocal state
         begun = time.perf_counter()

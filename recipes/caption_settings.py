@@ -22,9 +22,6 @@ class Data(Pictured):
     flips: bool = False  # turn and mirror training images at random: not where left and up matter
     shift: int = 0  # move training images at random by at most so much [pixels]
     tint: float = 0.0  # scale each colour of training images at random by at most so much
-    grey: float = 0.0  # share of training images that are shown in grey, asked nothing of colours
-    # finds texts that speak of colours
-    coloured: str = r"colou?r|red|green|blue|yellow|purple|white|black|gr[ae]y|teal|brown|describe"
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ class Stage:
     steps: int
     rate: float = 2e-3  # of the decoder and the projector
     vision_rate: float = 2e-3  # of the tower
-    warmup: int = 100  # [steps]
+    warmup: int = 30  # [steps]
 
 
 @dataclass(frozen=True)
@@ -125,25 +122,24 @@ class Config:
 
 GPU = Config(
     preset="gpu",
-    data=Data(count=24_000),
+    data=Data(count=48_000),
     model=Model(
-        width=256,
-        depth=6,
-        hidden=768,
-        decoder_width=256,
-        decoder_depth=4,
-        decoder_hidden=768,
+        width=192,
+        depth=4,
+        hidden=576,
+        positions="smooth",
+        decoder_width=128,
+        decoder_hidden=384,
+        activation="relu",
     ),
-    all=Stage(1200, rate=1e-3, vision_rate=1e-3),
-    train=Train(images=128, eval_every=500),
+    all=Stage(3000),
+    train=Train(images=128, eval_every=1000),
 )
-EASY_VQA = Config(
+EASY_VQA = replace(
+    GPU,
     preset="easy_vqa",
     test=1000,
-    data=Data(name="easy_vqa", size=64, flips=True, shift=4),
-    model=Model(patch=8, length=112),
-    all=Stage(2000),
-    train=Train(eval_every=500),
+    data=Data(name="easy_vqa", shift=2),
 )
 PRESETS = {"default": Config(), "gpu": GPU, "easy_vqa": EASY_VQA}
 

@@ -24,4 +24,9 @@ class Pictured:
     # training than those of what is reported; of easy-VQA it holds out training images
     held_out: Literal["reported", "rehearsal"] = "reported"
     size: int = 32  # of a side [pixels]
+    # share of training images that are shown in grey, with texts that speak of no colours: shapes
+    # are learned apart from colours
+    grey: float = 0.0
+    # finds words of colours in texts
+    coloured: str = r"\b(colou?r|red|green|blue|yellow|purple|white|black|gr[ae]y|teal|brown)\b"
     seed: int = 0  # of shapes, questions, splits and of the order, not of the model

@@ -49,6 +49,7 @@ CONFIG = DecoderConfig(
     output_bias=True,
 )
 UNTIED = dataclasses.replace(CONFIG, tied=False, depth=1)
+SINGLE = dataclasses.replace(CONFIG, depth=1)
 UNNORMED = dataclasses.replace(CONFIG, qk_norm=False, depth=1)
 PAIRS = TransformerConfig(29, width=12, depth=1, heads=2, hidden=18, dropout=0.0)
 # Without eps Adam inflates gradients that are rounding alone, such as those of a key's bias.
@@ -56,10 +57,10 @@ OPTIMIZER, CLIP = optim.adamw(1e-2, eps=1e-3), 0.5
 CHAINED = optim.chain(optim.clip_by_global_norm(CLIP), OPTIMIZER)
 # On GPUs: each of these small shapes would be float32 kernels of its own to compile.
 ATTENTION = "flash" if DEVICE == "cpu" else "reference"
-CLOSE = {"rtol": 1e-5, "atol": 2e-6}  # after five steps in float32
+CLOSE = {"rtol": 1e-5, "atol": 2e-6}  # after three steps in float32
 
 
-def batches(n: int = 5, seed: int = 0) -> list[torch.Tensor]:
+def batches(n: int = 3, seed: int = 0) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(0, 29, (8, 7), generator=generator).to(DEVICE) for _ in range(n)]
 
@@ -108,7 +109,7 @@ def by_rank_0(fn):
 
 @by_rank_0
 def on_one_process(build, config, loss, optimizer, **options):
-    """(params, moving average, history) after five steps."""
+    """(params, moving average, history) after three steps."""
     model = build(config)
     params = model.init(0, device=DEVICE)
     loss_fn = functools.partial(loss, model)
@@ -125,7 +126,7 @@ def equal_one_process(
     optimizer=None,
     **options,
 ):
-    """Five steps: loss and gradient norm of each, then parameters and their moving average."""
+    """Three steps: loss and gradient norm of each, then parameters and their moving average."""
     optimizer = optimizer or OPTIMIZER
     on = mesh(**given)
     accumulation = {k: v for k, v in options.items() if k == "accumulation"}
@@ -466,7 +467,7 @@ def transforms():
 @by_rank_0
 def transforms_of_one_process():
     """Loss, gradient, tangent, Hessian-vector product and each example's gradient."""
-    model, tokens, key = decoder(CONFIG), batches(1)[0], random.key(0)
+    model, tokens, key = decoder(SINGLE), batches(1)[0], random.key(0)
     whole, v = point_and_direction()
 
     def f(params, tokens=tokens):
@@ -477,12 +478,12 @@ def transforms_of_one_process():
 
 
 def point_and_direction():
-    params, other = (decoder(CONFIG).init(i, dtype=torch.float64) for i in range(2))
+    params, other = (decoder(SINGLE).init(i, dtype=torch.float64) for i in range(2))
     return params, {name: p.cos() * 0.3 for name, p in other.items()}
 
 
 def transforms_on(on, layout):
-    model, tokens, key = sharded(decoder(CONFIG), layout, on), batches(1)[0], random.key(0)
+    model, tokens, key = sharded(decoder(SINGLE), layout, on), batches(1)[0], random.key(0)
     params, v = (sharding.shard(x, layout.rules, on) for x in point_and_direction())
     sharded_loss = gathered(functools.partial(next_token, model), model)
     loss, gradient, tangent, product, examples = transforms_of_one_process()

@@ -1,8 +1,8 @@
 """The forward and its tangent in one pass for Hopper in Gluon: `triton_dual.py` says what is
 computed, `gluon_forward.py` how such a program works (roles, rings of buffers, barriers).
 
-A consumer has 64 queries and takes 64 keys a round, for which it holds both sums (out and t_out)
-and both tiles of scores in registers. Its six products of a round, and what runs under them:
+A consumer has 64 queries and takes 64 or 128 keys a round, for which it holds both sums (out and
+t_out) and both tiles of scores in registers. Its six products of a round, and what runs under them:
 
     start S = Q K', M = tQ K' + Q tK'      queued on the matrix unit, one behind the other
     wait for S
@@ -298,7 +298,7 @@ def dual_kernel(
     )
 
 
-TILES = {64: (64, 4), 128: (64, 2)}  # head dim: (keys, stages)
+TILES = {64: (128, 2), 128: (64, 2)}  # head dim: (keys, stages)
 
 
 def plan_dual(

@@ -186,13 +186,13 @@ def slow_waves(grid: tuple[int, int]) -> Float[Tensor, "P F"]:
     return features / features.square().mean(0).sqrt().clamp_min(1e-6)
 
 
-def smooth_positions(grid: tuple[int, int]) -> Initializer:
-    """Rows are random mixtures of `slow_waves`, of variance 1; rows before those of the patches
-    (the class token's) are 0."""
+def smooth_positions(grid: tuple[int, int], std: float = 0.3) -> Initializer:
+    """Rows are random mixtures of `slow_waves`, with deviation std: about what patches differ by.
+    Rows before those of the patches (the class token's) are 0."""
 
     def initialize(key: Tensor, shape: Sequence[int], window: Window | None = None) -> Tensor:
         waves = slow_waves(grid).to(key.device)
-        mixed = random.normal(key, (waves.shape[1], shape[1])) * waves.shape[1] ** -0.5
+        mixed = random.normal(key, (waves.shape[1], shape[1])) * (std * waves.shape[1] ** -0.5)
         extra = shape[0] - len(waves)
         whole = F.pad(waves.float() @ mixed, (0, 0, extra, 0))
         if window is None:
