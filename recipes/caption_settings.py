@@ -108,6 +108,7 @@ class Config:
     dtype: Literal["float32", "bfloat16"] | None = None
     threads: int | None = None  # CPU threads; None: all cores
     chat: Path | None = None  # answer questions about this image with a run's model
+    published: Path | None = None  # chat: a local folder with LLaVA or PaliGemma instead of a run
     ask: tuple[str, ...] = ()  # chat: questions; none: read from the terminal
     vision: Path | None = None  # a run of image_text.py whose tower to begin with
     test: int = 250  # images whose questions are measured, at most, of each split
@@ -164,5 +165,8 @@ def command_line(args: Sequence[str], description: str) -> Config:
     """The settings that `args` make of a preset, or of those that a run has kept."""
     if configs.option(args, "--chat") is not None and args[:1] != ["chat"]:
         args = ["chat", *args]
+    if args[:1] == ["chat"] and configs.option(args, "--published"):  # of no run
+        start = Config(mode="chat", name="published")
+        return configs.parse(start, args, description=description, prog="caption.py")
     start = configs.starting_point(args, PRESETS, modes=("chat",))
     return configs.parse(start, args, description=description, prog="caption.py")

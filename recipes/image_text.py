@@ -357,13 +357,13 @@ def train(config: Config) -> None:
         model = sharded(plain, TOWERS, on, dtype=dtype, reduce_dtype=torch.float32)
     with agreement.together():
         data, length = config.data, config.model.length
-        plain = [re.sub(rf"(?:{data.coloured})\s*", "", text).strip() for text in texts]
+        uncoloured = [re.sub(rf"(?:{data.coloured})\s*", "", text).strip() for text in texts]
         pairs = Pairs(
             splits.train,
             encode(tokenizer, texts, length),
             settings.batch,
             grey=data.grey,
-            colourless=encode(tokenizer, plain, length) if data.grey else None,
+            colourless=encode(tokenizer, uncoloured, length) if data.grey else None,
             seed=data.seed,
             share=share,
         )
