@@ -20,7 +20,7 @@ import caption  # noqa: E402
 
 TINY = """--model.width 16 --model.heads 2 --model.hidden 16 --model.depth 1
     --model.decoder-width 16 --model.decoder-depth 1 --model.decoder-hidden 16
-    --data.count 40 --test 3 --train.images 4 --projector.steps 3 --model.qk-norm
+    --data.count 40 --test 2 --train.images 4 --projector.steps 3 --model.qk-norm
     --projector.warmup 1 --all.steps 6 --all.warmup 2 --train.eval-every 3 --train.log-every 1
     --device cpu --threads 1""".split()
 
