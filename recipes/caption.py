@@ -160,7 +160,6 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Functional:
         depth=sizes.decoder_depth,
         qk_norm=sizes.qk_norm,
         max_length=max(sizes.length, 256),
-        activation=sizes.activation,
         heads=sizes.heads,
         hidden=sizes.decoder_hidden,
     )

@@ -20,11 +20,9 @@ from msfs_functional.models.vit import (
     resized_positions,
     rotary_positions,
     sincos_positions,
-    smooth_positions,
-    tiny,
     vit,
 )
-from msfs_functional.params import Window, by_rules, count
+from msfs_functional.params import by_rules, count
 from msfs_functional.rotary import rotate
 
 SIZES = {
@@ -317,17 +315,3 @@ def test_a_stem_of_convolutions_makes_the_same_grid_and_sees_over_the_patchs_edg
     assert spread == pytest.approx([2**0.5] * 2, rel=0.15)
     with pytest.raises(ValueError, match=r"patch \(6\) must be a power of 2"):
         ViTConfig(**{**sizes, "image": 12, "patch": 6}, stem="convolutions")
-
-
-def test_smooth_positions_begin_alike_where_patches_are_neighbours():
-    config = tiny(positions="smooth", class_token=True, image=(32, 24))
-    table = vit(config).init(0)["positions.weight"]
-    assert table.shape == (49, 128) and table[0].eq(0).all()
-    rows = table[1:].unflatten(0, config.grid)
-    assert rows.std() == pytest.approx(0.3, rel=0.1)
-    near = (rows[1:] - rows[:-1]).square().mean(), (rows[:, 1:] - rows[:, :-1]).square().mean()
-    assert max(near) < 0.5 * (rows[0, 0] - rows[-1, -1]).square().mean()
-    part = Window((3, 5), (4, 6))
-    make = smooth_positions(config.grid)
-    whole = make(random.key(1), (49, 128))
-    assert torch.equal(make(random.key(1), (49, 128), part), whole[3:7, 5:11])
