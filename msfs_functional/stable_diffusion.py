@@ -6,50 +6,48 @@ images = text_to_image(model, ["a cat on the moon"], random.key(0))    # uint8 (
 
 prompts -> token ids -> text tower -> context
 noise -> sampler(UNet(x, t, context), guided) -> latents -> autoencoder -> images
+image -> latents and noise -> the last steps of the same      (strength; repaint keeps the rest)
 """
 
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
-from jaxtyping import Float, Int64, UInt8
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
 from msfs_functional import noise_schedules as ns
 from msfs_functional import random, samplers
 from msfs_functional.attention import Implementation
 from msfs_functional.clip_tokenizer import ClipTokenizer
-from msfs_functional.diffusion import Target, denoiser, preserving_to_exploding
-from msfs_functional.guidance import classifier_free_guidance, clip_x0
+from msfs_functional.diffusion import Target, denoiser
+from msfs_functional.guidance import (
+    classifier_free_guidance,
+    clip_x0,
+    image_to_image,
+    inpaint,
+)
 from msfs_functional.models import diffusers_format, single_file, vision_format
 from msfs_functional.models.autoencoder import AutoencoderConfig, autoencoder
 from msfs_functional.models.clip import TextConfig, text_tower
 from msfs_functional.models.unet import UNetConfig, unet
 from msfs_functional.models.weight_files import read_json, read_tensors
 from msfs_functional.params import Params, cast
+from msfs_functional.published_process import (
+    Process,
+    Sampler,
+    Spacing,
+    read_process,
+    steps_of,
+)
 from msfs_functional.regions import Regions
 from msfs_functional.replay import replayed
 
-Sampler = Literal["ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde"]
-Spacing = Literal["leading", "linspace", "trailing"]
-TARGETS: dict[str, Target] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-
-
-@dataclass(frozen=True)
-class Process:
-    """How the UNet was trained, and which steps its authors sample at."""
-
-    alpha_bar: Float[Tensor, "N"]
-    target: Target
-    spacing: Spacing = "leading"
-    offset: int = 1
-    final: float = 1.0  # alpha_bar of what comes out of the last step
-    clip: float | None = None  # bound of every prediction of x_0
 
 
 class StableDiffusion(NamedTuple):
@@ -61,33 +59,6 @@ class StableDiffusion(NamedTuple):
     tokenizer: ClipTokenizer
     process: Process
     pad: int  # id that fills up short prompts
-
-
-def read_process(hub: dict[str, Any]) -> Process:
-    """What a scheduler_config.json says.
-
-    Raises:
-        ValueError: a schedule, target or spacing that is not known here.
-    """
-    start, end = hub.get("beta_start", 1e-4), hub.get("beta_end", 0.02)
-    steps, name = hub.get("num_train_timesteps", 1000), hub.get("beta_schedule", "linear")
-    schedules = {"linear": ns.linear, "scaled_linear": ns.scaled_linear}
-    if name not in schedules or hub.get("trained_betas") is not None:
-        raise ValueError(f"beta_schedule ({name!r}) must be one of {list(schedules)}")
-    alpha_bar = schedules[name](steps, start, end)
-    if hub.get("rescale_betas_zero_snr", False):
-        alpha_bar = ns.zero_terminal_snr(alpha_bar)
-    target = hub.get("prediction_type", "epsilon")
-    if target not in TARGETS:
-        raise ValueError(f"prediction_type ({target!r}) must be one of {list(TARGETS)}")
-    return Process(
-        alpha_bar,
-        TARGETS[target],
-        hub.get("timestep_spacing", "leading"),
-        hub.get("steps_offset", 0),
-        1.0 if hub.get("set_alpha_to_one", True) else float(alpha_bar[0]),
-        hub.get("clip_sample_range", 1.0) if hub.get("clip_sample", False) else None,
-    )
 
 
 def load(
@@ -236,6 +207,27 @@ def _images_fn(config: AutoencoderConfig, implementation: Implementation, compil
     return _compiled(images) if compile else images
 
 
+def _check_image(
+    image: Tensor | None, repaint: Tensor | None, size: tuple[int, int], count: int
+) -> None:
+    if image is None and repaint is not None:
+        raise ValueError("repaint must come with the image whose other pixels are kept")
+    if image is None:
+        return
+    if image.dtype != torch.uint8 or image.shape[1:] != (*size, 3) or len(image) not in (1, count):
+        raise ValueError(
+            f"image {tuple(image.shape)} {image.dtype} must be ({count} or 1, {size[0]}, "
+            f"{size[1]}, 3) in uint8: resize it to height and width"
+        )
+    if repaint is None:
+        return
+    if repaint.dtype != torch.bool or repaint.shape[1:] != size or len(repaint) not in (1, count):
+        raise ValueError(
+            f"repaint {tuple(repaint.shape)} {repaint.dtype} must be ({count} or 1, {size[0]}, "
+            f"{size[1]}) in bool: True where to paint anew"
+        )
+
+
 @torch.no_grad()
 def images_of(
     model: StableDiffusion,
@@ -246,8 +238,12 @@ def images_of(
     steps: int = 30,
     guidance: float = 7.5,
     rescale: float = 0.0,
+    interval: tuple[float, float] | None = None,
     height: int = 512,
     width: int = 512,
+    image: UInt8[Tensor, "_ H W 3"] | None = None,
+    strength: float = 0.75,
+    repaint: Bool[Tensor, "_ H W"] | None = None,
     sampler: Sampler = "dpmpp_2m",
     spacing: Spacing | None = None,
     implementation: Implementation = "flash",
@@ -258,14 +254,19 @@ def images_of(
     Args:
         negative: the contexts to keep away from, as of an empty prompt.
         guidance: 1 is the context alone; see `classifier_free_guidance`, for rescale, too.
-        spacing: of the steps; default: the published scheduler's.
+        interval: training steps (low, high), of [0, N), within which guidance acts.
+        image: to start from in place of noise, one for all contexts or one for each.
+        strength: share of the steps taken from there, in (0, 1]; 1 forgets the image.
+        repaint: True where the image is painted anew; all other pixels come out as they are.
+        spacing: of the steps; default: the published scheduler's. "karras" falls as EDM's sigmas
+            between the schedule's ends, for samplers over sigma.
         compile: blocks of UNet and decoder, once for each shape: a minute, which pays for many
             images on a GPU, where a call of the UNet then is one CUDA graph. The fastest
             convolutions are searched, too, which may round otherwise from run to run.
 
     Raises:
-        ValueError: a size that the autoencoder cannot make; steps, guidance or rescale out of
-            range; an unknown sampler.
+        ValueError: a size that the autoencoder cannot make; steps, guidance, rescale, interval or
+            strength out of range; an image or mask of another size or dtype; an unknown sampler.
     """
     if sampler not in get_args(Sampler):
         raise ValueError(f"sampler ({sampler!r}) must be one of {list(get_args(Sampler))}")
@@ -274,36 +275,46 @@ def images_of(
         raise ValueError(
             f"height ({height}) and width ({width}) must be multiples of {config.factor}"
         )
+    _check_image(image, repaint, (height, width), len(context))
     some, process = next(iter(unet_params.values())), model.process
     predict_fn = _predict_fn(unet_config, implementation, compile)
 
     def predict(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         return predict_fn(unet_params, x.to(some.dtype), t, context).float()
 
-    guided_fn = classifier_free_guidance(predict, context, negative, guidance, rescale=rescale)
+    options: dict[str, Any] = {"rescale": rescale, "interval": interval}
+    guided_fn = classifier_free_guidance(predict, context, negative, guidance, **options)
     denoise_fn = denoiser(
         guided_fn, ns.variance_preserving, process.target, alpha_bar=process.alpha_bar
     )
     if process.clip is not None:
         denoise_fn = clip_x0(denoise_fn, process.clip)
-    chosen = ns.spaced_steps(
-        len(process.alpha_bar), steps, spacing or process.spacing, offset=process.offset
+    denoise_fn, grid, coordinates = steps_of(
+        denoise_fn, process, sampler, steps, spacing or process.spacing
     )
     keys = torch.stack([random.fold_in(key, i) for i in range(len(context))]).to(some.device)
     noise_keys, step_keys = torch.func.vmap(random.split)(keys).unbind(1)
     shape = (len(context), config.latent, height // config.factor, width // config.factor)
-    x = samplers.draw(noise_keys, torch.empty(shape, device=some.device))
-    sample_fn = getattr(samplers, sampler)
-    if sampler in ("ddpm", "ddim"):
-        grid = ns.alpha_bars_at(process.alpha_bar, chosen, final=process.final)
-        latents = sample_fn(denoise_fn, x, grid, step_keys)
+    noise = torch.empty(shape, device=some.device)
+    start = coordinates(grid[0])
+    if image is None:
+        scale = (start.alpha**2 + start.sigma**2).sqrt()  # data of variance 1 and the noise
+        x = float(scale) * samplers.draw(noise_keys, noise)
     else:
-        grid = ns.sigmas_at(process.alpha_bar, chosen)
-        x = float(grid[0].square().add(1).sqrt()) * x  # data of variance 1 and the noise
-        latents = sample_fn(preserving_to_exploding(denoise_fn), x, grid, step_keys)
+        signed = image.to(some.device, some.dtype).permute(0, 3, 1, 2) / 127.5 - 1
+        how: dict[str, Any] = {"method": "latents", "implementation": implementation}
+        known = autoencoder(config).apply(params, signed, **how).float().expand(shape)
+        x, grid = image_to_image(known, grid, strength, noise_keys, coordinates)
+        if repaint is not None:
+            cells = F.max_pool2d(repaint[:, None].float(), config.factor)  # a pixel opens its cell
+            denoise_fn = inpaint(denoise_fn, known, 1 - cells.to(some.device))
+    latents = getattr(samplers, sampler)(denoise_fn, x, grid, step_keys)
     images = _images_fn(config, implementation, compile)(params, latents.to(some.dtype))
     images = ((images.float() + 1) / 2).clamp(0, 1)
-    return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    images = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    if image is None or repaint is None:
+        return images
+    return torch.where(repaint[..., None].to(some.device), images, image.to(some.device))
 
 
 def text_to_image(

@@ -8,6 +8,9 @@ this project's UNet, autoencoder and text tower; image i is a pure function of t
     python recipes/stable_diffusion.py --file v1-5-pruned-emaonly.safetensors \\
         --tokenizer ~/models/clip --prompts "a cat" "a dog" --seed 7
     python recipes/stable_diffusion.py --folder F --dtype bfloat16 --compile   # one GPU
+    python recipes/stable_diffusion.py --folder F --image street.jpg --strength 0.6 --prompts "snow"
+    python recipes/stable_diffusion.py --folder F --image cat.png --mask white-on-black.png \\
+        --strength 1 --prompts "a cat with a hat"
 
 Writes OUT/000.png, OUT/001.png, ... in the order of the prompts.
 """
@@ -15,13 +18,13 @@ Writes OUT/000.png, OUT/001.png, ... in the order of the prompts.
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import tyro
 from PIL import Image
 
-from msfs_functional import errors, random
+from msfs_functional import errors, images, random
 from msfs_functional import stable_diffusion as sd
 from msfs_functional.config import device
 from msfs_functional.diffusion import Target
@@ -45,9 +48,19 @@ class Config:
     """1 is the prompt alone."""
     rescale: float = 0.0
     """Of guided predictions to the spread of the others, in [0, 1]; 0.7 for zero terminal SNR."""
+    interval: tuple[float, float] | None = None
+    """Training steps, of 0 to 999, between which guidance acts; default: always."""
+    image: Path | None = None
+    """To start from, cut to height and width."""
+    strength: float = 0.75
+    """Share of the steps taken from the image on, in (0, 1]; 1 forgets it."""
+    mask: Path | None = None
+    """Of the image: what is white is painted anew, what is black stays as it is."""
     height: int = 512
     width: int = 512
     sampler: sd.Sampler = "dpmpp_2m"
+    spacing: sd.Spacing | None = None
+    """Of the steps; default: the folder's."""
     seed: int = 0
     device: str | None = None
     """Default: cuda where there is one."""
@@ -76,10 +89,30 @@ def load(config: Config) -> sd.StableDiffusion:
     return sd.load_file(config.file, config.tokenizer, target=config.target, **where)
 
 
+def given(config: Config) -> dict[str, Any]:
+    """The image and the mask to start from, at height and width.
+
+    Raises:
+        ValueError: a mask without an image; files that cannot be read.
+    """
+    if config.image is None:
+        if config.mask is not None:
+            raise ValueError(f"--mask ({config.mask}) needs --image, whose black parts it keeps")
+        return {}
+    size = config.height, config.width
+    image = images.resize(images.read(config.image), size)
+    found = {"image": image.permute(1, 2, 0)[None], "strength": config.strength}
+    if config.mask is not None:
+        mask = images.resize(images.read(config.mask, channels=1), size)
+        found["repaint"] = mask >= 128
+    return found
+
+
 def main(config: Config) -> None:
+    start_from = given(config)
     model = load(config)
     start = time.perf_counter()
-    images = sd.text_to_image(
+    made = sd.text_to_image(
         model,
         config.prompts,
         random.key(config.seed),
@@ -87,18 +120,21 @@ def main(config: Config) -> None:
         steps=config.steps,
         guidance=config.guidance,
         rescale=config.rescale,
+        interval=config.interval,
         height=config.height,
         width=config.width,
         sampler=config.sampler,
+        spacing=config.spacing,
         compile=config.compile,
+        **start_from,
     ).cpu()
     seconds = time.perf_counter() - start
     config.out.mkdir(parents=True, exist_ok=True)
-    for i, (prompt, image) in enumerate(zip(config.prompts, images, strict=True)):
+    for i, (prompt, image) in enumerate(zip(config.prompts, made, strict=True)):
         path = config.out / f"{i:03d}.png"
         Image.fromarray(image.numpy()).save(path)
         print(f"{path}  {prompt}")
-    print(f"{len(images)} images in {seconds:.1f} s, {config.steps} steps each")
+    print(f"{len(made)} images in {seconds:.1f} s, {config.steps} steps each")
 
 
 if __name__ == "__main__":

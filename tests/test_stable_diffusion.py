@@ -66,6 +66,7 @@ def folder(tmp_path_factory) -> Path:
         eos_token_id=2,
     )
     network = diffusers.UNet2DConditionModel(
+        sample_size=64,
         block_out_channels=(8, 16),
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
@@ -122,6 +123,7 @@ def test_compiled_blocks_draw_the_same_images(model, compile_with):
 
 
 SIZE = {"height": 16, "width": 16}
+IMAGE = torch.zeros(1, 16, 16, 3, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("sampler", ("ddim", "dpmpp_2m"))
@@ -146,6 +148,71 @@ def test_folders_sample_what_diffusers_samples(sampler, folder, model):
     difference = ours.float() / 255 - torch.from_numpy(expected)
     assert difference.abs().max() < 0.51 / 255 + 1e-3
     assert expected.std() > 0.05
+
+
+@torch.no_grad()
+def test_images_to_images_are_diffusers(folder, model, monkeypatch):
+    """Of one image for both prompts, mean latents and the same noise."""
+    module = diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img
+    pipeline = module.StableDiffusionImg2ImgPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    monkeypatch.setattr(module, "retrieve_latents", lambda out, **_: out.latent_dist.mode())
+    monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: start(2))
+    image = random.integers(KEY, (1, 16, 16, 3), 0, 256).byte()
+    options = {"num_inference_steps": 5, "strength": 0.6, "guidance_scale": 4.0}
+    signed = (image.permute(0, 3, 1, 2) / 127.5 - 1).expand(2, -1, -1, -1)
+    expected = pipeline(PROMPTS, signed, output_type="np", **options).images
+    ours = stable_diffusion.text_to_image(
+        model,
+        PROMPTS,
+        KEY,
+        image=image,
+        strength=0.6,
+        steps=5,
+        guidance=4.0,
+        sampler="ddim",
+        **SIZE,
+    )
+    assert (ours.float() / 255 - torch.from_numpy(expected)).abs().max() < 0.51 / 255 + 1e-3
+
+
+@pytest.mark.parametrize("sampler", ("ddim", "dpmpp_2m", "euler_ancestral"))
+def test_only_what_the_mask_opens_is_painted_anew(sampler, model):
+    image = random.integers(KEY, (1, 16, 16, 3), 0, 256).byte()
+    repaint = torch.zeros(1, 16, 16, dtype=torch.bool)
+    repaint[:, 3:9, :8] = True
+    options = {"repaint": repaint, "strength": 1.0, "steps": 2, "sampler": sampler, **SIZE}
+    made, other = (
+        stable_diffusion.text_to_image(model, ["a cat"], key, image=image, **options)
+        for key in (KEY, random.key(12))
+    )
+    assert torch.equal(made[~repaint], image[~repaint])
+    assert not torch.equal(made[repaint], image[repaint])
+    assert not torch.equal(made[repaint], other[repaint])
+
+
+def test_guidance_acts_within_its_interval_only(model):
+    options = {"steps": 3, "guidance": 4.0, **SIZE}
+    never, always, plain, usual = (
+        stable_diffusion.text_to_image(model, ["a cat"], KEY, **{**options, **how})
+        for how in ({"interval": (-2, -1)}, {"interval": (0, 999)}, {"guidance": 1.0}, {})
+    )
+    assert torch.equal(always, usual) and torch.equal(never, plain)
+    assert not torch.equal(never, always)
+
+
+def test_karras_spacing_takes_edm_s_sigmas_between_the_schedule_s_ends(model, monkeypatch):
+    seen = []
+    monkeypatch.setattr(samplers, "euler", lambda fn, x, grid, key: seen.append((x, grid)) or x)
+    options = {"steps": 4, "spacing": "karras", "sampler": "euler", **SIZE}
+    stable_diffusion.text_to_image(model, ["a"], KEY, **options)
+    ((x, grid),) = seen
+    ends = ns.sigma_of(model.process.alpha_bar)
+    expected = ns.karras_sigmas(4, sigma_min=float(ends[0]), sigma_max=float(ends[-1]))
+    assert torch.equal(grid, expected)
+    torch.testing.assert_close(x, float((1 + ends[-1] ** 2).sqrt()) * start(1))
+    with pytest.raises(ValueError, match=r"spacing \('karras'\) is of samplers over sigma"):
+        stable_diffusion.text_to_image(model, ["a"], KEY, **{**options, "sampler": "ddim"})
 
 
 def test_prompts_are_padded_and_encoded_as_diffusers_does(folder, model):
@@ -347,6 +414,11 @@ def test_bad_folders_are_named(damage, message, folder, tmp_path):
         ({"guidance": -1.0}, r"guidance scale \(-1.0\)"),
         ({"height": 15}, r"height \(15\) and width \(16\) must be multiples of 2"),
         ({"sampler": "plms"}, r"sampler \('plms'\) must be one of"),
+        ({"interval": (9, 1)}, r"interval \(9, 1\) must be \(low, high\)"),
+        ({"image": IMAGE[:, :8]}, r"image \(1, 8, 16, 3\) torch.uint8 must be \(1 or 1, 16, 16"),
+        ({"image": IMAGE, "strength": 0}, r"strength \(0\) must be in \(0, 1\]"),
+        ({"image": IMAGE, "repaint": IMAGE[..., 0]}, r"repaint .*uint8 must be .* in bool"),
+        ({"repaint": IMAGE[..., 0] > 0}, "must come with the image"),
         ({"prompts": []}, "at least one text"),
         ({"prompts": "a cat"}, "must be a list"),
     ),
@@ -376,6 +448,10 @@ def test_schedules_of_published_folders_are_read():
     )
     assert process.target == "v" and process.spacing == "trailing" and process.final == 1.0
     torch.testing.assert_close(process.alpha_bar, ns.zero_terminal_snr(ns.scaled_linear()))
+    process = stable_diffusion.read_process(
+        {"beta_schedule": "squaredcos_cap_v2", "use_karras_sigmas": True}
+    )
+    assert torch.equal(process.alpha_bar, ns.cosine()) and process.spacing == "karras"
 
 
 def test_autoencoders_of_either_layout_are_one_model(model):
@@ -399,6 +475,11 @@ def test_one_command_samples_a_folder(folder, tmp_path, monkeypatch):
     runpy.run_path(str(path), run_name="__main__")
     images = [Image.open(tmp_path / f"{i:03d}.png") for i in range(2)]
     assert [image.size for image in images] == [(16, 16)] * 2
+    Image.new("L", (16, 16)).save(tmp_path / "nothing.png")  # black: all is kept
+    kept = ("--image", str(tmp_path / "000.png"), "--mask", str(tmp_path / "nothing.png"))
+    monkeypatch.setattr(sys, "argv", [str(path), *where, *kept, "--prompts", "a", *size])
+    runpy.run_path(str(path), run_name="__main__")
+    assert list(Image.open(tmp_path / "000.png").getdata()) == list(images[0].getdata())
     monkeypatch.setattr(sys, "argv", [str(path)])
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(path), run_name="__main__")

@@ -49,6 +49,8 @@ def test_all_stages_end_in_grids_and_a_stopped_run_goes_on_bit_exactly(
     recipe.main(tiny(tmp_path, "whole"))
     said = capsys.readouterr().out
     assert "valid: all" in said and "unseen: all" in said
+    assert (tmp_path / "whole" / "denoiser.png").exists()
+    monkeypatch.setattr(recipe, "curves", lambda config: None)  # slow to draw
     for split in ("valid", "unseen"):
         assert Image.open(tmp_path / "whole" / f"{split}.png").size == (8 * 32 * 4, 32 * 4)
         assert len((tmp_path / "whole" / f"{split}.txt").read_text().splitlines()) == 4
@@ -80,7 +82,10 @@ def test_all_stages_end_in_grids_and_a_stopped_run_goes_on_bit_exactly(
     assert (tmp_path / "whole" / "step-000010.png").exists()
 
 
-def test_the_large_autoencoder_trains_beside_its_discriminator_and_a_unet_learns_latents(tmp_path):
+def test_the_large_autoencoder_trains_beside_its_discriminator_and_a_unet_learns_latents(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(recipe, "curves", lambda config: None)
     config = tiny(tmp_path, "run", coder="kl", backbone="unet", draw_every=100, **SHORT)
     recipe.main(config)
     coder, place = recipe.make_models(config, recipe.About(3, 32)).coder, tmp_path / "run"
@@ -103,6 +108,7 @@ def test_classes_of_files_are_learnt_in_pixels_by_meanflow_and_measured(
     (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(np.arange(40) % 10))
     few = functools.partial(recipe.features.trained, steps=4, batch=8)
     monkeypatch.setattr(recipe.features, "trained", few)
+    monkeypatch.setattr(recipe, "curves", lambda config: None)
     options = {"objective": "meanflow", "latents": False, "patch": 4, "sample_steps": 1}
     options |= {"denoiser": settings.Stage(8, 4, 1e-3, warmup=2)}
     data = settings.Data(source=f"mnist:{tmp_path}")
