@@ -9,7 +9,6 @@ What it answers and how that is judged is in `answering_prompts`, the recipes' r
 """
 
 import dataclasses
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -194,12 +193,6 @@ def set_up(
         groups,
         agreement.rank(),
     )
-
-
-def joined(device: str | None) -> None:
-    """Takes part in the process group where torchrun has started several; rank 0 alone prints."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        meshes.join(torch.device(device).type if device else None)
 
 
 def say(text: str) -> None:

@@ -1,8 +1,9 @@
 """A run of an alignment recipe: its options, its folder, its seeds side by side, its report.
 
-    config, machine, run = begin(config, "align_dpo")        # checked on all ranks, folder made
-    results = each_seed(run_seed, config, machine, run)      # run_seed(config, machine, seed, run)
-    leave(run, results, "dpo-1", PANELS)                     # table, samples, curves
+    with launching.joined(config.device):
+        config, machine, run = begin(config, "align_dpo")    # checked on all ranks, folder made
+        results = each_seed(run_seed, config, machine, run)  # run_seed(config, machine, seed, run)
+        leave(run, results, "dpo-1", PANELS)                 # table, samples, curves
 
 Seeds are runs of their own, so on a CPU several of them run at a time, each in a process with its
 share of the cores: small models gain more from that than from more threads.
@@ -27,7 +28,7 @@ import tyro
 
 from msfs_functional import agreement, errors, launching, tracking
 from msfs_functional import config as configs
-from msfs_functional.aligning import Mesh, Model, Stage, check_room, joined, say
+from msfs_functional.aligning import Mesh, Model, Stage, check_room, say
 from msfs_functional.alignment_tasks import Data
 from msfs_functional.judging import Figures
 from msfs_functional.pictures import save_png, training_curves
@@ -75,7 +76,7 @@ class Begun(NamedTuple):
 
 
 def begin(config: Options, program: str, may_be_zero: Sequence[str] = ()) -> Begun:
-    """Joins the other processes, fills in what was left to the machine, makes the run's folder.
+    """Fills in what was left to the machine, makes the run's folder; within `launching.joined`.
 
     Args:
         program: the recipe's name, from which runs without a name get theirs.
@@ -85,7 +86,6 @@ def begin(config: Options, program: str, may_be_zero: Sequence[str] = ()) -> Beg
         ValueError: on all ranks: a number out of range, options that exclude each other, a run that
             exists, or none to go on with.
     """
-    joined(config.device)
     with agreement.together():
         config = _checked(config, program, ("seed", "warmup", *may_be_zero))
         machine = configs.machine(config.device, config.dtype, config.compile)

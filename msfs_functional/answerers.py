@@ -130,6 +130,41 @@ class Answerer:
         return rewards.called(self.reward, [prompt.text for prompt in rows], texts, metadata)
 
 
+# ------------------------------------------------------------------------- parameters in one block
+
+Layout = dict[str, tuple[torch.Size, torch.dtype]]  # of parameters by name
+
+
+def room(shape: torch.Size, dtype: torch.dtype) -> int:
+    """Bytes of a parameter, rounded up to whole lines of 64."""
+    return -(-shape.numel() * dtype.itemsize // 64) * 64
+
+
+def bytes_of(layout: Layout) -> int:
+    return sum(room(*each) for each in layout.values())
+
+
+def views_of(block: Tensor, layout: Layout, device: str) -> Params:
+    """Parameters that lie in a block of bytes one after the other.
+
+    For a GPU the block is page-locked: a card then copies it at the rate of its bus, several times
+    that of memory which may be paged out. Where the system locks no more pages it stays slow.
+    """
+    if device.startswith("cuda"):
+        torch.cuda.cudart().cudaHostRegister(block.data_ptr(), block.numel(), 0)
+    views, start = {}, 0
+    for name, (shape, dtype) in layout.items():
+        part = block[start : start + shape.numel() * dtype.itemsize]
+        views[name] = part.view(dtype).view(shape)
+        start += room(shape, dtype)
+    return views
+
+
+def wait_for(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
 # --------------------------------------------------------------------------------- ahead of updates
 
 
@@ -173,8 +208,9 @@ class Ahead:
 class Beside(Ahead):
     """The same from a process of its own, on the same device or another one.
 
-    Parameters go there through shared memory in the dtype of the computation, answers come back as
-    they are. It ends with this process, and leaves signals to it.
+    Parameters go there through one block of shared memory in the dtype of the computation,
+    page-locked for GPUs, answers come back as they are. It ends with this process, and leaves
+    signals to it.
 
     Raises:
         RuntimeError: that process has ended.
@@ -182,11 +218,12 @@ class Beside(Ahead):
 
     def __init__(self, work: Work, answerer: Answerer, params: Params):
         super().__init__(answerer)
-        self.dtype = answerer.setup.dtype
-        self.shared = {
-            name: torch.empty(value.shape, dtype=self.of(value)).share_memory_()
+        dtype = answerer.setup.dtype
+        layout: Layout = {
+            name: (value.shape, dtype if value.is_floating_point() else value.dtype)
             for name, value in params.items()
         }
+        self.block = torch.empty(bytes_of(layout), dtype=torch.uint8).share_memory_()
         ensemble = work.ensemble
         if ensemble is not None:
             ensemble = {name: value.cpu().share_memory_() for name, value in ensemble.items()}
@@ -199,17 +236,16 @@ class Beside(Ahead):
         lean = replace(answerer.task, demonstrations=(), texts=(), pairs=[], held_out_pairs=[])
         setup = answerer.setup
         own = Model(length=setup.length), setup.plain.skeleton.config
-        call = (other, work, lean, own, self.shared, torch.get_num_threads())
+        call = (other, work, lean, own, self.block, layout, torch.get_num_threads())
         self.process = context.Process(target=serve, args=call, daemon=True, name="answers")
         self.process.start()
         other.close()
-
-    def of(self, value: Tensor) -> torch.dtype:
-        return self.dtype if value.is_floating_point() else value.dtype
+        self.shared = views_of(self.block, layout, setup.device)
 
     def begin(self, iteration: int, params: Params) -> None:
         for name, value in params.items():
-            self.shared[name].copy_(value)
+            self.shared[name].copy_(value, non_blocking=True)
+        wait_for(self.answerer.setup.device)
         self.pending = iteration
         self.pipe.send(iteration)
 
@@ -247,7 +283,8 @@ def serve(
     work: Work,
     task: Task,
     decoder: tuple[Model, Any],
-    shared: Params,
+    block: Tensor,
+    layout: Layout,
     threads: int,
 ) -> None:
     """The process of `Beside`: takes iterations, gives answers, until the pipe closes."""
@@ -263,17 +300,18 @@ def serve(
     if work.ensemble is not None:
         ensemble = {name: value.to(device) for name, value in work.ensemble.items()}
         work = replace(work, ensemble=ensemble)
+    shared = views_of(block, layout, work.machine.device)
     own = {name: value.to(device, copy=True) for name, value in shared.items()}
     answerer = Answerer(work, task, setup, own)
     try:
         while True:
             iteration = pipe.recv()
             for name, value in own.items():
-                value.copy_(shared[name])
+                value.copy_(shared[name], non_blocking=True)
             judged = answerer.ask(iteration, own)
             tensors = [x.cpu().numpy() for x in (*judged.rollout, judged.scores)]
             pipe.send((tensors, judged.failure))
-    except (EOFError, BrokenPipeError):
+    except (EOFError, ConnectionError):  # closed, also with an answer on its way
         pass
     except Exception:
         traceback.print_exc()

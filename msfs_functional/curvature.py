@@ -4,8 +4,8 @@
     influences          how much each training example moves another loss (Koh and Liang 2017)
     trust_region_step   the exact natural gradient within a KL ball (Schulman et al. 2015)
 
-Vectors are flat dicts like parameters. No matrix is built: A v is a Hessian or Gauss-Newton product
-of `transforms`.
+Vectors are flat dicts like parameters, whole or in shards (DTensors). No matrix is built: A v is a
+Hessian or Gauss-Newton product of `transforms`.
 
 Dimension key: N examples, ... T tokens, V vocabulary.
 """
@@ -20,13 +20,14 @@ from torch.func import grad, jvp, vmap
 
 from msfs_functional.checks import not_negative, positive
 from msfs_functional.params import Params
+from msfs_functional.sharding import inner_product
 from msfs_functional.transforms import ggn_vp, hvp
 
 Product = Callable[[Params], Params]
 
 
 def dot(x: Params, y: Params) -> Float[Tensor, ""]:
-    return torch.stack([(x[name] * y[name]).sum() for name in x]).sum()
+    return inner_product(list(x.values()), [y[name] for name in x])
 
 
 def axpy(a: Tensor | float, x: Params, y: Params) -> Params:
@@ -144,6 +145,7 @@ def trust_region_step(
     damping: float = 1e-3,
     steps: int = 10,
     halvings: int = 8,
+    total: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> TrustRegion:
     """The step that raises the surrogate most within KL(old || new) <= radius, to second order.
 
@@ -162,6 +164,10 @@ def trust_region_step(
         damping: added to F, which is singular.
         steps: of conjugate gradients.
         halvings: of the length before giving up.
+        total: adds a number up over processes that hold other rows, params being shards of one
+            model (`gathering.sharded`). The tokens of logits_fn and mask are this process's,
+            surrogate_fn is its share of the sum that makes the surrogate: gradients of shards are
+            sums over the processes by themselves. All processes take the same step.
 
     Raises:
         ValueError: a radius not above 0.
@@ -171,15 +177,18 @@ def trust_region_step(
     positive("radius", radius)
     with torch.no_grad():
         old = logits_fn(params).log_softmax(-1)
-    weight = mask.to(old.dtype) / mask.sum().clamp(min=1)
+    weight = mask.to(old.dtype) / total(mask.sum()).clamp(min=1)
 
     def kl_fn(logits: Tensor) -> Tensor:
         return ((old.exp() * (old - logits.log_softmax(-1))).sum(-1) * weight).sum()
 
     def fisher(v: Params) -> Params:
+        # forward mode takes tangents of shards only as they lie, which gradients do not
+        v = {name: torch.empty_like(params[name]).copy_(x) for name, x in v.items()}
         return ggn_vp(logits_fn, kl_fn, params, v)
 
-    before = surrogate_fn(params)
+    with torch.no_grad():
+        before = total(surrogate_fn(params))
     slope = grad(surrogate_fn)(params)
     solved = solve(fisher, slope, damping=damping, steps=steps, tolerance=1e-4)
     length = 2 * radius / dot(solved.x, axpy(damping, solved.x, fisher(solved.x)))
@@ -190,7 +199,7 @@ def trust_region_step(
     for _ in range(halvings):
         new = axpy(scale * full, solved.x, params)
         with torch.no_grad():
-            kl, gain = kl_fn(logits_fn(new)), surrogate_fn(new) - before
+            kl, gain = total(kl_fn(logits_fn(new))), total(surrogate_fn(new)) - before
         if kl <= radius and gain > 0:
             return TrustRegion(new, kl, gain, scale, solved.residual)
         scale /= 2

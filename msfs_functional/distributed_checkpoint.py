@@ -241,7 +241,11 @@ def _checked(path: Path, every_byte: bool) -> Path:
                 raise ValueError(f"{path / name} is truncated or altered")
     except ValueError as error:
         good = [c for c in checkpoint.verified(path.parent) if c.path != path]
-        remedy = f"the last good checkpoint is {good[-1].path}" if good else "no other one is good"
+        remedy = (
+            f"the last good checkpoint is {good[-1].path}"
+            if good
+            else "no other one is good: copy the file back, or start anew"
+        )
         raise ValueError(f"{error}; {remedy}") from error
     return path
 

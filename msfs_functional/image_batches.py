@@ -70,6 +70,12 @@ class Numbered(ABC):
         self.number = state["number"]
 
 
+def grey_of(picture: UInt8[Tensor, "*N 3 h w"]) -> UInt8[Tensor, "*N 3 h w"]:
+    """The picture without colours: Rec. 601's luma in each channel."""
+    luma = torch.einsum("c, ...chw -> ...hw", torch.tensor([0.299, 0.587, 0.114]), picture.float())
+    return luma.round().clamp_(max=255).byte()[..., None, :, :].expand_as(picture)
+
+
 class Pairs(Numbered):
     """Each image with one of its texts.
 
@@ -77,6 +83,8 @@ class Pairs(Numbered):
         data: images without texts are left out.
         texts: ids of all captions of `data`, in order.
         size: images of a batch, over all processes.
+        grey: share of images that are shown in grey, with a text of `colourless`, which are the ids
+            of the same captions without their colours: so shapes are learned apart from colours.
         share: (number of this process, processes).
     """
 
@@ -86,23 +94,31 @@ class Pairs(Numbered):
         texts: Int[Tensor, "_ T"],
         size: int,
         *,
+        grey: float = 0.0,
+        colourless: Int[Tensor, "_ T"] | None = None,
         seed: int = 0,
         share: tuple[int, int] = (0, 1),
     ):
         self.rows = [i for i, captions in enumerate(data.captions) if captions]
         super().__init__(len(self.rows), size, seed, share)
         self.images, self.texts = data.images, texts
+        self.grey, self.colourless = grey, texts if colourless is None else colourless
         self.counts = np.array([len(data.captions[i]) for i in self.rows])
         self.starts = np.cumsum(self.counts) - self.counts
 
     def batch(self, number: int) -> dict[str, Tensor]:
         """images (B, C, h, w) of 8 bits, ids (B, T)."""
         chosen = self.chosen(number)
-        drawn = np.random.default_rng((self.seed, 1, number)).random(self.size)
-        texts = self.starts[chosen] + (drawn * self.counts[chosen]).astype(int)
+        rng = np.random.default_rng((self.seed, 1, number))
+        texts = self.starts[chosen] + (rng.random(self.size) * self.counts[chosen]).astype(int)
+        greyed = rng.random(self.size) < self.grey
         here = slice(self.own.start, self.own.stop)
         picked = torch.tensor([self.rows[i] for i in chosen[here]])
-        return {"images": self.images[picked], "ids": self.texts[torch.from_numpy(texts[here])]}
+        images, rows = self.images[picked], torch.from_numpy(texts[here])
+        ids, plain = self.texts[rows], torch.from_numpy(greyed[here])
+        if plain.any():
+            images[plain], ids[plain] = grey_of(images[plain]), self.colourless[rows[plain]]
+        return {"images": images, "ids": ids}
 
 
 def texts_of(data: Pictured) -> list[str]:
@@ -127,6 +143,8 @@ class Questions(Numbered):
         flips: turn and mirror images at random.
         shift: move images at random by at most so much [pixels], the edge is repeated.
         tint: scale each colour of images at random by a factor in [1 - tint, 1 + tint].
+        grey: share of images that are shown in grey, and asked nothing that matches `coloured`, a
+            regex: so a model learns shapes apart from colours.
         share: (number of this process, processes).
     """
 
@@ -145,6 +163,8 @@ class Questions(Numbered):
         flips: bool = False,
         shift: int = 0,
         tint: float = 0.0,
+        grey: float = 0.0,
+        coloured: str = "",
         seed: int = 0,
         share: tuple[int, int] = (0, 1),
     ):
@@ -152,6 +172,7 @@ class Questions(Numbered):
         self.data, self.model = data, model
         self.questions, self.turns, self.length, self.tiles = questions, turns, length, tiles
         self.mix, self.flips, self.shift, self.tint = mix, flips, shift, tint
+        self.grey, self.coloured = grey, re.compile(coloured)
         texts = texts_of(data)
         self.ids = dict(zip(texts, tokenizer.encode(texts), strict=True))
         self.weights: dict[str, float] = {}  # of questions so far
@@ -163,11 +184,13 @@ class Questions(Numbered):
         for row, place in enumerate(self.own):
             rng = np.random.default_rng((self.seed, 1, number, place))
             i = int(chosen[place])
-            pairs = [(self.ids[q], self.ids[a]) for q, a in self.asked(i, rng)]
+            grey = self.grey > 0 and rng.random() < self.grey
+            pairs = [(self.ids[q], self.ids[a]) for q, a in self.asked(i, rng, grey)]
             for first in range(0, len(pairs), self.turns):
                 part = pairs[first : first + self.turns]
                 samples.append(sample_of(row, part, self.model, seen))
-            moved.append(self.moved(self.data.images[i], rng))
+            picture = self.moved(self.data.images[i], rng)
+            moved.append(grey_of(picture) if grey else picture)
             factors.append(rng.uniform(1 - self.tint, 1 + self.tint, len(moved[-1])))
         pictures = torch.stack(moved)
         if self.tint:
@@ -185,9 +208,15 @@ class Questions(Numbered):
             self.weights[question] = next(found, 1.0)
         return self.weights[question]
 
-    def asked(self, image: int, rng: np.random.Generator) -> list[tuple[str, str]]:
-        """Questions with answers, none twice unless there are too few."""
+    def asked(
+        self, image: int, rng: np.random.Generator, grey: bool = False
+    ) -> list[tuple[str, str]]:
+        """Questions with answers, none twice unless there are too few; of a grey image none that
+        speak of colours."""
         captions, pairs = self.data.captions[image], self.data.questions[image]
+        if grey:
+            captions = [text for text in captions if not self.coloured.search(text)]
+            pairs = [pair for pair in pairs if not any(map(self.coloured.search, pair))]
         found = []
         if captions and rng.random() < self.weight(DESCRIBE):
             found.append((DESCRIBE, captions[rng.integers(len(captions))]))

@@ -11,6 +11,7 @@ each would take longer than the copies.
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from msfs_functional.updates import Kinds
 
 ROW = 16  # elements: what vectorised memory access wants sizes to be divisible by
 SMALL = 2**16  # elements: below, a launch takes longer than a copy
+FEW = 1 / 64  # of all elements: a kind with fewer is not worth a graph where starting soon counts
 Trained = tuple[Params, Any, Params | None]  # params, opt_state, moving average
 UpdateFn = Callable[[Trained, Params, Tensor | None, Tensor], Trained]
 
@@ -83,6 +85,10 @@ def memory_plan(params: Params, kinds: Kinds | None, lead: int) -> list[str]:
     return sorted(params, key=order)
 
 
+def compiled(update: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(fresh(update), fullgraph=True, dynamic=False)
+
+
 class Leafwise:
     """trained = update(trained, grads, scale, finite), compiled for one parameter at a time.
 
@@ -91,13 +97,24 @@ class Leafwise:
         kinds, elementwise: the optimizer's.
         lead: leading dims that count members of an ensemble: 0 or 1.
         donate: write results into the tensors that they replace.
+        thrifty: start sooner: what all parameters share, and kinds with FEW elements (gains and
+            biases, where matrices decay), run operation by operation. A graph takes more than a
+            second to compile, and saves some 20 launches.
     """
 
     def __init__(
-        self, update_fn: UpdateFn, kinds: Kinds, *, elementwise: bool, lead: int, donate: bool
+        self,
+        update_fn: UpdateFn,
+        kinds: Kinds,
+        *,
+        elementwise: bool,
+        lead: int,
+        donate: bool,
+        thrifty: bool = False,
     ):
         self.update_fn, self.kinds, self.elementwise = update_fn, kinds, elementwise
-        self.lead, self.donate = lead, donate
+        self.lead, self.donate, self.thrifty = lead, donate, thrifty
+        self.few: set[Hashable] = set()  # kinds that get no graph
         self.places: dict[str, Place] = {}
         self.kind_of: dict[str, Hashable] = {}
         self.graphs: dict[Hashable, Callable[..., Any]] = {}
@@ -112,10 +129,16 @@ class Leafwise:
         self.places = {name: place(indices, [name], params) for name in params}
         self.kind_of = self.kinds(params)
         self.one_of_each = list({kind: name for name, kind in self.kind_of.items()}.values())
+        sizes: Counter[Hashable] = Counter()
+        for name, param in params.items():
+            sizes[self.kind_of[name]] += param.numel()
+        if self.thrifty:
+            self.few = {kind for kind, n in sizes.items() if n < FEW * sizes.total()}
         self.groups = self._grouped(leaves, grads)
         self.shared = place(indices, self.one_of_each, params)
         if self.shared.common:
-            self.update_shared = self._compile(self.shared, self.one_of_each, shared=True)
+            update = self._of(self.shared, self.one_of_each, shared=True)
+            self.update_shared = update if self.thrifty else compiled(update)
 
     def _grouped(self, leaves: list[Any], grads: Params) -> list[list[str]]:
         """Parameters of one kind together if they lie side by side or are small, others alone."""
@@ -218,8 +241,9 @@ class Leafwise:
         key = (self.kind_of[name], shapes, tuple(x.dtype for x in own), grad.dtype)
         graph = self.graphs.get(key)
         if graph is None:
-            graph = self.graphs[key] = self._compile(self.places[name], [name])
-            if in_rows:
+            update, plain = self._of(self.places[name], [name]), self.kind_of[name] in self.few
+            graph = self.graphs[key] = update if plain else compiled(update)
+            if in_rows and not plain:
                 for x in (*own, grad):
                     torch._dynamo.maybe_mark_dynamic(x, self.lead)
         return graph(own, common, [grad], scale, finite)
@@ -235,7 +259,8 @@ class Leafwise:
             and all(type(x) is Tensor and x.shape == shape and flat(x, self.lead) for x in own)
         )
 
-    def _compile(self, at: Place, names: list[str], shared: bool = False) -> Callable[..., Any]:
+    def _of(self, at: Place, names: list[str], shared: bool = False) -> Callable[..., Any]:
+        """The update of what stands at one place."""
         update_fn, donate = self.update_fn, self.donate
 
         def update(
@@ -263,4 +288,4 @@ class Leafwise:
                 old.copy_(x)
             return None
 
-        return torch.compile(fresh(update), fullgraph=True, dynamic=False)
+        return update

@@ -16,10 +16,13 @@ from torch import Tensor
 
 from msfs_functional import random
 from msfs_functional.attention import Implementation
+from msfs_functional.context_parallel import own_tokens, ring_attention
 from msfs_functional.gathering import LossFn, Sharded, gathered
 from msfs_functional.generation import Generator, Sampling, Settings
 from msfs_functional.losses import linear_cross_entropy
-from msfs_functional.models.decoder import language_model, output_weight
+from msfs_functional.meshes import axis_size
+from msfs_functional.models.decoder import output_weight
+from msfs_functional.models.decoder_generation import language_model
 from msfs_functional.packing import in_batches, pack, total_loss
 from msfs_functional.params import Functional, Params, cast
 from msfs_functional.tokenizer import BOS, EOS, PAD, Tokenizer
@@ -46,15 +49,20 @@ def next_token_loss(
 
     Returns:
         A loss of batches as `packing` makes them: int64 (B, T) "tokens", "labels", "segments",
-        "positions". On a mesh it takes this rank's rows and gives the mean over all ranks.
+        "positions". On a mesh it takes this rank's rows, whole ones, and gives the mean over all
+        ranks. Ranks of cp get the same rows, take their own tokens and attend around a ring.
     """
     config: Any = model.skeleton.config
-    loss_of = linear_cross_entropy
+    loss_of, attend = linear_cross_entropy, implementation
     if isinstance(model, Sharded):
+        if axis_size(model.mesh, "cp") > 1:
+            attend = ring_attention(model.mesh)
         loss_of = sharded_linear_cross_entropy(model.mesh, model.shapes["embedding.weight"][0])
 
     def loss_fn(params: Params, batch: dict[str, Tensor], key: Tensor | None):
-        if not isinstance(model, Sharded):  # which casts what it gathers
+        if isinstance(model, Sharded):  # which casts what it gathers
+            batch = {name: own_tokens(x, model.mesh) for name, x in batch.items()}
+        else:
             params = cast(params, dtype)
         states = model.apply(
             params,
@@ -62,7 +70,7 @@ def next_token_loss(
             segment_ids=batch["segments"],
             positions=batch["positions"],
             key=key if dropout and config.dropout else None,
-            implementation=implementation,
+            implementation=attend,
             method="hidden",
         )
         total, count = loss_of(

@@ -3,8 +3,11 @@
     cispo       clips the ratio as a weight, so that every token keeps its gradient
     sapo        a smooth gate in place of the clip
     vespo       a smooth weight of whole answers
+    gmpo        the geometric mean of an answer's clipped ratios
+    a2po        squared distance of the policy's own reward to the optimal advantage, without a clip
 
-Each is one number a token, to be `masked.average`d like `ppo.policy_loss`'s.
+Each is one number a token, to be `masked.average`d like `ppo.policy_loss`'s; a2po's is one an
+answer.
 
 Dimension key: B rows, T tokens.
 """
@@ -16,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from msfs_functional.checks import check_mask, positive
+from msfs_functional.checks import check_mask, positive, same_shape
 from msfs_functional.masked import masked_mean
 from msfs_functional.ppo import Level, PolicyLoss, log_ratio, per_token
 
@@ -129,6 +132,77 @@ def vespo(
         ratio = torch.where(mask, log_w.exp(), 1.0)
     losses = -phi * sides * torch.where(mask, logps, 0.0)
     return PolicyLoss(losses, ratio, torch.zeros_like(mask))
+
+
+def gmpo(
+    logps: Float[Tensor, "B T"],
+    old_logps: Float[Tensor, "B T"],
+    advantages: Float[Tensor, "B"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    clip: float = 0.4,
+    clip_high: float | None = None,
+) -> PolicyLoss:
+    """-exp(mean clipped log ratio) A, the same at all tokens of an answer.
+
+    Clipped from above at clip_high where A > 0, from below at -clip elsewhere. Average it
+    over="sequences".
+
+    Args:
+        advantages: of whole answers.
+        clip, clip_high: bounds of the *log* ratio, above 0; clip_high None: as clip.
+        others: as in `ppo.policy_loss`.
+
+    Raises:
+        ValueError: shapes that do not fit, bounds not above 0.
+
+    Source: Zhao et al. 2025, "Geometric-mean policy optimization", equation 4.
+    """
+    high = clip if clip_high is None else clip_high
+    positive("clip", clip)
+    positive("clip_high", high)
+    sides = per_token(advantages, mask).detach()
+    s = log_ratio(logps, old_logps.detach(), mask)
+    cut = mask & torch.where(sides > 0, s > high, s < -clip)
+    kept = torch.where(sides > 0, s.clamp(max=high), s.clamp(min=-clip))
+    mean = torch.where(mask, kept, 0.0).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(1)
+    return PolicyLoss(-mean.exp() * sides, s.exp().detach(), cut)
+
+
+def a2po(
+    logps: Float[Tensor, "B"],
+    reference_logps: Float[Tensor, "B"],
+    rewards: Float[Tensor, "B"],
+    values: Float[Tensor, "B"],
+    *,
+    beta: float = 1e-3,
+) -> Float[Tensor, "B"]:
+    """(beta (logp - reference logp) - (reward - value))^2: the optimal policy's own reward is its
+    advantage, so the policy regresses on it. One sample a prompt will do.
+
+    Args:
+        logps, reference_logps: of whole answers, nats.
+        values: `optimal_values` of the prompts.
+        beta: above 0, strength of the pull to the reference.
+
+    Raises:
+        ValueError: shapes that do not fit, beta not above 0.
+
+    Source: Brantley et al. 2025 (A*-PO), equation 3.
+    """
+    positive("beta", beta)
+    same_shape(logps=logps, reference_logps=reference_logps, rewards=rewards, values=values)
+    return (beta * (logps - reference_logps) - (rewards - values).detach()).square()
+
+
+def optimal_values(rewards: Float[Tensor, "B N"], *, beta: float = 0.5) -> Float[Tensor, "B"]:
+    """beta log mean exp(reward / beta) of N answers of the reference to each prompt.
+
+    The value of the best policy with a KL pull of strength beta, which is above 0: the mean reward
+    where beta is large, the best one where it is small. Source: as `a2po`, equation 2.
+    """
+    positive("beta", beta)
+    return beta * ((rewards / beta).logsumexp(-1) - math.log(rewards.shape[-1]))
 
 
 # ------------------------------------------------------------------------------------------- masks

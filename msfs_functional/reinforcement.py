@@ -20,7 +20,9 @@ from torch import Tensor
 from msfs_functional import advantages as adv
 from msfs_functional import masked, ppo, random
 from msfs_functional.aligning import Setup
+from msfs_functional.collectives import psum
 from msfs_functional.curvature import trust_region_step
+from msfs_functional.gathering import Sharded, sharded
 from msfs_functional.params import Params, cast
 from msfs_functional.rollouts import Rollout
 from msfs_functional.scoring import answer_logps, answer_statistics
@@ -276,25 +278,39 @@ def make_loss(rl: Learning, setup: Setup, new: int):
 
 
 def natural_step(rl: Learning, setup: Setup):
-    """An update by `curvature.trust_region_step`, in the form of a compiled step."""
+    """An update by `curvature.trust_region_step`, in the form of a compiled step; in float32.
+
+    Under torchrun each process has its own rows; vectors of the solve are in shards as the
+    parameters are.
+    """
     options = {"implementation": "flash", "method": "hidden"}
     assert rl.trust_region is not None
-    radius = rl.trust_region
+    radius, model = rl.trust_region, setup.model
+    if isinstance(model, Sharded):
+        model = sharded(setup.plain, model.layout, model.mesh)
+
+    def total(x: Tensor) -> Tensor:
+        for group in setup.groups:
+            x = psum(x, group)
+        return x
 
     def step(state: TrainState, batch: Buffer) -> tuple[TrainState, dict[str, Tensor]]:
         tokens, mask = batch["tokens"], batch["mask"][:, 1:]
         rows = {name: batch[name][:, 1:] for name in ("logps", "advantages", "weights")}
 
         def logits_fn(params: Params) -> Tensor:
-            states = setup.model.apply(params, tokens[:, :-1], **options)
-            return setup.model.apply(params, states, method="logits").float() / rl.temperature
+            states = model.apply(params, tokens[:, :-1], **options)
+            return model.apply(params, states, method="logits").float() / rl.temperature
 
         def surrogate(params: Params) -> Tensor:
             logps = logits_fn(params).log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
             out = ppo.policy_loss(logps, rows["logps"], rows["advantages"], mask, clip=None)
-            return -masked.masked_mean(out.losses * rows["weights"], mask)
+            return -(out.losses * rows["weights"]).sum() / count
 
-        found = trust_region_step(surrogate, logits_fn, state.params, mask, radius=radius)
+        count = total(mask.sum()).clamp(min=1)
+        found = trust_region_step(
+            surrogate, logits_fn, state.params, mask, radius=radius, total=total
+        )
         with torch.no_grad():
             for name, value in state.params.items():  # in place, as rollouts read this memory
                 value.copy_(found.params[name])

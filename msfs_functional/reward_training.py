@@ -30,7 +30,7 @@ def lengths_of(mask: Bool[Tensor, "... T"]) -> Tensor:
 
 
 def reward_loss(setup: Setup, centring: float = 0.01):
-    """Bradley-Terry on a batch of pairs, the rewards pulled to mean zero."""
+    """Bradley-Terry on a batch of pairs, the rewards pulled to mean zero, with dropout."""
 
     def loss_fn(params: Params, batch: dict[str, Tensor], key: Tensor):
         rewards = last_rewards(
@@ -38,6 +38,7 @@ def reward_loss(setup: Setup, centring: float = 0.01):
             cast(params, setup.dtype),
             batch["tokens"].flatten(0, 1),
             batch["lengths"].flatten(),
+            key=key if setup.dropout else None,
             implementation="flash",  # which torch's own is not under vmap
         ).unflatten(0, (-1, 2))
         losses = bradley_terry(*rewards.unbind(1), centring=centring)

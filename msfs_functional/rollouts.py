@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from msfs_functional.generation import Generator, Settings
-from msfs_functional.models.decoder import language_model
+from msfs_functional.models.decoder_generation import language_model
 from msfs_functional.params import Functional, Params
 
 

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from jaxtyping import Float
+from torch import Tensor
 
 from msfs_functional.packing import Packed, PackedBatches, pack
 from msfs_functional.tokenizer import PAD
@@ -45,3 +47,17 @@ class AnswerBatches(PackedBatches):
             packed = pack_answers(documents, [self.prompts[i] for i in order], self.length)
             self._packed = self.epoch, packed
         return self._packed[1]
+
+
+def dynamic_losses(logps: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """-p log p with p held fixed, in place of -log p: improbable tokens do not rule the gradient.
+
+    The gradient of -log p weighs a token by 1 / p, as a reward for it alone would; this takes that
+    weight away. Give it to `masked.masked_mean`.
+
+    Args:
+        logps: log-probabilities of the demonstrations' tokens, nats.
+
+    Source: Wu et al. 2025, "On the generalization of SFT" (dynamic fine-tuning), equation 9.
+    """
+    return -logps.detach().exp() * logps

@@ -140,17 +140,44 @@ def sum_of_squares(leaves: Sequence[Tensor]) -> Tensor:
         if isinstance(x, DTensor):
             summed = [Replicate() if p.is_partial() else p for p in x.placements]
             x = x.redistribute(placements=summed) if summed != list(x.placements) else x
-            cut = tuple(isinstance(p, Shard) for p in x.placements)
-            sums.setdefault((x.device_mesh, cut), []).append(x.to_local())
-        else:
-            sums.setdefault(None, []).append(x)
+        sums.setdefault(ways_cut(x), []).append(local_part(x))
+    parts = {way: torch.stack(torch._foreach_norm(x)).square().sum() for way, x in sums.items()}
+    return added_up(parts)
+
+
+def inner_product(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
+    """sum x y over all elements of all shards, each counted once: 0-d, plain, equal on every rank.
+
+    Args:
+        xs, ys: of equal shapes, cut alike and none of them a partial sum.
+    """
+    sums: dict[Any, list[Tensor]] = {}
+    for x, y in zip(xs, ys, strict=True):
+        sums.setdefault(ways_cut(x), []).append((local_part(x) * local_part(y)).sum())
+    return added_up({way: torch.stack(parts).sum() for way, parts in sums.items()})
+
+
+Way = tuple[DeviceMesh, tuple[bool, ...]] | None  # axes of a mesh that cut a tensor; None: none has
+
+
+def ways_cut(x: Tensor) -> Way:
+    if not isinstance(x, DTensor):
+        return None
+    return x.device_mesh, tuple(isinstance(p, Shard) for p in x.placements)
+
+
+def local_part(x: Tensor) -> Tensor:
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def added_up(parts: Mapping[Way, Tensor]) -> Tensor:
+    """The sum of this rank's sums over tensors cut one way, and over the ranks that cut them."""
     totals = []
-    for where, parts in sums.items():
-        total = torch.stack(torch._foreach_norm(parts)).square().sum()
-        if where is not None:
-            mesh, cut = where
-            for axis, yes in enumerate(cut):
-                total = psum(total, mesh.get_group(axis).group_name) if yes else total
+    for way, total in parts.items():
+        mesh, cut = way or (None, ())
+        for axis, yes in enumerate(cut):
+            assert mesh is not None
+            total = psum(total, mesh.get_group(axis).group_name) if yes else total
         totals.append(total)
     return torch.stack(totals).sum()
 

@@ -34,6 +34,7 @@ from msfs_functional.guidance import (
 from msfs_functional.models import diffusers_format, single_file, vision_format
 from msfs_functional.models.autoencoder import AutoencoderConfig, autoencoder
 from msfs_functional.models.clip import TextConfig, text_tower
+from msfs_functional.models.convolutions import channels_last, stored_channels_last
 from msfs_functional.models.unet import UNetConfig, unet
 from msfs_functional.models.weight_files import read_json, read_tensors
 from msfs_functional.params import Params, cast
@@ -135,10 +136,14 @@ def load_file(
 def place(
     model: StableDiffusion, dtype: torch.dtype, device: torch.device | str
 ) -> StableDiffusion:
-    """The same model with its parameters in this dtype and on this device."""
+    """The same model with its parameters in this dtype and on this device; on a GPU kernels of
+    convolutions lie as channels_last wants them."""
 
     def moved(params: Params) -> Params:
-        return {name: value.to(device) for name, value in cast(params, dtype).items()}
+        params = {name: value.to(device) for name, value in cast(params, dtype).items()}
+        if torch.device(device).type == "cuda":
+            return channels_last(stored_channels_last(params))
+        return params
 
     return model._replace(
         unet=(model.unet[0], moved(model.unet[1])),

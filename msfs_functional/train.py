@@ -42,7 +42,7 @@ from msfs_functional.compiling import (
 from msfs_functional.leafwise import Leafwise, Trained, UpdateFn, memory_plan
 from msfs_functional.optim import Transformation, apply_updates, ema, global_norm, overwrite
 from msfs_functional.params import Functional, Params, stack
-from msfs_functional.regions import Regions, region
+from msfs_functional.regions import Regions
 from msfs_functional.side_by_side import joined, lay
 from msfs_functional.transforms import NAMESPACE, accumulate
 from msfs_functional.updates import tree_map
@@ -219,7 +219,6 @@ def mean_loss(
     return torch.as_tensor(total / count)
 
 
-@region
 def step_key(key: Tensor, step: Tensor, part: Tensor | None) -> Tensor:
     """The key of a step, or of one microbatch of it."""
     key = random.fold_in(key, step)
@@ -339,7 +338,7 @@ def _advance(
     clip: float | None,
     ema_decay: float | None,
     members: int | None,
-    compile: bool,
+    compile: bool | Literal["regions"],
     donate: bool,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """(state, grads, sums, weight) -> (state, metrics): the whole step after the gradient."""
@@ -362,7 +361,12 @@ def _advance(
     update = eager
     if compile and optimizer.kinds is not None:
         update = Leafwise(
-            pure, optimizer.kinds, elementwise=optimizer.elementwise, lead=lead, donate=donate
+            pure,
+            optimizer.kinds,
+            elementwise=optimizer.elementwise,
+            lead=lead,
+            donate=donate,
+            thrifty=compile == "regions",
         )
     elif compile:
         update = torch.compile(fresh(update), fullgraph=True, dynamic=False)
@@ -489,7 +493,7 @@ def make_step(
         clip=clip_norm,
         ema_decay=ema_decay,
         members=members,
-        compile=bool(compile),
+        compile=compile,
         donate=donate,
     )
     if compile == "regions":

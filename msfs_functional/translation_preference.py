@@ -130,12 +130,18 @@ def judged_pairs(
 
 
 def pair_sums(
-    model: Functional, params: Params, batch: dict[str, Tensor], implementation: str = "flash"
+    model: Functional,
+    params: Params,
+    batch: dict[str, Tensor],
+    implementation: str = "flash",
+    *,
+    key: Tensor | None = None,
 ) -> tuple[Float[Tensor, "P 2"], Float[Tensor, "P 2"]]:
     """(sums of log-probabilities [nats], lengths) of chosen and rejected.
 
     Args:
         batch: source (P, S), source_lengths (P,), target (P, 2, 1 + T) that begins with BOS.
+        key: of dropout; None: none.
     """
     target = batch["target"].flatten(0, 1)
     labels, twice = target[:, 1:], lambda x: x.repeat_interleave(2, 0)
@@ -144,6 +150,7 @@ def pair_sums(
         twice(batch["source"]),
         target[:, :-1],
         source_lengths=twice(batch["source_lengths"]),
+        key=key,
         implementation=implementation,
         method="hidden",
     )

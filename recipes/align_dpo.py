@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from msfs_functional import config as configs
-from msfs_functional import errors, random
+from msfs_functional import errors, launching, random
 from msfs_functional.aligning import Prepared, fine_tune, optimizer_of, prepare, say, step_of
 from msfs_functional.alignment_runs import (
     Options,
@@ -223,12 +223,13 @@ def show_influence(
 def main(config: Config) -> None:
     started = time.perf_counter()
     check(config.dpo, *config.sweep)
-    config, machine, run = begin(config, NAME, ["influence"])
-    if config.sweep:
-        run_sweep(config, machine, run)
-    else:
-        leave(run, each_seed(run_seed, config, machine, run), "dpo-1", PANELS)
-    say(f"{time.perf_counter() - started:.0f} seconds; everything is in {run}")
+    with launching.joined(config.device, debug=config.debug):
+        config, machine, run = begin(config, NAME, ["influence"])
+        if config.sweep:
+            run_sweep(config, machine, run)
+        else:
+            leave(run, each_seed(run_seed, config, machine, run), "dpo-1", PANELS)
+        say(f"{time.perf_counter() - started:.0f} seconds; everything is in {run}")
 
 
 def command_line(args: Sequence[str]) -> Config:

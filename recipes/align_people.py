@@ -31,7 +31,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in translate.py; must stan
 import torch
 
 from msfs_functional import config as configs
-from msfs_functional import errors, random
+from msfs_functional import errors, launching, random
 from msfs_functional.aligning import Model, Prepared, Stage, fine_tune, prepare, pretrain, say
 from msfs_functional.alignment_runs import (
     Options,
@@ -69,7 +69,7 @@ class Config(Options):
     )
     pretrain: Stage = field(default_factory=lambda: Stage(500, 64, 2e-3, 100))
     sft: Stage = field(default_factory=lambda: Stage(150, 32, 5e-4))
-    rewards: Stage = field(default_factory=lambda: Stage(80, 64, 2e-4, 10))
+    rewards: Stage = field(default_factory=lambda: Stage(160, 64, 2e-4, 10))
     members: int = 8  # of the ensemble of reward models
     dpo: Preferences = field(default_factory=lambda: Preferences(80, 64, 1e-4, 10, imitation=0.0))
 
@@ -160,10 +160,16 @@ def leave_answers(run: Path, task: Task, before: list[str], after: list[str]) ->
 
 
 def main(config: Config) -> None:
-    started = time.perf_counter()
     check(config.dpo)
     if not config.data.files:
         raise ValueError("--data.files () holds no file: give preferences as JSON lines")
+    with launching.joined(config.device, debug=config.debug):
+        learn(config)
+
+
+def learn(config: Config) -> None:
+    """All stages."""
+    started = time.perf_counter()
     config, machine, run = begin(config, NAME)
     seed, resume = config.seed, resume_command(NAME, config)
     ready = prepare(from_pairs, config.data, config.model, machine, config.mesh, seed)

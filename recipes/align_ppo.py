@@ -40,7 +40,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in translate.py; must stan
 
 import torch
 
-from msfs_functional import agreement, checkpoint, errors, ppo, random, rewards
+from msfs_functional import agreement, checkpoint, errors, launching, ppo, random, rewards
 from msfs_functional import config as configs
 from msfs_functional import distributed_checkpoint as checkpoints
 from msfs_functional.aligning import (
@@ -373,10 +373,6 @@ def check(rl: Learning) -> None:
         raise ValueError(
             f"--rl.trust-region ({rl.trust_region}) moves no critic: choose another --rl.algorithm"
         )
-    if rl.trust_region is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError(
-            f"--rl.trust-region ({rl.trust_region}) is for one process: start without torchrun"
-        )
     if rl.reward not in ("rule", "model"):
         rewards.load(rl.reward)
 
@@ -384,9 +380,10 @@ def check(rl: Learning) -> None:
 def main(config: Config) -> None:
     started = time.perf_counter()
     check(config.rl)
-    config, machine, run = begin(config, NAME)
-    leave(run, each_seed(run_seed, config, machine, run), "rl", PANELS)
-    say(f"{time.perf_counter() - started:.0f} seconds; everything is in {run}")
+    with launching.joined(config.device, debug=config.debug):
+        config, machine, run = begin(config, NAME)
+        leave(run, each_seed(run_seed, config, machine, run), "rl", PANELS)
+        say(f"{time.perf_counter() - started:.0f} seconds; everything is in {run}")
 
 
 def command_line(args: Sequence[str]) -> Config:

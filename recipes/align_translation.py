@@ -5,16 +5,18 @@ r"""Tune a translation model by preferences: its own samples, judged by the refe
 
 A model that recipes/translate.py has trained translates training sentences several times, once
 greedily. Of each sentence the best and the worst translation are a pair, so that the preferred
-one is never worse than what the model would say; DPO on log-probabilities a token learns from them.
+one is never worse than what the model would say; DPO on log-probabilities a token, and imitation of
+the preferred ones, learn from them. Of the parameters on the way those are kept that translate the
+validation split best, greedily (BLEU); the start is one of them.
 The report is BLEU and chrF of greedy and of sampled translations of held-out sentences: of the
-validation split, to choose settings by, and of the test split.
+validation split, by which that and the settings were chosen, and of the test split.
 """
 
 import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ from msfs_functional.params import Functional, Params
 from msfs_functional.preference import dpo
 from msfs_functional.stages import run_stage
 from msfs_functional.tokenizer import PAD
-from msfs_functional.train import init_state, make_step
+from msfs_functional.train import TrainState, init_state, make_step
 from msfs_functional.translation import Tokenizers
 from msfs_functional.translation_preference import (
     judged_pairs,
@@ -58,39 +60,56 @@ class Config:
     translate: recipe.Config = field(default_factory=shorter)
     out: Path = Path("runs")
     name: str | None = None  # of this run; None: a new number
-    sentences: int = 1000  # of the training split, to translate
-    samples: int = 6  # translations of each, beside the greedy one
+    sentences: int = 4000  # of the training split, to translate
+    samples: int = 4  # translations of each, beside the greedy one
     # of the samples; at 1 even the best of them is worse than the greedy translation
     temperature: float = 0.5
     gap: float = 5.0  # least difference of the two of a pair [points of chrF and BLEU]
     held_out: int = 300  # sentences of each split to report on
     beta: float = 5.0  # strength of the pull to the reference, on nats a token
+    preference: float = 1.0  # weight of DPO's loss; 0: imitation of the best translations alone
     imitation: float = 1.0  # weight of the chosen translations' mean negative log-probability
-    dpo: Stage = field(default_factory=lambda: Stage(100, 32, 6e-5, 10))
+    dpo: Stage = field(default_factory=lambda: Stage(150, 64, 3e-4, 20))
+    every: int = 25  # steps from one look at the validation split to the next
     seed: int = 0
     debug: bool = False  # show tracebacks
 
 
 def tune(
-    config: Config, model: Functional, params: Params, data: dict[str, Tensor], folder: Path
-) -> Params:
-    """DPO from `params`, which stay as they are."""
+    config: Config,
+    model: Functional,
+    params: Params,
+    data: dict[str, Tensor],
+    folder: Path,
+    score_fn: Callable[[Params], float],
+) -> tuple[int, Params]:
+    """DPO from `params`, which stay as they are: the step and the parameters of the best score."""
 
     def loss_fn(params: Params, batch: dict[str, Tensor], key: Tensor):
-        sums, lengths = pair_sums(model, params, batch)
+        sums, lengths = pair_sums(model, params, batch, key=key)
         means, before = sums / lengths, batch["reference"] / lengths
         out = dpo(*means.unbind(1), *before.unbind(1), beta=config.beta)
         imitation = -sums[:, 0].sum() / lengths[:, 0].sum()
         right = (out.margins > 0).float().mean()
-        return out.losses.mean() + config.imitation * imitation, {
+        return config.preference * out.losses.mean() + config.imitation * imitation, {
             "margin": out.margins.mean(),
             "accuracy": right,
+            "imitation": imitation.detach(),
         }
+
+    best = 0, params, score_fn(params)
+
+    def evaluate(count: int, state: TrainState) -> dict[str, float]:
+        nonlocal best
+        found = score_fn(state.params)
+        if found > best[2]:
+            best = count, {name: value.clone() for name, value in state.params.items()}, found
+        return {"valid/greedy_bleu": found}
 
     optimizer = optimizer_of(config.dpo)
     own = {name: value.clone() for name, value in params.items()}
     device = str(next(iter(params.values())).device)
-    return run_stage(
+    run_stage(
         folder,
         config.dpo.steps,
         init_state(own, optimizer, random.key(config.seed, device=device)),
@@ -99,7 +118,10 @@ def tune(
         device=device,
         resume="the same command",
         tokens=lambda batch: (batch["target"] != PAD).sum(),
-    ).params
+        evaluate=evaluate,
+        evaluate_every=config.every,
+    )
+    return best[:2]
 
 
 def greedily(
@@ -173,12 +195,19 @@ def main(config: Config) -> None:
     said = [tokenizers.target.decode(each) for each in made]
     pairs = judged_pairs(sources, made, said, truths, gap=config.gap)
     print(f"{len(pairs)} pairs of {len(sources)} sentences", flush=True)
-    tuned = tune(config, model, params, pair_data(model, params, pairs), run / "dpo")
+
+    def valid_bleu(params: Params) -> float:
+        said = greedily(own, model, tokenizers, params, asked["valid"][0])
+        return metrics.bleu(said, asked["valid"][1]).value
+
+    data = pair_data(model, params, pairs)
+    step, tuned = tune(config, model, params, data, run / "dpo", valid_bleu)
+    print(f"kept: step {step}", flush=True)
     after = {name: score(own, model, tokenizers, tuned, *asked[name]) for name in asked}
     shown = zip(asked["test"][0], before["test"][1], after["test"][1], strict=True)
     for source, first, last in [each for each in shown if each[1] != each[2]][:5]:
         print(f"{source}\n  before: {first}\n  after:  {last}")
-    figures: dict[str, Any] = {"pairs": len(pairs)}
+    figures: dict[str, Any] = {"pairs": len(pairs), "kept": step}
     for split, ((old, _), (new, _)) in {n: (before[n], after[n]) for n in asked}.items():
         changes = ", ".join(f"{name} {old[name]:.1f} to {new[name]:.1f}" for name in old)
         print(f"{config.held_out} sentences, {split}: {changes}")

@@ -20,7 +20,6 @@ MiB. A table goes to the terminal and, with a plot, to --out.
 import argparse
 import concurrent.futures
 import functools
-import itertools
 import json
 import multiprocessing
 import os
@@ -49,6 +48,7 @@ from msfs_kernels.launching import Launch
 from msfs_kernels.options import Options
 
 WIDTH, TOKENS = 2048, 16_384
+LENGTHS = {"tiny": 48, "short": 1024, "long": 8192}  # what --tune measures for a size class
 Attention = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 
 
@@ -150,6 +150,18 @@ def median_ms(fn: Callable[[], object], rep_ms: int) -> float:
     result = do_bench(fn, warmup=max(10, rep_ms // 4), rep=rep_ms, return_mode="median")
     assert isinstance(result, float)
     return result
+
+
+def captured(fn: Callable[[], object]) -> Callable[[], object]:
+    """fn() as one CUDA graph: the device's work without the host's."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        fn()  # compiles, and fills what is remembered by shape
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fn()
+    return graph.replay
 
 
 def inputs(head_dim: int, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -558,12 +570,13 @@ def jvp_flash_if_installed() -> Attention | None:
 
 
 def bench_tangent(args: argparse.Namespace) -> None:
-    """torch.func.jvp at 8,192 tokens of heads of 64, beside our own forward and the peer."""
+    """torch.func.jvp at 8,192 tokens of width 1024, beside our own forward and the peer: as called,
+    where the host may be the limit, and as CUDA graphs, where only the device's work is left.
+    """
     peer = jvp_flash_if_installed()
     rows = []
-    print(
-        "head dim, mask, T: forward ms; jvp ms, forwards; forward and tangent kernels; peer, ratio"
-    )
+    print("ms, as called and in CUDA graphs; * times our own forward, x faster than the peer")
+    print("head dim, mask, T: forward; jvp; peer | forward; jvp; peer | forward, tangent kernels")
     for head_dim in args.head_dims:
         for causal in args.causal:
             for length in args.lengths or (1024, 4096, 8192):
@@ -572,39 +585,52 @@ def bench_tangent(args: argparse.Namespace) -> None:
                 primals, tangents = x[:3], x[3:]
                 options = Options(causal=causal, scale=head_dim**-0.5)
                 o, lse = triton_backend.forward(x[0], x[1], x[2], options)
-                calls: list[Callable[[], object]] = [
-                    functools.partial(ours, x[0], x[1], x[2], causal),
-                    functools.partial(jvp_of, ours, primals, tangents, causal),
-                    functools.partial(triton_backend.forward, *primals, options),
-                    functools.partial(
-                        triton_tangent.tangent, *tangents, None, *primals, o, lse, options
-                    ),
-                ]
+                calls: dict[str, Callable[[], object]] = {
+                    "forward": functools.partial(ours, x[0], x[1], x[2], causal),
+                    "jvp": functools.partial(jvp_of, ours, primals, tangents, causal),
+                }
                 if peer is not None:
-                    calls.append(functools.partial(jvp_of, peer, primals, tangents, causal))
+                    calls["peer"] = functools.partial(jvp_of, peer, primals, tangents, causal)
+                calls |= {f"{name}, graph": captured(fn) for name, fn in calls.items()}
+                calls["forward kernel"] = functools.partial(
+                    triton_backend.forward, x[0], x[1], x[2], options
+                )
+                calls["tangent kernel"] = functools.partial(
+                    triton_tangent.tangent, *tangents, None, *primals, o, lse, options
+                )
                 # In turn, three times, so that other programs on the host disturb all alike.
-                rounds = [[median_ms(call, args.rep) for call in calls] for _ in range(3)]
+                rounds = [[median_ms(call, args.rep) for call in calls.values()] for _ in range(3)]
                 medians = [sorted(times)[1] for times in zip(*rounds, strict=True)]
-                forward, jvp, two_kernels = medians[0], medians[1], medians[2] + medians[3]
-                row = dict(
-                    head_dim=head_dim, causal=causal, length=length, forward_ms=forward,
-                    jvp_ms=jvp, jvp_over_forward=jvp / forward, two_kernels_ms=two_kernels,
-                )  # fmt: skip
-                text = f"{jvp:7.3f} {jvp / forward:5.2f}   {two_kernels:7.3f}"
-                if peer is not None:
-                    row |= dict(peer_ms=medians[4], faster=medians[4] / jvp)
-                    text += f"   {medians[4]:7.3f} {medians[4] / jvp:5.2f}"
-                rows.append(row)
+                ms = dict(zip(calls, medians, strict=True))
+                rows.append(dict(head_dim=head_dim, causal=causal, length=length, **ms))
+                cells = []
+                for kind in ("", ", graph"):
+                    forward, jvp = ms[f"forward{kind}"], ms[f"jvp{kind}"]
+                    theirs = ms.get(f"peer{kind}", float("nan"))
+                    cells.append(
+                        f"{forward:6.3f} {jvp:6.3f} {jvp / forward:5.2f}*"
+                        f" {theirs:6.3f} {theirs / jvp:5.2f}x"
+                    )
                 mask = "causal" if causal else "full  "
-                print(f"{head_dim:4d} {mask} {length:6d} {forward:7.3f}  {text}", flush=True)
+                print(
+                    f"{head_dim:4d} {mask} {length:6d}  {'  |  '.join(cells)}"
+                    f"  |  {ms['forward kernel']:6.3f} {ms['tangent kernel']:6.3f}",
+                    flush=True,
+                )
     save(args.out, "tangent", rows)
 
 
-def candidates(kernel: str, length: int) -> list[Config]:
-    if length <= 64:
-        tiles = itertools.product((32, 64), (64,) if kernel == "own" else (32, 64))
-        options = itertools.product((1, 2, 4), (1, 2), (False, True))
-        return [Config(*tile, *option) for tile, option in itertools.product(tiles, options)]
+def candidates(kernel: str, size: str = "long") -> list[Config]:
+    if size == "tiny":
+        return [
+            Config(m, n, warps, stages, tma)
+            for m in ((16, 32, 64) if kernel == "own" else (32, 64))
+            for n in ((64,) if kernel == "own" else (16, 32, 64))
+            for warps in (1, 2, 4, 8)
+            for stages in (1, 2)
+            for tma in (True, False)
+            if 256 <= m * n // warps <= 2048
+        ]
     tiles = {
         "forward": [(128, 128), (128, 64), (64, 128), (64, 64), (256, 64)],
         "keys": [(64, 128), (64, 64), (128, 128), (32, 128), (128, 64)],
@@ -628,12 +654,17 @@ def tuned_launch(
 ) -> Launch:
     """The launch that a configuration means for a shape; on the CPU only good for compiling."""
     shape = (TOKENS // length, length, WIDTH // head_dim, head_dim)
+    if length == LENGTHS["tiny"]:  # eight tiny models of recipes/translate.py in one step
+        shape = (632, length, 4, head_dim)
     make = torch.randn if device == "cuda" else torch.empty
     q, k, v, do = (
         make(shape, device=device, dtype=torch.bfloat16).transpose(1, 2) for _ in range(4)
     )
     lse = make(q.shape[:3], device=device)
     options = Options(causal=causal, scale=head_dim**-0.5)
+    if length == LENGTHS["tiny"] and not causal:  # sentences are padded
+        lengths = torch.randint(length // 2, length + 1, shape[:1], dtype=torch.int32)
+        options = options._replace(key_lengths=lengths.to(device))
     if kernel == "forward":
         return triton_forward.plan_forward(q, k, v, do, lse, options, config)
     if kernel == "dual":
@@ -653,19 +684,46 @@ def tuned_launch(
     return triton_backward.plan_keys(q, k, v, do, *rest, options, config)
 
 
-def compile_one(job: tuple[str, int, bool, int, Config, int]) -> str:
+def length_of(kernel: str, size: str) -> int:
+    """Tokens that stand for a size class."""
+    return 128 if kernel == "own" and size == "short" else LENGTHS[size]
+
+
+def repeated_ms(fn: Callable[[], object], rep_ms: float) -> float:
+    """Mean milliseconds of fn, again and again in one CUDA graph: of kernels of microseconds, too,
+    which between a model's other kernels find their inputs in the cache.
+    """
+    fn()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    fn()
+    torch.cuda.synchronize()
+    times = max(3, min(50, int(rep_ms / 1e3 / (time.perf_counter() - start))))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(times):
+            fn()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    taken = []
+    for _ in range(4):
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        taken.append(begin.elapsed_time(end) / times)
+    return sorted(taken[1:])[1]
+
+
+def compile_one(job: tuple[str, int, bool, str, Config, int]) -> str:
     """In a worker process without CUDA: compiles into Triton's cache, says what it takes."""
     from msfs_kernels.triton_compile import compile_launch, resources
 
     torch.set_num_threads(1)
-    kernel, head_dim, causal, length, config, capability = job
+    kernel, head_dim, causal, size, config, capability = job
+    length = length_of(kernel, size)
     try:
-        took = resources(
-            compile_launch(
-                tuned_launch(kernel, head_dim, causal, length, config, "cpu"), capability
-            ),
-            capability,
-        )
+        launch = tuned_launch(kernel, head_dim, causal, length, config, "cpu")
+        took = resources(compile_launch(launch, capability), capability)
         return (
             "too much shared memory"
             if took.shared > 227 * 1024
@@ -682,17 +740,16 @@ def tune(args: argparse.Namespace) -> None:
 
     target = driver.active.get_current_target()
     assert isinstance(target, GPUTarget)
-    lengths = {"brief": 64, "short": 1024, "long": 8192}
-    cells = [  # (kernel, head dim, causal, length); one tile of "own" holds all keys
-        (kernel, head_dim, causal, min(lengths[size], 128) if kernel == "own" else lengths[size])
+    cells = [  # (kernel, head dim, causal, size); one tile of "own" holds all keys
+        (kernel, head_dim, causal, size)
+        for size in args.sizes
         for kernel in args.kernels
         for head_dim in args.head_dims
         for causal in args.causal
-        for size in args.sizes
-        if (kernel, size) != ("own", "long")
+        if not (kernel == "own" and size == "long")
     ]
-    jobs = {  # all lengths of a cell run the same machine code
-        (*cell[:3], config): (*cell, config, int(target.arch))
+    jobs = {  # short and long sequences run the same machine code
+        (*cell[:3], cell[3] == "tiny", config): (*cell, config, int(target.arch))
         for cell in cells
         for config in candidates(cell[0], cell[3])
     }
@@ -711,22 +768,24 @@ def tune(args: argparse.Namespace) -> None:
     print(f"compiled {len(notes)} of {len(jobs)} in {time.time() - start:.0f} s")
     table = json.loads(configs.TABLE.read_text()) if configs.TABLE.exists() else {}
     for cell in cells:
-        kernel, head_dim, causal, length = cell
+        kernel, head_dim, causal, size = cell
+        length = length_of(kernel, size)
         ranking = []
-        for config in candidates(kernel, length):
-            note = notes.get((*cell[:3], config), "not compiled in time")
+        for config in candidates(kernel, size):
+            note = notes.get((*cell[:3], size == "tiny", config), "not compiled in time")
             if "reg" not in note:
                 continue
             try:
-                launch = tuned_launch(*cell, config, "cuda")
+                launch = tuned_launch(kernel, head_dim, causal, length, config, "cuda")
                 launch.run()
                 torch.cuda.synchronize()
-                ranking.append((median_ms(launch.run, args.rep // 4), config, note))
+                ranking.append((repeated_ms(launch.run, args.rep / 4), config, note))
             except Exception as problem:
                 print(f"  {config}: {type(problem).__name__}")
         ranking.sort()
         products = dict(forward=2, keys=4, fused=5, own=5, queries=3, tangent=5, dual=6)
-        flops = products[kernel] * 2 * TOKENS * length * WIDTH / (2 if causal else 1)
+        work = (632 * length, 4 * head_dim) if size == "tiny" else (TOKENS, WIDTH)
+        flops = products[kernel] * 2 * work[0] * length * work[1] / (2 if causal else 1)
         name = configs.key(kernel, configs.chip(), torch.bfloat16, head_dim, causal, length)
         print(name)
         for ms, config, note in ranking[: args.show]:
@@ -778,8 +837,7 @@ def main() -> None:
         nargs="+",
         default=["forward", "fused", "own", "keys", "queries", "tangent", "dual"],
     )
-    sizes = ["brief", "short", "long"]
-    parser.add_argument("--sizes", nargs="+", choices=sizes, default=sizes[1:])
+    parser.add_argument("--sizes", nargs="+", choices=list(LENGTHS), default=["short", "long"])
     parser.add_argument("--rep", type=int, default=100, help="milliseconds of measurement a cell")
     parser.add_argument("--seconds", type=float, default=60.0, help="of compiling in --tune")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")

@@ -264,11 +264,7 @@ def sample(config: Config, device: str) -> None:
         process,
         0,
     )
-    layout = lambda params: channels_last(stored_channels_last(params))  # noqa: E731
-    ours = ours._replace(
-        unet=(ours.unet[0], layout(ours.unet[1])),
-        autoencoder=(ours.autoencoder[0], layout(ours.autoencoder[1])),
-    )
+    ours = sd.place(ours, theirs.dtype, device)
     if not config.small:
         theirs.unet = torch.compile(theirs.unet, dynamic=False)
         theirs.vae.decode = torch.compile(theirs.vae.decode, dynamic=False)

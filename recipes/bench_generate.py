@@ -26,7 +26,8 @@ import tyro
 from torch import Tensor, nn
 
 from msfs_functional.generation import GREEDY, Generator, Settings
-from msfs_functional.models.decoder import decoder, fuse, language_model
+from msfs_functional.models.decoder import decoder, fuse
+from msfs_functional.models.decoder_generation import language_model
 from msfs_functional.models.pretrained import from_hub
 from msfs_functional.params import cast
 

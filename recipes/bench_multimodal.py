@@ -304,8 +304,14 @@ def compare_answers(config: Config, device: str) -> None:
         generate = Generator(language_model(ours, params, fused=True))
         settings = Settings(new, sampling=GREEDY)
 
+        def encode(params: Params, pixels: Tensor) -> Tensor:
+            return model.apply(params, pixels, method="image_tokens")
+
+        encoder: Any = encode if config.small else torch.compile(encode, dynamic=False)
+
+        @torch.no_grad()
         def run() -> object:
-            inputs = prefill_inputs(model, params, prompts, pixels)
+            inputs = prefill_inputs(model, params, prompts, images=encoder(params, pixels))
             return generate(prompts, settings, inputs=inputs)
 
         return run

@@ -13,6 +13,8 @@ AdamW, dropout 0 and matrices without biases:
     ours      make_step: the loss compiled as one graph, linear cross-entropy in chunks, flash
               attention, q, k and v in one matrix, AdamW in place; one CUDA graph a step
     regions   the same, but each block compiled once for all; one CUDA graph a step
+    thrifty   `regions`, but activations that one pass over memory makes are made again in the
+              backward pass
     launched  `ours` without the CUDA graph
 
 Each runs in a process of its own that finds no compiled code of an earlier one. It prints tokens/s
@@ -45,10 +47,11 @@ from msfs_functional.compiling import graphed
 from msfs_functional.losses import linear_cross_entropy
 from msfs_functional.models.decoder import DECAY, DecoderConfig, decoder, gpt2, output_weight
 from msfs_functional.params import Params, cast
+from msfs_functional.regions import region_of
 from msfs_functional.train import init_state, make_step
 from msfs_functional.utilisation import flops_per_token, peak_flops
 
-Side = Literal["ours", "regions", "launched", "peer"]
+Side = Literal["ours", "regions", "thrifty", "launched", "peer"]
 GOALS = {"tokens/s over the peer's": 1.12, "GiB": 12.0, "first step [s]": 10.0}
 
 
@@ -150,11 +153,12 @@ def our_step(
     side: Side, params: Params, shape: DecoderConfig, batch: dict[str, Tensor], compiled: bool
 ):
     """() -> loss: the step that pretrain.py takes."""
-    model = decoder(shape)
+    model, regions = decoder(shape), side in ("regions", "thrifty")
+    block_fn = functools.partial(region_of, thrifty=True) if side == "thrifty" else None
 
     def loss_fn(params: Params, batch: dict[str, Tensor], key: Tensor):
         params = cast(params, torch.bfloat16)
-        states = model.apply(params, batch["tokens"], method="hidden")
+        states = model.apply(params, batch["tokens"], method="hidden", around_block=block_fn)
         total, count = linear_cross_entropy(
             states, output_weight(params), batch["labels"], ignore_index=-1
         )
@@ -162,7 +166,7 @@ def our_step(
 
     decay = [(r"embedding|positions", True), *DECAY]  # as the peer does
     optimizer = optim.adamw(6e-4, 0.9, 0.95, 1e-8, 0.1, decay)
-    compile = ("regions" if side == "regions" else True) if compiled else False
+    compile = ("regions" if regions else True) if compiled else False
     step = make_step(loss_fn, optimizer, clip_norm=1.0, compile=compile, dynamic=False)
     state = init_state(params, optimizer, random.key(0, device=batch["tokens"].device))
     if compiled and side != "launched":

@@ -115,6 +115,9 @@ def read_data(config: Config) -> Splits:
         read = lambda split: corpora.easy_vqa(  # noqa: E731
             Path(data.name), split, data.size, limit=data.limit
         )
+        if data.held_out == "rehearsal":
+            train, valid = corpora.hold_out(read("train"), data.valid_share, data.seed)
+            return Splits(train, {"valid": valid.first(test)})
         return Splits(read("train"), {"test": read("test").first(test)})
     columns = {name: getattr(data, name) for name in ("image", "text", "question", "answer")}
     read = lambda split: corpora.from_table(  # noqa: E731
@@ -155,6 +158,7 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Functional:
         depth=sizes.decoder_depth,
         qk_norm=sizes.qk_norm,
         max_length=max(sizes.length, 256),
+        activation=sizes.activation,
         heads=sizes.heads,
         hidden=sizes.decoder_hidden,
     )
@@ -330,6 +334,8 @@ def train_stage(t: Training, name: str, params: Params) -> Params:
         flips=data.flips,
         shift=data.shift,
         tint=data.tint,
+        grey=data.grey,
+        coloured=data.coloured,
         seed=data.seed,
         share=t.share,
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
+from pictured_settings import Pictured
 
 from msfs_functional import config as configs
 
@@ -13,31 +14,14 @@ MAY_BE_ZERO = ("seed", "warmup", "steps", "shift")
 
 
 @dataclass(frozen=True)
-class Data:
-    """Where images, captions and questions come from."""
+class Data(Pictured):
+    """Where images, captions and questions come from, and how training images are changed."""
 
-    # "shapes" (made here), a folder in easy-VQA's layout, a local folder of images with a
-    # metadata.jsonl or .csv, or a data set of the Hub
-    name: str = "shapes"
-    config: str | None = None  # configuration of the Hub's data set
-    split: str = "train"  # of it, to train on
-    valid: str | None = None  # split to measure on; None: cut off the training images
-    valid_share: float = 0.1  # of the images, to cut off
-    image: str | None = None  # column of images; None: what it is usually called
-    text: str | None = None  # column of captions, the same
-    question: str | None = None  # column of questions, the same
+    question: str | None = None  # column of questions; None: what it is usually called
     answer: str | None = None  # column of answers, the same
-    fit: Literal["crop", "squash", "pad"] = "crop"  # what becomes of images that are not square
-    limit: int | None = None  # images at most
-    count: int = 16_000  # shapes to train on
-    # pairs of colour and kind that training lacks: those of what is reported, or others, with which
-    # settings are chosen
-    held_out: Literal["reported", "rehearsal"] = "reported"
-    size: int = 32  # of a side [pixels]
     flips: bool = False  # turn and mirror training images at random: not where left and up matter
     shift: int = 0  # move training images at random by at most so much [pixels]
     tint: float = 0.0  # scale each colour of training images at random by at most so much
-    seed: int = 0  # of shapes, questions, splits and of the order, not of the model
 
 
 @dataclass(frozen=True)
@@ -50,13 +34,13 @@ class Model:
     hidden: int = 288  # width inside the tower's feed-forward layers
     patch: int = 4  # [pixels]
     stem: Literal["linear", "convolutions"] = "convolutions"  # what makes a patch a vector
-    positions: Literal["learned", "sincos", "rotary"] = "learned"  # of patches
+    positions: Literal["learned", "smooth", "sincos", "rotary"] = "learned"  # of patches
     shuffle: int = 2  # patches of the side of a square that becomes one token
     decoder_width: int = 64
     decoder_depth: int = 3  # blocks
     decoder_hidden: int = 192  # width inside its feed-forward layers
     qk_norm: bool = False  # RMSNorm of each head's queries and keys, in the decoder
-    prefix: bool = False  # tokens of a prompt see each other (PaliGemma); needs rows of one sample
+    activation: Literal["swish", "relu"] = "swish"  # of the decoder's gates
     vocabulary: int = 512  # most ids of the byte-level BPE [tokens]
     length: int = 160  # tokens of a packed row; no sample may be longer
     # implementation of attention; None: flash on a GPU, sdpa on a CPU
@@ -72,7 +56,7 @@ class Stage:
     steps: int
     rate: float = 2e-3  # of the decoder and the projector
     vision_rate: float = 2e-3  # of the tower
-    warmup: int = 100  # [steps]
+    warmup: int = 30  # [steps]
 
 
 @dataclass(frozen=True)
@@ -138,25 +122,24 @@ class Config:
 
 GPU = Config(
     preset="gpu",
-    data=Data(count=24_000),
+    data=Data(count=48_000),
     model=Model(
-        width=256,
-        depth=6,
-        hidden=768,
-        decoder_width=256,
-        decoder_depth=4,
-        decoder_hidden=768,
+        width=192,
+        depth=4,
+        hidden=576,
+        positions="smooth",
+        decoder_width=128,
+        decoder_hidden=384,
+        activation="relu",
     ),
-    all=Stage(1200, rate=1e-3, vision_rate=1e-3),
-    train=Train(images=128, eval_every=500),
+    all=Stage(3000),
+    train=Train(images=128, eval_every=1000),
 )
-EASY_VQA = Config(
+EASY_VQA = replace(
+    GPU,
     preset="easy_vqa",
     test=1000,
-    data=Data(name="easy_vqa", size=64, flips=True, shift=4),
-    model=Model(patch=8, length=112),
-    all=Stage(2000),
-    train=Train(eval_every=500),
+    data=Data(name="easy_vqa", shift=2),
 )
 PRESETS = {"default": Config(), "gpu": GPU, "easy_vqa": EASY_VQA}
 

@@ -31,6 +31,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -75,7 +76,7 @@ from msfs_functional.image_corpora import Pictured
 from msfs_functional.layouts import TOWERS
 from msfs_functional.models import vision_format, vit
 from msfs_functional.models.clip import CLIPConfig, TextConfig, clip
-from msfs_functional.models.families import Published
+from msfs_functional.models.hub_folders import Published
 from msfs_functional.params import Functional, Params, cast
 from msfs_functional.stages import CHECKPOINTS, run_stage
 from msfs_functional.synthetic import shapes
@@ -355,8 +356,17 @@ def train(config: Config) -> None:
         share, dtype = meshes.data_rank(on), getattr(torch, str(config.dtype))
         model = sharded(plain, TOWERS, on, dtype=dtype, reduce_dtype=torch.float32)
     with agreement.together():
-        ids = encode(tokenizer, texts, config.model.length)
-        pairs = Pairs(splits.train, ids, settings.batch, seed=config.data.seed, share=share)
+        data, length = config.data, config.model.length
+        without = [re.sub(rf"(?:{data.coloured})\s*", "", text).strip() for text in texts]
+        pairs = Pairs(
+            splits.train,
+            encode(tokenizer, texts, length),
+            settings.batch,
+            grey=data.grey,
+            colourless=encode(tokenizer, without, length) if data.grey else None,
+            seed=data.seed,
+            share=share,
+        )
         if not config.resume and not rank:
             configs.new_run(run, config, overwrite=config.overwrite)
     optimizer = make_optimizer(settings)

@@ -6,33 +6,11 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
+from pictured_settings import Pictured
 
 from msfs_functional import config as configs
 
 MAY_BE_ZERO = ("seed", "warmup", "chunk")
-
-
-@dataclass(frozen=True)
-class Data:
-    """Where images and texts come from."""
-
-    # "shapes" (made here), a local folder of images with a metadata.jsonl or .csv, or a data set of
-    # the Hub
-    name: str = "shapes"
-    config: str | None = None  # configuration of the Hub's data set
-    split: str = "train"  # of it, to train on
-    valid: str | None = None  # split to measure on; None: cut off the training images
-    valid_share: float = 0.1  # of the images, to cut off
-    image: str | None = None  # column of images; None: what it is usually called
-    text: str | None = None  # column of texts, the same
-    fit: Literal["crop", "squash", "pad"] = "crop"  # what becomes of images that are not square
-    limit: int | None = None  # images at most
-    count: int = 16_000  # shapes to train on
-    # pairs of colour and kind that training lacks: those of what is reported, or others, with which
-    # settings are chosen
-    held_out: Literal["reported", "rehearsal"] = "reported"
-    size: int = 32  # of a side [pixels]
-    seed: int = 0  # of shapes, of splits and of the order, not of the model
 
 
 @dataclass(frozen=True)
@@ -93,7 +71,7 @@ class Config:
     templates: tuple[str, ...] = ()
     test: int = 1000  # images that retrieval and zero-shot are measured on, at most
     debug: bool = False  # show tracebacks
-    data: Data = field(default_factory=Data)
+    data: Pictured = field(default_factory=Pictured)
     model: Model = field(default_factory=Model)
     train: Train = field(default_factory=Train)
 
@@ -117,7 +95,7 @@ def checked(config: Config) -> Config:
 def command_line(args: Sequence[str], description: str) -> Config:
     """The settings that `args` make of the defaults, or of those that a run has kept."""
     if args[:1] == ["classify"] and configs.option(args, "--published"):  # of no run
-        data, model = Data(size=224), Model(length=77)
+        data, model = Pictured(size=224), Model(length=77)
         start = Config(mode="classify", name="published", data=data, model=model)
     else:
         start = configs.starting_point(args, {"default": Config()}, modes=("classify", "export"))

@@ -109,6 +109,7 @@ class Mesh:
     dp_replicate: int = 1  # processes with equal parameters and other rows
     dp_shard: int = -1  # processes with a shard of each parameter and other rows
     tp: int = 1  # processes that share each layer and the vocabulary
+    cp: int = 1  # processes that share the tokens of each row and attend around a ring
     # processes that share layers hold parts of the tokens between them; tp must divide the length
     sequence: bool = True
     timeout: float = 600.0  # the run ends when nothing has happened for so long [s]
@@ -169,10 +170,22 @@ def checked(config: Config) -> Config:
         raise ValueError(
             "--max-restarts needs a --name: processes that start again find their run by it"
         )
-    if config.mesh.sequence and config.mesh.tp > 1 and config.data.length % config.mesh.tp:
+    own = config.data.length // config.mesh.cp
+    if config.mesh.sequence and config.mesh.tp > 1 and own % config.mesh.tp:
+        shared = f" / --mesh.cp ({config.mesh.cp})" if config.mesh.cp > 1 else ""
         raise ValueError(
-            f"--mesh.tp ({config.mesh.tp}) must divide --data.length ({config.data.length}): change"
-            f" one, or pass --mesh.no-sequence"
+            f"--mesh.tp ({config.mesh.tp}) must divide --data.length ({config.data.length})"
+            f"{shared}: change one, or pass --mesh.no-sequence"
+        )
+    if config.mesh.cp > 1 and config.data.length % (2 * config.mesh.cp):
+        raise ValueError(
+            f"twice --mesh.cp (2 x {config.mesh.cp}) must divide --data.length "
+            f"({config.data.length}): change one"
+        )
+    if config.mesh.cp > 1 and config.model.attention not in (None, "flash"):
+        raise ValueError(
+            f"--model.attention {config.model.attention} with --mesh.cp {config.mesh.cp}: a ring "
+            f"attends by flash, leave the option out"
         )
     if not config.mesh.timeout > 0:
         raise ValueError(f"--mesh.timeout ({config.mesh.timeout}) must be positive [s]")
@@ -184,7 +197,8 @@ def checked(config: Config) -> Config:
     if config.threads:
         torch.set_num_threads(config.threads)
     kind = "bpe" if config.data.files or config.data.stream else "words"
-    attention = config.model.attention or ("flash" if "cuda" in machine.device else "sdpa")
+    by_flash = "cuda" in machine.device or config.mesh.cp > 1
+    attention = config.model.attention or ("flash" if by_flash else "sdpa")
     return replace(
         config,
         device=machine.device,

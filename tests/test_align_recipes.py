@@ -5,15 +5,15 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import start_server
 
-from msfs_functional import alignment_runs, stages
+from msfs_functional import alignment_runs, answerers, launching, stages
 from msfs_functional import config as configs
 from msfs_functional import distributed_checkpoint as checkpoints
 from msfs_functional.aligning import Mesh, Model, Stage, fine_tune, prepare
@@ -206,10 +206,13 @@ def test_an_rl_run_stopped_between_two_updates_of_a_rollout_ends_with_the_same_b
 
 
 def test_rollouts_ahead_give_the_same_bits_from_a_process_beside_and_after_a_stop(
-    align_ppo, tmp_path, stop_at
+    align_ppo, tmp_path, stop_at, monkeypatch
 ):
     """Each rollout by the parameters before the last updates: asked for in turn, while updates
     run, or read from a checkpoint."""
+    start_server(answerers.__name__)
+    quick = multiprocessing.get_context("forkserver")  # a run spawns, which imports everything anew
+    monkeypatch.setattr(answerers.multiprocessing, "get_context", lambda kind: quick)
     for way in ("ahead", "beside"):
         align_ppo.main(tiny(align_ppo, tmp_path, way, rl=rl(rollouts=way)))
     config = tiny(align_ppo, tmp_path, "stopped", rl=rl(rollouts="ahead"))
@@ -233,48 +236,45 @@ def test_a_reward_model_ensemble_and_a_trust_region_run(align_ppo, tmp_path, cap
     assert any(record["step_kl"] > 0 for record in records)
 
 
-@pytest.mark.ranks
-def test_two_ranks_learn_what_one_process_learns(align_ppo, align_people, tmp_path):
-    """The same rollouts, rewards and gradients, to the rounding of another order of sums: of a
-    policy, of a critic, of an ensemble of reward models and of DPO on files."""
-    script = tmp_path / "run.py"
-    script.write_text(
-        "import sys; from pathlib import Path; import align_people, align_ppo\n"
-        f"sys.path.insert(0, {str(ROOT / 'tests')!r}); import test_align_recipes as tests\n"
-        f"tests.learn_three_ways(align_ppo, align_people, Path({str(tmp_path)!r}), 'two-')\n"
-    )
-    paths = os.pathsep.join(map(str, [ROOT, ROOT / "kernels", ROOT / "recipes"]))
-    ran = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    assert ran.stdout.count("seed 0: right before") == 2
-    learn_three_ways(align_ppo, align_people, tmp_path, "one-")
-    for place in ("grpo/seed-0/rl", "ppo/seed-0/rewards", "ppo/seed-0/rl", "people/ensemble",
-                  "people/seed-0/dpo"):  # fmt: skip
+def two_processes():
+    """For test_ranks, which starts them: the rollouts, rewards and gradients of one process, to the
+    rounding of another order of sums: of a policy, of a critic, of natural gradients, of an
+    ensemble of reward models and of DPO on files."""
+    learn_four_ways(Path(os.environ["RECIPES_OUT"]), "two-")
+
+
+TWO = [two_processes]
+
+
+def equal_one_process(out):
+    learn_four_ways(out, "one-")
+    for place in ("grpo/seed-0/rl", "ppo/seed-0/rewards", "ppo/seed-0/rl", "natural/seed-0/rl",
+                  "people/ensemble", "people/seed-0/dpo"):  # fmt: skip
         one, two = (
-            [json.loads(line) for line in (tmp_path / path / "metrics.jsonl").open()]
+            [json.loads(line) for line in (out / path / "metrics.jsonl").open()]
             for path in (f"one-{place}", f"two-{place}")
         )
         assert len(one) == len(two) > 0
         for a, b in zip(one, two, strict=True):
-            names = {"reward", "kl", "length", "grad_norm", "rollout_entropy", "loss", "value_loss"}
+            names = {"reward", "kl", "length", "grad_norm", "rollout_entropy", "loss", "value_loss",
+                     "step_kl", "step_scale"}  # fmt: skip
             for name in names & a.keys():
                 assert a[name] == pytest.approx(b[name], abs=2e-3, rel=5e-3), (place, name)
 
 
-def learn_three_ways(align_ppo, align_people, out, prefix):
-    """GRPO by the checker, PPO by an ensemble of reward models, DPO on files."""
-    sizes = {"iterations": 2, "prompts": 4}
-    own = rl(**sizes)
-    align_ppo.main(tiny(align_ppo, out, f"{prefix}grpo", rl=own))
-    own = rl(**sizes, algorithm="ppo", reward="model", members=2, aggregate="min")
-    align_ppo.main(tiny(align_ppo, out, f"{prefix}ppo", rl=own))
-    align_people.main(tiny(align_people, out, f"{prefix}people", **people(out)))
+def learn_four_ways(out, prefix):
+    """GRPO by the checker, by its updates and by natural gradients, PPO by an ensemble of reward
+    models, DPO on files."""
+    align_ppo, align_people = load("align_ppo"), load("align_people")
+    with launching.joined("cpu"):  # one process group for all
+        for name, options in {
+            "grpo": {},
+            "natural": {"trust_region": 0.003, "iterations": 1},
+            "ppo": {"algorithm": "ppo", "reward": "model", "members": 2, "aggregate": "min"},
+        }.items():
+            own = rl(**{"iterations": 2, "prompts": 4, **options})
+            align_ppo.main(tiny(align_ppo, out, f"{prefix}{name}", rl=own))
+        align_people.main(tiny(align_people, out, f"{prefix}people", **people(out)))
 
 
 def reward_file(tmp_path, text):

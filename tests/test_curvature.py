@@ -3,9 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks import DEVICE, mesh
 from torch.func import grad, hessian
 
+from msfs_functional import random, sharding
+from msfs_functional.collectives import psum
 from msfs_functional.curvature import influences, solve, trust_region_step
+from msfs_functional.gathering import sharded
+from msfs_functional.layouts import DECODER
+from msfs_functional.models.decoder import decoder, tiny
 
 
 def draw(*shape, seed=0):
@@ -116,3 +122,49 @@ def test_without_a_direction_nothing_moves():
     flat = lambda p: 0 * p["w"].sum()  # noqa: E731
     out = trust_region_step(flat, logits_fn, params, mask, radius=0.05)
     assert out.scale == 0 and out.params is params
+
+
+def step_of_a_decoder(model, params, rows, total=lambda x: x):
+    """A step on this process's rows of eight; what it found."""
+    key = random.key(0, device=DEVICE)
+    tokens = (random.uniform(key, (8, 7)) * 23).long()[rows]
+    mask = torch.ones(8, 6, dtype=torch.bool, device=DEVICE).tril(3)[rows]  # other counts in halves
+    advantages = random.normal(random.fold_in(key, 1), (8, 6))[rows].double()
+
+    def logits_fn(params):
+        return model.apply(params, tokens[:, :-1], implementation="reference")
+
+    def logps(params):
+        return logits_fn(params).log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+
+    with torch.no_grad():
+        old, count = logps(params), total(mask.sum())
+
+    def surrogate(params):
+        return ((logps(params) - old).exp() * advantages * mask).sum() / count
+
+    return trust_region_step(surrogate, logits_fn, params, mask, radius=0.01, steps=5, total=total)
+
+
+def trust_region_of_shards():
+    """Two processes with other rows each take the step of one that has them all."""
+    own = decoder(tiny(23, width=12, depth=1, heads=2, kv_heads=1, hidden=10, max_length=8))
+    whole = own.init(0, device=DEVICE, dtype=torch.float64)
+    want = step_of_a_decoder(own, whole, slice(None))
+    assert want.scale > 0
+    for given in ({"dp_shard": 2}, {"dp_replicate": 2}):
+        (axis,), on = given, mesh(**given)
+        group, first = on.get_group(axis).group_name, 4 * on.get_local_rank(axis)
+        found = step_of_a_decoder(
+            sharded(own, DECODER, on),
+            sharding.shard(whole, DECODER.rules, on),
+            slice(first, first + 4),
+            lambda x: psum(x, group),  # noqa: B023, called at once
+        )
+        for name, value in sharding.gather(found.params).items():
+            torch.testing.assert_close(value, want.params[name], atol=1e-9, rtol=1e-7)
+        for a, b in zip(found[1:], want[1:], strict=True):
+            torch.testing.assert_close(a, b)
+
+
+TWO = [trust_region_of_shards]  # for test_ranks

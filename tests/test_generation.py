@@ -21,7 +21,8 @@ from msfs_functional.generation import (
     right_padded,
 )
 from msfs_functional.models import llama2c, pretrained
-from msfs_functional.models.decoder import DecoderConfig, decoder, fuse, gpt2, language_model
+from msfs_functional.models.decoder import DecoderConfig, decoder, fuse, gpt2
+from msfs_functional.models.decoder_generation import language_model
 
 CONFIG = DecoderConfig(
     37, width=16, depth=2, heads=4, kv_heads=2, hidden=24, windows=(5, None), tied=False

@@ -33,9 +33,9 @@ def tensors():
     return logps, old, old + 0.1 + 0.2 * draw(), old + 0.5 * draw(), entropies, mask, advantages
 
 
-def trl_loss(loss_type, **options):
+def trl_loss(loss_type, trainer=None, **options):
     """TRL's own `_compute_loss`, on a stand-in for its trainer."""
-    trainer = pytest.importorskip("trl.trainer.grpo_trainer").GRPOTrainer
+    trainer = trainer or pytest.importorskip("trl.trainer.grpo_trainer").GRPOTrainer
     logps, old, sampler, reference, entropies, mask, advantages = tensors()
     args = {
         "delta": None,
@@ -148,6 +148,37 @@ def test_pull_to_the_reference_equals_trl(loss_type, corrected):
         kl = kl * ppo.log_ratio(logps, old, mask).exp()
     losses = our_losses(loss_type, logps, old, advantages, mask) + 0.3 * kl
     same(average(loss_type, losses, mask), theirs, logps)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_the_geometric_mean_of_ratios_equals_trl(beta):
+    trainer = pytest.importorskip("trl.experimental.gmpo.gmpo_trainer").GMPOTrainer
+    theirs, logps, _ = trl_loss("grpo", trainer, beta=beta, epsilon_low=0.15, epsilon_high=0.25)
+    _, old, _, reference, _, mask, advantages = tensors()
+    out = variants.gmpo(logps, old, advantages, mask, clip=0.15, clip_high=0.25)
+    assert out.clipped.any() and (mask & ~out.clipped).any()
+    losses = out.losses + beta * ppo.kl_estimate(logps, reference, "k3")
+    same(masked.average(losses, mask, over="sequences"), theirs, logps)
+
+
+def test_the_distance_to_the_optimal_advantage_equals_trl():
+    trainer = pytest.importorskip("trl.experimental.a2po.a2po_trainer").A2POTrainer
+    logps, old, *_ = tensors()
+    rewards = torch.tensor([[1.0, 0.0, 0.5], [0.0, 0.0, 0.0]], dtype=torch.float64)
+    values = variants.optimal_values(rewards, beta=0.5)
+    by_hand = 0.5 * math.log((math.exp(2) + 1 + math.exp(1)) / 3)
+    torch.testing.assert_close(values, torch.tensor([by_hand, 0.0], dtype=torch.float64))
+    stand_in = SimpleNamespace(
+        model=SimpleNamespace(training=False),
+        args=SimpleNamespace(beta2=0.2),
+        _metrics={"eval": defaultdict(list)},
+        _get_sequence_logps=lambda *_: logps.sum(-1)[:2],
+    )
+    inputs = dict.fromkeys(("input_ids", "attention_mask", "logits_to_keep"))
+    given = {"ref_logps": old.sum(-1)[:2], "rewards": rewards[:, 0], "v_star": values}
+    theirs = trainer.compute_loss(stand_in, None, {**inputs, **given})
+    ours = variants.a2po(logps.sum(-1)[:2], old.sum(-1)[:2], rewards[:, 0], values, beta=0.2)
+    same(ours.mean(), theirs, logps)
 
 
 def test_two_sided_clip_equals_trl():

@@ -1,10 +1,12 @@
 """Batches of images and texts: the same however many share them, questions by weight, moves."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 
-from msfs_functional.image_batches import DESCRIBE, Pairs, Questions, texts_of
+from msfs_functional.image_batches import DESCRIBE, Pairs, Questions, grey_of, texts_of
 from msfs_functional.image_corpora import Pictured, shapes_world
 from msfs_functional.models.vlm import tiny
 from msfs_functional.tokenizer import Tokenizer, train_bpe
@@ -76,3 +78,31 @@ def test_a_batch_larger_than_the_data_is_refused():
         Pairs(DATA, torch.zeros(99, 1, dtype=torch.int64), 30)
     with pytest.raises(ValueError, match="multiple of the 3 data ranks"):
         questions(share=(0, 3))
+
+
+COLOURS = r"\b(colour|red|green|blue|yellow|purple|white)\b"
+
+
+def test_grey_pictures_are_asked_nothing_of_colours():
+    one = questions(grey=1.0, coloured=COLOURS)
+    asked = [pair for i in range(24) for pair in one.asked(i, np.random.default_rng(i), True)]
+    texts = " ".join(text for pair in asked for text in pair)
+    assert asked and not re.search(COLOURS + "|describe", texts)
+    pictures = one.batch(1)["pictures"]
+    assert torch.equal(pictures[:, 0], pictures[:, 1]) and torch.equal(
+        pictures[:, 0], pictures[:, 2]
+    )
+    some = questions(grey=0.5, coloured=COLOURS).batch(1)["pictures"]
+    flat = (some[:, 0] == some[:, 1]).flatten(1).all(1)
+    assert flat.any() and not flat.all()
+
+
+def test_grey_pictures_are_paired_with_texts_without_colours():
+    texts = torch.arange(sum(map(len, DATA.captions)))[:, None]
+    plain = Pairs(DATA, texts, 8).batch(1)
+    mixed = Pairs(DATA, texts, 8, grey=0.5, colourless=-1 - texts).batch(1)
+    grey = mixed["ids"][:, 0] < 0
+    assert grey.any() and not grey.all()
+    assert torch.equal(torch.where(grey[:, None], -1 - mixed["ids"], mixed["ids"]), plain["ids"])
+    assert torch.equal(mixed["images"][~grey], plain["images"][~grey])
+    assert torch.equal(mixed["images"][grey], grey_of(plain["images"][grey]))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from msfs_functional import optim, params, random, schedules
+from msfs_functional import leafwise, optim, params, random, schedules
 from msfs_functional.train import init_state, make_step
 
 SHAPES = {"weight": (8, 10), "bias": (8,), "wide": (4, 32), "odd": (3, 5), "scalar": ()}
@@ -90,6 +90,21 @@ def test_number_of_graphs_does_not_grow_with_the_number_of_parameters(counter):
             state, _ = step(state, torch.tensor(1.0))
         graphs.append(counter.frame_count)
     assert graphs[0] == graphs[1]
+
+
+def test_regions_start_without_graphs_for_little_parameters_and_what_all_share(
+    counter, monkeypatch
+):
+    """With the same numbers; weights, which decay, are one kind and biases the other."""
+    monkeypatch.setattr(leafwise, "FEW", 0.1)
+    state, graphs = {}, {}
+    for compile in (True, "regions", False):
+        counter.frame_count = 0
+        state[compile] = run(EVERY["adamw"](), compile, clip_norm=0.5)
+        graphs[compile] = counter.frame_count
+    assert_same(state["regions"], state[False])
+    loss, shared, biases = 1, 1, 1  # a loss of no regions is no graph either
+    assert graphs["regions"] == graphs[True] - loss - shared - biases
 
 
 def test_clipping_in_the_step_equals_clipping_in_the_optimizer():

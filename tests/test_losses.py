@@ -223,7 +223,9 @@ def test_wrong_arguments_are_named():
 INTERPRETED = """
 import torch
 from msfs_kernels.linear_cross_entropy import gradient_of_logits_ as plain
-from msfs_kernels.triton_cross_entropy import gradient_of_logits_ as fused
+from msfs_kernels import triton_cross_entropy
+fused = triton_cross_entropy.gradient_of_logits_
+triton_cross_entropy.BLOCK = 64
 torch.manual_seed(0)
 for vocab, bias in ((7, None), (130, torch.randn(2, 130))):
     logits, labels = torch.randn(2, 5, vocab) * 4, torch.randint(0, vocab, (2, 5))

@@ -423,8 +423,8 @@ def trl_dpo(loss_type, x, mask, reference, **options):
     trainer = pytest.importorskip("trl.trainer.dpo_trainer").DPOTrainer
     own = {"ld_alpha": None, "f_divergence_type": "reverse_kl", "use_weighting": False, **options}
     trl = stand_in(
-        loss_types=[loss_type],
-        loss_weights=[1.0],
+        loss_types=loss_type.split("+"),
+        loss_weights=[1.0, 0.5, 0.3][: len(loss_type.split("+"))],
         label_smoothing=0.1,
         beta=0.4,
         args=SimpleNamespace(discopop_tau=0.05),

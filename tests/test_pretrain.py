@@ -164,18 +164,24 @@ def two_ranks_of_one_layer() -> None:
     recipe(*TINY, "--out", out, "--name", "tp", "--mesh.tp", 2, "--train.accumulation", 2)
 
 
+def two_ranks_of_one_row() -> None:
+    out = os.environ["PRETRAIN_OUT"]
+    recipe(*TINY, "--out", out, "--name", "cp", "--mesh.cp", 2)
+
+
 @pytest.mark.ranks
 def test_two_processes_train_what_one_does(tmp_path, monkeypatch):
     recipe(*TINY, "--out", tmp_path, "--name", "one")
     monkeypatch.setenv("PRETRAIN_OUT", str(tmp_path))
-    check_claims(([two_ranks], 2), ([two_ranks_of_one_layer], 2))
-    one, two, tp = (metrics_without_time(tmp_path / name) for name in ("one", "two", "tp"))
+    check_claims(*(([run], 2) for run in (two_ranks, two_ranks_of_one_layer, two_ranks_of_one_row)))
+    runs = [metrics_without_time(tmp_path / name) for name in ("one", "two", "tp", "cp")]
+    one, two, *_ = runs
     assert [r["tokens"] for r in one if "tokens" in r] == [
         r["tokens"] for r in two if "tokens" in r
     ]
     for name in ("loss", "grad_norm", "valid/loss"):
-        a, b, c = ([record[name] for record in run if name in record] for run in (one, two, tp))
-        assert a == pytest.approx(b, rel=2e-5) and a == pytest.approx(c, rel=2e-5)
+        alone, *others = ([record[name] for record in run if name in record] for run in runs)
+        assert all(other == pytest.approx(alone, rel=2e-5) for other in others)
     a, b = final_state(tmp_path / "one"), final_state(tmp_path / "two")
     assert a.keys() == b.keys()
     for name in a:
@@ -189,6 +195,8 @@ def test_two_processes_train_what_one_does(tmp_path, monkeypatch):
         ("--data.batch 500", "fewer than one batch of 500 x 200"),
         ("--mesh.dp-shard 3", "multiply to 3, but 1 processes run"),
         ("--mesh.tp 3", r"--mesh.tp \(3\) must divide --data.length \(200\)"),
+        ("--mesh.cp 3", r"twice --mesh.cp \(2 x 3\) must divide --data.length \(200\)"),
+        ("--mesh.cp 2 --model.attention sdpa", "a ring attends by flash"),
         ("--mesh.timeout 0", r"--mesh.timeout \(0.0\) must be positive"),
         ("--model.heads 3", r"heads \(3\) must divide width"),
         ("--vocabulary.kind bpe --vocabulary.size 100", r"vocab_size \(100\) must exceed 260"),

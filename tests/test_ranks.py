@@ -1,8 +1,10 @@
 """The claims about several ranks that other files make, in one start of processes."""
 
 import pytest
+import test_align_recipes as alignment
 import test_caption as caption
 import test_contrastive as contrastive
+import test_curvature as curvature
 import test_distributed_checkpoint as checkpoints
 import test_image_text as image_text
 import test_ranks_refuse as refusals
@@ -19,13 +21,13 @@ def test_several_ranks_equal_one_process_and_go_on_for_one_another(tmp_path, mon
     monkeypatch.setenv("CHECKPOINT_TEST", str(tmp_path))
     monkeypatch.setenv("RECIPES_OUT", str(tmp_path))
     four = sharding.FOUR + checkpoints.FOUR
-    two = sharding.TWO + checkpoints.TWO + pictures.TWO + contrastive.TWO
+    two = sharding.TWO + checkpoints.TWO + pictures.TWO + contrastive.TWO + curvature.TWO
     # Those of recipes start and end their process group themselves.
-    runs = [([run], 2) for run in caption.TWO + image_text.TWO + refusals.RUNS]
+    runs = [([run], 2) for run in caption.TWO + image_text.TWO + alignment.TWO + refusals.RUNS]
     check_claims((four, 4), (two + refusals.TWO, 2), *runs, (refusals.AFTER, 2))
     checkpoints.resumed_on_one()
     pictures.as_on_one_process(tmp_path)
-    for recipe in (caption, image_text):
+    for recipe in (caption, image_text, alignment):
         recipe.equal_one_process(tmp_path)
     refusals.exported_by_one(capsys)
 

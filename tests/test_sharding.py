@@ -27,6 +27,7 @@ from msfs_functional.layouts import DECODER, DECODER_BY_TOKENS, TRANSFORMER
 from msfs_functional.losses import cross_entropy, linear_cross_entropy
 from msfs_functional.meshes import data_rank, degrees
 from msfs_functional.models import decoder as decoders
+from msfs_functional.models import decoder_block
 from msfs_functional.models.decoder import DecoderConfig, decoder, output_weight
 from msfs_functional.models.transformer import TransformerConfig, transformer
 from msfs_functional.train import init_state, make_step
@@ -217,7 +218,7 @@ def sequence_parallel():
     """Norms and residuals of a part of the tokens each; a vocabulary that nothing divides."""
     for loss in (next_token, fused_loss):
         equal_one_process({"tp": 2}, layout=DECODER_BY_TOKENS, loss=loss)
-    norms, normalize = [], decoders.normalize
+    norms, normalize = [], decoder_block.normalize
 
     def seen(params, name, x, config):
         norms.append(x.shape)
@@ -226,7 +227,8 @@ def sequence_parallel():
     model = sharded(decoder(UNNORMED), DECODER_BY_TOKENS, mesh(tp=2))
     params, tokens = model.init(0), batches(1)[0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoders, "normalize", seen)
+        patch.setattr(decoder_block, "normalize", seen)
+        patch.setattr(decoders, "normalize", seen)  # the last one
         gathered(functools.partial(next_token, model), model)(params, tokens, random.key(0))
     assert norms == [(8, 3, 18)] * 3
     with pytest.raises(ValueError, match=r"tp \(2\) must divide the tokens of a sequence \(7\)"):

@@ -7,12 +7,14 @@ configs.json. Nothing is tuned at a first call.
 
 import functools
 import json
+import math
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 TABLE = Path(__file__).with_name("configs.json")
+SIZES = {"tiny": 64, "short": 2048, "long": math.inf}  # name: longest of queries and keys
 
 
 class Config(NamedTuple):
@@ -31,7 +33,7 @@ def key(
     kernel: str, chip: str, dtype: torch.dtype, head_dim: int, causal: bool, length: int
 ) -> str:
     width = "32" if dtype == torch.float32 else "16"
-    size = "brief" if length <= 64 else "short" if length <= 2048 else "long"
+    size = next(name for name, most in SIZES.items() if length <= most)
     return f"{chip}/{kernel}/{width}bit/{head_dim}/{'causal' if causal else 'full'}/{size}"
 
 
@@ -52,20 +54,20 @@ def chip() -> str:
     return f"sm_{major}{minor}"
 
 
-def measured(
-    kernel: str, dtype: torch.dtype, head_dim: int, causal: bool, length: int, missing: Config
-) -> Config | None:
-    """The table's entry; that of short sequences for a brief one without; or `missing`."""
-    name = key(kernel, chip(), dtype, head_dim, causal, length)
-    longer = name.replace("/brief", "/short")
-    return table().get(name, table().get(longer, missing))
-
-
 @functools.cache
 def choose(kernel: str, dtype: torch.dtype, head_dim: int, causal: bool, length: int) -> Config:
     """The configuration for a launch; head_dim is the padded one (a power of two)."""
-    safe = default(kernel, dtype, head_dim)
-    return measured(kernel, dtype, head_dim, causal, length, safe) or safe
+    return entry(kernel, dtype, head_dim, causal, length) or default(kernel, dtype, head_dim)
+
+
+def entry(
+    kernel: str, dtype: torch.dtype, head_dim: int, causal: bool, length: int
+) -> Config | None:
+    """The table's; tiny lengths without one of their own have that of short ones."""
+    name = key(kernel, chip(), dtype, head_dim, causal, length)
+    if name not in table():
+        name = key(kernel, chip(), dtype, head_dim, causal, max(length, int(SIZES["tiny"]) + 1))
+    return table().get(name, default(kernel, dtype, head_dim))
 
 
 def fitted(config: Config, queries: int, keys: int) -> Config:
@@ -86,8 +88,7 @@ def is_fastest(kernel: str, dtype: torch.dtype, head_dim: int, causal: bool, len
     """Whether a kernel that does the work of two at once ("fused", "dual") is faster than they: the
     table has null where it is not.
     """
-    safe = default(kernel, dtype, head_dim)
-    return measured(kernel, dtype, head_dim, causal, length, safe) is not None
+    return entry(kernel, dtype, head_dim, causal, length) is not None
 
 
 def default(kernel: str, dtype: torch.dtype, head_dim: int) -> Config:

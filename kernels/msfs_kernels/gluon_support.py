@@ -13,18 +13,21 @@ import torch
 import triton
 from torch import Tensor
 
-from msfs_kernels import triton_forward
+from msfs_kernels import triton_decode, triton_forward
 from msfs_kernels.launching import INTERPRETED, TENSOR_OPTIONS, Launch
 from msfs_kernels.options import Options
 from msfs_kernels.triton_common import tma_ready
 
 gluon_forward: Any = None
+gluon_dual: Any = None
 try:
-    from msfs_kernels import gluon_forward
+    from msfs_kernels import gluon_dual, gluon_forward
 except (ImportError, AttributeError):  # a Triton without Gluon, or with other names
     pass
 
-FASTER = {(64, False), (128, False), (128, True)}  # (head dim, causal), kernels/LOG.md
+# (head dim, causal), kernels/LOG.md
+FASTER = {(64, False), (128, False), (128, True)}
+FASTER_DUAL = {(64, False), (128, False), (128, True)}
 
 
 def plan_forward(
@@ -39,23 +42,36 @@ def plan_forward(
     return triton_forward.plan_forward(q, k, v, o, lse, options)
 
 
-def suits(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
-    """Whether Gluon's forward can do this work on this device."""
+def dual_is_faster(
+    tq: Tensor, tk: Tensor, tv: Tensor, q: Tensor, k: Tensor, v: Tensor, options: Options
+) -> bool:
+    """Whether Gluon's forward with its tangent can do this work, and is the faster way."""
+    return (
+        (q.shape[-1], options.causal) in FASTER_DUAL
+        and min(q.numel(), k.numel()) > 0
+        and not triton_decode.suits(q, k)
+        and tma_ready(tq, tk, tv)
+        and suits(q, k, v, options, "dual")
+    )
+
+
+def suits(q: Tensor, k: Tensor, v: Tensor, options: Options, kernel: str = "forward") -> bool:
+    """Whether Gluon's forward, or that with its tangent, can do this work on this device."""
     return (
         q.shape[-1] in (64, 128)
         and q.shape[-1] == v.shape[-1]
         and q.element_size() == 2
         and plain_options(options)
         and tma_ready(q, k, v)
-        and here(q, options)
+        and here(kernel, q, options)
     )
 
 
-def here(q: Tensor, options: Options) -> bool:
+def here(kernel: str, q: Tensor, options: Options) -> bool:
     """Whether q's device runs what Gluon makes."""
     if not q.is_cuda or INTERPRETED:
         return False
-    return compiled(q.dtype, q.shape[-1], options.causal, q.device)
+    return compiled(kernel, q.dtype, q.shape[-1], options.causal, q.device)
 
 
 def plain_options(options: Options) -> bool:
@@ -70,14 +86,20 @@ def plain_options(options: Options) -> bool:
 
 
 @functools.cache
-def compiled(dtype: torch.dtype, head_dim: int, causal: bool, device: torch.device) -> bool:
-    """Whether the forward for this dtype, head dim and mask compiles here; it is kept if so."""
+def compiled(
+    kernel: str, dtype: torch.dtype, head_dim: int, causal: bool, device: torch.device
+) -> bool:
+    """Whether the kernel for this dtype, head dim and mask compiles here; it is kept if so."""
     if gluon_forward is None or torch.cuda.get_device_capability(device) != (9, 0):
         return False
     with torch.cuda.device(device):
         x = torch.empty((1, 128, 1, head_dim), dtype=dtype, device=device).transpose(1, 2)
         rows = torch.empty((1, 1, 128), device=device)
-        return compiles(gluon_forward.plan_forward(x, x, x, x, rows, Options(causal=causal)))
+        options = Options(causal=causal)
+        if kernel == "dual":
+            results = (x, rows, x, rows)
+            return compiles(gluon_dual.plan_dual(x, x, x, x, x, x, *results, options))
+        return compiles(gluon_forward.plan_forward(x, x, x, x, rows, options))
 
 
 def compiles(launch: Launch) -> bool:

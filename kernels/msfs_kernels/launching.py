@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from triton import knobs
 
+from msfs_kernels import ahead
 from msfs_kernels.driver_launch import DriverLaunch, driver_launch
 from msfs_kernels.options import Options
 
@@ -33,8 +34,9 @@ class Launch(NamedTuple):
 
     def run(self) -> Any:
         """Starts the kernel through Triton's front door and returns what Triton compiled."""
-        if COLLECTED is not None:
-            return COLLECTED.append(self)
+        if RECORDING.planned is not None:
+            return RECORDING.planned.append(self)
+        ahead.wait(self.kernel)
         return self.kernel[self.grid](*self.args, **self.constants)
 
 
@@ -71,12 +73,12 @@ class Prepared(NamedTuple):
 
 
 PREPARED: dict[Any, Prepared | None] = {}
-COLLECTED: list[Launch] | None = None  # where launches go in place of the device
 
 
 class Recording(threading.local):
-    """What `recorded` collects: of this thread, as the backward has threads of its own."""
+    """What `recorded` and `launches_of` collect: of this thread, as the backward has its own."""
 
+    planned: list[Launch] | None = None  # where launches go in place of the device
     launches: list[tuple[Prepared | None, tuple[Tensor | None, ...]]] | None = None
 
 
@@ -85,13 +87,12 @@ RECORDING = Recording()
 
 def launches_of(fn: Callable[[], object]) -> list[Launch]:
     """What fn() would launch, without a launch: for compiling ahead. Results stay uninitialised."""
-    global COLLECTED
-    COLLECTED = collected = []
+    RECORDING.planned = planned = []
     try:
         fn()
     finally:
-        COLLECTED = None
-    return collected
+        RECORDING.planned = None
+    return planned
 
 
 @contextmanager
@@ -165,7 +166,7 @@ def launch(
     """
     x = tensors[0]
     assert x is not None
-    if INTERPRETED or COLLECTED is not None:
+    if INTERPRETED or RECORDING.planned is not None:
         plan(*tensors, options).run()
         return
     if x.device.index != torch.cuda.current_device():

@@ -195,6 +195,7 @@ def _value_and_gradient(hidden, weight, bias, labels, scalars):
         dw = plus_product(dw, da.mT, h[:, rows], sum_dtype)
         if bias is not None:
             db += da.sum(1, dtype=dtype)
+        del da  # before the next chunk's logits come
     if items is not None:
         dh = dh.new_zeros(hidden.shape).index_copy_(1, items, dh)
     if dw is None:  # no item at all

@@ -27,6 +27,9 @@ def dual(
     """o, lse and their tangents to, tlse, of a call without masks but the causal one: in one pass
     where that is faster.
     """
+    if gluon_support.dual_is_faster(tq, tk, tv, q, k, v, options):
+        plan = gluon_support.gluon_dual.plan_dual
+        return triton_dual.dual(tq, tk, tv, q, k, v, options, plan)
     if triton_dual.one_pass(q, k, v, options):
         return triton_dual.dual(tq, tk, tv, q, k, v, options)
     o, lse = forward(q, k, v, options)

@@ -22,13 +22,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from msfs_kernels import gluon_support
 from msfs_kernels.launching import TENSOR_OPTIONS, Launch, launches_of
 from msfs_kernels.options import Options
 from msfs_kernels.philox import philox_4x32
-from msfs_kernels.triton_backend import backward, forward, tangent
+from msfs_kernels.triton_backend import backward, dual, forward, tangent
 from msfs_kernels.triton_common import MOST_QUERIES
 from msfs_kernels.triton_decode import suits
-from msfs_kernels.triton_dual import dual, one_pass
+from msfs_kernels.triton_dual import one_pass
 
 
 class Case(NamedTuple):
@@ -303,8 +304,11 @@ def by_kernels(
         tangents["q"], tangents["k"], tangents["v"], tangents.get("bias"), q, k, v, o, lse, options
     )
     out |= {"to": to, "tlse": tlse}
-    if is_plain(options) and one_pass(q, k, v, options):
-        both = dual(tangents["q"], tangents["k"], tangents["v"], q, k, v, options)
+    moves = (tangents["q"], tangents["k"], tangents["v"])
+    if is_plain(options) and (
+        gluon_support.dual_is_faster(*moves, q, k, v, options) or one_pass(q, k, v, options)
+    ):
+        both = dual(*moves, q, k, v, options)
         names = ("o", "lse", "to", "tlse")
         out |= {f"{ONE_PASS}{name}": x for name, x in zip(names, both, strict=True)}
     return out

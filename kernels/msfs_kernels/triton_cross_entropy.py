@@ -1,8 +1,9 @@
 """Cross-entropy of a block of logits and its gradient, in place: one Triton program a row.
 
-The row is read twice: once for its maximum and sum (online, as in attention), once to be replaced
-by its gradient. A row of 32,768 bf16 logits is 64 KiB, and the second reading comes from the cache
-if few rows are on their way at once: hence programs of many threads, two to a multiprocessor.
+The row is read twice: once for its maximum and sum (online, as in attention, but of each lane: the
+lanes meet once a row, not once a block), once to be replaced by its gradient. A row of 32,768 bf16
+logits is 64 KiB, and the second reading comes from the cache if few rows are on their way at once:
+hence programs of many threads, four to a multiprocessor.
 """
 
 # Device functions are Python to pyright: tiles, constants and pointers have no types of theirs.
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from .triton_common import tanh
 
-BLOCK = 16384  # logits at a time
+BLOCK = 8192  # logits at a time
+LOWEST = tl.constexpr(-3.0e38)  # where a lane's maximum begins; -inf would make NaN of -inf - -inf
 
 
 @triton.jit
@@ -30,10 +32,10 @@ def row_kernel(
     if bias is not None:
         bias += (row // rows) * bias_stride
     kept = label != ignore_index
-    top = float("-inf")
-    total = 0.0
-    added = 0.0
     if kept:
+        top = tl.full([BLOCK], LOWEST, tl.float32)
+        total = tl.zeros([BLOCK], tl.float32)
+        added = tl.zeros([BLOCK], tl.float32)
         for first in range(0, vocab, BLOCK):
             j = first + tl.arange(0, BLOCK)
             s = tl.load(start + j, mask=j < vocab, other=float("-inf")).to(tl.float32)
@@ -41,12 +43,13 @@ def row_kernel(
                 s += tl.load(bias + j, mask=j < vocab, other=0.0).to(tl.float32)
             if CAP:
                 s = tl.where(j < vocab, softcap * tanh(s / softcap), float("-inf"))
-            higher = tl.maximum(top, tl.max(s, 0))
-            total = total * tl.exp(top - higher) + tl.sum(tl.exp(s - higher), 0)
+            higher = tl.maximum(top, s)
+            total = total * tl.exp(top - higher) + tl.exp(s - higher)
             top = higher
             if SMOOTH:
-                added += tl.sum(tl.where(j < vocab, s, 0.0), 0)
-        lse = top + tl.log(total)
+                added += tl.where(j < vocab, s, 0.0)
+        most = tl.max(top, 0)
+        lse = most + tl.log(tl.sum(total * tl.exp(top - most), 0))
         chosen = tl.load(start + label).to(tl.float32)
         if bias is not None:
             chosen += tl.load(bias + label).to(tl.float32)
@@ -54,7 +57,7 @@ def row_kernel(
             chosen = softcap * tanh(chosen / softcap)
         loss = lse - (1 - label_smoothing) * chosen + z_loss * lse * lse
         if SMOOTH:
-            loss -= label_smoothing * added / vocab
+            loss -= label_smoothing * tl.sum(added, 0) / vocab
         tl.store(losses + row, loss)
         if STORE:
             tl.debug_barrier()  # every thread has read the label's logit before it is overwritten

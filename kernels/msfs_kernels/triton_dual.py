@@ -26,6 +26,8 @@ Source: Dao 2023 (FlashAttention-2), Algorithm 1, differentiated.
 # pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -193,13 +195,15 @@ def one_pass(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
 
 
 def dual(
-    tq: Tensor, tk: Tensor, tv: Tensor, q: Tensor, k: Tensor, v: Tensor, options: Options
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tq: Tensor, tk: Tensor, tv: Tensor, q: Tensor, k: Tensor, v: Tensor, options: Options,
+    plan: Callable[..., Launch] = plan_dual,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """o, lse and their tangents to, tlse, shapes and dtypes as of the two kernels, where `one_pass`
-    says so; `options` may set causal, scale, precision and deterministic only.
+    says so; `options` may set causal, scale, precision and deterministic only. `plan` says which
+    kernel.
     """
     (B, H, T, _), V = q.shape, v.shape[-1]
     o, to = (empty_tokens_first(q, B, H, T, V) for _ in range(2))
     lse, tlse = (q.new_empty((B, H, T), dtype=torch.float32) for _ in range(2))
-    launch(plan_dual, (tq, tk, tv, q, k, v, o, lse, to, tlse), options)
+    launch(plan, (tq, tk, tv, q, k, v, o, lse, to, tlse), options)
     return o, lse, to, tlse

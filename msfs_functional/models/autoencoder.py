@@ -30,6 +30,7 @@ from msfs_functional.models.convolutions import (
     Norm,
     Resnet,
     double,
+    for_kernels,
     group_norm,
     linear,
 )
@@ -237,7 +238,7 @@ class Autoencoder(nn.Module):
                 f"image {tuple(image.shape)} must have a height and width that {factor} divides: "
                 f"crop or resize it"
             )
-        x = self.encoder.output(self.encoder(image, implementation))
+        x = self.encoder.output(self.encoder(for_kernels(image), implementation))
         if config.mixed:
             x = self.mix_moments(x)
         mean, logvar = x.chunk(2, 1)
@@ -259,6 +260,7 @@ class Autoencoder(nn.Module):
         self, z: Float[Tensor, "B C h w"], *, implementation: Implementation = "flash"
     ) -> Float[Tensor, "B D H W"]:
         """What `decode` gives to its last convolution; `paint` is that convolution."""
+        z = for_kernels(z)
         return self.decoder(self.mix_latents(z) if self.config.mixed else z, implementation)
 
     def paint(self, features: Float[Tensor, "B D H W"]) -> Float[Tensor, "B _ H W"]:

@@ -39,6 +39,17 @@ def channels_last(params: Params) -> Params:
     return {n: x.permute(0, 3, 1, 2) if x.ndim == 4 else x for n, x in params.items()}
 
 
+def for_kernels(x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+    """x in channels_last on a GPU: convolutions and the kernels between them want it, and all that
+    follows keeps it. As it is on a CPU, to a compiler, which chooses layouts by itself, and under
+    torch.func transforms, which run the plain formulas."""
+    if not x.is_cuda or torch.compiler.is_compiling():
+        return x
+    if torch._C._functorch.get_interpreter_stack():  # pyright: ignore
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 def convolve(
     params: Params, name: str, x: Float[Tensor, "B C H W"], *, bias: bool = True, stride: int = 1
 ) -> Float[Tensor, "B _ H W"]:

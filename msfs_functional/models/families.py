@@ -6,17 +6,24 @@ A `Family` says how a kind of model writes its options and names its weights. No
 transformers' code is used.
 """
 
+import functools
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from msfs_functional.models.clip import CLIPConfig, TextConfig
-from msfs_functional.models.pretrained import Hub, read_folder, write_folder
+from msfs_functional.models.hub_folders import (
+    Hub,
+    Published,
+    check_shapes,
+    load_folder,
+    write_folder,
+)
 from msfs_functional.models.tower_options import Substitutions, substitute
 from msfs_functional.models.vit import ViTConfig
 from msfs_functional.params import Functional, Params
@@ -158,15 +165,6 @@ def to_hub(
     return {**hub, **family.write(config)}, weights
 
 
-class Published(NamedTuple):
-    """A folder's contents."""
-
-    config: Any  # ViTConfig, TextConfig, CLIPConfig; VLMConfig
-    params: Params
-    hub: dict[str, Any]  # config.json as it is
-    tokenizer: str | None  # tokenizer.json as text
-
-
 def load(
     folder: str | Path,
     *,
@@ -183,11 +181,8 @@ def load(
     Raises:
         ValueError: a missing or broken file, a family or option that is not known here.
     """
-    hub, weights, tokenizer = read_folder(folder, device)
-    config, params = from_hub(hub, weights, families)
-    if dtype is not None:
-        params = {name: value.to(dtype) for name, value in params.items()}
-    return Published(config, params, hub, tokenizer)
+    read = functools.partial(from_hub, families=families)
+    return load_folder(folder, read, dtype=dtype, device=device)
 
 
 def save(
@@ -208,8 +203,6 @@ def save(
     Raises:
         ValueError: a configuration that no published family has; parameters of another one.
     """
-    expected = families[family_of(config, families)].build(config).shapes
-    if {name: value.shape for name, value in params.items()} != expected:
-        raise ValueError("params are not of this configuration")
+    check_shapes(params, families[family_of(config, families)].build(config).shapes)
     hub, weights = to_hub(config, params, families)
     write_folder(folder, {**hub, **extra}, weights, tokenizer)

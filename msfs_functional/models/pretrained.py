@@ -6,24 +6,25 @@ Names, shapes and options are mapped, once for each family: GPT-2, Llama (SmolLM
 Qwen 2 and 3, Gemma 1 and 2. Nothing of transformers' code is used.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from msfs_functional.models.decoder import DecoderConfig, decoder, gpt2, unfuse
-from msfs_functional.models.weight_files import read_json
+from msfs_functional.models.hub_folders import (
+    Hub,
+    Published,
+    check_shapes,
+    load_folder,
+    write_folder,
+)
 from msfs_functional.params import Params
 from msfs_functional.rotary import Scaling
-
-Hub = Mapping[str, Any]  # a config.json
 
 ACTIVATIONS = {
     "silu": "swish",
@@ -442,63 +443,12 @@ def to_hub(
     return {**hub, **chosen.write(config)}, weights
 
 
-class Pretrained(NamedTuple):
-    """A folder's contents."""
-
-    config: DecoderConfig
-    params: Params
-    hub: dict[str, Any]  # config.json as it is: bos_token_id, eos_token_id, ...
-    tokenizer: str | None  # tokenizer.json as text, for tokenizers.Tokenizer.from_str
-
-
-def read_folder(
-    folder: str | Path, device: torch.device | str = "cpu"
-) -> tuple[dict[str, Any], dict[str, Tensor], str | None]:
-    """config.json, the weights by name, and tokenizer.json's text (if any) of a local folder.
-
-    Raises:
-        ValueError: a missing or broken file.
-    """
-    folder = Path(folder)
-    hub = read_json(folder / "config.json")
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.exists():
-        names = sorted(set(read_json(index)["weight_map"].values()))
-    weights: dict[str, Tensor] = {}
-    for name in names:
-        path = folder / name
-        if not path.exists():
-            raise ValueError(f"no {name} in {folder}: the download is not complete")
-        try:
-            with safe_open(path, "pt", device=str(device)) as file:
-                weights |= {key: file.get_tensor(key) for key in file.keys()}
-        except SafetensorError as error:
-            raise ValueError(f"{path} is no safetensors file ({error}): fetch it again") from None
-    path = folder / "tokenizer.json"
-    return hub, weights, path.read_text(encoding="utf-8") if path.exists() else None
-
-
-def write_folder(
-    folder: str | Path, hub: Hub, weights: dict[str, Tensor], tokenizer: str | None = None
-) -> None:
-    """Writes what `read_folder` and transformers' from_pretrained read."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(hub, indent=2) + "\n", encoding="utf-8")
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    if tokenizer is not None:
-        (folder / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
-        settings = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"})
-        (folder / "tokenizer_config.json").write_text(settings, encoding="utf-8")
-
-
 def load(
     folder: str | Path,
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-) -> Pretrained:
+) -> Published[DecoderConfig]:
     """A local Hugging Face folder as configuration and parameters.
 
     Args:
@@ -507,11 +457,7 @@ def load(
     Raises:
         ValueError: a missing or broken file, a family or option this decoder does not have.
     """
-    hub, weights, tokenizer = read_folder(folder, device)
-    config, params = from_hub(hub, weights)
-    if dtype is not None:
-        params = {name: value.to(dtype) for name, value in params.items()}
-    return Pretrained(config, params, hub, tokenizer)
+    return load_folder(folder, from_hub, dtype=dtype, device=device)
 
 
 def save(
@@ -533,9 +479,7 @@ def save(
     Raises:
         ValueError: a configuration that no published family has; parameters of another one.
     """
-    expected = decoder(config).shapes
-    if {name: value.shape for name, value in params.items()} != expected:
-        raise ValueError("params are not of this configuration")
+    check_shapes(params, decoder(config).shapes)
     if config.fused:
         config, params = replace(config, fused=False), unfuse(params, config)
     hub, weights = to_hub(config, params, family)

@@ -34,6 +34,7 @@ from msfs_functional.models.convolutions import (
     Norm,
     Resnet,
     enlarge,
+    for_kernels,
     group_norm,
     linear,
 )
@@ -330,7 +331,7 @@ class UNet(nn.Module):
         """The prediction for x at time t; what it predicts, training decides (`diffusion`).
 
         Args:
-            x: any height and width; channels_last is kept.
+            x: any height and width; on a GPU all is computed in channels_last.
             t: in steps of a schedule of about a thousand: multiply a time in [0, 1] by 1000.
             context: what the text encoder returned.
             context_lengths: tokens of the context that are not padding; default: all.
@@ -361,7 +362,7 @@ class UNet(nn.Module):
                     skips.append(x)
             return x
 
-        x = self.input(x)
+        x = self.input(for_kernels(x))
         skips = [x]
         for level in cast(Any, self.down):
             x = run(level, x, skips, False)

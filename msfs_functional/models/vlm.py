@@ -26,6 +26,7 @@ from msfs_functional.generation import LanguageModel
 from msfs_functional.layers import ACTIVATIONS, Activation, site_keys
 from msfs_functional.models import decoder as decoders
 from msfs_functional.models.decoder import AttentionFn, Decoder, DecoderConfig
+from msfs_functional.models.decoder_generation import language_model as decoder_for_generation
 from msfs_functional.models.vit import DECAY as VISION_DECAY
 from msfs_functional.models.vit import ViT, ViTConfig, clip_vision, siglip_vision
 from msfs_functional.models.vit import initializers as vision_initializers
@@ -401,7 +402,7 @@ def language_model(
     own, settings = part(params, "decoder"), config.decoder
     if fused and not settings.fused:
         own, settings = decoders.fuse(own), replace(settings, fused=True)
-    return decoders.language_model(decoders.decoder(settings), own, implementation=implementation)
+    return decoder_for_generation(decoders.decoder(settings), own, implementation=implementation)
 
 
 def prefill_inputs(

@@ -40,6 +40,7 @@ COLOURS = {
 SIZES = {"small": 3.3, "large": 5.5}  # radius of the circle; the others cover about as much
 KINDS: tuple[Kind, ...] = get_args(Kind)
 RELATIONS = {"above": (0, -1), "below": (0, 1), "left of": (-1, 0), "right of": (1, 0)}
+SIDES = {"above": "top", "below": "bottom", "left of": "left", "right of": "right"}
 OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
 Pairs = frozenset[tuple[str, str]]  # of colour and kind
 HELD_OUT: Pairs = frozenset({("red", "triangle"), ("blue", "circle"), ("yellow", "square")})
@@ -187,13 +188,18 @@ def questions(scene: Scene, seed: int = 0, held_out: Pairs = HELD_OUT) -> list[t
         apart = there if unseen else there | held_out
         absent = rng.choice([colour for colour in COLOURS if (colour, shape.kind) not in apart])
         asked.append((f"is there a {absent} {shape.kind}?", "no"))
-    if scene.relation is None or shapes[0].kind == shapes[1].kind:
+    if scene.relation is None:
         return asked
     pairs = (
         (shapes[0], scene.relation, shapes[1]),
         (shapes[1], OPPOSITE[scene.relation], shapes[0]),
     )
     for one, relation, other in pairs:
+        if one.colour != other.colour:
+            asked.append((f"where is the {one.colour} shape?", SIDES[relation]))
+        if one.kind == other.kind:
+            continue
+        asked.append((f"where is the {one.kind}?", SIDES[relation]))
         asked.append((f"what colour is the shape {relation} the {other.kind}?", one.colour))
         asked.append((f"what shape is {relation} the {other.kind}?", one.kind))
         asked.append((f"is the {one.kind} {relation} the {other.kind}?", "yes"))

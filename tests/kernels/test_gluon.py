@@ -40,6 +40,18 @@ def test_the_forward_compiles_for_hopper(head_dim, causal, dtype):
     assert took.spills <= 64  # bytes a thread, none of them in the loop over keys
 
 
+@needs_gluon
+def test_the_forward_with_its_tangent_compiles_for_hopper():
+    q, o = (make(2, 4, 300, 128) for _ in range(2))
+    k, lse = make(2, 2, 300, 128), torch.empty(2, 4, 300)
+    plan = gluon_support.gluon_dual.plan_dual
+    launch = plan(q, k, k, q, k, k, o, lse, o, lse, Options(causal=True, scale=0.1))
+    took = resources(compile_launch(launch, 90), 90)
+    assert took.wgmma > 0
+    assert took.shared <= 227 * 1024
+    assert took.spills <= 128  # bytes a thread: 24 with Triton 3.6, 96 with 3.9
+
+
 @pytest.mark.gpu
 @needs_gluon
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -55,7 +67,7 @@ def test_the_forward_equals_the_formula(monkeypatch, head_dim, B, H, G, T, S, ca
     options = Options(causal=causal, scale=head_dim**-0.5)
     q = make(B, H, T, head_dim, device="cuda")
     k, v = (make(B, G, S, head_dim, device="cuda") for _ in range(2))
-    assert gluon_support.compiled(q.dtype, head_dim, causal, q.device)
+    assert gluon_support.compiled("forward", q.dtype, head_dim, causal, q.device)
     o = torch.full_like(q, float("nan"))
     lse = torch.full((B, H, T), float("nan"), device="cuda")
     gluon_support.gluon_forward.plan_forward(q, k, v, o, lse, options).run()
@@ -66,9 +78,53 @@ def test_the_forward_equals_the_formula(monkeypatch, head_dim, B, H, G, T, S, ca
     torch.testing.assert_close(lse.double(), exact_lse, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.gpu
+@needs_gluon
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("B", "H", "G", "T", "S"),
+    [(1, 1, 1, 1, 1), (2, 4, 4, 127, 300), (1, 4, 1, 300, 200), (2, 40, 8, 257, 513)],
+)
+def test_the_forward_with_its_tangent_equals_the_formula(
+    monkeypatch, head_dim, B, H, G, T, S, causal
+):
+    monkeypatch.setattr(triton_common, "LEAST_LOGITS_FOR_TMA", 0)
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the Gluon kernels are for compute capability 9.0")
+    masks = {"is_causal": causal, "scale": head_dim**-0.5, "return_lse": True}
+    x, t = (
+        [make(B, h, n, head_dim, device="cuda") for h, n in ((H, T), (G, S), (G, S))]
+        for _ in range(2)
+    )
+    assert gluon_support.compiled("dual", x[0].dtype, head_dim, causal, x[0].device)
+    o, to = (torch.full_like(x[0], float("nan")) for _ in range(2))
+    lse, tlse = (torch.full((B, H, T), float("nan"), device="cuda") for _ in range(2))
+    options = Options(causal=causal, scale=head_dim**-0.5)
+    gluon_support.gluon_dual.plan_dual(*t, *x, o, lse, to, tlse, options).run()
+
+    def moved(dtype: torch.dtype):
+        def attention(q, k, v):
+            return textbook(q, k, v, **masks)
+
+        point, direction = (tuple(y.to(dtype) for y in z) for z in (x, t))
+        (plain, plain_lse), (t_plain, t_plain_lse) = torch.func.jvp(attention, point, direction)
+        return plain, plain_lse, t_plain, t_plain_lse
+
+    exact, plain = moved(torch.float64), moved(torch.bfloat16)
+    for got, i in ((o, 0), (to, 2)):
+        error = (plain[i] - exact[i]).abs().max()
+        assert (got - exact[i]).abs().max() <= 2 * error + 1e-6
+    torch.testing.assert_close(lse.double(), exact[1], atol=1e-4, rtol=1e-4)
+    hidden = exact[1] == float("-inf")
+    error = (plain[3] - exact[3]).masked_fill(hidden, 0.0).abs().max()
+    assert (tlse - exact[3]).masked_fill(hidden, 0.0).abs().max() <= 2 * error + 1e-4
+    assert not tlse[hidden].any()
+
+
 SAME_BITS = """
 import torch
-from msfs_kernels import gluon_forward
+from msfs_kernels import gluon_dual, gluon_forward
 from msfs_kernels.options import Options
 
 for head_dim in (64, 128):
@@ -83,11 +139,15 @@ for head_dim in (64, 128):
                 o, lse = torch.full_like(q, float("nan")), torch.empty((B, H, T), device="cuda")
                 options = Options(causal=causal, scale=head_dim**-0.5)
                 gluon_forward.plan_forward(q, k, v, o, lse, options).run()
-                results.append((o, lse))
+                p, to = (torch.full_like(q, float("nan")) for _ in range(2))
+                rows = [torch.empty_like(lse) for _ in range(2)]
+                x = (q, k, v)
+                gluon_dual.plan_dual(*x, *x, p, rows[0], to, rows[1], options).run()
+                results.append((o, lse, p, to, *rows))
             case = (head_dim, B, H, G, T, S, causal)
-            assert not results[0][0].isnan().any(), case
-            for o, lse in results:
-                assert torch.equal(o, results[0][0]) and torch.equal(lse, results[0][1]), case
+            assert not any(results[0][i].isnan().any() for i in (0, 2, 3)), case
+            for found in results:
+                assert all(torch.equal(a, b) for a, b in zip(found, results[0])), case
             print(case, "the same bits", flush=True)
 """
 

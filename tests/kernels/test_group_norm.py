@@ -1,9 +1,8 @@
-"""Kernels of image networks: values and gradients, odd sizes, slices. Without a GPU the first test
-runs the others in a process with Triton's interpreter."""
+"""Kernels of image networks: values and gradients, odd sizes, slices; on a GPU, or in Triton's
+interpreter without one."""
 
 import os
-import subprocess
-import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -13,19 +12,12 @@ pytest.importorskip("triton")
 from msfs_kernels import group_norm, triton_group_norm
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-GPU = torch.cuda.is_available() and not INTERPRETED
-DEVICE = "cuda" if GPU else "cpu"
-alone = pytest.mark.skipif(
-    not INTERPRETED, reason="no GPU: test_the_kernels_in_the_interpreter runs it"
-)
-kernels = pytest.mark.gpu if GPU else alone
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
 
-@pytest.mark.skipif(GPU or INTERPRETED, reason="runs the other tests")
-def test_the_kernels_in_the_interpreter():
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", __file__]
-    subprocess.run(command, check=True, env=environment, timeout=300)
+def by_kernels(fused: bool = True):
+    """Within, images go to the kernels, or all to the formula."""
+    return mock.patch.object(group_norm, "fused", lambda *images: fused)
 
 
 def image(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -34,12 +26,7 @@ def image(*shape: int, seed: int = 0) -> torch.Tensor:
     return x.to(DEVICE, memory_format=torch.channels_last)
 
 
-@kernels
-@pytest.mark.parametrize(
-    ("size", "groups", "silu"), (((2, 12, 5, 7), 3, False), ((1, 72, 13, 11), 4, True))
-)
-def test_norm_and_its_gradients_are_the_formula_s(size, groups, silu, monkeypatch):
-    monkeypatch.setattr(group_norm, "fused", lambda *images: True)
+def check_gradients(size, groups, silu):
     C = size[1]
     wide = image(size[0], 2 * C, *size[2:])
     dy = image(*size, seed=1)
@@ -50,7 +37,8 @@ def test_norm_and_its_gradients_are_the_formula_s(size, groups, silu, monkeypatc
     given = [t.detach().clone().requires_grad_() for t in (x, gain, bias, shift)]
     given[0] = x.detach().requires_grad_()
     given[1] = gain.detach().repeat_interleave(2)[::2].requires_grad_()  # no two side by side
-    y = group_norm.group_norm(*given[:3], groups, 1e-5, shift=given[3], silu=silu)
+    with by_kernels():
+        y = group_norm.group_norm(*given[:3], groups, 1e-5, shift=given[3], silu=silu)
     grads = torch.autograd.grad(y, given, dy_slice)
     exact = [t.detach().double().requires_grad_() for t in given]
     right = group_norm.plain_group_norm(*exact, groups, 1e-5, silu)
@@ -61,52 +49,67 @@ def test_norm_and_its_gradients_are_the_formula_s(size, groups, silu, monkeypatc
         assert float((one.double() - other).abs().max()) < 1e-5 * scale, name
 
 
-@kernels
-def test_many_parts_of_an_image_give_the_statistics_of_the_whole(monkeypatch):
-    monkeypatch.setattr(triton_group_norm, "MOST_PARTS", 3)
+@pytest.mark.parametrize("silu", (False, True))
+@pytest.mark.parametrize(("size", "groups"), (((2, 12, 5, 7), 3), ((1, 96, 20, 17), 4)))
+def test_norm_and_its_gradients_are_the_formula_s(on_kernels, size, groups, silu):
+    on_kernels(check_gradients, size, groups, silu)
+
+
+def check_parts():
     x = image(1, 4, 33, 31)
-    _, found = triton_group_norm.forward(x, x[0, :, 0, 0], x[0, :, 0, 1], None, 2, 1e-6, True)
+    with mock.patch.object(triton_group_norm, "MOST_PARTS", 3):
+        _, found = triton_group_norm.forward(x, x[0, :, 0, 0], x[0, :, 0, 1], None, 2, 1e-6, True)
     groups = x.double().unflatten(1, (2, 2)).flatten(2)
     torch.testing.assert_close(found.mean.double(), groups.mean(-1))
     variance = groups.var(-1, unbiased=False)
     torch.testing.assert_close(found.rstd.double(), (variance + 1e-6).rsqrt(), rtol=1e-6, atol=0)
 
 
-@kernels
-def test_second_derivatives_are_the_formula_s(monkeypatch):
+def test_many_parts_of_an_image_give_the_statistics_of_the_whole(on_kernels):
+    on_kernels(check_parts)
+
+
+def check_second_derivatives():
     x = image(2, 4, 3, 3)
     gain, bias = x[0, :, 0, :2].detach().T  # neither side by side, as the time below
     found = []
     for fused in (True, False):
-        monkeypatch.setattr(group_norm, "fused", lambda *images, fused=fused: fused)
         given = [t.detach().requires_grad_() for t in (x, gain, bias, x[0, :, 1, 1])]
         one, *rest, time = given
-        y = group_norm.group_norm(one, *rest, 2, 1e-5, shift=time.expand(2, -1), silu=True)
-        first = torch.autograd.grad(y.square().sum(), given, create_graph=True)
-        loss = torch.stack([each.square().mean() for each in first]).sum()
-        found.append(torch.autograd.grad(loss, given))
+        with by_kernels(fused):
+            y = group_norm.group_norm(one, *rest, 2, 1e-5, shift=time.expand(2, -1), silu=True)
+            first = torch.autograd.grad(y.square().sum(), given, create_graph=True)
+            loss = torch.stack([each.square().mean() for each in first]).sum()
+            found.append(torch.autograd.grad(loss, given))
     for name, ours, formula in zip(("x", "gain", "bias", "shift"), *found, strict=True):
         assert (ours - formula).abs().max() <= 1e-5 * formula.abs().max(), name
 
 
-@kernels
-def test_a_join_gives_its_gradient_back_in_whole_pieces_and_a_residual_adds(monkeypatch):
-    monkeypatch.setattr(group_norm, "fused", lambda *images: True)
-    x, skip = image(2, 5, 3, 4).requires_grad_(), image(2, 70, 3, 4, seed=1).requires_grad_()
-    joined, dy = group_norm.join(x, skip), image(2, 75, 3, 4, seed=2)
-    dx, dskip = torch.autograd.grad(joined, (x, skip), dy)
-    assert torch.equal(joined, torch.cat([x, skip], 1))
-    assert torch.equal(dx, dy[:, :5]) and torch.equal(dskip, dy[:, 5:])
-    assert dskip.is_contiguous(memory_format=torch.channels_last)
-    bias = torch.arange(5.0, device=DEVICE).requires_grad_()
-    for other in (x.detach(), None):
-        bias = bias.detach().repeat_interleave(3)[::3].requires_grad_()  # no two side by side
-        total = group_norm.residual(x, bias, other)
-        expected = x + bias[:, None, None] + (0 if other is None else other)
-        torch.testing.assert_close(total, expected)
-        dx, dbias = torch.autograd.grad(total, (x, bias), dy[:, :5])
-        torch.testing.assert_close(dbias, dy[:, :5].sum((0, 2, 3)))
-        assert torch.equal(dx, dy[:, :5])
+def test_second_derivatives_are_the_formula_s(on_kernels):
+    on_kernels(check_second_derivatives)
+
+
+def check_joins():
+    with by_kernels():
+        x, skip = image(2, 5, 3, 4).requires_grad_(), image(2, 70, 3, 4, seed=1).requires_grad_()
+        joined, dy = group_norm.join(x, skip), image(2, 75, 3, 4, seed=2)
+        dx, dskip = torch.autograd.grad(joined, (x, skip), dy)
+        assert torch.equal(joined, torch.cat([x, skip], 1))
+        assert torch.equal(dx, dy[:, :5]) and torch.equal(dskip, dy[:, 5:])
+        assert dskip.is_contiguous(memory_format=torch.channels_last)
+        bias = torch.arange(5.0, device=DEVICE).requires_grad_()
+        for other in (x.detach(), None):
+            bias = bias.detach().repeat_interleave(3)[::3].requires_grad_()  # no two side by side
+            total = group_norm.residual(x, bias, other)
+            expected = x + bias[:, None, None] + (0 if other is None else other)
+            torch.testing.assert_close(total, expected)
+            dx, dbias = torch.autograd.grad(total, (x, bias), dy[:, :5])
+            torch.testing.assert_close(dbias, dy[:, :5].sum((0, 2, 3)))
+            assert torch.equal(dx, dy[:, :5])
+
+
+def test_a_join_gives_its_gradient_back_in_whole_pieces_and_a_residual_adds(on_kernels):
+    on_kernels(check_joins)
 
 
 def test_bad_groups_and_shifts_are_refused():

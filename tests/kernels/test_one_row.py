@@ -1,13 +1,11 @@
 """One row through a layer: the plain formulas by hand, the Triton kernels in the interpreter."""
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from msfs_kernels import one_row
 from msfs_kernels.one_row import row_attention, row_linear
 
 from msfs_functional.attention import attention
@@ -70,53 +68,67 @@ def test_gradients_and_several_rows_are_refused():
         row_linear(torch.ones(1, 4), w, norm="batch")
 
 
-INTERPRETED = """
-import torch
-from msfs_kernels import one_row, triton_one_row
-
-torch.manual_seed(0)
-for K, N, norm, activation, gated, dtype in (
+LINEARS = [  # K, N, norm, activation, gated, dtype
     (40, 24, "layer", "gelu_tanh", False, torch.float32),
     (1030, 9, "rms", "swish", True, torch.float32),
     (4100, 3, "layer", "identity", True, torch.float32),
     (64, 8, "none", "gelu", False, torch.float16),
     (16, 5, "none", "relu", False, torch.float32),
     (16, 5, "rms", "quick_gelu", False, torch.float32),
-):
-    x, gain, shift = torch.randn(3, K).to(dtype)
-    w, b = torch.randn(2 * N if gated else N, K).to(dtype) / 8, torch.randn(2 * N).to(dtype)
-    args = (x, w, b[: len(w)], gain, shift if norm == "layer" else None, b[:N], norm, 1e-5, 0.5)
-    got = triton_one_row.linear(*args, activation, gated)
-    tolerance = {"rtol": 2e-3, "atol": 2e-3} if dtype is torch.float16 else {}
-    torch.testing.assert_close(got, one_row.plain_linear(*args, activation, gated), **tolerance)
-
-for heads, G, D, at, window, softcap, rotary in (
+]
+ATTENTIONS = [  # heads, kv heads, head dim, position, window, softcap, rotary
     (4, 2, 8, 70, 0, 0.0, True),
     (3, 3, 12, 5, 3, 0.0, False),
     (2, 1, 8, 90, 60, 3.0, True),
     (2, 2, 8, 0, 0, 0.0, True),
-):
+]
+
+
+def interpreted_linear(K, N, norm, activation, gated, dtype):
+    """By the kernel, by the formula, and by the formula in float64."""
+    from msfs_kernels import triton_one_row
+
+    torch.manual_seed(0)
+    x, gain, shift = torch.randn(3, K).to(dtype)
+    w, b = torch.randn(2 * N if gated else N, K).to(dtype) / 8, torch.randn(2 * N).to(dtype)
+    args = (x, w, b[: len(w)], gain, shift if norm == "layer" else None, b[:N], norm, 1e-5, 0.5)
+    exact = [x.double() if isinstance(x, torch.Tensor) else x for x in args]
+    return (
+        triton_one_row.linear(*args, activation, gated),
+        one_row.plain_linear(*args, activation, gated),
+        one_row.plain_linear(*exact, activation, gated),
+    )
+
+
+@pytest.mark.parametrize("case", LINEARS)
+def test_the_interpreted_linear_kernel_equals_the_formula(interpreter, case):
+    got, plain, exact = interpreter(interpreted_linear, *case)
+    noise = torch.finfo(got.dtype).eps * exact.abs().max()
+    assert (got - exact).abs().max() <= 2 * torch.maximum((plain - exact).abs().max(), noise)
+
+
+def interpreted_attention(heads, G, D, at, window, softcap, rotary):
+    """Result and cache by the kernel, and by the formula."""
+    from msfs_kernels import triton_one_row
+
+    torch.manual_seed(0)
     qkv, cache = torch.randn((heads + 2 * G) * D), torch.randn(2, 1, G, 96, D)
     table = torch.randn(2, D // 2) if rotary else (None, None)
     own, theirs = cache.clone(), cache.clone()
     rest = (torch.tensor([at]), *table, heads, 0.3, softcap, window)
-    got = triton_one_row.attend(qkv, *own, *rest)
-    torch.testing.assert_close(got, one_row.plain_attention(qkv, *theirs, *rest))
-    torch.testing.assert_close(own, theirs)
-"""
+    got = triton_one_row.attend(qkv, own[0], own[1], *rest)
+    return (got, own), (one_row.plain_attention(qkv, theirs[0], theirs[1], *rest), theirs)
 
 
-def test_interpreted_kernels_equal_the_formulas():
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", INTERPRETED], check=True, env=environment, timeout=120)
+@pytest.mark.parametrize("case", ATTENTIONS)
+def test_the_interpreted_attention_kernel_equals_the_formula(interpreter, case):
+    torch.testing.assert_close(*interpreter(interpreted_attention, *case))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels_equal_the_formulas_on_a_gpu(dtype):
     """Launched twice in a row, the second reading what the first wrote."""
-    from msfs_kernels import one_row
-
     make = lambda *shape: torch.randn(*shape, device="cuda", dtype=dtype)  # noqa: E731
     error = 2e-2 if dtype is torch.bfloat16 else 1e-4
     x, gain, shift, up, down = make(768), make(768), make(768), make(3072, 768), make(768, 3072)

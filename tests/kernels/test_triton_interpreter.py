@@ -1,37 +1,11 @@
 """The Triton kernels compute attention: run by Triton's interpreter on the CPU and compared with
 float64.
 
-Triton decides when it is imported whether it interprets, so everything here runs in a child process
-of its own.
+Everything here runs in a child process (interpreting.py).
 """
-
-import multiprocessing
-import os
-from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
-
-
-def here() -> bool:
-    return True
-
-
-@pytest.fixture(scope="module")
-def interpreter():
-    """One process with TRITON_INTERPRET=1 for all tests of this file."""
-    before = os.environ.get("TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = "1"
-    try:
-        pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-        assert pool.submit(here).result()
-    finally:
-        if before is None:
-            del os.environ["TRITON_INTERPRET"]
-        else:
-            os.environ["TRITON_INTERPRET"] = before
-    yield lambda fn, *args: pool.submit(fn, *args).result()
-    pool.shutdown()
 
 
 def small_tiles(tma: bool = False, keys: int = 16) -> None:

@@ -6,6 +6,7 @@ r"""The truth table: compositions of transforms, eager and compiled, against the
     python tests/kernels/truth_table.py --composition "jvp(grad)" --options causal --mode compiled
     python tests/kernels/truth_table.py --results runs/truth_table.json       # goes on where it was
     python tests/kernels/truth_table.py --results [0-3].json --seconds 0     # the table of 4 shards
+    python tests/kernels/truth_table.py --join CPU=cpu.json GPU=0.json,1.json     # of the README
 
 Rows are compositions, columns modes and dtypes:
 
@@ -397,18 +398,31 @@ def text_of(cells: list[tuple[str, float]], asked: int, notes: list[str]) -> str
 SHORT = {"float64": "f64", "float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 
-def table(results: Results, modes: Iterable[str], dtypes: Iterable[str], options: list[str]) -> str:
-    """Markdown: a row a composition, a column a mode and dtype, reasons underneath."""
-    columns = [(mode, dtype) for mode in modes for dtype in dtypes]
-    heads = (f"{mode} {SHORT[dtype]}" for mode, dtype in columns)
+class Column(NamedTuple):
+    name: str
+    results: Results
+    mode: str
+    dtype: str
+
+
+def columns_of(results: Results, modes: Iterable[str], dtypes: Iterable[str], of: str = "") -> list:
+    return [
+        Column(f"{of}{mode} {SHORT[dtype]}", results, mode, dtype)
+        for mode in modes
+        for dtype in dtypes
+    ]
+
+
+def table(columns: list[Column], options: list[str]) -> str:
+    """Markdown: a row a composition, reasons underneath."""
     lines = [
-        "| composition | " + " | ".join(heads) + " |",
+        "| composition | " + " | ".join(column.name for column in columns) + " |",
         "|---" * (len(columns) + 1) + "|",
     ]
     notes: list[str] = []
     for composition in COMPOSITIONS:
         row = []
-        for mode, dtype in columns:
+        for _, results, mode, dtype in columns:
             places = (place(mode, dtype, composition, name) for name in options)
             row.append(
                 text_of([results[at] for at in places if at in results], len(options), notes)
@@ -416,6 +430,30 @@ def table(results: Results, modes: Iterable[str], dtypes: Iterable[str], options
         if any(row):
             lines.append(f"| {composition} | " + " | ".join(row) + " |")
     return "\n".join([*lines, "", *(f"[{i}] {note}  " for i, note in enumerate(notes, 1))])
+
+
+def read(paths: Iterable[Path]) -> Results:
+    """The cells of all these files that exist."""
+    results: Results = {}
+    for path in paths:
+        if path.exists():
+            results |= {at: tuple(cell) for at, cell in json.loads(path.read_text()).items()}
+    return results
+
+
+def joined(sides: list[str], modes: list[str], options: list[str]) -> str:
+    """One table of several machines' results, each "NAME=FILE,FILE": what the README shows."""
+    columns: list[Column] = []
+    for side in sides:
+        name, files = side.split("=", 1)
+        results = read(Path(file) for file in files.split(","))
+        if not results:
+            raise SystemExit(f"no cells in {files}: make them with --results")
+        found = {tuple(at.split(" | ")[:2]) for at in results}
+        for column in columns_of(results, modes, SHORT, f"{name} "):
+            if (column.mode, column.dtype) in found:
+                columns.append(column)
+    return table(columns, options)
 
 
 Job = tuple[str, str, str, str]  # mode, dtype, composition, options
@@ -451,12 +489,15 @@ def main() -> None:
         "--shard", type=int, nargs=2, default=(0, 1), metavar=("I", "N"),
         help="every Nth cell from the Ith on, so that N machines share a table",
     )  # fmt: skip
+    parser.add_argument(
+        "--join", nargs="+", metavar="NAME=FILE,FILE", help="only prints these files as one table"
+    )
     parser.add_argument("--output", type=Path, help="Markdown file to write the table to")
     args = parser.parse_args()
-    results: Results = {}
-    for path in args.results:
-        if path.exists():
-            results |= {at: tuple(cell) for at, cell in json.loads(path.read_text()).items()}
+    if args.join:
+        print(joined(args.join, args.mode, args.options))
+        return
+    results = read(args.results)
 
     def keep(found: Results) -> None:
         results.update(found)
@@ -489,7 +530,7 @@ def main() -> None:
     text = (
         f"torch {torch.__version__}, {args.device}, compiled by {args.backend};"
         f" options: {', '.join(args.options)}; {len(done)} of {len(asked)} cells, {wrong} wrong\n\n"
-        + table(results, args.mode, args.dtype, args.options)
+        + table(columns_of(results, args.mode, args.dtype), args.options)
     )
     print(text)
     if args.output:

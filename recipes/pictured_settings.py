@@ -1,0 +1,32 @@
+"""Options of where images with texts come from, which image_text.py and caption.py share."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Pictured:
+    """Images with texts, and which of them are measured."""
+
+    # "shapes" (made here), a local folder of images with a metadata.jsonl or .csv, or a data set of
+    # the Hub; caption.py: or a folder in easy-VQA's layout
+    name: str = "shapes"
+    config: str | None = None  # configuration of the Hub's data set
+    split: str = "train"  # of it, to train on
+    valid: str | None = None  # split to measure on; None: cut off the training images
+    valid_share: float = 0.1  # of the images, to cut off
+    image: str | None = None  # column of images; None: what it is usually called
+    text: str | None = None  # column of texts, the same
+    fit: Literal["crop", "squash", "pad"] = "crop"  # what becomes of images that are not square
+    limit: int | None = None  # images at most
+    count: int = 16_000  # shapes to train on
+    # what settings are chosen with: "rehearsal" withholds other pairs of colour and kind from
+    # training than those of what is reported; of easy-VQA it holds out training images
+    held_out: Literal["reported", "rehearsal"] = "reported"
+    size: int = 32  # of a side [pixels]
+    # share of training images that are shown in grey, with texts that speak of no colours: shapes
+    # are learned apart from colours
+    grey: float = 0.0
+    # finds words of colours in texts
+    coloured: str = r"\b(colou?r|red|green|blue|yellow|purple|white|black|gr[ae]y|teal|brown)\b"
+    seed: int = 0  # of shapes, questions, splits and of the order, not of the model
