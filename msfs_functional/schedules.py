@@ -135,4 +135,7 @@ def check(peak: float, warmup: int, end: float = 0.0, steps: int | None = None) 
     if warmup < 0:
         raise ValueError(f"warmup ({warmup}) must not be negative, in updates")
     if steps is not None and not (steps >= 1 and warmup < steps):
-        raise ValueError(f"steps ({steps}) must be at least 1 and exceed warmup ({warmup})")
+        raise ValueError(
+            f"steps ({steps}) must be at least 1 and exceed warmup ({warmup}): train for more, or "
+            "warm up for less"
+        )

@@ -1,7 +1,8 @@
 """Cross-entropy of a block of logits and its gradient, in place: one Triton program a row.
 
 The row is read twice: once for its maximum and sum (online, as in attention, but of each lane: the
-lanes meet once a row, not once a block), once to be replaced by its gradient. A row of 32,768 bf16
+lanes meet once a row, not once a block, where there are several; a row of one block would only pay
+for their exponentials, twice as many), once to be replaced by its gradient. A row of 32,768 bf16
 logits is 64 KiB, and the second reading comes from the cache if few rows are on their way at once:
 hence programs of many threads, four to a multiprocessor.
 """
@@ -23,7 +24,8 @@ LOWEST = tl.constexpr(-3.0e38)  # where a lane's maximum begins; -inf would make
 @triton.jit
 def row_kernel(
     logits, bias, labels, losses, rows, vocab, bias_stride, label_smoothing, ignore_index, z_loss,
-    softcap, SMOOTH: tl.constexpr, CAP: tl.constexpr, STORE: tl.constexpr, BLOCK: tl.constexpr,
+    softcap, SMOOTH: tl.constexpr, CAP: tl.constexpr, STORE: tl.constexpr, LANES: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """losses[row], and da over logits[row]; rows is the number of items of one problem."""
     row = tl.program_id(0).to(tl.int64)
@@ -33,9 +35,13 @@ def row_kernel(
         bias += (row // rows) * bias_stride
     kept = label != ignore_index
     if kept:
-        top = tl.full([BLOCK], LOWEST, tl.float32)
-        total = tl.zeros([BLOCK], tl.float32)
-        added = tl.zeros([BLOCK], tl.float32)
+        top = float("-inf")
+        total = 0.0
+        added = 0.0
+        if LANES:
+            top = tl.full([BLOCK], LOWEST, tl.float32)
+            total = tl.zeros([BLOCK], tl.float32)
+            added = tl.zeros([BLOCK], tl.float32)
         for first in range(0, vocab, BLOCK):
             j = first + tl.arange(0, BLOCK)
             s = tl.load(start + j, mask=j < vocab, other=float("-inf")).to(tl.float32)
@@ -43,13 +49,22 @@ def row_kernel(
                 s += tl.load(bias + j, mask=j < vocab, other=0.0).to(tl.float32)
             if CAP:
                 s = tl.where(j < vocab, softcap * tanh(s / softcap), float("-inf"))
-            higher = tl.maximum(top, s)
-            total = total * tl.exp(top - higher) + tl.exp(s - higher)
+            if LANES:
+                higher = tl.maximum(top, s)
+                total = total * tl.exp(top - higher) + tl.exp(s - higher)
+            else:
+                higher = tl.maximum(top, tl.max(s, 0))
+                total = total * tl.exp(top - higher) + tl.sum(tl.exp(s - higher), 0)
             top = higher
             if SMOOTH:
-                added += tl.where(j < vocab, s, 0.0)
-        most = tl.max(top, 0)
-        lse = most + tl.log(tl.sum(total * tl.exp(top - most), 0))
+                real = tl.where(j < vocab, s, 0.0)
+                added += real if LANES else tl.sum(real, 0)
+        if LANES:
+            most = tl.max(top, 0)
+            total = tl.sum(total * tl.exp(top - most), 0)
+            top = most
+            added = tl.sum(added, 0)
+        lse = top + tl.log(total)
         chosen = tl.load(start + label).to(tl.float32)
         if bias is not None:
             chosen += tl.load(bias + label).to(tl.float32)
@@ -57,7 +72,7 @@ def row_kernel(
             chosen = softcap * tanh(chosen / softcap)
         loss = lse - (1 - label_smoothing) * chosen + z_loss * lse * lse
         if SMOOTH:
-            loss -= label_smoothing * tl.sum(added, 0) / vocab
+            loss -= label_smoothing * added / vocab
         tl.store(losses + row, loss)
         if STORE:
             tl.debug_barrier()  # every thread has read the label's logit before it is overwritten
@@ -115,6 +130,7 @@ def gradient_of_logits_(
         SMOOTH=label_smoothing > 0,
         CAP=softcap > 0,
         STORE=store,
+        LANES=vocab > block,
         BLOCK=block,
         num_warps=max(4, block // 512),
     )
