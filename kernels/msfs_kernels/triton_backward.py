@@ -38,7 +38,7 @@ import triton.language as tl
 from torch import Tensor
 
 from msfs_kernels.configs import Config, choose, fitted, is_fastest
-from msfs_kernels.launching import TENSOR_OPTIONS, Launch, launch
+from msfs_kernels.launching import Launch, launch
 from msfs_kernels.options import Options, empty_tokens_first
 from msfs_kernels.triton_bias import plan_bias
 from msfs_kernels.triton_common import (
@@ -361,11 +361,6 @@ def plan_queries(
         config = fitted(choose("queries", q.dtype, max(KP, VP), options.causal, max(T, S)), T, S)
     BM, BN = config.block_m, config.block_n
     tma = config.tma and tma_ready(q, k, v, do)
-    # Making delta on the way, a causal kernel of 8 warps would take 140 registers a thread: one
-    # program to a multiprocessor in place of two.
-    plain = all(x is None for x in options[:TENSOR_OPTIONS]) and options.softcap == 0
-    two_programs = o is not None and config.warps == 8 and KP == VP == 64 and plain
-    limits = {"maxnreg": 128} if two_programs and options.dropout == 0 else {}
     return Launch(
         query_kernel,
         (triton.cdiv(T, BM) * B * H,),
@@ -396,9 +391,7 @@ def plan_queries(
             options.scale * LOG2E.value,
             heads_in_cache(k, v, H // G) if options.causal else 1,
         ),
-        constants(
-            q, k, v, options, config, EVEN=is_even(masks, options.causal, S, BN), TMA=tma, **limits
-        ),
+        constants(q, k, v, options, config, EVEN=is_even(masks, options.causal, S, BN), TMA=tma),
     )
 
 
