@@ -112,9 +112,14 @@ def test_the_forward_with_its_tangent_equals_the_formula(
         return plain, plain_lse, t_plain, t_plain_lse
 
     exact, plain = moved(torch.float64), moved(torch.bfloat16)
-    for got, i in ((o, 0), (to, 2)):
+    # A row that sees one key: its logit's tangent falls out of the formula before it meets a value,
+    # and in the kernel (as in the plain one) only where (p * tangent) @ v, rounded, meets mean * o.
+    cancelled = 2**-8 * float(
+        exact[3].masked_fill(exact[3].isinf(), 0.0).abs().max() * x[2].abs().max()
+    )
+    for got, i, least in ((o, 0, 0.0), (to, 2, cancelled)):
         error = (plain[i] - exact[i]).abs().max()
-        assert (got - exact[i]).abs().max() <= 2 * error + 1e-6
+        assert (got - exact[i]).abs().max() <= max(2 * float(error), least) + 1e-6
     torch.testing.assert_close(lse.double(), exact[1], atol=1e-4, rtol=1e-4)
     hidden = exact[1] == float("-inf")
     error = (plain[3] - exact[3]).masked_fill(hidden, 0.0).abs().max()
