@@ -151,7 +151,9 @@ def views_of(block: Tensor, layout: Layout, device: str) -> Params:
     that of memory which may be paged out. Where the system locks no more pages it stays slow.
     """
     if device.startswith("cuda"):
-        torch.cuda.cudart().cudaHostRegister(block.data_ptr(), block.numel(), 0)
+        runtime = torch.cuda.cudart()
+        assert runtime is not None  # what a device named cuda implies
+        runtime.cudaHostRegister(block.data_ptr(), block.numel(), 0)
     views, start = {}, 0
     for name, (shape, dtype) in layout.items():
         part = block[start : start + shape.numel() * dtype.itemsize]
