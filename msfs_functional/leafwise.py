@@ -75,14 +75,12 @@ def only(tree: Any, kept: Sequence[str], names: Params, own: bool = False) -> An
 
 
 def memory_plan(params: Params, kinds: Kinds | None, lead: int) -> list[str]:
-    """Names in the order in which an ensemble's tensors lie: those of one kind together, in these
-    matrices, then the rest (gradients of q, k and v that one product made are neighbours then),
-    and those whose size ROW does not divide at the end."""
+    """Names in the order in which an ensemble's tensors lie: those of one kind together, and those
+    whose size ROW does not divide at the end."""
     kind_of = kinds(params) if kinds else dict.fromkeys(params)
     numbers = {kind: i for i, kind in enumerate(dict.fromkeys(kind_of.values()))}
     uneven = {name: x.shape[lead:].numel() % ROW != 0 for name, x in params.items()}
-    order = lambda name: (uneven[name], numbers[kind_of[name]], -params[name].ndim)  # noqa: E731
-    return sorted(params, key=order)
+    return sorted(params, key=lambda name: (uneven[name], numbers[kind_of[name]]))
 
 
 def compiled(update: Callable[..., Any]) -> Callable[..., Any]:

@@ -71,21 +71,7 @@ def parts(whole: Tensor, like: Sequence[Tensor], lead: int) -> list[Tensor]:
     return [piece.view(x.shape) for piece, x in zip(pieces, like, strict=True)]
 
 
-def runs(tensors: Sequence[Tensor], lead: int) -> list[Tensor]:
-    """The tensors in their order, (*x.shape[:lead], columns), neighbours in memory as one.
-
-    Parts of what one product made are strided, together they are contiguous, as fast copies ask.
-    """
-    found: list[Tensor] = []
-    for x in tensors:
-        both = joined([found[-1], x], lead) if found and not x.requires_grad else None
-        if both is None:
-            found.append(x.reshape(*x.shape[:lead], -1))
-        else:
-            found[-1] = both
-    return found
-
-
 def lay(tensors: Sequence[Tensor], lead: int) -> list[Tensor]:
     """Copies of tensors of one dtype that lie side by side."""
-    return parts(torch.cat(runs(tensors, lead), -1), tensors, lead)
+    whole = torch.cat([x.reshape(*x.shape[:lead], -1) for x in tensors], -1)
+    return parts(whole, tensors, lead)
