@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from msfs_functional import preference_variants as variants
 from msfs_functional import random
 from msfs_functional.aligning import Setup, Stage, optimizer_of, step_of
 from msfs_functional.logps import sequence_logps
@@ -23,7 +24,15 @@ from msfs_functional.scoring import answer_logps, in_parts
 from msfs_functional.stages import run_stage
 from msfs_functional.train import init_state
 
-Loss = Literal["sigmoid", "hinge", "ipo", "cdpo", "robust", "simpo", "orpo", "kto"]
+Loss = Literal[
+    "sigmoid", "hinge", "ipo", "cdpo", "robust", "simpo", "orpo", "kto",
+    "exo", "nca", "bco", "sppo", "apo_zero", "apo_down", "aot",
+]  # fmt: skip
+FUNCTIONS = {  # of sums and the reference's
+    "sigmoid": dpo, "cdpo": dpo, "hinge": dpo_hinge, "robust": robust_dpo, "exo": variants.exo,
+    "nca": variants.nca, "bco": variants.bco, "sppo": variants.sppo, "aot": variants.aot,
+    "apo_zero": variants.apo_zero, "apo_down": variants.apo_down,
+}  # fmt: skip
 BETA = "beta"  # a member's own, in sweeps: a leaf that the optimizer leaves alone
 PANELS = {  # of curves: label and metric
     "loss": "loss",
@@ -99,8 +108,7 @@ def preference_loss(
     elif own.loss == "ipo":  # on means, which keeps its target independent of the lengths
         out = ipo(*means, *(reference / lengths).unbind(1), **options)
     else:
-        fn = {"hinge": dpo_hinge, "robust": robust_dpo}.get(own.loss, dpo)
-        out = fn(*sides, *before, **options)
+        out = FUNCTIONS[own.loss](*sides, *before, **options)
     return out.losses, out.margins
 
 

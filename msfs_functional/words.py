@@ -52,6 +52,10 @@ class Words:
     def vocab(self) -> int:
         return FIRST + len(self.words)
 
+    def strange(self, captions: Iterable[str]) -> list[str]:
+        """The words of some captions that are not known, sorted."""
+        return sorted({word for caption in captions for word in split(caption)} - set(self.words))
+
     def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Ids (B, length), padded on the right, and lengths (B,); longer captions are cut, which
         is told once a call."""

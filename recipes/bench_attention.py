@@ -23,6 +23,7 @@ import functools
 import json
 import multiprocessing
 import os
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -309,11 +310,14 @@ def plot(out: Path, rows: list[dict]) -> None:
 
 
 def interleaved_ms(calls: list[Callable[[], object]], rep_ms: int) -> list[float]:
-    """Median milliseconds of each call on the CPU, run in turn so that all see the same machine."""
+    """Median milliseconds of each call on the CPU, run in turn so that all see the same machine, in
+    another order each time: other programs come and go at times of their own.
+    """
     times: list[list[float]] = [[] for _ in calls]
     start = time.perf_counter()
     while time.perf_counter() - start < len(calls) * rep_ms / 1000 or len(times[0]) < 5:
-        for call, taken in zip(calls, times, strict=True):
+        for number in random.sample(range(len(calls)), len(calls)):
+            call, taken = calls[number], times[number]
             before = time.perf_counter()
             call()
             taken.append(1e3 * (time.perf_counter() - before))
@@ -580,8 +584,9 @@ def bench_tangent(args: argparse.Namespace) -> None:
     for head_dim in args.head_dims:
         for causal in args.causal:
             for length in args.lengths or (1024, 4096, 8192):
-                shape = (6, 8192 // length, 1024 // head_dim, length, head_dim)
-                x = tuple(torch.randn(shape, device="cuda", dtype=torch.bfloat16))
+                shape = (8192 // length, 1024 // head_dim, length, head_dim)
+                # Six tensors: torch copies tangents of views into storage as large as the views'.
+                x = tuple(torch.randn(shape, device="cuda").bfloat16() for _ in range(6))
                 primals, tangents = x[:3], x[3:]
                 options = Options(causal=causal, scale=head_dim**-0.5)
                 o, lse = triton_backend.forward(x[0], x[1], x[2], options)

@@ -4,6 +4,7 @@ r"""A small vision-language model: captions of images, answers to questions abou
 
     python recipes/caption.py --chat my.png --ask "how many squares?" "what colour is the circle?"
     python recipes/caption.py --chat my.png                    # questions from the terminal
+    python recipes/caption.py --chat my.png --published FOLDER   # LLaVA or PaliGemma answers
 
     python recipes/caption.py --preset gpu                     # longer, for a GPU
     python recipes/caption.py --preset easy_vqa --data.name FOLDER   # github.com/vzhou842/easy-VQA
@@ -85,6 +86,7 @@ from msfs_functional.models.vlm import (
 )
 from msfs_functional.params import Functional, Params, Rules, cast
 from msfs_functional.params import split as split_params
+from msfs_functional.published_vlm import PublishedVLM
 from msfs_functional.stages import CHECKPOINTS, run_stage
 from msfs_functional.synthetic import shapes
 from msfs_functional.tokenizer import Tokenizer, train_bpe
@@ -158,7 +160,6 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Functional:
         depth=sizes.decoder_depth,
         qk_norm=sizes.qk_norm,
         max_length=max(sizes.length, 256),
-        activation=sizes.activation,
         heads=sizes.heads,
         hidden=sizes.decoder_hidden,
     )
@@ -475,14 +476,20 @@ def chat(config: Config) -> None:
     config = checked(config)
     if config.chat is None:
         raise ValueError("--chat (none) must name an image file")
-    answer = answerer(config, *trained(config))
     picture = images.read(config.chat)
-    picture = images.resize(picture, config.data.size, fit=config.data.fit)
-    seen = answer.image_tokens(picture[None])  # once, for all questions
+    if config.published is not None:
+        dtype = getattr(torch, str(config.dtype))
+        theirs = PublishedVLM(config.published, device=str(config.device), dtype=dtype)
+        reply = lambda question: theirs.answer([picture], question)  # noqa: E731
+    else:
+        answer = answerer(config, *trained(config))
+        small = images.resize(picture, config.data.size, fit=config.data.fit)
+        seen = answer.image_tokens(small[None])  # once, for all questions
+        reply = lambda question: answer(seen, [(0, question)])[0]  # noqa: E731
     questions = config.ask or (line.strip() for line in sys.stdin)
     for question in questions:
         if question:
-            print(answer(seen, [(0, question)])[0], flush=True)
+            print(reply(question), flush=True)
 
 
 def main(config: Config) -> None:

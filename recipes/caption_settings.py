@@ -28,19 +28,18 @@ class Data(Pictured):
 class Model:
     """Sizes of tower, projector and decoder."""
 
-    width: int = 96  # of the tower
+    width: int = 64  # of the tower
     depth: int = 3  # layers of the tower
     heads: int = 4  # of both
-    hidden: int = 288  # width inside the tower's feed-forward layers
+    hidden: int = 192  # width inside the tower's feed-forward layers
     patch: int = 4  # [pixels]
     stem: Literal["linear", "convolutions"] = "convolutions"  # what makes a patch a vector
-    positions: Literal["learned", "smooth", "sincos", "rotary"] = "learned"  # of patches
+    positions: Literal["learned", "sincos", "rotary"] = "learned"  # of patches
     shuffle: int = 2  # patches of the side of a square that becomes one token
     decoder_width: int = 64
     decoder_depth: int = 3  # blocks
     decoder_hidden: int = 192  # width inside its feed-forward layers
     qk_norm: bool = False  # RMSNorm of each head's queries and keys, in the decoder
-    activation: Literal["swish", "relu"] = "swish"  # of the decoder's gates
     vocabulary: int = 512  # most ids of the byte-level BPE [tokens]
     length: int = 160  # tokens of a packed row; no sample may be longer
     # implementation of attention; None: flash on a GPU, sdpa on a CPU
@@ -108,6 +107,7 @@ class Config:
     dtype: Literal["float32", "bfloat16"] | None = None
     threads: int | None = None  # CPU threads; None: all cores
     chat: Path | None = None  # answer questions about this image with a run's model
+    published: Path | None = None  # chat: a local folder with LLaVA or PaliGemma instead of a run
     ask: tuple[str, ...] = ()  # chat: questions; none: read from the terminal
     vision: Path | None = None  # a run of image_text.py whose tower to begin with
     test: int = 250  # images whose questions are measured, at most, of each split
@@ -115,7 +115,7 @@ class Config:
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     projector: Stage = field(default_factory=lambda: Stage(20, warmup=5))
-    all: Stage = field(default_factory=lambda: Stage(900))
+    all: Stage = field(default_factory=lambda: Stage(1200))
     train: Train = field(default_factory=Train)
     mesh: Mesh = field(default_factory=Mesh)
 
@@ -127,12 +127,10 @@ GPU = Config(
         width=192,
         depth=4,
         hidden=576,
-        positions="smooth",
         decoder_width=128,
         decoder_hidden=384,
-        activation="relu",
     ),
-    all=Stage(3000),
+    all=Stage(2000),
     train=Train(images=128, eval_every=1000),
 )
 EASY_VQA = replace(
@@ -164,5 +162,8 @@ def command_line(args: Sequence[str], description: str) -> Config:
     """The settings that `args` make of a preset, or of those that a run has kept."""
     if configs.option(args, "--chat") is not None and args[:1] != ["chat"]:
         args = ["chat", *args]
+    if args[:1] == ["chat"] and configs.option(args, "--published"):  # of no run
+        start = Config(mode="chat", name="published")
+        return configs.parse(start, args, description=description, prog="caption.py")
     start = configs.starting_point(args, PRESETS, modes=("chat",))
     return configs.parse(start, args, description=description, prog="caption.py")

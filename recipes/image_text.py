@@ -76,7 +76,7 @@ from msfs_functional.image_corpora import Pictured
 from msfs_functional.layouts import TOWERS
 from msfs_functional.models import vision_format, vit
 from msfs_functional.models.clip import CLIPConfig, TextConfig, clip
-from msfs_functional.models.hub_folders import Published
+from msfs_functional.models.families import Published
 from msfs_functional.params import Functional, Params, cast
 from msfs_functional.stages import CHECKPOINTS, run_stage
 from msfs_functional.synthetic import shapes
@@ -357,13 +357,13 @@ def train(config: Config) -> None:
         model = sharded(plain, TOWERS, on, dtype=dtype, reduce_dtype=torch.float32)
     with agreement.together():
         data, length = config.data, config.model.length
-        without = [re.sub(rf"(?:{data.coloured})\s*", "", text).strip() for text in texts]
+        uncoloured = [re.sub(rf"(?:{data.coloured})\s*", "", text).strip() for text in texts]
         pairs = Pairs(
             splits.train,
             encode(tokenizer, texts, length),
             settings.batch,
             grey=data.grey,
-            colourless=encode(tokenizer, without, length) if data.grey else None,
+            colourless=encode(tokenizer, uncoloured, length) if data.grey else None,
             seed=data.seed,
             share=share,
         )

@@ -40,7 +40,8 @@ given. The same degrees give the same bits as a run that never stopped, others w
 of fp32 sums gives. With --max-restarts torchrun starts all processes again when one dies, and they
 go on from the last checkpoint. When nothing happens for --mesh.timeout seconds the job ends and
 says which process was doing what. SIGTERM, which a preempted job gets, makes a checkpoint after
-the step, prints the command to go on with, and exits with 0.
+the step, prints the command to go on with, and exits with 0. (A torchrun that is told itself tells
+its processes, gives them 30 seconds, and then ends with 1, whatever they end with.)
 
 Without arguments it learns small stories that the project makes itself, and a judge says how many
 of its samples hold together: who gives a thing has it, she is not he, the red ball stays red.

@@ -88,6 +88,7 @@ from msfs_functional.sharding import gather
 from msfs_functional.stages import CHECKPOINTS, run_stage
 from msfs_functional.synthetic import shapes
 from msfs_functional.train import TrainState, init_state, make_step
+from msfs_functional.words import Words
 
 ABOUT, LATENTS = "about.json", "latents.safetensors"  # files of a run
 WHOLE = Layout(rules=[(r"", {"dp_shard": Shard(0)})])  # gathered around the loss, whole
@@ -377,7 +378,11 @@ def sample(config: Config) -> None:
     """Draws the prompts with the networks of a run."""
     if not config.prompts:
         raise ValueError('--prompts (none) must be captions: "a small red circle"')
-    made = draw(config, load(config), config.prompts, random.key(config.seed + 1))
+    trained = load(config)
+    known = trained.about.words
+    if known and (strange := Words(known, trained.about.length).strange(config.prompts)):
+        print(f"note: words that training never showed: {', '.join(strange)}", file=sys.stderr)
+    made = draw(config, trained, config.prompts, random.key(config.seed + 1))
     show(folder_of(config), "sample", made, columns=min(8, len(made)))
     say(str(folder_of(config) / "sample.png"))
 

@@ -97,6 +97,7 @@ def test_on_a_gpu_in_bfloat16_a_training_step_takes_the_products():
     args = [x.cuda() for x in inputs(torch.bfloat16)]
     options = {"joint_custom_pre_pass": Seen()}
     compiled = torch.compile(feed_forward, fullgraph=True, dynamic=False, options=options)
-    assert worst(with_gradients(compiled)(*args), args) <= 2
+    with torch._inductor.config.patch(force_disable_caches=True):  # what is kept calls no pass
+        assert worst(with_gradients(compiled)(*args), args) <= 2
     if torch.cuda.get_device_capability()[0] == 9:
         assert "msfs_kernels.masked_product.default" in found

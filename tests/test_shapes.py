@@ -28,6 +28,7 @@ def test_a_scene_by_hand():
     assert asked["what colour is the shape above the square?"] == "red"
     assert asked["what shape is below the circle?"] == "square"
     assert asked["is the square above the circle?"] == "no"
+    assert asked["where is the circle?"] == "top" and asked["where is the blue shape?"] == "bottom"
     squares = {asked[text] for text in asked if text.startswith("is there") and "square" in text}
     assert asked["is there a blue square?"] == "yes" and squares == {"yes", "no"}
     image = shapes.render(HAND)
@@ -116,7 +117,7 @@ def test_answers_are_one_word_and_questions_are_not_repeated():
         assert len(dict(asked)) == len(set(asked))
         answers |= {answer for _, answer in asked}
     names = {"yes", "no", *shapes.NUMBERS, *shapes.COLOURS, *shapes.KINDS, *shapes.SIZES}
-    assert answers == names
+    assert answers == names | set(shapes.SIDES.values())
 
 
 def test_questions_about_places_agree_with_the_scene():

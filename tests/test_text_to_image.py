@@ -77,7 +77,9 @@ def test_all_stages_end_in_grids_and_a_stopped_run_goes_on_bit_exactly(
     whole, stopped = denoiser(tmp_path / "whole"), denoiser(tmp_path / "stopped")
     assert whole.keys() == stopped.keys()
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)
-    recipe.main(tiny(tmp_path, "whole", mode="sample", prompts=("a small red circle",)))
+    capsys.readouterr()
+    recipe.main(tiny(tmp_path, "whole", mode="sample", prompts=("a small red zebra",)))
+    assert "words that training never showed: zebra" in capsys.readouterr().err
     assert Image.open(tmp_path / "whole" / "sample.png").size == (32 * 4, 32 * 4)
     assert (tmp_path / "whole" / "step-000010.png").exists()
 

@@ -21,6 +21,7 @@ def test_words_are_kept_by_how_common_they_are_and_marks_count():
     words = Words.of(["A dog, a cat.", "a dog"], most=3, length=4)
     assert words.words == ("a", "dog", ",")
     assert words.encode(["a dog, no"])["ids"].tolist() == [[3, 4, 5, UNKNOWN]]
+    assert words.strange(["a dog, no", ""]) == ["no"]
 
 
 def test_a_caption_beyond_the_context_is_cut_and_told(capsys):

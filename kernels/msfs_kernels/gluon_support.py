@@ -27,7 +27,7 @@ except (ImportError, AttributeError):  # a Triton without Gluon, or with other n
 
 # (head dim, causal), kernels/LOG.md
 FASTER = {(64, False), (128, False), (128, True)}
-FASTER_DUAL = {(64, False), (128, False), (128, True)}
+FASTER_DUAL = {(64, False), (64, True), (128, False), (128, True)}
 
 
 def plan_forward(

@@ -11,8 +11,7 @@ patches, T tokens (P, and 1 for the class token), D width, K head dim, E embeddi
 """
 
 import itertools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,7 +29,6 @@ from msfs_functional.params import (
     Functional,
     Initializer,
     Rules,
-    Window,
     functional,
     kaiming_normal,
     normal,
@@ -50,8 +48,7 @@ class ViTConfig(EncoderConfig):
     patch: int = 16  # pixels of a side
     channels: int = 3
     class_token: bool = True
-    # smooth: learned, beginning as mixtures of slow waves over the image: neighbours are alike
-    positions: Literal["learned", "smooth", "sincos", "rotary"] = "learned"
+    positions: Literal["learned", "sincos", "rotary"] = "learned"
     rotary_base: float = 100.0
     # what makes a patch a vector: one linear map, or 3 x 3 convolutions of stride 2 before it,
     # which see over the patch's edge (Xiao et al. 2021)
@@ -88,11 +85,6 @@ class ViTConfig(EncoderConfig):
     def size(self) -> tuple[int, int]:
         """Height and width in pixels."""
         return (self.image, self.image) if isinstance(self.image, int) else self.image
-
-    @property
-    def learned_positions(self) -> bool:
-        """Whether a table of positions is a parameter."""
-        return self.positions in ("learned", "smooth")
 
     @property
     def stem_channels(self) -> list[int]:
@@ -173,35 +165,6 @@ def sincos_positions(
     return torch.cat(list(halves), -1)
 
 
-def slow_waves(grid: tuple[int, int]) -> Float[Tensor, "P F"]:
-    """Each patch's place in F numbers of mean 0 and variance 1, in float64: a slope, and half a
-    wave, a whole and one and a half over the height and over the width, and the two slopes'
-    product."""
-    places = [2 * (torch.arange(n, dtype=torch.float64) + 0.5) / n - 1 for n in grid]
-    y, x = (place.flatten() for place in torch.meshgrid(*places, indexing="ij"))
-    turns = [math.pi / 2 * k for k in (1, 2, 3)]
-    waves = [wave(turn * t) for t in (x, y) for turn in turns for wave in (torch.cos, torch.sin)]
-    features = torch.stack([x, y, *waves, x * y], -1)
-    features = features - features.mean(0)
-    return features / features.square().mean(0).sqrt().clamp_min(1e-6)
-
-
-def smooth_positions(grid: tuple[int, int], std: float = 0.3) -> Initializer:
-    """Rows are random mixtures of `slow_waves`, with deviation std: about what patches differ by.
-    Rows before those of the patches (the class token's) are 0."""
-
-    def initialize(key: Tensor, shape: Sequence[int], window: Window | None = None) -> Tensor:
-        waves = slow_waves(grid).to(key.device)
-        mixed = random.normal(key, (waves.shape[1], shape[1])) * (std * waves.shape[1] ** -0.5)
-        extra = shape[0] - len(waves)
-        whole = F.pad(waves.float() @ mixed, (0, 0, extra, 0))
-        if window is None:
-            return whole
-        return whole[tuple(slice(s, s + n) for s, n in zip(*window, strict=True))].clone()
-
-    return initialize
-
-
 def rotary_positions(
     grid: tuple[int, int],
     head_dim: int,
@@ -266,7 +229,7 @@ class ViT(nn.Module):
         self.patches = nn.Conv2d(channels[-1], width, size, size, bias=config.patch_bias)
         if config.class_token:
             self.class_token = nn.Parameter(torch.empty(width))
-        if config.learned_positions:
+        if config.positions == "learned":
             rows, columns = config.grid
             self.positions = nn.Embedding(config.class_token + rows * columns, width)
         if config.pre_norm:
@@ -388,7 +351,7 @@ class ViT(nn.Module):
         size = weight.shape[-1]
         x = F.linear(patches(pixels, size), weight.flatten(1), self.patches.bias)
         here = None
-        if config.learned_positions:
+        if config.positions == "learned":
             own = self.positions.weight
             here = resized_positions(own[int(config.class_token) :], config.grid, grid)
         elif config.positions == "sincos":
@@ -396,7 +359,7 @@ class ViT(nn.Module):
         x = x if here is None else x + here
         if config.class_token:
             token = self.class_token
-            if config.learned_positions:
+            if config.positions == "learned":
                 token = token + self.positions.weight[0]
             x = torch.cat([token.expand(x.shape[0], 1, -1), x], 1)
         return x
@@ -407,9 +370,7 @@ def initializers(config: ViTConfig) -> Rules[Initializer]:
     fan = config.channels * config.patch**2 if config.stem == "linear" else config.width
     patches = (r"patches\.weight$", normal(fan**-0.5))
     stem = [(r"stem\.\d+\.weight$", kaiming_normal())] if config.stem == "convolutions" else []
-    smooth = [(r"positions\.weight$", smooth_positions(config.grid))]
-    smooth = smooth if config.positions == "smooth" else []
-    return [patches, *stem, *smooth, *encoder.initializers(config.depth)]
+    return [patches, *stem, *encoder.initializers(config.depth)]
 
 
 def vit(config: ViTConfig) -> Functional:
