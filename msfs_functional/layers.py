@@ -76,7 +76,7 @@ class _Lookup(torch.autograd.Function):
         if address(weight) is None or weight.stride()[1:] != (D, 1) or apart % D:
             weight, apart = weight.contiguous(), V * D
         rows = weight.as_strided((apart // D * (N - 1) + V, D), (D, 1), weight.storage_offset())
-        return F.embedding(_of_members(tokens, apart // D), rows)
+        return F.embedding(_of_members(tokens, apart // D, V, len(rows)), rows)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -86,9 +86,9 @@ class _Lookup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
-        (tokens,), N = ctx.saved_tensors, grad.shape[0]
-        index, fn = _of_members(tokens, ctx.rows), torch.ops.aten.embedding_dense_backward
-        return fn(grad, index, N * ctx.rows, -1, False).unflatten(0, (N, -1)), None
+        (tokens,), N, V = ctx.saved_tensors, grad.shape[0], ctx.rows
+        index, fn = _of_members(tokens, V, V, N * V), torch.ops.aten.embedding_dense_backward
+        return fn(grad, index, N * V, -1, False).unflatten(0, (N, -1)), None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, weight: Tensor, tokens: Tensor) -> tuple[Tensor, int]:
@@ -101,12 +101,16 @@ class _Lookup(torch.autograd.Function):
         return rows.unflatten(0, (M, -1)), 0
 
 
-def _of_members(tokens: Tensor, apart: int) -> Tensor:
-    """tokens (N, ...) + n apart, for rows of matrices that begin so many rows apart."""
+def _of_members(tokens: Tensor, apart: int, V: int, beyond: int) -> Tensor:
+    """tokens (N, ...) + n apart, for rows of matrices that begin so many rows apart.
+
+    A token that is none of V becomes `beyond`, which every lookup refuses: the row behind a
+    member's last one is another member's.
+    """
     N = tokens.shape[0]
-    return tokens + (torch.arange(N, device=tokens.device) * apart).view(
-        N, *[1] * (tokens.ndim - 1)
-    )
+    starts = torch.arange(N, device=tokens.device) * apart
+    rows = tokens + starts.view(N, *[1] * (tokens.ndim - 1))
+    return torch.where((tokens >= 0) & (tokens < V), rows, beyond)
 
 
 def transformed() -> bool:

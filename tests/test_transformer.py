@@ -370,6 +370,14 @@ def test_rows_of_members_matrices_are_those_of_each(dims):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("token", [-1, 7])
+def test_a_token_beyond_a_member_s_matrix_is_refused_and_not_looked_up_in_the_next(token):
+    weights, tokens = torch.randn(3, 7, 4), torch.zeros(3, 2, dtype=torch.int64)
+    tokens[1, 0] = token  # of the member in the middle: its neighbours' rows lie around it
+    with pytest.raises(IndexError):
+        vmap(lookup)(weights, tokens)
+
+
 def test_rows_of_a_matrix_compile_whole():
     weight, tokens = torch.randn(7, 4), torch.tensor([[1, 6]])
     compiled = torch.compile(lookup, fullgraph=True, backend="eager")
