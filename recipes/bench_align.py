@@ -33,7 +33,7 @@ from msfs_functional.compiling import graphed
 from msfs_functional.generation import Sampling, Settings
 from msfs_functional.logps import completion_logps, sequence_logps
 from msfs_functional.masked import average
-from msfs_functional.models.decoder import decoder, gpt2, output_weight
+from msfs_functional.models.decoder import DecoderConfig, decoder, gpt2, output_weight
 from msfs_functional.params import Functional, Params, cast
 from msfs_functional.ppo import policy_loss
 from msfs_functional.preference import dpo
@@ -79,20 +79,22 @@ FULL = Sizes(50257, 768, 12, 12, 64, 512, 64, 8, 128, 128)
 SMALL = Sizes(300, 32, 2, 2, 4, 32, 4, 4, 8, 8, 64)
 
 
-def our_model(size: Sizes) -> Functional:
-    return decoder(
-        gpt2(
-            size.vocab,
-            width=size.width,
-            depth=size.depth,
-            heads=size.heads,
-            hidden=4 * size.width,
-            max_length=size.max_length,
-            dropout=0.0,
-            attention_dropout=0.0,
-            fused=True,
-        )
+def shape_of(size: Sizes) -> DecoderConfig:
+    return gpt2(
+        size.vocab,
+        width=size.width,
+        depth=size.depth,
+        heads=size.heads,
+        hidden=4 * size.width,
+        max_length=size.max_length,
+        dropout=0.0,
+        attention_dropout=0.0,
+        fused=True,
     )
+
+
+def our_model(size: Sizes) -> Functional:
+    return decoder(shape_of(size))
 
 
 def report(name: str, one: Figures, tokens: int) -> None:

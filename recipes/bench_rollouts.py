@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import tyro
-from bench_align import FULL, SMALL, Sizes, diversity
+from bench_align import FULL, SMALL, Sizes, diversity, shape_of
 from measuring import synchronize
 
 from msfs_functional import config as configs
@@ -26,7 +26,6 @@ from msfs_functional import errors, random, rewards
 from msfs_functional.aligning import Model, Stage, optimizer_of, set_up, step_of
 from msfs_functional.alignment_tasks import Prompt, Task
 from msfs_functional.answerers import Answerer, Beside, Judged, Work
-from msfs_functional.models.decoder import gpt2
 from msfs_functional.reinforcement import Learning, experience, make_loss, minibatch, opinions, told
 from msfs_functional.train import init_state
 
@@ -86,17 +85,6 @@ def main(config: Config) -> dict[str, float]:
     size: Sizes = SMALL if config.small else FULL
     dtype = "float32" if config.small else "bfloat16"
     machine = configs.machine("cpu" if config.small else "cuda", dtype, not config.small)
-    shape = gpt2(
-        size.vocab,
-        width=size.width,
-        depth=size.depth,
-        heads=size.heads,
-        hidden=4 * size.width,
-        max_length=size.max_length,
-        dropout=0.0,
-        attention_dropout=0.0,
-        fused=True,
-    )
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, size.vocab, (4 * size.prompts, size.prompt), generator=generator)
     prompts = [Prompt("", row) for row in ids.tolist()]
@@ -109,7 +97,7 @@ def main(config: Config) -> dict[str, float]:
         beside_on=config.beside_on,
         rate=1e-6,
     )
-    setup = set_up(Model(length=size.prompt + size.new), task, machine, config=shape)
+    setup = set_up(Model(length=size.prompt + size.new), task, machine, config=shape_of(size))
     reference = setup.plain.init(0, device=setup.device)
     optimizer = optimizer_of(Stage(4000, rl.prompts, rl.rate, rl.warmup))
     state = init_state(setup.enter(reference), optimizer, random.key(0, device=setup.device))
