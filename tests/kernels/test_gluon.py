@@ -13,6 +13,7 @@ from msfs_kernels import gluon_support, triton_common  # noqa: E402
 from msfs_kernels.launching import Launch  # noqa: E402
 from msfs_kernels.options import Options  # noqa: E402
 from msfs_kernels.triton_compile import compile_launch, resources  # noqa: E402
+from parameters import parameters_agree  # noqa: E402
 from textbook import textbook  # noqa: E402
 
 needs_gluon = pytest.mark.skipif(
@@ -34,7 +35,9 @@ def test_the_forward_compiles_for_hopper(head_dim, causal, dtype):
     k, v = (make(2, 2, 300, head_dim, dtype) for _ in range(2))
     options = Options(causal=causal, scale=head_dim**-0.5)
     launch = gluon_support.gluon_forward.plan_forward(q, k, v, o, torch.empty(2, 4, 300), options)
-    took = resources(compile_launch(launch, 90), 90)
+    compiled = compile_launch(launch, 90)
+    assert parameters_agree(launch, compiled)
+    took = resources(compiled, 90)
     assert took.wgmma > 0
     assert took.shared <= 227 * 1024
     assert took.spills <= 64  # bytes a thread, none of them in the loop over keys
@@ -46,7 +49,9 @@ def test_the_forward_with_its_tangent_compiles_for_hopper():
     k, lse = make(2, 2, 300, 128), torch.empty(2, 4, 300)
     plan = gluon_support.gluon_dual.plan_dual
     launch = plan(q, k, k, q, k, k, o, lse, o, lse, Options(causal=True, scale=0.1))
-    took = resources(compile_launch(launch, 90), 90)
+    compiled = compile_launch(launch, 90)
+    assert parameters_agree(launch, compiled)
+    took = resources(compiled, 90)
     assert took.wgmma > 0
     assert took.shared <= 227 * 1024
     assert took.spills <= 128  # bytes a thread: 24 with Triton 3.6, 96 with 3.9
