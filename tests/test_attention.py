@@ -259,9 +259,10 @@ def test_half_precision_reference_errs_no_more_than_torch(dtype):
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_every_implementation_is_right_on_a_gpu(implementation, is_causal, dim):
-    x = [y.to("cuda") for y in inputs(2, T=130, S=300, K=dim, X=dim)]
-    exact = attention(*x, is_causal=is_causal, implementation="reference")
-    q, k, v = (y.to(torch.bfloat16) for y in x)
+    q, k, v = (y.to("cuda", torch.bfloat16) for y in inputs(2, T=130, S=300, K=dim, X=dim))
+    exact = attention(
+        q.double(), k.double(), v.double(), is_causal=is_causal, implementation="reference"
+    )
     plain = attention(q, k, v, is_causal=is_causal, implementation="sdpa")
     out = attention(q, k, v, is_causal=is_causal, implementation=implementation)
     assert out.dtype == torch.bfloat16
