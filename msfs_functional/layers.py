@@ -122,7 +122,7 @@ def lookup(weight: Float[Tensor, "V D"], tokens: Int[Tensor, "..."]) -> Float[Te
     """F.embedding(tokens, weight), under vmap over weights without copies of them.
 
     A token that is no row is refused there too, where F.embedding reads the next member's rows:
-    an IndexError on the CPU, compiled an AssertionError, on a GPU a device-side assertion.
+    an IndexError on the CPU, compiled a RuntimeError, on a GPU a device-side assertion.
     """
     compiling = torch.compiler.is_compiling()
     if not compiling and not transformed():
