@@ -109,6 +109,7 @@ def make_loss(
     def loss_fn(params: Params, batch: dict[str, Tensor], key: Tensor | None):
         params, labels = cast(params, getattr(torch, str(config.dtype))), batch["target"][:, 1:]
         weight, tokens = models.output_weight(params), (labels != PAD).sum()
+        count = tokens.clamp(min=1)  # a microbatch of filling rows alone is no 0 / 0
 
         def predicted(key: Tensor | None) -> tuple[Tensor, Tensor]:
             states = model.apply(
@@ -127,10 +128,10 @@ def make_loss(
             return states, loss
 
         if not consistency or key is None:
-            return predicted(key)[1] / tokens, {"weight": tokens}
+            return predicted(key)[1] / count, {"weight": tokens}
         (p, first), (q, second) = map(predicted, random.split(key).unbind())
         apart = losses.disagreement(p @ weight.T, q @ weight.T, labels)
-        return ((first + second) / 2 + consistency / 4 * apart) / tokens, {"weight": tokens}
+        return ((first + second) / 2 + consistency / 4 * apart) / count, {"weight": tokens}
 
     return loss_fn
 
