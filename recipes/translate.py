@@ -59,6 +59,7 @@ from msfs_functional.train import Step, TrainState, first_state, make_step, mean
 from msfs_functional.translation import Assessment, Tokenizers, Translate
 
 CHECKPOINTS = "checkpoints"
+NOT_FINITE = "their loss or gradient was not finite: lower --optimizer.learning-rate if they go on"
 
 
 def read_data(data: Data) -> Splits:
@@ -207,7 +208,7 @@ def train(config: Config) -> None:
         (run / configs.FILE).write_text(configs.to_json(config), encoding="utf-8")
     else:
         configs.new_run(run, config, overwrite=config.overwrite)
-    first = int(state.step)
+    first, left_out = int(state.step), int(state.skipped.sum())
 
     def save(number: int, score: Tensor | float | None) -> None:
         checkpoint.save(
@@ -233,6 +234,9 @@ def train(config: Config) -> None:
             values.pop("weight")
             tracker.log(number, values, tokens=batch["source"].numel() + batch["target"].numel())
             if number % settings.eval_every == 0 or number == settings.steps:
+                if (skipped := int(state.skipped.sum())) > left_out:
+                    tracker.note(f"{skipped - left_out} updates left out, {NOT_FINITE}")
+                    left_out = skipped
                 with tracker.paused():
                     params = state.ema or state.params
                     scores = validate(config, model, tokenizers, params, splits.valid)
