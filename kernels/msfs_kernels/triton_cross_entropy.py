@@ -64,10 +64,13 @@ def row_kernel(
             total = tl.sum(total * tl.exp(top - most), 0)
             top = most
             added = tl.sum(added, 0)
-        lse = top + tl.log(total)
-        chosen = tl.load(start + label).to(tl.float32)
+        # To look whether a label is a class would make the CPU wait: of one that is none the loss
+        # and the gradient are NaN, and nothing beyond the row is read.
+        known = (label >= 0) & (label < vocab)
+        lse = tl.where(known, top + tl.log(total), float("nan"))
+        chosen = tl.load(start + label, mask=known, other=0.0).to(tl.float32)
         if bias is not None:
-            chosen += tl.load(bias + label).to(tl.float32)
+            chosen += tl.load(bias + label, mask=known, other=0.0).to(tl.float32)
         if CAP:
             chosen = softcap * tanh(chosen / softcap)
         loss = lse - (1 - label_smoothing) * chosen + z_loss * lse * lse
