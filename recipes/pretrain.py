@@ -237,7 +237,10 @@ def prepare(config: Config, watchdog: Watchdog) -> tuple[Config, Path, Corpus, A
         agreement.start_alike({"configuration": own, "sha256 of the corpus": digest})
     watchdog.at("looking for a checkpoint")
     resume = agreement.from_all(bool(found))[0]
-    saved = checkpoints.load(run / CHECKPOINTS) if resume else None
+    place = run / CHECKPOINTS
+    if resume and restarts:  # nobody is there to choose: what is damaged is passed over, aloud
+        place = checkpoints.last_good(place)
+    saved = checkpoints.load(place) if resume and place else None
     return replace(config, overwrite=config.overwrite or restarts > 0), run, corpus, saved
 
 
