@@ -59,6 +59,7 @@ class GroupNorm(torch.autograd.Function):
     def forward(ctx: Any, x, gain, bias, shift, groups: int, eps: float, silu: bool) -> Tensor:
         from . import triton_group_norm
 
+        triton_group_norm.expect(x, gain, bias, shift, groups, any(ctx.needs_input_grad))
         y, found = triton_group_norm.forward(x, gain, bias, shift, groups, eps, silu)
         ctx.save_for_backward(x, gain, bias, shift, *found)
         ctx.options = groups, eps, silu

@@ -34,6 +34,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from msfs_kernels import ahead
+from msfs_kernels.launching import INTERPRETED, Launch, launches_of
+
 MOST_PARTS = 256  # of the pixels of one image
 # Pixels and channels of a tile, warps. Sums want many bytes on their way at once.
 TILE = {"BP": 32, "BC": 64, "num_warps": 4}
@@ -302,15 +305,15 @@ def forward(
     mean, rstd = torch.empty((2, B, groups), dtype=torch.float32, device=x.device)
     found = Statistics(mean, rstd, torch.empty((B, C), dtype=torch.float32, device=x.device))
     added = (gain if shift is None else shift, int(shift is not None))
-    sums_kernel[(parts, triton.cdiv(C, SUMS_TILE["BC"]), B)](
-        x, *added, sums[0], sums[1], P, C, *strides, part, **SUMS_TILE
-    )
-    wide = wide_tile(parts, C // groups)
-    combine_kernel[(B * groups,)](sums[0], sums[1], *found, P, C, groups, parts, part, eps, **wide)
+    grid = (parts, triton.cdiv(C, SUMS_TILE["BC"]), B)
+    given = (x, *added, sums[0], sums[1], P, C, *strides, part)
+    Launch(sums_kernel, grid, given, SUMS_TILE).run()
+    given = (sums[0], sums[1], *found, P, C, groups, parts, part, eps)
+    Launch(combine_kernel, (B * groups,), given, wide_tile(parts, C // groups)).run()
     y = torch.empty_like(x, memory_format=torch.channels_last)
-    apply_kernel[(triton.cdiv(P, TILE["BP"]), triton.cdiv(C, TILE["BC"]), B)](
-        x, *added, gain, bias, mean, rstd, y, P, C, groups, *strides, int(silu), **TILE
-    )
+    grid = (triton.cdiv(P, TILE["BP"]), triton.cdiv(C, TILE["BC"]), B)
+    given = (x, *added, gain, bias, mean, rstd, y, P, C, groups, *strides, int(silu))
+    Launch(apply_kernel, grid, given, TILE).run()
     return y, found
 
 
@@ -331,17 +334,16 @@ def backward(
     mean, rstd, channel_mean = found
     given = (x, *added, gain, bias, mean, rstd, dy)
     rest = (P, C, groups, *strides, *dy_strides)
-    backward_sums_kernel[(parts, triton.cdiv(C, TILE["BC"]), B)](
-        *given, sums, *rest, part, int(silu), **TILE
-    )
+    grid = (parts, triton.cdiv(C, TILE["BC"]), B)
+    Launch(backward_sums_kernel, grid, (*given, sums, *rest, part, int(silu)), TILE).run()
+    combined = (sums, gain, mean, rstd, channel_mean, group_means, by_image, dshift)
+    combined += (B, P, C, groups, parts)
     wide = wide_tile(parts, C // groups)
-    backward_combine_kernel[(B * groups,)](
-        sums, gain, mean, rstd, channel_mean, group_means, by_image, dshift, B, P, C, groups,
-        parts, **wide,
-    )  # fmt: skip
+    Launch(backward_combine_kernel, (B * groups,), combined, wide).run()
     dx = torch.empty_like(x, memory_format=torch.channels_last)
     grid = (triton.cdiv(P, TILE["BP"]), triton.cdiv(C, TILE["BC"]), B)
-    backward_apply_kernel[grid](*given, group_means, dx, B, *rest, int(silu), **TILE)
+    given = (*given, group_means, dx, B, *rest, int(silu))
+    Launch(backward_apply_kernel, grid, given, TILE).run()
     dgain, dbias = by_image.sum(1)
     dshift = None if shift is None else dshift
     return dx, dgain.to(gain.dtype), dbias.to(bias.dtype), dshift
@@ -352,7 +354,7 @@ def residual(y: Tensor, bias: Tensor | None, x: Tensor | None) -> Tensor:
     out, C = torch.empty_like(y, memory_format=torch.channels_last), y.shape[1]
     N = y.numel() // C
     grid = (triton.cdiv(N, TILE["BP"]), triton.cdiv(C, TILE["BC"]))
-    residual_kernel[grid](y, bias, x, out, N, C, **TILE)
+    Launch(residual_kernel, grid, (y, bias, x, out, N, C), TILE).run()
     return out
 
 
@@ -364,5 +366,32 @@ def split(x: Tensor, cut: int) -> tuple[Tensor, Tensor]:
         for n in (cut, C - cut)
     )
     grid = (triton.cdiv(B * H * W, TILE["BP"]), triton.cdiv(C, TILE["BC"]))
-    split_kernel[grid](x, first, second, B * H * W, C, cut, **TILE)
+    Launch(split_kernel, grid, (x, first, second, B * H * W, C, cut), TILE).run()
     return first, second
+
+
+EXPECTED: set[tuple] = set()
+
+
+def expect(
+    x: Tensor, gain: Tensor, bias: Tensor, shift: Tensor | None, groups: int, trained: bool
+) -> None:
+    """At the first norm of a kind: has all kernels compiled in threads (`ahead`) that a network of
+    such norms will launch. One by one, as they are met, they would hold up its first step.
+    """
+    device = x.device
+    key = (x.dtype, gain.dtype, None if shift is None else shift.dtype, trained, device)
+    if INTERPRETED or key in EXPECTED:
+        return
+    EXPECTED.add(key)
+
+    def all_of_them() -> None:
+        y, found = forward(x, gain, bias, shift, groups, 1e-5, True)
+        for other in (None, x):
+            residual(y, bias, other)
+        if trained:
+            backward(y, x, gain, bias, shift, found, True)
+            split(y, y.shape[1] // 2)
+
+    with torch.no_grad():
+        ahead.start(launches_of(all_of_them), device)
