@@ -153,12 +153,19 @@ class Residual(torch.autograd.Function):
         from . import triton_group_norm
 
         ctx.has = bias is not None, x is not None
+        ctx.dtype = None if bias is None else bias.dtype
         return triton_group_norm.residual(y, None if bias is None else bias.contiguous(), x)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:  # pyright: ignore
-        has_bias, has_x = ctx.has
-        return dy, dy.sum((0, 2, 3)) if has_bias else None, dy if has_x else None
+        from . import triton_group_norm
+
+        (has_bias, has_x), dbias = ctx.has, None
+        if has_bias and fused(dy) and not torch.is_grad_enabled():
+            dbias = triton_group_norm.sums_of_channels(dy, ctx.dtype)
+        elif has_bias:
+            dbias = dy.sum((0, 2, 3))
+        return dy, dbias, dy if has_x else None
 
 
 def residual(y: Tensor, bias: Tensor | None, x: Tensor | None = None) -> Tensor:

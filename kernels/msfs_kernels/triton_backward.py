@@ -55,7 +55,6 @@ from msfs_kernels.triton_common import (
     tiles,
     tma_ready,
 )
-from msfs_kernels.triton_decode import PROGRAMS
 from msfs_kernels.triton_forward import heads_in_cache, is_even
 from msfs_kernels.triton_rows import (
     delta_of,
@@ -69,6 +68,7 @@ from msfs_kernels.triton_rows import (
 )
 
 LEAST_PART = 512  # queries
+PROGRAMS = 132  # of a large chip's multiprocessors; two for each are slower than one
 
 
 @triton.jit
@@ -297,8 +297,8 @@ def choose_keys(q: Tensor, k: Tensor, v: Tensor, options: Options, *, fused: boo
 
 
 def parts_of(q: Tensor, k: Tensor, config: Config) -> int:
-    """Into how many parts the queries of `key_kernel` fall: with few keys (a caption's) there are
-    fewer programs than the chip runs at once, each of which would walk alone through all queries.
+    """Into how many parts the queries of `key_kernel` fall: with few keys (a caption's) and images
+    there would be fewer programs than multiprocessors, each walking alone through all queries.
     """
     programs = triton.cdiv(k.shape[2], config.block_n) * k.shape[:2].numel()
     return max(1, min(PROGRAMS // programs, q.shape[2] // LEAST_PART))

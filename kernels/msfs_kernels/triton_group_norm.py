@@ -41,6 +41,8 @@ MOST_PARTS = 256  # of the pixels of one image
 # Pixels and channels of a tile, warps. Sums want many bytes on their way at once.
 TILE = {"BP": 32, "BC": 64, "num_warps": 4}
 SUMS_TILE = {"BP": 128, "BC": 64, "num_warps": 8}
+PARTS_TILE = {"BP": 16, "BC": 64, "num_warps": 4}
+PROGRAMS = 512  # about as many share a sum over all pixels of all images
 
 
 @triton.jit
@@ -224,9 +226,11 @@ def backward_combine_kernel(
 
 @triton.jit(do_not_specialize=["B", "given", "silu"])
 def backward_apply_kernel(
-    x, shift, given, gain, bias, mean, rstd, dy, group_means, dx, B, P, C, G, batch_stride,
-    row_stride, dy_batch_stride, dy_row_stride, silu, BP: tl.constexpr, BC: tl.constexpr,
+    x, shift, given, gain, bias, mean, rstd, dy, group_means, by_image, dgain, dbias, dx, B, P, C,
+    G, batch_stride, row_stride, dy_batch_stride, dy_row_stride, silu, BP: tl.constexpr,
+    BC: tl.constexpr,
 ):  # fmt: skip
+    """dx; and, by the first program of each channel, dgain and dbias: sums over images."""
     b = tl.program_id(2)
     pixels = tl.program_id(0) * BP + tl.arange(0, BP)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
@@ -240,6 +244,14 @@ def backward_apply_kernel(
     du = (dz * gamma[None, :] - first[None, :] - normal * second[None, :]) * scale[None, :]
     at = (b.to(tl.int64) * P + pixels[:, None]) * C + c[None, :]
     tl.store(dx + at, du, mask=(pixels < P)[:, None] & (c < C)[None, :])
+    if (tl.program_id(0) == 0) & (b == 0):
+        weighted = tl.zeros([BC], tl.float32)
+        plain = tl.zeros([BC], tl.float32)
+        for image in range(B):
+            weighted += tl.load(by_image + image * C + c, mask=c < C, other=0.0)
+            plain += tl.load(by_image + (B + image) * C + c, mask=c < C, other=0.0)
+        tl.store(dgain + c, weighted, mask=c < C)
+        tl.store(dbias + c, plain, mask=c < C)
 
 
 @triton.jit
@@ -254,6 +266,32 @@ def residual_kernel(y, bias, x, out, N, C, BP: tl.constexpr, BC: tl.constexpr):
     if bias is not None:
         total += load_channels(bias, c, C)[None, :]
     tl.store(out + at, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=["PART"])
+def rows_kernel(x, sums, N, C, row_stride, PART, BP: tl.constexpr, BC: tl.constexpr):
+    """Sums over PART rows of (N, C)."""
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    begin = tl.program_id(0) * PART
+    stop = tl.minimum(begin + PART, N)
+    total = tl.zeros([BP, BC], tl.float32)  # over rows once, after the loop
+    for start in range(begin, stop, BP):
+        rows = start + tl.arange(0, BP)
+        inside = (rows < stop)[:, None] & (c < C)[None, :]
+        at = rows.to(tl.int64)[:, None] * row_stride + c[None, :]
+        total += tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(sums + tl.program_id(0) * C + c, tl.sum(total, 0), mask=c < C)
+
+
+@triton.jit(do_not_specialize=["PARTS"])
+def parts_kernel(sums, out, PARTS, C, BP: tl.constexpr, BC: tl.constexpr):
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    total = tl.zeros([BP, BC], tl.float32)
+    for start in range(0, PARTS, BP):
+        parts = start + tl.arange(0, BP)
+        inside = (parts < PARTS)[:, None] & (c < C)[None, :]
+        total += tl.load(sums + parts[:, None] * C + c[None, :], mask=inside, other=0.0)
+    tl.store(out + c, tl.sum(total, 0), mask=c < C)
 
 
 @triton.jit
@@ -342,11 +380,10 @@ def backward(
     Launch(backward_combine_kernel, (B * groups,), combined, wide).run()
     dx = torch.empty_like(x, memory_format=torch.channels_last)
     grid = (triton.cdiv(P, TILE["BP"]), triton.cdiv(C, TILE["BC"]), B)
-    given = (*given, group_means, dx, B, *rest, int(silu))
+    dgain, dbias = torch.empty_like(gain), torch.empty_like(bias)
+    given = (*given, group_means, by_image, dgain, dbias, dx, B, *rest, int(silu))
     Launch(backward_apply_kernel, grid, given, TILE).run()
-    dgain, dbias = by_image.sum(1)
-    dshift = None if shift is None else dshift
-    return dx, dgain.to(gain.dtype), dbias.to(bias.dtype), dshift
+    return dx, dgain, dbias, None if shift is None else dshift
 
 
 def residual(y: Tensor, bias: Tensor | None, x: Tensor | None) -> Tensor:
@@ -355,6 +392,24 @@ def residual(y: Tensor, bias: Tensor | None, x: Tensor | None) -> Tensor:
     N = y.numel() // C
     grid = (triton.cdiv(N, TILE["BP"]), triton.cdiv(C, TILE["BC"]))
     Launch(residual_kernel, grid, (y, bias, x, out, N, C), TILE).run()
+    return out
+
+
+def sums_of_channels(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(C,) sums over images and pixels of x in channels_last: the gradient of a bias. Torch's own
+    takes twice as long, as two of its passes and a memory fill for each of small sizes."""
+    x, image, row = rows_of(x)
+    if image != x.shape[2] * x.shape[3] * row:
+        x, image, row = rows_of(x.contiguous(memory_format=torch.channels_last))
+    C = x.shape[1]
+    N = x.numel() // C
+    columns = triton.cdiv(C, SUMS_TILE["BC"])
+    part = max(SUMS_TILE["BP"], triton.next_power_of_2(triton.cdiv(N * columns, PROGRAMS)))
+    parts = triton.cdiv(N, part)
+    sums = torch.empty((parts, C), dtype=torch.float32, device=x.device)
+    out = torch.empty(C, dtype=dtype, device=x.device)
+    Launch(rows_kernel, (parts, columns), (x, sums, N, C, row, part), SUMS_TILE).run()
+    Launch(parts_kernel, (columns,), (sums, out, parts, C), PARTS_TILE).run()
     return out
 
 
@@ -391,6 +446,7 @@ def expect(
             residual(y, bias, other)
         if trained:
             backward(y, x, gain, bias, shift, found, True)
+            sums_of_channels(y, bias.dtype)
             split(y, y.shape[1] // 2)
 
     with torch.no_grad():

@@ -112,6 +112,18 @@ def test_a_join_gives_its_gradient_back_in_whole_pieces_and_a_residual_adds(on_k
     on_kernels(check_joins)
 
 
+def check_sums():
+    wide = image(3, 70, 19, 17)
+    for x in (wide, wide[:, 3:68], wide.contiguous(), wide[1:, :, :7]):
+        with mock.patch.object(triton_group_norm, "PROGRAMS", 8):
+            ours = triton_group_norm.sums_of_channels(x, torch.float32)
+        torch.testing.assert_close(ours.double(), x.double().sum((0, 2, 3)), rtol=1e-5, atol=1e-3)
+
+
+def test_sums_of_channels_over_parts_of_all_images_are_the_whole(on_kernels):
+    on_kernels(check_sums)
+
+
 def test_bad_groups_and_shifts_are_refused():
     x, one = torch.ones(1, 6, 2, 2), torch.ones(6)
     with pytest.raises(ValueError, match=r"groups \(4\) must divide the channels \(6\)"):
