@@ -224,13 +224,13 @@ def backward_combine_kernel(
     tl.store(dshift + b * C + c, total, mask=own)
 
 
-@triton.jit(do_not_specialize=["B", "given", "silu"])
+@triton.jit(do_not_specialize=["more_given", "B", "given", "silu"])
 def backward_apply_kernel(
-    x, shift, given, gain, bias, mean, rstd, dy, group_means, by_image, dgain, dbias, dx, B, P, C,
-    G, batch_stride, row_stride, dy_batch_stride, dy_row_stride, silu, BP: tl.constexpr,
-    BC: tl.constexpr,
+    x, shift, given, gain, bias, mean, rstd, dy, group_means, by_image, dgain, dbias, more,
+    more_given, dx, B, P, C, G, batch_stride, row_stride, dy_batch_stride, dy_row_stride, silu,
+    BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """dx; and, by the first program of each channel, dgain and dbias: sums over images."""
+    """dx, and `more` added; by the first program of each channel dgain and dbias, over images."""
     b = tl.program_id(2)
     pixels = tl.program_id(0) * BP + tl.arange(0, BP)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
@@ -243,6 +243,8 @@ def backward_apply_kernel(
     second = tl.load(group_means + B * G + group, mask=c < C, other=0.0)
     du = (dz * gamma[None, :] - first[None, :] - normal * second[None, :]) * scale[None, :]
     at = (b.to(tl.int64) * P + pixels[:, None]) * C + c[None, :]
+    there = (pixels < P)[:, None] & (c < C * more_given)[None, :]
+    du += tl.load(more + at, mask=there, other=0.0).to(tl.float32)
     tl.store(dx + at, du, mask=(pixels < P)[:, None] & (c < C)[None, :])
     if (tl.program_id(0) == 0) & (b == 0):
         weighted = tl.zeros([BC], tl.float32)
@@ -357,9 +359,9 @@ def forward(
 
 def backward(
     dy: Tensor, x: Tensor, gain: Tensor, bias: Tensor, shift: Tensor | None, found: Statistics,
-    silu: bool,
+    silu: bool, more: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Gradients of x, gain, bias and shift."""
+    """Gradients of x, gain, bias and shift; `more`, another gradient of x, is added in passing."""
     x, *strides = rows_of(x)
     dy, *dy_strides = rows_of(dy)
     B, C, P = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
@@ -381,7 +383,10 @@ def backward(
     dx = torch.empty_like(x, memory_format=torch.channels_last)
     grid = (triton.cdiv(P, TILE["BP"]), triton.cdiv(C, TILE["BC"]), B)
     dgain, dbias = torch.empty_like(gain), torch.empty_like(bias)
-    given = (*given, group_means, by_image, dgain, dbias, dx, B, *rest, int(silu))
+    has_more = more is not None
+    more = dx if more is None else more.contiguous(memory_format=torch.channels_last)
+    sums = (group_means, by_image, dgain, dbias, more, int(has_more))
+    given = (*given, *sums, dx, B, *rest, int(silu))
     Launch(backward_apply_kernel, grid, given, TILE).run()
     return dx, dgain, dbias, None if shift is None else dshift
 
