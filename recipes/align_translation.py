@@ -60,16 +60,16 @@ class Config:
     translate: recipe.Config = field(default_factory=shorter)
     out: Path = Path("runs")
     name: str | None = None  # of this run; None: a new number
-    sentences: int = 4000  # of the training split, to translate
-    samples: int = 4  # translations of each, beside the greedy one
+    sentences: int = 6000  # of the training split, to translate
+    samples: int = 5  # translations of each, beside the greedy one
     # of the samples; at 1 even the best of them is worse than the greedy translation
     temperature: float = 0.5
     gap: float = 5.0  # least difference of the two of a pair [points of chrF and BLEU]
-    held_out: int = 300  # sentences of each split to report on
+    held_out: int = 600  # sentences of each split to report on
     beta: float = 5.0  # strength of the pull to the reference, on nats a token
     preference: float = 1.0  # weight of DPO's loss; 0: imitation of the best translations alone
-    imitation: float = 1.0  # weight of the chosen translations' mean negative log-probability
-    dpo: Stage = field(default_factory=lambda: Stage(150, 64, 3e-4, 20))
+    imitation: float = 3.0  # weight of the chosen translations' mean negative log-probability
+    dpo: Stage = field(default_factory=lambda: Stage(150, 64, 1e-3, 20))
     every: int = 25  # steps from one look at the validation split to the next
     seed: int = 0
     debug: bool = False  # show tracebacks
