@@ -273,8 +273,14 @@ def leave(
     draw_seeds(run, [r.seed for r in results], stage, panels)
 
 
-def draw_seeds(run: Path, seeds: Sequence[int], stage: str, panels: dict[str, str]) -> None:
-    """Leaves curves.png: a panel for each metric that the stages have recorded, a line a seed."""
+def draw_seeds(
+    run: Path,
+    seeds: Sequence[int],
+    stage: str,
+    panels: dict[str, str],
+    file: str = "curves.png",
+) -> None:
+    """Leaves a picture: a panel for each metric that the stages have recorded, a line a seed."""
     curves: list[dict[str, Any]] = []
     for seed in seeds:
         for record in tracking.read_metrics(run / f"seed-{seed}" / stage / tracking.METRICS):
@@ -286,4 +292,4 @@ def draw_seeds(run: Path, seeds: Sequence[int], stage: str, panels: dict[str, st
         for unit, name in panels.items()
         if f"{name}/{seeds[0]}" in known
     }
-    save_png(training_curves(curves, lines_of), run / "curves.png")
+    save_png(training_curves(curves, lines_of), run / file)

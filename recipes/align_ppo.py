@@ -58,6 +58,7 @@ from msfs_functional.alignment_runs import (
     Options,
     Result,
     begin,
+    draw_seeds,
     each_seed,
     leave,
     resume_command,
@@ -83,6 +84,7 @@ from msfs_functional.reinforcement import (
     opinions,
     told,
 )
+from msfs_functional.reward_training import PANELS as REWARD_PANELS
 from msfs_functional.reward_training import accuracy, rewards_of, train_rewards
 from msfs_functional.rollouts import SampleTable
 from msfs_functional.stages import CHECKPOINTS, stopped
@@ -382,7 +384,11 @@ def main(config: Config) -> None:
     check(config.rl)
     with launching.joined(config.device, debug=config.debug):
         config, machine, run = begin(config, NAME)
-        leave(run, each_seed(run_seed, config, machine, run), "rl", PANELS)
+        results = each_seed(run_seed, config, machine, run)
+        leave(run, results, "rl", PANELS)
+        if config.rl.reward == "model" and agreement.rank() == 0:
+            seeds = [result.seed for result in results]
+            draw_seeds(run, seeds, "rewards", REWARD_PANELS, "rewards.png")
         say(f"{time.perf_counter() - started:.0f} seconds; everything is in {run}")
 
 

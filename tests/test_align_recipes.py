@@ -25,6 +25,7 @@ from msfs_functional.preference_training import (
     Loss,
     Preferences,
     as_data,
+    check,
     optimise,
     preference_loss,
 )
@@ -156,6 +157,22 @@ def test_every_loss_has_a_gradient_that_prefers_the_chosen_answer(loss):
     assert slope[0, 0] < 0 < slope[0, 1]
 
 
+def test_normalised_losses_read_log_probabilities_a_token():
+    lengths, before = torch.tensor([[4.0, 2.0]]), torch.tensor([[-6.0, -5.0]])
+    sums = torch.tensor([[-4.0, -4.0]])
+    options = {"imitation": 0.0, "normalised": True}
+    found, margins = preference_loss(preferences(**options), sums, lengths, before)
+    expected = -torch.tensor(0.5 - 0.5).sigmoid().log()  # (-1 + 1.5) - (-2 + 2.5) nats a token
+    torch.testing.assert_close(found, expected[None])
+    assert margins.tolist() == [0.0]
+    for own in (True, False):
+        options = {"loss": "ipo", "normalised": own}
+        same, _ = preference_loss(preferences(**options), sums, lengths, before)
+        assert same.tolist() == [25.0]  # (0 - 1 / (2 * 0.1))^2
+    with pytest.raises(ValueError, match="does not go with kto"):
+        check(preferences(loss="kto", normalised=True))
+
+
 def test_a_sweep_of_beta_in_one_step_equals_single_runs(align_dpo, tmp_path):
     """Members of one beta each, on the same batches, end where runs of that beta alone end."""
     options = {"dpo": preferences()}
@@ -237,6 +254,7 @@ def test_a_reward_model_ensemble_and_a_trust_region_run(align_ppo, tmp_path, cap
     config = rl(reward="model", members=2, aggregate="uncertainty", trust_region=0.01)
     align_ppo.main(tiny(align_ppo, tmp_path, "model", rl=config))
     assert "reward model accuracy" in capsys.readouterr().out
+    assert (tmp_path / "model" / "rewards.png").stat().st_size > 10_000
     path = tmp_path / "model" / "seed-0" / "rl" / "metrics.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert all(0 <= record["step_kl"] <= 0.0101 for record in records)
@@ -396,6 +414,7 @@ def test_preferences_of_people_end_in_accuracies_and_a_win_rate(align_people, tm
     said = capsys.readouterr().out
     assert "2 in one step" in said and "DPO's answers beat those before it" in said
     found = json.loads((tmp_path / "people" / "results.json").read_text())
+    assert (tmp_path / "people" / "rewards.png").stat().st_size > 10_000
     assert len(found["members"]) == 2 and found["ensemble"].keys() == {"mean", "min", "uncertainty"}
     with pytest.raises(ValueError, match="holds no file"):
         align_people.main(tiny(align_people, tmp_path, "none"))
