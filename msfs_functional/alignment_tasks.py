@@ -43,7 +43,7 @@ class Words(Protocol):
 class Data:
     """The embedded task, or files."""
 
-    # JSON lines, also .gz: prompt, chosen and rejected, or two transcripts (align_dpo); question
+    # JSON lines, also .gz: prompt, chosen and rejected, or two transcripts (align_people); question
     # and answer (align_ppo); none: the embedded task
     files: tuple[Path, ...] = ()
     texts: tuple[Path, ...] = ()  # .txt or .jsonl with "text", to pretrain on beside the files

@@ -62,6 +62,12 @@ class Preferences(Stage):
     flipped: float = 0.0  # share of pairs to swap on purpose, for cdpo, robust and --influence
 
 
+def beta_of(own: Preferences) -> float:
+    """The configured beta, or one that suits the loss."""
+    usual = 1.0 if own.normalised else 0.1  # on nats a token there are fewer of them
+    return own.beta or BETAS.get(own.loss, usual)
+
+
 def check(own: Preferences, *betas: float) -> None:
     """Raises ValueError for options out of range; betas: further ones to try."""
     for name, beta in [("dpo.beta", own.beta), *(("sweep", beta) for beta in betas)]:
@@ -95,8 +101,7 @@ def preference_loss(
         wrong, wrong_reference: (B,), answers under another prompt, for KTO.
         beta: in place of the configured one.
     """
-    usual = 1.0 if own.normalised else 0.1  # on nats a token there are fewer of them
-    beta = beta if beta is not None else own.beta or BETAS.get(own.loss, usual)
+    beta = beta if beta is not None else beta_of(own)
     means = (sums / lengths).unbind(1)
     if own.normalised:
         sums, reference = sums / lengths, reference / lengths
@@ -159,10 +164,19 @@ def loss_of(
     }
 
 
-def make_loss(own: Preferences, setup: Setup):
-    """Mean loss of a batch of pairs, whose reference log-probabilities are part of the data."""
+def make_loss(own: Preferences, setup: Setup, *, half: bool = False):
+    """Mean loss of a batch of pairs, whose reference log-probabilities are part of the data.
+
+    Args:
+        half: of the batch's pairs a half counts, drawn by the key, so that members of a vmapped
+            step that differ in their keys alone learn from other pairs.
+    """
 
     def loss_fn(params: Params, batch: dict[str, Tensor], key: Tensor):
+        if half:
+            rows = len(batch["tokens"])
+            drawn = random.permutation(key, rows)[: rows // 2]
+            batch = {name: x[drawn] for name, x in batch.items()}
         beta = params[BETA].detach() if BETA in params else None
         body = {name: value for name, value in params.items() if name != BETA}
         return loss_of(own, sums_of(own, setup, body, batch), batch, beta)

@@ -359,8 +359,14 @@ PRESETS = {
 }
 
 
-def check(rl: Learning) -> None:
+def check(config: Config) -> None:
     """Raises ValueError for options that exclude each other."""
+    rl = config.rl
+    if config.data.texts and not config.data.files:
+        raise ValueError(
+            f"--data.texts ({[str(path) for path in config.data.texts]}) are read beside "
+            "--data.files, of which there are none: give problems too"
+        )
     if rl.prompts * rl.samples % rl.minibatches:
         raise ValueError(
             f"--rl.minibatches ({rl.minibatches}) must divide the {rl.prompts} x {rl.samples} "
@@ -381,7 +387,7 @@ def check(rl: Learning) -> None:
 
 def main(config: Config) -> None:
     started = time.perf_counter()
-    check(config.rl)
+    check(config)
     with launching.joined(config.device, debug=config.debug):
         config, machine, run = begin(config, NAME)
         results = each_seed(run_seed, config, machine, run)

@@ -195,6 +195,18 @@ def test_a_sweep_of_beta_in_one_step_equals_single_runs(align_dpo, tmp_path):
     assert json.loads((tmp_path / "sweep" / "results.json").read_text())[1]["beta"] == 2.0
 
 
+def test_seeds_in_one_vmapped_step_learn_from_other_pairs(align_dpo, tmp_path):
+    config = tiny(align_dpo, tmp_path, "seeds", sweep_seeds=3, dpo=preferences())
+    align_dpo.main(config)
+    assert len(json.loads((tmp_path / "seeds" / "results.json").read_text())) == 3
+    found = checkpoints.load(tmp_path / "seeds" / "sweep" / "checkpoints")
+    like = {"params": {"norm.weight": torch.Size((3, 16))}}
+    one, two, three = checkpoints.load(found.path, like, partial=True).state["params"][
+        "norm.weight"
+    ]
+    assert not torch.equal(one, two) and not torch.equal(two, three)
+
+
 def test_influence_is_told_for_training_pairs(align_dpo, tmp_path, capsys):
     options = {"dpo": preferences(flipped=0.3), "influence": 6}
     align_dpo.main(tiny(align_dpo, tmp_path, "influence", **options))
@@ -375,6 +387,7 @@ def test_seeds_side_by_side_come_back_in_order_and_fail_as_they_would_alone(monk
         (["--rl.kl", "-1"], r"kl \(-1.0\) must be at least 0"),
         (["--name", "a/b"], "plain name"),
         (["--data.files", "none.jsonl"], "does not exist"),
+        (["--data.texts", "a.txt"], r"texts \(\['a.txt'\]\) are read beside"),
     ],
 )
 def test_bad_options_of_rl_are_named(align_ppo, tmp_path, arguments, message):
@@ -390,6 +403,7 @@ def test_bad_options_of_rl_are_named(align_ppo, tmp_path, arguments, message):
         (["--dpo.flipped", "1.5"], r"flipped \(1.5\) must be in \[0, 1\)"),
         (["--resume", "--overwrite", "--name", "x"], "holds no run|does not exist"),
         (["--data.new", "64"], r"new \(64\) leaves no room"),
+        (["--data.files", "a.jsonl"], r"\(\['a.jsonl'\]\) are not for the embedded task"),
     ],
 )
 def test_bad_options_of_dpo_are_named(align_dpo, tmp_path, arguments, message):
