@@ -445,3 +445,46 @@ def test_problems_with_answers_are_learned_from_files(align_ppo, tmp_path, capsy
     )  # fmt: skip
     align_ppo.main(config)
     assert "problems to train and" in capsys.readouterr().out
+
+
+TINY_TRANSLATION = """--translate.model.width 16 --translate.model.heads 2
+    --translate.model.hidden 32
+    --translate.model.depth 1 --translate.vocabulary.size 300 --translate.data.batch 256
+    --translate.data.buckets 2 --translate.train.steps 2 --translate.train.eval-every 2
+    --translate.optimizer.warmup 1 --translate.decode.extra-length 4 --translate.device cpu
+    --sentences 12 --samples 2 --held-out 2 --gap 0 --dpo.steps 4 --dpo.batch 4 --dpo.warmup 1
+    --every 2 --temperature 2""".split()
+
+
+def test_a_tuned_translator_goes_on_with_the_same_bits_and_is_left_for_use(
+    tmp_path, monkeypatch, stop_at, capsys
+):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    align_translation = load("align_translation")
+    monkeypatch.setattr(align_translation.recipe, "draw", lambda *args: None)
+    path = tmp_path / "pairs.tsv"
+    words = ("red", "rosso"), ("black", "nero"), ("white", "bianco"), ("new", "nuovo")
+    things = ("cat", "gatto"), ("dog", "cane"), ("hat", "cappello"), ("book", "libro")
+    rows = [f"the {a} {b}\til {d} {c}" for a, c in words for b, d in things]
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+    def run(*args):
+        place = ("--out", str(tmp_path), *args)
+        align_translation.main(align_translation.command_line(place))
+
+    given = (*TINY_TRANSLATION, "--translate.data.train", str(path))
+    run(*given, "--name", "whole")
+    assert "2 sentences, test: greedy BLEU" in capsys.readouterr().out
+    stop_at("dpo", 3)
+    with pytest.raises(SystemExit):
+        run(*given, "--name", "stopped")
+    said = capsys.readouterr()
+    assert "align_translation.py --resume" in said.out + said.err
+    run("--resume", "--name", "stopped")
+    whole, stopped = (tmp_path / name for name in ("whole", "stopped"))
+    assert state_of(whole / "dpo") == state_of(stopped / "dpo")
+    assert (whole / "results.json").read_text() == (stopped / "results.json").read_text()
+    own = configs.load(align_translation.recipe.Config, stopped / "tuned" / configs.FILE)
+    assert align_translation.recipe.load_trained(own)[2].keys()
+    with pytest.raises(ValueError, match=r"exists|not empty|holds"):
+        run(*given, "--name", "whole")
