@@ -240,7 +240,7 @@ def learn(
             patience.fine()
             if samples is not None:
                 samples.add(loop.iteration, table_rows(ready, judged, rl.samples))
-            found = opinions(rl, setup, whole, reference, judged.rollout)
+            found = opinions(rl, setup, whole, reference, judged.rollout, task.new)
             found = {name: collected(setup, rows) for name, rows in found.items()}
             scores = collected(setup, judged.scores)
             made = experience(rl, found, scores, coefficient)

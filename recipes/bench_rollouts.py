@@ -119,7 +119,7 @@ def main(config: Config) -> dict[str, float]:
         """What learning makes of answers; seconds."""
         nonlocal state
         begun = time.perf_counter()
-        found = opinions(rl, setup, state.params, reference, judged.rollout)
+        found = opinions(rl, setup, state.params, reference, judged.rollout, task.new)
         buffer = experience(rl, found, judged.scores, coefficient)
         told(buffer, judged.scores, judged.rollout.ended, 1.0)
         for part in range(rl.minibatches):

@@ -125,13 +125,14 @@ def test_scores_of_answers_equal_the_plain_formula(model, params, monkeypatch):
         found = answer_logps(model, params, tokens, mask, most=most)
         assert not found[:, 0].any()
         torch.testing.assert_close(found[:, 1:], expected)
-    logps, entropies, states = answer_statistics(model, params, tokens, mask)
-    torch.testing.assert_close(logps[:, 1:], expected)
     entropy = torch.distributions.Categorical(logits=plain[:, :-1]).entropy()
-    torch.testing.assert_close(entropies[:, 1:], torch.where(mask[:, 1:], entropy, 0.0))
-    torch.testing.assert_close(
-        states[:, 1:] @ output_weight(params).T, model.apply(params, tokens)[:, :-1]
-    )
+    for most in (None, int(mask.sum()), 20):
+        logps, entropies, states = answer_statistics(model, params, tokens, mask, most=most)
+        torch.testing.assert_close(logps[:, 1:], expected)
+        torch.testing.assert_close(entropies[:, 1:], torch.where(mask[:, 1:], entropy, 0.0))
+        torch.testing.assert_close(
+            states[:, 1:] @ output_weight(params).T, model.apply(params, tokens)[:, :-1]
+        )
 
 
 def test_gradients_of_scores_do_not_depend_on_how_many_tokens_are_computed(model, params):
