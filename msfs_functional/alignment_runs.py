@@ -140,7 +140,7 @@ def each_seed(seed_fn: SeedFn, config: Options, machine: configs.Machine, run: P
     context = multiprocessing.get_context("spawn")
     waiting, running, found = list(seeds), {}, {}
     failure: BaseException | None = None
-    with _passed_on():
+    with _passed_on() as stopped:
         while running or (waiting and failure is None):
             while waiting and len(running) < workers and failure is None:
                 seed = waiting.pop(0)
@@ -156,7 +156,7 @@ def each_seed(seed_fn: SeedFn, config: Options, machine: configs.Machine, run: P
                     found[seed], error = receiver.recv()  # pyright: ignore
                 except EOFError:
                     process.join()
-                    error = RuntimeError(f"seed {seed} ended with code {process.exitcode}")
+                    error = _ended(seed, process.exitcode, stopped)
                 process.join()
                 if error is not None and failure is None:
                     failure = error
@@ -168,10 +168,15 @@ def each_seed(seed_fn: SeedFn, config: Options, machine: configs.Machine, run: P
 
 
 @contextmanager
-def _passed_on() -> Iterator[None]:
-    """SIGTERM goes on to the workers; Ctrl-C reaches them by itself, and this process waits."""
+def _passed_on() -> Iterator[list[int]]:
+    """SIGTERM goes on to the workers; Ctrl-C reaches them by itself, and this process waits.
+
+    Yields the signals that came.
+    """
+    came: list[int] = []
 
     def note(number: int, frame: Any) -> None:
+        came.append(number)
         for process in multiprocessing.active_children():
             if process.pid is not None and number == signal.SIGTERM:
                 os.kill(process.pid, number)
@@ -180,10 +185,19 @@ def _passed_on() -> Iterator[None]:
     inside = threading.current_thread() is threading.main_thread()
     before = {each: signal.signal(each, note) for each in handled} if inside else {}
     try:
-        yield
+        yield came
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
+
+
+def _ended(seed: int, code: int | None, stopped: Sequence[int]) -> BaseException:
+    """What a worker that left no result stands for: a run that was stopped, or a failure."""
+    kept = "what its finished stages saved is kept: --resume goes on from there"
+    if stopped and code == -stopped[0]:
+        print(f"seed {seed} was stopped between two checkpoints; {kept}", flush=True)
+        return SystemExit(128 + stopped[0])
+    return RuntimeError(f"seed {seed} ended with code {code}; {kept}")
 
 
 def _worker(sender: Any, threads: int, debug: bool, seed_fn: SeedFn, *call: Any) -> None:

@@ -71,7 +71,7 @@ class Config(Options):
     )
     pretrain: Stage = field(default_factory=lambda: Stage(500, 64, 2e-3, 100))
     sft: Stage = field(default_factory=lambda: Stage(150, 32, 5e-4))
-    rewards: Stage = field(default_factory=lambda: Stage(160, 64, 2e-4, 10))
+    rewards: Stage = field(default_factory=lambda: Stage(100, 64, 2e-4, 10))
     members: int = 8  # of the ensemble of reward models
     dpo: Preferences = field(default_factory=lambda: Preferences(80, 64, 1e-4, 10, imitation=0.0))
 

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -372,6 +373,27 @@ def test_seeds_side_by_side_come_back_in_order_and_fail_as_they_would_alone(monk
     assert each_seed(one_seed, options, machine, ROOT) == [(1, 1), (2, 1)]
     with pytest.raises(ValueError, match=r"three \(3\) is too many"):
         each_seed(one_seed, replace(options, seeds=3), machine, ROOT)
+
+
+def ended_by_a_signal(config, machine, seed, run):
+    """What `each_seed` runs below: its worker gets the signal where no loop takes it."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as in a process that is spawned
+    if config.name == "stopped":
+        os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(30)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_seed_that_is_ended_leaves_word_of_what_is_kept(monkeypatch, capsys):
+    quick = multiprocessing.get_context("fork")
+    monkeypatch.setattr(alignment_runs.multiprocessing, "get_context", lambda kind: quick)
+    machine, options = configs.machine("cpu", None, None), Options(seeds=2, workers=2, threads=2)
+    with pytest.raises(SystemExit) as ended:
+        each_seed(ended_by_a_signal, replace(options, name="stopped"), machine, ROOT)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert "seed 0 was stopped between two checkpoints" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match=r"ended with code -9; .*--resume goes on"):
+        each_seed(ended_by_a_signal, options, machine, ROOT)
 
 
 @pytest.mark.parametrize(
