@@ -8,6 +8,9 @@ parameters answer; beside, a process of its own answers the next prompts by the 
 the update (one step off-policy), while this one updates. Random weights; the reward costs nothing.
 Both processes compile at the same time and are then timed in turns.
 
+Two H200s, torch 2.11: 1,170 ms in turn, of them 339 for answers, 842 ms beside, 1.39 times as fast;
+updates have since left out the logits of the prompts, which was not measured.
+
 `--small` shows on a CPU that all of it works; its figures mean nothing.
 """
 
