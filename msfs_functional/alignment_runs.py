@@ -48,7 +48,8 @@ class Options:
     overwrite: bool = False  # delete the run of this name first
     seed: int = 0  # of the first run; the others count on from it
     seeds: int = 3  # runs, each from its own data and parameters
-    # seeds at a time, each in a process; None: one for each core of a CPU, one on a GPU
+    # seeds at a time, each in a process; None: one for each core of a CPU, all of them where they
+    # are less than twice as many, one on a GPU
     workers: int | None = None
     device: str | None = None  # cpu, cuda, ...; None: cuda where there is one
     # of the computation, parameters stay float32; None: bfloat16 on a GPU
@@ -120,7 +121,9 @@ def workers_of(config: Options, machine: configs.Machine) -> int:
     if agreement.world() > 1:
         return 1
     cores = config.threads or len(os.sched_getaffinity(0))
-    wanted = config.workers or (cores if machine.device == "cpu" else 1)
+    # three seeds on two cores: in 1.5 times one seed's time, where two and then one take twice it
+    side_by_side = config.seeds if config.seeds < 2 * cores else cores
+    wanted = config.workers or (side_by_side if machine.device == "cpu" else 1)
     return max(1, min(wanted, config.seeds))
 
 

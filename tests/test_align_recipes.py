@@ -19,7 +19,7 @@ from msfs_functional import alignment_runs, answerers, launching, stages
 from msfs_functional import config as configs
 from msfs_functional import distributed_checkpoint as checkpoints
 from msfs_functional.aligning import Mesh, Model, Stage, fine_tune, prepare
-from msfs_functional.alignment_runs import Options, each_seed
+from msfs_functional.alignment_runs import Options, each_seed, workers_of
 from msfs_functional.alignment_tasks import Data, built_in
 from msfs_functional.models import decoder, pretrained
 from msfs_functional.preference_training import (
@@ -371,6 +371,10 @@ def test_seeds_side_by_side_come_back_in_order_and_fail_as_they_would_alone(monk
     machine = configs.machine("cpu", None, None)
     options = Options(seed=1, seeds=2, workers=2, threads=2)
     assert each_seed(one_seed, options, machine, ROOT) == [(1, 1), (2, 1)]
+    counts = {
+        seeds: workers_of(Options(seeds=seeds, threads=2), machine) for seeds in (1, 2, 3, 4, 5)
+    }
+    assert counts == {1: 1, 2: 2, 3: 3, 4: 2, 5: 2}
     with pytest.raises(ValueError, match=r"three \(3\) is too many"):
         each_seed(one_seed, replace(options, seeds=3), machine, ROOT)
 
