@@ -261,8 +261,7 @@ def _checked(path: Path, every_byte: bool) -> Path:
     except ValueError as error:
         good = [c for c in checkpoint.verified(path.parent) if c.path != path]
         remedy = (
-            f"copy the file back, or delete {path} to go on from the last good one, "
-            f"{good[-1].path}"
+            f"copy the file back, or delete {path} to go on from the last good one, {good[-1].path}"
             if good
             else "no other one is good: copy the file back, or start anew"
         )
