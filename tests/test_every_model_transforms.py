@@ -67,6 +67,9 @@ def both(model, params, ids, x, t, **options):
 
 
 HIDDEN = DiTConfig(channels=2, width=8, depth=1, heads=2, hidden=12, context=8)
+TOGETHER = joined(denoiser=dit(HIDDEN), text=text_tower(TEXT))
+KL = autoencoder(AutoencoderConfig(widths=(8, 8), depth=1, groups=4))
+CRITIC = discriminator(DiscriminatorConfig(width=4, depth=2, groups=4))
 CASES = {  # model, loss, the tensors of a batch of two, whether it has attention
     "vit": (vit(VISION), squares, (IMAGES,), True),
     "text_tower": (text_tower(TEXT), squares, (IDS,), True),
@@ -74,18 +77,11 @@ CASES = {  # model, loss, the tensors of a batch of two, whether it has attentio
     "vlm": (vlm(PICTURES), squares, (PROMPTS, IMAGES), True),
     "unet": (unet(UNET), squares, (LATENTS, TIMES, CONTEXT), True),
     "dit": (dit(DIT), with_classes, (LATENTS, TIMES, CONTEXT, CLASSES), True),
-    "autoencoder": (
-        autoencoder(AutoencoderConfig(widths=(8, 8), depth=1, groups=4)),
-        reconstruction,
-        (IMAGES,),
-        True,
-    ),
+    "autoencoder": (KL, reconstruction, (IMAGES,), True),
     "tiny_autoencoder": (tiny_autoencoder(TINY), squares, (IMAGES,), False),
-    "discriminator": (
-        discriminator(DiscriminatorConfig(width=4, depth=2, groups=4)), squares, (BIG,), False,
-    ),
-    "joined": (joined(denoiser=dit(HIDDEN), text=text_tower(TEXT)), both, (IDS, LATENTS, TIMES), True),
-}  # fmt: skip
+    "discriminator": (CRITIC, squares, (BIG,), False),
+    "joined": (TOGETHER, both, (IDS, LATENTS, TIMES), True),
+}
 
 
 def build(model, seed: int) -> dict[str, torch.Tensor]:
