@@ -9,7 +9,7 @@ Dimension key: P pairs, T tokens.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from msfs_functional import random
+from msfs_functional.preference_data import reasons
 from msfs_functional.tokenizer import PAD
 
 Ids = Sequence[int]
@@ -72,10 +73,9 @@ def encode_pairs(pairs: Sequence[Pair], *, longest: int, multiple: int = 8) -> E
         else:
             kept.append(pair)
     if not kept:
-        reasons = ", ".join(f"{n} with {why}" for why, n in dropped.items() if n) or "none given"
         raise ValueError(
-            f"of {len(pairs)} pairs none is left ({reasons}): give pairs whose answers differ, are "
-            "not empty and fit the context"
+            f"of {len(pairs)} pairs none is left ({reasons(dropped)}): give pairs whose answers "
+            "differ, are not empty and fit the context"
         )
     width = max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in kept)
     width = min(-(-width // multiple) * multiple, longest)
@@ -103,6 +103,7 @@ class Shuffled:
     seed: int = 0
     share: tuple[int, int] = (0, 1)
     done: int = 0
+    _order: tuple[int, Tensor] | None = field(default=None, init=False, repr=False)  # of an epoch
 
     def __post_init__(self):
         if self.batch % self.share[1]:
@@ -126,7 +127,10 @@ class Shuffled:
         each = self.rows // self.batch
         epoch, number = divmod(self.done, each)
         self.done += 1
-        order = random.permutation(random.fold_in(random.key(self.seed), epoch), self.rows)
+        if self._order is None or self._order[0] != epoch:
+            key = random.fold_in(random.key(self.seed), epoch)
+            self._order = epoch, random.permutation(key, self.rows)
+        order = self._order[1]
         size = self.batch // self.share[1]
         start = number * self.batch + self.share[0] * size
         chosen = order[start : start + size]

@@ -152,6 +152,7 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Functional:
             heads=sizes.heads,
             hidden=sizes.hidden,
             pooling=None,
+            dropout=sizes.dropout,
         )
     vocab = tokenizer.vocab_size
     decoder = decoders.tiny(
@@ -162,6 +163,7 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Functional:
         max_length=max(sizes.length, 256),
         heads=sizes.heads,
         hidden=sizes.decoder_hidden,
+        dropout=sizes.dropout,
     )
     return vlm(VLMConfig(vision, decoder, vocab, shuffle=sizes.shuffle))  # id beyond the texts'
 
@@ -186,13 +188,15 @@ def make_loss(config: Config, model: Functional, frozen: Params):
     def inner(params: Params, batch: dict[str, Tensor], key: Tensor | None):
         params = params if whole_params else cast(params, dtype)
         pixels = to_pixels(batch["pictures"], dtype)
-        seen = model.apply(params, pixels, **how, method="image_tokens")
+        first, rest = (None, None) if not config.model.dropout else random.split(key)
+        seen = model.apply(params, pixels, key=first, **how, method="image_tokens")
         states = model.apply(
             params,
             batch["tokens"],
             images=seen.unflatten(0, (-1, each))[batch["images"]].flatten(0, 1),
             visible=turns_apart(batch["segments"], batch["turns"]),
             positions=batch["positions"],
+            key=rest,
             **how,
             method="hidden",
         )

@@ -39,6 +39,7 @@ class Model:
     decoder_width: int = 64
     decoder_depth: int = 3  # blocks
     decoder_hidden: int = 192  # width inside its feed-forward layers
+    dropout: float = 0.0  # of tower and decoder, while training
     qk_norm: bool = False  # RMSNorm of each head's queries and keys, in the decoder
     vocabulary: int = 512  # most ids of the byte-level BPE [tokens]
     length: int = 160  # tokens of a packed row; no sample may be longer

@@ -243,6 +243,12 @@ for vocab, bias in ((7, None), (130, torch.randn(2, 130))):
         assert torch.equal(losses.isnan(), wrong) and da.isnan().all(-1).equal(wrong)
         torch.testing.assert_close(losses[~wrong], expected[0][~wrong], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(da[~wrong], expected[1][~wrong], rtol=1e-5, atol=1e-6)
+        half = logits.bfloat16()  # counted in powers of two
+        full = half.float() if bias is None else half.float() + bias[:, None]
+        loss, gradient = plain(full, labels, *options)
+        got = fused(half, bias, labels, *options, True)
+        torch.testing.assert_close(got[0], loss, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got[1], gradient.bfloat16(), rtol=1e-2, atol=1e-6)
 """
 
 
