@@ -341,6 +341,8 @@ def train_stage(t: Training, name: str, params: Params) -> Params:
         tint=data.tint,
         grey=data.grey,
         coloured=data.coloured,
+        coloured_first=settings.coloured,
+        simple=settings.simple,
         seed=data.seed,
         share=t.share,
     )
