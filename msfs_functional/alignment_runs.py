@@ -48,7 +48,8 @@ class Options:
     overwrite: bool = False  # delete the run of this name first
     seed: int = 0  # of the first run; the others count on from it
     seeds: int = 3  # runs, each from its own data and parameters
-    # seeds at a time, each in a process; None: one for each core of a CPU, one on a GPU
+    # seeds at a time, each in a process; None: one for each core of a CPU, all of them where they
+    # are less than twice as many, one on a GPU
     workers: int | None = None
     device: str | None = None  # cpu, cuda, ...; None: cuda where there is one
     # of the computation, parameters stay float32; None: bfloat16 on a GPU
@@ -120,7 +121,9 @@ def workers_of(config: Options, machine: configs.Machine) -> int:
     if agreement.world() > 1:
         return 1
     cores = config.threads or len(os.sched_getaffinity(0))
-    wanted = config.workers or (cores if machine.device == "cpu" else 1)
+    # three seeds on two cores: in 1.5 times one seed's time, where two and then one take twice it
+    side_by_side = config.seeds if config.seeds < 2 * cores else cores
+    wanted = config.workers or (side_by_side if machine.device == "cpu" else 1)
     return max(1, min(wanted, config.seeds))
 
 
@@ -140,7 +143,7 @@ def each_seed(seed_fn: SeedFn, config: Options, machine: configs.Machine, run: P
     context = multiprocessing.get_context("spawn")
     waiting, running, found = list(seeds), {}, {}
     failure: BaseException | None = None
-    with _passed_on():
+    with _passed_on() as stopped:
         while running or (waiting and failure is None):
             while waiting and len(running) < workers and failure is None:
                 seed = waiting.pop(0)
@@ -156,7 +159,7 @@ def each_seed(seed_fn: SeedFn, config: Options, machine: configs.Machine, run: P
                     found[seed], error = receiver.recv()  # pyright: ignore
                 except EOFError:
                     process.join()
-                    error = RuntimeError(f"seed {seed} ended with code {process.exitcode}")
+                    error = _ended(seed, process.exitcode, stopped)
                 process.join()
                 if error is not None and failure is None:
                     failure = error
@@ -168,10 +171,15 @@ def each_seed(seed_fn: SeedFn, config: Options, machine: configs.Machine, run: P
 
 
 @contextmanager
-def _passed_on() -> Iterator[None]:
-    """SIGTERM goes on to the workers; Ctrl-C reaches them by itself, and this process waits."""
+def _passed_on() -> Iterator[list[int]]:
+    """SIGTERM goes on to the workers; Ctrl-C reaches them by itself, and this process waits.
+
+    Yields the signals that came.
+    """
+    came: list[int] = []
 
     def note(number: int, frame: Any) -> None:
+        came.append(number)
         for process in multiprocessing.active_children():
             if process.pid is not None and number == signal.SIGTERM:
                 os.kill(process.pid, number)
@@ -180,10 +188,19 @@ def _passed_on() -> Iterator[None]:
     inside = threading.current_thread() is threading.main_thread()
     before = {each: signal.signal(each, note) for each in handled} if inside else {}
     try:
-        yield
+        yield came
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
+
+
+def _ended(seed: int, code: int | None, stopped: Sequence[int]) -> BaseException:
+    """What a worker that left no result stands for: a run that was stopped, or a failure."""
+    kept = "what its finished stages saved is kept: --resume goes on from there"
+    if stopped and code == -stopped[0]:
+        print(f"seed {seed} was stopped between two checkpoints; {kept}", flush=True)
+        return SystemExit(128 + stopped[0])
+    return RuntimeError(f"seed {seed} ended with code {code}; {kept}")
 
 
 def _worker(sender: Any, threads: int, debug: bool, seed_fn: SeedFn, *call: Any) -> None:
@@ -273,8 +290,14 @@ def leave(
     draw_seeds(run, [r.seed for r in results], stage, panels)
 
 
-def draw_seeds(run: Path, seeds: Sequence[int], stage: str, panels: dict[str, str]) -> None:
-    """Leaves curves.png: a panel for each metric that the stages have recorded, a line a seed."""
+def draw_seeds(
+    run: Path,
+    seeds: Sequence[int],
+    stage: str,
+    panels: dict[str, str],
+    file: str = "curves.png",
+) -> None:
+    """Leaves a picture: a panel for each metric that the stages have recorded, a line a seed."""
     curves: list[dict[str, Any]] = []
     for seed in seeds:
         for record in tracking.read_metrics(run / f"seed-{seed}" / stage / tracking.METRICS):
@@ -286,4 +309,4 @@ def draw_seeds(run: Path, seeds: Sequence[int], stage: str, panels: dict[str, st
         for unit, name in panels.items()
         if f"{name}/{seeds[0]}" in known
     }
-    save_png(training_curves(curves, lines_of), run / "curves.png")
+    save_png(training_curves(curves, lines_of), run / file)

@@ -16,6 +16,7 @@ from msfs_functional.preference_data import (
     read_lines,
     read_pairs,
     read_problems,
+    reasons,
     solved,
     solved_or_close,
     split_by,
@@ -42,7 +43,7 @@ class Words(Protocol):
 class Data:
     """The embedded task, or files."""
 
-    # JSON lines, also .gz: prompt, chosen and rejected, or two transcripts (align_dpo); question
+    # JSON lines, also .gz: prompt, chosen and rejected, or two transcripts (align_people); question
     # and answer (align_ppo); none: the embedded task
     files: tuple[Path, ...] = ()
     texts: tuple[Path, ...] = ()  # .txt or .jsonl with "text", to pretrain on beside the files
@@ -136,10 +137,10 @@ def read_texts(paths: Sequence[Path]) -> list[str]:
 def from_pairs(data: Data, seed: int, length: int, tokenizer: Words | None = None) -> Task:
     """Preferences of people, split by prompt; the chosen answers are the demonstrations.
 
-    Prompts that leave no room for an answer, and pairs beyond the context, are left out and
-    counted.
+    Prompts that leave no room for an answer, pairs beyond the context, with two equal sides or an
+    empty one are left out and counted.
     """
-    pairs = read_pairs(data.files)
+    pairs, left_out = read_pairs(data.files)
     train, held_out = split_by(pairs, lambda pair: pair.prompt, data.share)
     seen = [text for pair in train for text in (pair.prompt + pair.chosen, pair.rejected)]
     more = read_texts(data.texts)
@@ -167,7 +168,8 @@ def from_pairs(data: Data, seed: int, length: int, tokenizer: Words | None = Non
     note = (
         f"{len(train)} pairs to train and {len(held_out)} held out by prompt; "
         f"{len(train) - len(own)} and {len(held_out) - len(other)} are beyond {length} tokens and "
-        f"left out; {len(asked)} held-out prompts to answer"
+        f"left out, as are pairs without a preference: {reasons(left_out)}; {len(asked)} held-out "
+        "prompts to answer"
     )
     documents = [text for pair in train for text in (pair.prompt + pair.chosen,)]
     return Task(

@@ -1,5 +1,6 @@
 """How functions are compiled here: whether they can be, for which shapes, as which CUDA graphs."""
 
+import contextlib
 import importlib
 import os
 import types
@@ -38,13 +39,27 @@ def inductor_options() -> dict[str, Any]:
     }
 
 
-def start_compilers() -> None:
-    """Starts Inductor's processes, which take seconds to be there, before there is work for them.
+COMPILER = (  # what a first compilation for a GPU would import on the way, seconds of it
+    "torch._inductor.async_compile",  # first: it starts the processes, which import as well
+    "torch._dynamo.debug_utils",
+    "torch._dynamo.backends.debugging",
+    "torch._functorch.aot_autograd",
+    "torch._inductor.compile_fx",
+    "torch._inductor.select_algorithm",
+    "torch._inductor.codegen.triton",
+)
 
-    They compile a GPU's kernels; until they are there the main process compiles alone.
+
+def start_compilers() -> None:
+    """Imports the compiler and starts its processes, which takes seconds, before there is work.
+
+    The processes compile a GPU's kernels; until they are there the main process compiles alone. A
+    program that reads data first calls this before it does.
     """
     if torch.cuda.is_available():
-        importlib.import_module("torch._inductor.async_compile")
+        for name in COMPILER:
+            with contextlib.suppress(ImportError):  # another torch keeps it elsewhere
+                importlib.import_module(name)
 
 
 def why_not_compile(device: torch.device | str) -> str | None:

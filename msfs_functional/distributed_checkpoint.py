@@ -24,6 +24,7 @@ import io
 import json
 import pickle
 import shutil
+import sys
 import time
 import warnings
 from collections.abc import Mapping
@@ -219,6 +220,24 @@ def load(
     return Restored(state, meta["extra"], files, about["step"], about["metric"], path)
 
 
+def last_good(root: str | Path) -> Path | None:
+    """The newest checkpoint whose files are all as they were written; None if there is none.
+
+    For runs that start again by themselves: those that are passed over are named on stderr. All
+    ranks call it together.
+    """
+    good = None
+    with agreement.together():
+        if agreement.rank() == 0:
+            for found in reversed(checkpoint.checkpoints(root)):
+                try:
+                    good = _checked(found.path, every_byte=True)
+                    break
+                except (ValueError, OSError) as error:
+                    print(f"note: passed over: {error}", file=sys.stderr)
+    return agreement.from_all(good)[0]
+
+
 def _expect_one_process() -> None:
     """torch warns of a run without ranks even where it is told of it, from another thread."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
@@ -242,7 +261,7 @@ def _checked(path: Path, every_byte: bool) -> Path:
     except ValueError as error:
         good = [c for c in checkpoint.verified(path.parent) if c.path != path]
         remedy = (
-            f"the last good checkpoint is {good[-1].path}"
+            f"copy the file back, or delete {path} to go on from the last good one, {good[-1].path}"
             if good
             else "no other one is good: copy the file back, or start anew"
         )

@@ -119,9 +119,18 @@ def transformed() -> bool:
 
 
 def lookup(weight: Float[Tensor, "V D"], tokens: Int[Tensor, "..."]) -> Float[Tensor, "... D"]:
-    """F.embedding(tokens, weight), under vmap over weights without copies of them."""
-    if torch.compiler.is_compiling() or not transformed() or forward_mode():
+    """F.embedding(tokens, weight), under vmap over weights without copies of them.
+
+    A token that is no row is refused there too, where F.embedding reads the next member's rows:
+    an IndexError on the CPU, compiled a RuntimeError, on a GPU a device-side assertion.
+    """
+    compiling = torch.compiler.is_compiling()
+    if not compiling and not transformed():
         return F.embedding(tokens, weight)
+    if compiling or forward_mode():
+        known = (tokens >= 0) & (tokens < weight.shape[0])
+        nowhere = torch.iinfo(tokens.dtype).max // 2  # of no member, however many there are
+        return F.embedding(torch.where(known, tokens, nowhere), weight)
     rows: Any = _Lookup.apply(weight[None], tokens[None])
     return rows[0]
 

@@ -145,12 +145,47 @@ def completion_logps(
             occur. Tokens beyond it would be lost: `count_for` finds it on the host.
         options: of `token_logps`.
     """
+    return _of_completions(_logps, hidden, weight, labels, mask, most, **options)[0]
+
+
+def completion_logps_and_entropies(
+    hidden: Float[Tensor, "B T D"],
+    weight: Float[Tensor, "V D"],
+    labels: Int[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    most: int,
+    **options: Any,
+) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+    """`token_logps_and_entropies` where the mask is True, as `completion_logps`."""
+    logps, entropies = _of_completions(
+        _logps_and_entropies, hidden, weight, labels, mask, most, **options
+    )
+    return logps, entropies
+
+
+def _of_completions(
+    of_logits: Callable[[Tensor, Tensor], Tensor],
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    mask: Tensor,
+    most: int,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+) -> tuple[Tensor, ...]:
+    """Each statistic of `of_logits` at the first `most` tokens where the mask is True."""
     check_mask(mask, labels, "labels")
     first = mask.reshape(-1).argsort(descending=True, stable=True)[:most]
     kept = mask.reshape(-1)[first]
     h, y = hidden.reshape(-1, hidden.shape[-1])[first], labels.reshape(-1)[first]
-    logps = torch.where(kept, token_logps(h, weight, y, **options), 0.0)
-    return logps.new_zeros(mask.numel()).index_copy(0, first, logps).reshape(mask.shape)
+    found = _statistics(of_logits, h, weight, y, bias, temperature)
+    found = torch.where(kept[:, None], found, 0.0)
+    return tuple(
+        x.new_zeros(mask.numel()).index_copy(0, first, x).reshape(mask.shape)
+        for x in found.unbind(-1)
+    )
 
 
 def count_for(mask: Bool[Tensor, "B T"], multiple: int = 256) -> int:

@@ -98,7 +98,8 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: shapes or dtypes that do not fit, options out of range; on CPU also a label
-            that is no class.
+            that is no class. On a GPU, where to look would make the CPU wait, such a label makes
+            the loss and the gradient NaN: a training step skips and counts it.
     """
     _validate(hidden.shape[:-1], labels, label_smoothing, z_loss)
     check_projection(hidden, weight, bias)

@@ -52,10 +52,11 @@ def degrees(
     known = math.prod(n for n in given.values() if n != -1)
     if open_axes:
         if world % known:
+            others = ", ".join(f"{axis} {n}" for axis, n in given.items() if n != -1)
             raise ValueError(
-                f"{open_axes[0]} = -1 takes the ranks that remain, but the other degrees ({text}) "
-                f"multiply to {known}, which does not divide the {world} processes: change a "
-                f"degree or start a multiple of {known} processes"
+                f"{open_axes[0]} = -1 takes the ranks that remain, but the other degrees "
+                f"({others}) multiply to {known}, which does not divide the number of processes "
+                f"({world}): change a degree or start a multiple of {known} processes"
             )
         given[open_axes[0]] = world // known
     elif known != world:

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from msfs_functional import random
+from msfs_functional.preference_data import reasons
 from msfs_functional.tokenizer import PAD
 
 Ids = Sequence[int]
@@ -72,10 +73,9 @@ def encode_pairs(pairs: Sequence[Pair], *, longest: int, multiple: int = 8) -> E
         else:
             kept.append(pair)
     if not kept:
-        reasons = ", ".join(f"{n} with {why}" for why, n in dropped.items() if n) or "none given"
         raise ValueError(
-            f"of {len(pairs)} pairs none is left ({reasons}): give pairs whose answers differ, are "
-            "not empty and fit the context"
+            f"of {len(pairs)} pairs none is left ({reasons(dropped)}): give pairs whose answers "
+            "differ, are not empty and fit the context"
         )
     width = max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in kept)
     width = min(-(-width // multiple) * multiple, longest)

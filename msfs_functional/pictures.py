@@ -20,15 +20,20 @@ def _laid_out(figure: Figure) -> Figure:
 def training_curves(
     records: Sequence[Mapping[str, Any]], panels: Mapping[str, Mapping[str, str]]
 ) -> Figure:
-    """Metrics over the step, one panel for each unit; metrics that no record holds are left out.
+    """Metrics over the step, one panel for each unit, rows of at most five; metrics that no record
+    holds are left out.
 
     Args:
         records: what `tracking.read_metrics` returns.
         panels: {label of the y axis, with its unit: {metric: its label}}.
     """
-    figure = Figure(figsize=(4.2 * len(panels), 3.2), layout="constrained")
-    columns = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (unit, names) in zip(columns, panels.items(), strict=True):
+    rows = max(1, -(-len(panels) // 5))
+    columns = -(-len(panels) // rows)
+    figure = Figure(figsize=(4.2 * columns, 3.2 * rows), layout="constrained")
+    places = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in places[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (unit, names) in zip(places, panels.items(), strict=False):
         for name, label in names.items():
             points = [(record["step"], record[name]) for record in records if name in record]
             if points:

@@ -9,7 +9,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -70,24 +70,52 @@ def read_lines(path: Path, columns: Sequence[Sequence[str]]) -> list[dict[str, s
     return rows
 
 
-def read_pairs(paths: Sequence[Path]) -> list[TextPair]:
+class Pairs(NamedTuple):
+    """Pairs to learn from, and why others were left out: {reason: number}."""
+
+    kept: list[TextPair]
+    left_out: dict[str, int]
+
+
+def read_pairs(paths: Sequence[Path]) -> Pairs:
     """The preference pairs of files; errors as `read_lines`.
 
     Of two transcripts the prompt is all up to the last turn that both share.
+
+    Raises:
+        ValueError: no pair is left; says why each was left out.
     """
-    pairs = []
+    kept: list[TextPair] = []
+    empty, equal, two = why = ("an empty side", "equal sides", "two prompts")
+    left_out: dict[str, int] = dict.fromkeys(why, 0)
     for path in paths:
         columns = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
         for row in read_lines(path, columns):
             chosen, rejected = row["chosen"], row["rejected"]
-            if "prompt" in row:
-                pairs.append(TextPair(row["prompt"], chosen, rejected))
-                continue
-            cut = min(chosen.rfind(TURN), rejected.rfind(TURN))
-            cut = 0 if cut < 0 else cut + len(TURN)
-            if chosen[:cut] == rejected[:cut]:
-                pairs.append(TextPair(chosen[:cut], chosen[cut:], rejected[cut:]))
-    return pairs
+            cut = 0
+            if "prompt" not in row:
+                cut = min(chosen.rfind(TURN), rejected.rfind(TURN))
+                cut = 0 if cut < 0 else cut + len(TURN)
+            pair = TextPair(row.get("prompt", chosen[:cut]), chosen[cut:], rejected[cut:])
+            if chosen[:cut] != rejected[:cut]:
+                left_out[two] += 1
+            elif not pair.chosen.strip() or not pair.rejected.strip():
+                left_out[empty] += 1
+            elif pair.chosen.strip() == pair.rejected.strip():
+                left_out[equal] += 1
+            else:
+                kept.append(pair)
+    if not kept:
+        raise ValueError(
+            f"of {sum(left_out.values())} pairs none is left ({reasons(left_out)}): give answers "
+            "to one prompt that differ and are not empty"
+        )
+    return Pairs(kept, left_out)
+
+
+def reasons(left_out: Mapping[str, int]) -> str:
+    """ "3 with equal sides, 1 with two prompts", or "none"."""
+    return ", ".join(f"{n} with {why}" for why, n in left_out.items() if n) or "none"
 
 
 def read_problems(paths: Sequence[Path]) -> list[Problem]:

@@ -51,6 +51,8 @@ class Preferences(Stage):
     beta: float | None = None  # strength of the pull to the reference; None: one that suits
     label_smoothing: float = 0.1  # cdpo, robust: share of preferences believed to be flipped
     margin: float = 1.0  # simpo: between mean log-probabilities, times beta
+    # log-probabilities a token in place of an answer's, which simpo, orpo and ipo take anyway
+    normalised: bool = False
     # weight of the mean negative log-probability of the chosen answer's tokens (RPO, Pang et al.
     # 2024), which keeps the chosen answers from becoming improbable beside the rejected ones
     imitation: float = 0.2
@@ -58,6 +60,12 @@ class Preferences(Stage):
     rounds: int = 2  # times that the policy answers, its answers are judged and it learns
     samples: int = 4  # answers to each prompt, which pairs are made of
     flipped: float = 0.0  # share of pairs to swap on purpose, for cdpo, robust and --influence
+
+
+def beta_of(own: Preferences) -> float:
+    """The configured beta, or one that suits the loss."""
+    usual = 1.0 if own.normalised else 0.1  # on nats a token there are fewer of them
+    return own.beta or BETAS.get(own.loss, usual)
 
 
 def check(own: Preferences, *betas: float) -> None:
@@ -68,6 +76,11 @@ def check(own: Preferences, *betas: float) -> None:
     smoothing = own.label_smoothing
     if own.loss in ("cdpo", "robust") and not 0 <= smoothing < 0.5:
         raise ValueError(f"--dpo.label-smoothing ({smoothing}) must be in [0, 0.5)")
+    if own.normalised and own.loss == "kto":
+        raise ValueError(
+            "--dpo.normalised does not go with kto, whose reference point is of whole answers: "
+            "leave it out"
+        )
     if not 0 <= own.flipped < 1:
         raise ValueError(f"--dpo.flipped ({own.flipped}) must be in [0, 1)")
 
@@ -88,9 +101,11 @@ def preference_loss(
         wrong, wrong_reference: (B,), answers under another prompt, for KTO.
         beta: in place of the configured one.
     """
-    beta = beta if beta is not None else own.beta or BETAS.get(own.loss, 0.1)
-    sides, means = sums.unbind(1), (sums / lengths).unbind(1)
-    before = reference.unbind(1)
+    beta = beta if beta is not None else beta_of(own)
+    means = (sums / lengths).unbind(1)
+    if own.normalised:
+        sums, reference = sums / lengths, reference / lengths
+    sides, before = sums.unbind(1), reference.unbind(1)
     options: dict[str, Any] = {"beta": beta}
     if own.loss in ("cdpo", "robust"):
         options["label_smoothing"] = own.label_smoothing
@@ -106,7 +121,8 @@ def preference_loss(
     elif own.loss == "orpo":
         out = orpo(*means, **options)
     elif own.loss == "ipo":  # on means, which keeps its target independent of the lengths
-        out = ipo(*means, *(reference / lengths).unbind(1), **options)
+        before = before if own.normalised else (reference / lengths).unbind(1)
+        out = ipo(*means, *before, **options)
     else:
         out = FUNCTIONS[own.loss](*sides, *before, **options)
     return out.losses, out.margins
@@ -148,10 +164,19 @@ def loss_of(
     }
 
 
-def make_loss(own: Preferences, setup: Setup):
-    """Mean loss of a batch of pairs, whose reference log-probabilities are part of the data."""
+def make_loss(own: Preferences, setup: Setup, *, half: bool = False):
+    """Mean loss of a batch of pairs, whose reference log-probabilities are part of the data.
+
+    Args:
+        half: of the batch's pairs a half counts, drawn by the key, so that members of a vmapped
+            step that differ in their keys alone learn from other pairs.
+    """
 
     def loss_fn(params: Params, batch: dict[str, Tensor], key: Tensor):
+        if half:
+            rows = len(batch["tokens"])
+            drawn = random.permutation(key, rows)[: rows // 2]
+            batch = {name: x[drawn] for name, x in batch.items()}
         beta = params[BETA].detach() if BETA in params else None
         body = {name: value for name, value in params.items() if name != BETA}
         return loss_of(own, sums_of(own, setup, body, batch), batch, beta)

@@ -1,6 +1,6 @@
 """PPO, GRPO, Dr. GRPO, RLOO and REINFORCE++ on a decoder: rollouts in, experience and losses out.
 
-    found = opinions(rl, setup, params, reference, rollout)      # policy, critic, reference
+    found = opinions(rl, setup, params, reference, rollout, new)  # policy, critic, reference
     buffer = experience(rl, found, scores, coefficient)          # advantages, weights
     state, metrics = step(state, minibatch(rl, buffer, ...))     # step_of(setup, make_loss(...))
 
@@ -101,12 +101,17 @@ def values_of(params: Params, states: Tensor, mask: Tensor) -> Tensor:
 
 
 def opinions(
-    rl: Learning, setup: Setup, params: Params, reference: Params, rollout: Rollout
+    rl: Learning, setup: Setup, params: Params, reference: Params, rollout: Rollout, new: int
 ) -> Buffer:
-    """What policy, critic and reference think of each token, without gradients."""
+    """What policy, critic and reference think of each token, without gradients.
+
+    Args:
+        new: tokens of the longest answer.
+    """
     tokens, mask = rollout.tokens, rollout.mask
     own, before = cast(params, setup.dtype), cast(reference, setup.dtype)
     options: dict[str, Any] = {
+        "most": len(tokens) * new,  # prompts cost nothing
         "temperature": rl.temperature,
         "implementation": setup.implementation,
     }
@@ -216,7 +221,11 @@ def collected(setup: Setup, rows: Tensor) -> Tensor:
 
 
 def make_loss(rl: Learning, setup: Setup, new: int):
-    """The clipped surrogate of a minibatch, with what the algorithm adds to it."""
+    """The clipped surrogate of a minibatch, with what the algorithm adds to it.
+
+    Args:
+        new: tokens of the longest answer.
+    """
     over = {"grpo": "sequences", "rloo": "sequences", "dr_grpo": "constant"}.get(
         rl.algorithm, "tokens"
     )
@@ -229,6 +238,7 @@ def make_loss(rl: Learning, setup: Setup, new: int):
             body(own),
             batch["tokens"],
             mask,
+            most=len(mask) * new,
             temperature=rl.temperature,
             implementation=setup.implementation,
         )

@@ -23,6 +23,12 @@ from msfs_functional.scoring import in_parts
 from msfs_functional.stages import run_stage
 from msfs_functional.train import init_state
 
+PANELS = {  # of curves: label and metric
+    "loss of reward models": "loss",
+    "share of training pairs ranked right": "accuracy",
+    "margin of rewards": "margin",
+}
+
 
 def lengths_of(mask: Bool[Tensor, "... T"]) -> Tensor:
     """Tokens of each row up to the last one of its answer."""

@@ -66,14 +66,25 @@ def called(
 
 
 def mixture(parts: Mapping[RewardFn, float]) -> RewardFn:
-    """The weighted sum of several rewards; its error names the one that failed."""
+    """The weighted sum of several rewards; its error names the one that failed.
+
+    Raises:
+        ValueError: no parts, or some that take texts beside some that take tokens.
+    """
+    kinds = {takes_tokens(fn) for fn in parts}
+    if len(kinds) != 1:
+        names = [name_of(fn) for fn in parts if not takes_tokens(fn)]
+        raise ValueError(
+            f"the parts of a mixture must all take texts or all take tokens, and of {len(parts)} "
+            f"{names} take texts: wrap those with over_texts(reward, tokenizer.decode)"
+        )
 
     def mixed(prompts: Sequence[Any], completions: Sequence[Any], metadata: Any) -> Tensor:
         terms = [w * called(fn, prompts, completions, metadata) for fn, w in parts.items()]
         return torch.stack(terms).sum(0)
 
     mixed.__name__ = " + ".join(f"{weight:g} {name_of(fn)}" for fn, weight in parts.items())
-    return mixed
+    return on_tokens(mixed) if kinds == {True} else mixed
 
 
 @dataclass
@@ -126,6 +137,22 @@ def on_tokens(reward: RewardFn) -> RewardFn:
 
 def takes_tokens(reward: RewardFn) -> bool:
     return bool(getattr(reward, "on_tokens", False))
+
+
+def over_texts(
+    reward: RewardFn, decode: Callable[[Sequence[Sequence[int]]], Sequence[str]]
+) -> RewardFn:
+    """A reward on texts as one on tokens, to stand in a `mixture` beside a reward model.
+
+    Args:
+        decode: ids of many rows to their texts, as a tokenizer's.
+    """
+
+    def decoded(prompts: Sequence[Any], completions: Sequence[Any], metadata: Any) -> Values:
+        return reward(decode(prompts), decode(completions), metadata)
+
+    decoded.__name__ = name_of(reward)
+    return on_tokens(decoded)
 
 
 def load(place: str) -> RewardFn:

@@ -17,7 +17,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from msfs_functional.logps import completion_logps, token_logps, token_logps_and_entropies
+from msfs_functional.logps import (
+    completion_logps,
+    completion_logps_and_entropies,
+    token_logps,
+    token_logps_and_entropies,
+)
 from msfs_functional.models.decoder import output_weight
 from msfs_functional.params import Functional, Params
 
@@ -57,16 +62,25 @@ def answer_statistics(
     tokens: Int64[Tensor, "N T"],
     mask: Bool[Tensor, "N T"],
     *,
+    most: int | None = None,
     temperature: float = 1.0,
     **options: Any,
 ) -> tuple[Float[Tensor, "N T"], Float[Tensor, "N T"], Float[Tensor, "N T D"]]:
     """(log-probabilities, entropies in nats, states); the state at a token is the one before it,
-    which is what a critic may know when the token is chosen. Zeros where masked, but for states."""
+    which is what a critic may know when the token is chosen. Zeros where masked, but for states.
+
+    Arguments as for `answer_logps`.
+    """
     states = model.apply(params, tokens[:, :-1], method="hidden", **options)
-    logps, entropies = token_logps_and_entropies(
-        states, output_weight(params), tokens[:, 1:], temperature=temperature
-    )
-    aligned = (torch.where(mask, F.pad(x, (1, 0)), 0.0) for x in (logps, entropies))
+    weight, labels, kept = output_weight(params), tokens[:, 1:], mask[:, 1:]
+    if most is None:
+        both = token_logps_and_entropies(states, weight, labels, temperature=temperature)
+        both = (torch.where(kept, x, 0.0) for x in both)
+    else:
+        both = completion_logps_and_entropies(
+            states, weight, labels, kept, most=most, temperature=temperature
+        )
+    aligned = (F.pad(x, (1, 0)) for x in both)
     return *aligned, F.pad(states, (0, 0, 1, 0))  # pyright: ignore[reportReturnType]
 
 

@@ -451,7 +451,8 @@ def make_step(
         optimizer: a Transformation, clipping and schedules included.
         accumulation: microbatches a step; every tensor of the batch is cut into so many along
             dim 0. Gradient, loss and metrics are means over them weighted by metrics["weight"],
-            which is itself summed. Microbatch i draws from fold_in(step key, i).
+            which is itself summed. Microbatch i draws from fold_in(step key, i). One of padding
+            alone may weigh 0, but its loss must be finite: total / count.clamp(min=1), not 0 / 0.
         clip_norm: scale the gradient down to this global norm where it is longer (Pascanu et al.
             2013). Unlike `clip_by_global_norm` in the optimizer it lets the update compile by leaf.
         ema_decay: the same as init_state got.

@@ -54,6 +54,7 @@ from msfs_functional.preference_training import (
     optimise,
 )
 from msfs_functional.reward_models import aggregate
+from msfs_functional.reward_training import PANELS as REWARD_PANELS
 from msfs_functional.reward_training import RewardModel, accuracy, rewards_of, train_rewards
 
 NAME = "align_people"
@@ -70,7 +71,7 @@ class Config(Options):
     )
     pretrain: Stage = field(default_factory=lambda: Stage(500, 64, 2e-3, 100))
     sft: Stage = field(default_factory=lambda: Stage(150, 32, 5e-4))
-    rewards: Stage = field(default_factory=lambda: Stage(160, 64, 2e-4, 10))
+    rewards: Stage = field(default_factory=lambda: Stage(100, 64, 2e-4, 10))
     members: int = 8  # of the ensemble of reward models
     dpo: Preferences = field(default_factory=lambda: Preferences(80, 64, 1e-4, 10, imitation=0.0))
 
@@ -182,7 +183,9 @@ def learn(config: Config) -> None:
     figures |= win_rates(config, ready, reference, judge, run)
     if setup.rank == 0:
         (run / "results.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-        draw_seeds(run, range(seed, seed + config.seeds), "dpo", PANELS)
+        seeds = range(seed, seed + config.seeds)
+        draw_seeds(run, seeds, "dpo", PANELS)
+        draw_seeds(run, seeds, "rewards", REWARD_PANELS, "rewards.png")
     say(f"{time.perf_counter() - started:.0f} seconds; everything is in {run}")
 
 

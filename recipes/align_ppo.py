@@ -20,7 +20,7 @@ Stages of each seed, in folders of their own (--resume goes on where it was stop
 The report says how many answers to held-out prompts the checker finds right before and after. With
 seeds 10, 11 and 12 (--seed 10), which no setting was chosen by, torch 2.11, two cores of a Xeon:
 28.5% sampled and 23.8% greedy before, 67.9% and 77.8% after, 1.2 nats of KL an answer, in
-270 seconds.
+264 seconds.
 
 A rollout that gets no usable reward is named and skipped; after --rl.patience of them in a row the
 run saves and stops. Several processes: each answers its share of the prompts with whole parameters,
@@ -58,6 +58,7 @@ from msfs_functional.alignment_runs import (
     Options,
     Result,
     begin,
+    draw_seeds,
     each_seed,
     leave,
     resume_command,
@@ -83,6 +84,7 @@ from msfs_functional.reinforcement import (
     opinions,
     told,
 )
+from msfs_functional.reward_training import PANELS as REWARD_PANELS
 from msfs_functional.reward_training import accuracy, rewards_of, train_rewards
 from msfs_functional.rollouts import SampleTable
 from msfs_functional.stages import CHECKPOINTS, stopped
@@ -238,7 +240,7 @@ def learn(
             patience.fine()
             if samples is not None:
                 samples.add(loop.iteration, table_rows(ready, judged, rl.samples))
-            found = opinions(rl, setup, whole, reference, judged.rollout)
+            found = opinions(rl, setup, whole, reference, judged.rollout, task.new)
             found = {name: collected(setup, rows) for name, rows in found.items()}
             scores = collected(setup, judged.scores)
             made = experience(rl, found, scores, coefficient)
@@ -357,8 +359,14 @@ PRESETS = {
 }
 
 
-def check(rl: Learning) -> None:
+def check(config: Config) -> None:
     """Raises ValueError for options that exclude each other."""
+    rl = config.rl
+    if config.data.texts and not config.data.files:
+        raise ValueError(
+            f"--data.texts ({[str(path) for path in config.data.texts]}) are read beside "
+            "--data.files, of which there are none: give problems too"
+        )
     if rl.prompts * rl.samples % rl.minibatches:
         raise ValueError(
             f"--rl.minibatches ({rl.minibatches}) must divide the {rl.prompts} x {rl.samples} "
@@ -379,10 +387,14 @@ def check(rl: Learning) -> None:
 
 def main(config: Config) -> None:
     started = time.perf_counter()
-    check(config.rl)
+    check(config)
     with launching.joined(config.device, debug=config.debug):
         config, machine, run = begin(config, NAME)
-        leave(run, each_seed(run_seed, config, machine, run), "rl", PANELS)
+        results = each_seed(run_seed, config, machine, run)
+        leave(run, results, "rl", PANELS)
+        if config.rl.reward == "model" and agreement.rank() == 0:
+            seeds = [result.seed for result in results]
+            draw_seeds(run, seeds, "rewards", REWARD_PANELS, "rewards.png")
         say(f"{time.perf_counter() - started:.0f} seconds; everything is in {run}")
 
 

@@ -9,9 +9,9 @@ Random weights: the work is the same as with trained ones. Training: fp32 parame
 squared error of eps; diffusers' UNet runs under bf16 autocast, compiled whole, with fused AdamW.
 Ours compiles one block of each shape (--compile regions) or the whole loss (--compile whole). Both
 run in channels_last. With --apart each side is a process of its own: all compile at the same time,
-and take turns on the GPU to be timed. Sampling: diffusers' pipeline with compiled UNet and decoder,
-DPM-Solver++ 2M. Caches of compiled code are new and empty folders, so that the first step is a
-first one.
+then take turns on the GPU to be timed. Sampling: diffusers' pipeline with compiled UNet and
+decoder, DPM-Solver++ 2M. Caches of compiled code are new and empty folders, so that the first step
+is a first one.
 
 `--small` shows on a CPU that all of it works; its figures mean nothing.
 """
@@ -21,7 +21,9 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +35,7 @@ import diffusers
 import torch
 import torch.nn.functional as F
 import tyro
-from measuring import Figures, fresh, measure, synchronize, taking_turns
+from measuring import Figures, fresh, here, kernels, measure, taking_turns
 from torch import Tensor
 
 from msfs_functional import errors, optim, random
@@ -75,6 +77,10 @@ class Config:
     """each side, and each batch of sampling, in a process of its own"""
     turns: Path | None = None
     """such a process: the folder where it waits for its turn and leaves its figures"""
+    others: tuple[str, ...] = ()
+    """such a process: names of all of them"""
+    patience: float = 600.0
+    """seconds that one which has compiled waits for those that have not"""
     profile: bool = False
     """print our kernels of one step, or of one call"""
     debug: bool = False
@@ -82,42 +88,54 @@ class Config:
 
 
 def show_kernels(run: Callable[[], object]) -> None:
-    with torch.profiler.profile() as profile:
-        run()
-        synchronize()
-    by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    print(profile.key_averages().table(sort_by=by, row_limit=45, max_name_column_width=80))
+    print(kernels(run, steps=1, rows=60), flush=True)
 
 
 def timed(config: Config, name: str, run: Callable[[], object], warmup: int, steps: int) -> Figures:
     """What a side took, in its turn."""
-    turn = None if config.turns is None else taking_turns(config.turns / "lock")
-    figures = measure(run, warmup, steps, blocks=1 if config.small else 3, turn=turn)
+
+    def turn() -> AbstractContextManager[None]:
+        if config.turns is None:
+            return nullcontext()
+        return taking_turns(config.turns, name, config.others, config.patience)
+
+    figures = measure(run, warmup, steps, blocks=1 if config.small else 3, turn=turn())
     if config.turns is not None:
         (config.turns / f"{name}.json").write_text(json.dumps(figures._asdict()))
+    if config.profile and name.startswith("ours"):
+        with turn():
+            show_kernels(run)
     return figures
 
 
 def apart(config: Config) -> None:
     """The sides in processes of their own, and the ratios of their rates."""
     batches = config.batches if config.mode == "sample" else (0,)
+    names = {f"{side}{batch or ''}": (side, batch) for batch in batches for side in config.sides}
+    failed = []
     with tempfile.TemporaryDirectory() as folder:
-        running = []
-        for batch in batches:
-            for side in config.sides:
-                own = ["--sides", side, "--batches", str(batch or 1), "--no-apart"]
-                command = [sys.executable, *sys.argv, *own, "--turns", folder]
-                running.append(subprocess.Popen(command))
-        if failed := [one.args for one in running if one.wait()]:
-            raise ValueError(f"a side failed, its message is above: {failed[0]}")
+        running = {}
+        for name, (side, batch) in names.items():
+            own = ["--sides", side, "--batches", str(batch or 1), "--no-apart", "--turns", folder]
+            command = [sys.executable, *sys.argv, *own, "--others", *names]
+            running[name] = subprocess.Popen(command)
+        while running:
+            ended = [name for name, process in running.items() if process.poll() is not None]
+            for name in ended:
+                here(Path(folder), name)
+                failed += [name] if running.pop(name).returncode else []
+            time.sleep(0.1)
         for batch in batches:
             took = {}
-            for path in Path(folder).glob(f"*{batch or ''}.json"):
-                took[path.stem] = json.loads(path.read_text())["seconds"]
+            for side in ("ours", "diffusers"):
+                path = Path(folder) / f"{side}{batch or ''}.json"
+                if path.exists():
+                    took[side] = json.loads(path.read_text())["seconds"]
             name = f"batch {batch}  " if batch else ""
             if len(took) == 2:
-                ours, theirs = (took[f"{side}{batch or ''}"] for side in ("ours", "diffusers"))
-                print(f"{name}ours / diffusers: {theirs / ours:.3f}")
+                print(f"{name}ours / diffusers: {took['diffusers'] / took['ours']:.3f}", flush=True)
+    if failed:
+        raise ValueError(f"{failed} failed: their messages are above")
 
 
 def sizes(small: bool) -> dict[str, Any]:
@@ -208,8 +226,6 @@ def train(config: Config, device: str) -> None:
             f"first step {figures.first:6.1f} s",
             flush=True,
         )
-        if config.profile and name == "ours":
-            show_kernels(run)
         del run
     if len(rates) == 2:
         print(f"ours / diffusers: {rates['ours'] / rates['diffusers']:.3f}")
@@ -297,8 +313,6 @@ def sample(config: Config, device: str) -> None:
                 f"first call {figures.first:6.1f} s",
                 flush=True,
             )
-            if config.profile and name == "ours":
-                show_kernels(runs[name])
         if len(rates) == 2:
             print(f"batch {batch}  ours / diffusers: {rates['ours'] / rates['diffusers']:.3f}")
 

@@ -4,7 +4,7 @@ import fcntl
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,11 +34,33 @@ def fresh() -> None:
 
 
 @contextmanager
-def taking_turns(lock: Path) -> Iterator[None]:
-    """One process of those that name this file is inside; the others wait."""
-    with lock.open("w") as file:
+def taking_turns(
+    folder: Path, name: str, names: Sequence[str], patience: float = 600.0
+) -> Iterator[None]:
+    """One process of those that share this folder is inside, and none before all are here.
+
+    Compiled beside one another, processes would otherwise be timed while others still compile and
+    search on the same device.
+
+    Args:
+        name: this process's; `here` may say it for one that will not come.
+        names: of all processes.
+        patience: seconds to wait for the others, then it begins without them.
+    """
+    here(folder, name)
+    begin = time.monotonic()
+    while time.monotonic() - begin < patience:
+        if all((folder / f"{other}.here").exists() for other in names):
+            break
+        time.sleep(0.1)
+    with (folder / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def here(folder: Path, name: str) -> None:
+    """Says that nobody has to wait for this process any longer."""
+    (folder / f"{name}.here").touch()
 
 
 def measure(

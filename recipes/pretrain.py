@@ -98,7 +98,7 @@ from msfs_functional import (
 from msfs_functional import config as configs
 from msfs_functional import distributed_checkpoint as checkpoints
 from msfs_functional.batches import Prefetch
-from msfs_functional.compiling import graphed
+from msfs_functional.compiling import graphed, start_compilers
 from msfs_functional.documents import Corpus, is_held_out, read_documents, stream_documents
 from msfs_functional.gathering import Sharded, sharded
 from msfs_functional.generation import Sampling
@@ -224,6 +224,8 @@ def prepare(config: Config, watchdog: Watchdog) -> tuple[Config, Path, Corpus, A
     config = replace(config, name=agreement.from_all(config.name)[0])
     run = config.out / str(config.name)
     restarts = launching.restarts()
+    if config.train.compile:
+        start_compilers()  # whose processes get ready while data is read
     with agreement.together():
         meshes.degrees(agreement.world(), **degrees(config.mesh))
         corpus = read_data(config)
@@ -237,7 +239,10 @@ def prepare(config: Config, watchdog: Watchdog) -> tuple[Config, Path, Corpus, A
         agreement.start_alike({"configuration": own, "sha256 of the corpus": digest})
     watchdog.at("looking for a checkpoint")
     resume = agreement.from_all(bool(found))[0]
-    saved = checkpoints.load(run / CHECKPOINTS) if resume else None
+    place = run / CHECKPOINTS
+    if resume and restarts:  # nobody is there to choose: what is damaged is passed over, aloud
+        place = checkpoints.last_good(place)
+    saved = checkpoints.load(place) if resume and place else None
     return replace(config, overwrite=config.overwrite or restarts > 0), run, corpus, saved
 
 

@@ -59,6 +59,7 @@ from msfs_functional.train import Step, TrainState, first_state, make_step, mean
 from msfs_functional.translation import Assessment, Tokenizers, Translate
 
 CHECKPOINTS = "checkpoints"
+NOT_FINITE = "their loss or gradient was not finite: lower --optimizer.learning-rate if they go on"
 
 
 def read_data(data: Data) -> Splits:
@@ -109,6 +110,7 @@ def make_loss(
     def loss_fn(params: Params, batch: dict[str, Tensor], key: Tensor | None):
         params, labels = cast(params, getattr(torch, str(config.dtype))), batch["target"][:, 1:]
         weight, tokens = models.output_weight(params), (labels != PAD).sum()
+        count = tokens.clamp(min=1)  # a microbatch of filling rows alone is no 0 / 0
 
         def predicted(key: Tensor | None) -> tuple[Tensor, Tensor]:
             states = model.apply(
@@ -127,10 +129,10 @@ def make_loss(
             return states, loss
 
         if not consistency or key is None:
-            return predicted(key)[1] / tokens, {"weight": tokens}
+            return predicted(key)[1] / count, {"weight": tokens}
         (p, first), (q, second) = map(predicted, random.split(key).unbind())
         apart = losses.disagreement(p @ weight.T, q @ weight.T, labels)
-        return ((first + second) / 2 + consistency / 4 * apart) / tokens, {"weight": tokens}
+        return ((first + second) / 2 + consistency / 4 * apart) / count, {"weight": tokens}
 
     return loss_fn
 
@@ -206,7 +208,7 @@ def train(config: Config) -> None:
         (run / configs.FILE).write_text(configs.to_json(config), encoding="utf-8")
     else:
         configs.new_run(run, config, overwrite=config.overwrite)
-    first = int(state.step)
+    first, left_out = int(state.step), int(state.skipped.sum())
 
     def save(number: int, score: Tensor | float | None) -> None:
         checkpoint.save(
@@ -232,6 +234,9 @@ def train(config: Config) -> None:
             values.pop("weight")
             tracker.log(number, values, tokens=batch["source"].numel() + batch["target"].numel())
             if number % settings.eval_every == 0 or number == settings.steps:
+                if (skipped := int(state.skipped.sum())) > left_out:
+                    tracker.note(f"{skipped - left_out} updates left out, {NOT_FINITE}")
+                    left_out = skipped
                 with tracker.paused():
                     params = state.ema or state.params
                     scores = validate(config, model, tokenizers, params, splits.valid)

@@ -25,7 +25,7 @@ class Data:
     # "english_italian" (made here, no network) or a Hugging Face dataset such as opus_books; not
     # used when `train` names files
     name: str = "english_italian"
-    config: str | None = None  # configuration of the Hugging Face dataset, such as en-it
+    config: str | None = None  # configuration of that Hugging Face dataset, such as en-it
     # splits of the Hugging Face dataset to train, to validate and to test on; what is not named is
     # cut off the training data
     splits: tuple[str, ...] = ("train",)
@@ -45,7 +45,7 @@ class Data:
     max_length: int = 128  # longest sentence [tokens]; longer pairs are dropped and counted
     batch: int = 2048  # padded source and target tokens of one step [tokens]
     buckets: int = 6  # most shapes that a batch can have
-    seed: int = 0  # of splits and of the order, not of the model
+    seed: int = 0  # of the splits and the order of batches, not of the model
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,11 @@ class Model:
 
     # tiny: 4 + 4 layers of 128; base and big: as in the paper
     size: Literal["tiny", "base", "big"] = "tiny"
-    width: int | None = None  # of the residual stream
+    width: int | None = None  # of the residual stream [channels]
     depth: int | None = None  # encoder layers
     decoder_depth: int | None = None  # decoder layers; None: as the encoder
     heads: int | None = None  # attention heads; must divide the width
-    hidden: int | None = None  # width inside the feed-forward layers
+    hidden: int | None = None  # width inside the feed-forward layers [channels]
     dropout: float | None = None  # probability, on embeddings and on what each sublayer adds
     # normalise after each sum, as in the paper, or before each sublayer
     norm: Literal["post", "pre"] = "post"
@@ -94,16 +94,16 @@ class Optimizer:
 class Train:
     """Length and mechanics of training."""
 
-    steps: int = 600  # optimizer steps
+    steps: int = 600  # length of the training [optimizer steps]
     accumulation: int = 1  # microbatches of one step
     label_smoothing: float = 0.1  # probability mass spread over the vocabulary
     # weight of R-Drop, which predicts each batch under two dropout masks that must agree
     consistency: float = 0.0
     # decay of the average of the parameters that evaluation uses [1/step]; 0: no average
     ema: float = 0.0
-    log_every: int = 50  # [steps]
-    eval_every: int = 150  # validation loss and a checkpoint [steps]
-    keep: int = 3  # checkpoints to keep besides the best
+    log_every: int = 50  # write loss, gradient norm and speed so often [steps]
+    eval_every: int = 150  # validate and save a checkpoint so often [steps]
+    keep: int = 3  # newest checkpoints to keep, besides the best [checkpoints]
     # validation sentences to translate greedily at each evaluation, for the BLEU that chooses the
     # best checkpoint; 0: the loss chooses
     valid_sentences: int = 100
@@ -116,12 +116,13 @@ class Decode:
 
     beam: int = 4  # hypotheses kept side by side; 1 is greedy
     length_penalty: float = 1.0  # scores are divided by length ** this
-    # longest translation: source tokens plus this, at most data.max_length [tokens]
+    # longest translation: its source, rounded up to a multiple of 16, plus this, and at most
+    # data.max_length [tokens]
     extra_length: int = 40
     nbest: int = 1  # translations to print for each line, at most the beam
-    batch: int = 64  # sentences decoded at once
-    average: int = 1  # average the parameters of this many last checkpoints
-    which: Literal["best", "latest"] = "best"  # checkpoint to use when only one is
+    batch: int = 64  # decoded at once [sentences]
+    average: int = 1  # use the mean parameters of so many newest checkpoints [checkpoints]
+    which: Literal["best", "latest"] = "best"  # checkpoint to use, where it is one alone
     members: int | None = None  # of an ensemble to decode with, from the first on; None: all
 
 
@@ -129,24 +130,27 @@ class Decode:
 class Config:
     """Everything a run needs; frozen, and written to runs/<name>/config.json."""
 
-    # what to do; must come first
+    # train (then evaluate and draw), evaluate a run on the test split, or translate lines with it;
+    # must come first
     mode: tyro.conf.Positional[Literal["train", "evaluate", "translate"]] = "train"
     # settings that the other options start from (their defaults below are this preset's): default:
     # minutes on a CPU; classic: the well-known tutorial recipe on opus_books; multi30k: English to
     # German on a GPU
     preset: Literal["default", "classic", "multi30k"] = "default"
-    # of the run, its folder is <out>/<name>; None: a new number to train, the newest to use
+    # name of the run, whose folder is <out>/<name>; None: to train a new one, translate-1,
+    # translate-2, ..., to evaluate, translate or resume the newest
     name: str | None = None
     out: Path = Path("runs")  # folder of the runs
     resume: bool = False  # go on with the run from its latest checkpoint
-    overwrite: bool = False  # delete the run of this name first
+    overwrite: bool = False  # delete an earlier run of this name first
     seed: int = 0  # of initial parameters and dropout; member i of an ensemble uses seed + i
     # seeds to train at once, stacked in one step; they decode with averaged probabilities
     members: int = 1
     device: str | None = None  # cpu, cuda, cuda:1, ...; None: cuda where there is one
-    # of the computation, parameters stay float32; None: bfloat16 on a GPU
+    # numbers of the computation, parameters stay float32; None: bfloat16 on a GPU, float32 on a
+    # CPU
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    threads: int | None = None  # CPU threads; None: all cores
+    threads: int | None = None  # CPU threads to compute with; None: all cores
     input: Path | None = None  # translate: text file with a sentence a line; None: stdin
     # translate: draw how the first sentence's translation attends to it into this PNG
     attention_map: Path | None = None

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -18,13 +19,14 @@ from msfs_functional import alignment_runs, answerers, launching, stages
 from msfs_functional import config as configs
 from msfs_functional import distributed_checkpoint as checkpoints
 from msfs_functional.aligning import Mesh, Model, Stage, fine_tune, prepare
-from msfs_functional.alignment_runs import Options, each_seed
+from msfs_functional.alignment_runs import Options, each_seed, workers_of
 from msfs_functional.alignment_tasks import Data, built_in
 from msfs_functional.models import decoder, pretrained
 from msfs_functional.preference_training import (
     Loss,
     Preferences,
     as_data,
+    check,
     optimise,
     preference_loss,
 )
@@ -156,6 +158,22 @@ def test_every_loss_has_a_gradient_that_prefers_the_chosen_answer(loss):
     assert slope[0, 0] < 0 < slope[0, 1]
 
 
+def test_normalised_losses_read_log_probabilities_a_token():
+    lengths, before = torch.tensor([[4.0, 2.0]]), torch.tensor([[-6.0, -5.0]])
+    sums = torch.tensor([[-4.0, -4.0]])
+    options = {"imitation": 0.0, "normalised": True}
+    found, margins = preference_loss(preferences(**options), sums, lengths, before)
+    expected = -torch.tensor(0.5 - 0.5).sigmoid().log()  # (-1 + 1.5) - (-2 + 2.5) nats a token
+    torch.testing.assert_close(found, expected[None])
+    assert margins.tolist() == [0.0]
+    for own in (True, False):
+        options = {"loss": "ipo", "normalised": own}
+        same, _ = preference_loss(preferences(**options), sums, lengths, before)
+        assert same.tolist() == [25.0]  # (0 - 1 / (2 * 0.1))^2
+    with pytest.raises(ValueError, match="does not go with kto"):
+        check(preferences(loss="kto", normalised=True))
+
+
 def test_a_sweep_of_beta_in_one_step_equals_single_runs(align_dpo, tmp_path):
     """Members of one beta each, on the same batches, end where runs of that beta alone end."""
     options = {"dpo": preferences()}
@@ -176,6 +194,18 @@ def test_a_sweep_of_beta_in_one_step_equals_single_runs(align_dpo, tmp_path):
         for name, value in params.items():
             torch.testing.assert_close(stacked[name][member], value, atol=2e-5, rtol=1e-3)
     assert json.loads((tmp_path / "sweep" / "results.json").read_text())[1]["beta"] == 2.0
+
+
+def test_seeds_in_one_vmapped_step_learn_from_other_pairs(align_dpo, tmp_path):
+    config = tiny(align_dpo, tmp_path, "seeds", sweep_seeds=3, dpo=preferences())
+    align_dpo.main(config)
+    assert len(json.loads((tmp_path / "seeds" / "results.json").read_text())) == 3
+    found = checkpoints.load(tmp_path / "seeds" / "sweep" / "checkpoints")
+    like = {"params": {"norm.weight": torch.Size((3, 16))}}
+    one, two, three = checkpoints.load(found.path, like, partial=True).state["params"][
+        "norm.weight"
+    ]
+    assert not torch.equal(one, two) and not torch.equal(two, three)
 
 
 def test_influence_is_told_for_training_pairs(align_dpo, tmp_path, capsys):
@@ -237,6 +267,7 @@ def test_a_reward_model_ensemble_and_a_trust_region_run(align_ppo, tmp_path, cap
     config = rl(reward="model", members=2, aggregate="uncertainty", trust_region=0.01)
     align_ppo.main(tiny(align_ppo, tmp_path, "model", rl=config))
     assert "reward model accuracy" in capsys.readouterr().out
+    assert (tmp_path / "model" / "rewards.png").stat().st_size > 10_000
     path = tmp_path / "model" / "seed-0" / "rl" / "metrics.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert all(0 <= record["step_kl"] <= 0.0101 for record in records)
@@ -340,8 +371,33 @@ def test_seeds_side_by_side_come_back_in_order_and_fail_as_they_would_alone(monk
     machine = configs.machine("cpu", None, None)
     options = Options(seed=1, seeds=2, workers=2, threads=2)
     assert each_seed(one_seed, options, machine, ROOT) == [(1, 1), (2, 1)]
+    counts = {
+        seeds: workers_of(Options(seeds=seeds, threads=2), machine) for seeds in (1, 2, 3, 4, 5)
+    }
+    assert counts == {1: 1, 2: 2, 3: 3, 4: 2, 5: 2}
     with pytest.raises(ValueError, match=r"three \(3\) is too many"):
         each_seed(one_seed, replace(options, seeds=3), machine, ROOT)
+
+
+def ended_by_a_signal(config, machine, seed, run):
+    """What `each_seed` runs below: its worker gets the signal where no loop takes it."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as in a process that is spawned
+    if config.name == "stopped":
+        os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(30)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_seed_that_is_ended_leaves_word_of_what_is_kept(monkeypatch, capsys):
+    quick = multiprocessing.get_context("fork")
+    monkeypatch.setattr(alignment_runs.multiprocessing, "get_context", lambda kind: quick)
+    machine, options = configs.machine("cpu", None, None), Options(seeds=2, workers=2, threads=2)
+    with pytest.raises(SystemExit) as ended:
+        each_seed(ended_by_a_signal, replace(options, name="stopped"), machine, ROOT)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert "seed 0 was stopped between two checkpoints" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match=r"ended with code -9; .*--resume goes on"):
+        each_seed(ended_by_a_signal, options, machine, ROOT)
 
 
 @pytest.mark.parametrize(
@@ -357,6 +413,7 @@ def test_seeds_side_by_side_come_back_in_order_and_fail_as_they_would_alone(monk
         (["--rl.kl", "-1"], r"kl \(-1.0\) must be at least 0"),
         (["--name", "a/b"], "plain name"),
         (["--data.files", "none.jsonl"], "does not exist"),
+        (["--data.texts", "a.txt"], r"texts \(\['a.txt'\]\) are read beside"),
     ],
 )
 def test_bad_options_of_rl_are_named(align_ppo, tmp_path, arguments, message):
@@ -372,6 +429,7 @@ def test_bad_options_of_rl_are_named(align_ppo, tmp_path, arguments, message):
         (["--dpo.flipped", "1.5"], r"flipped \(1.5\) must be in \[0, 1\)"),
         (["--resume", "--overwrite", "--name", "x"], "holds no run|does not exist"),
         (["--data.new", "64"], r"new \(64\) leaves no room"),
+        (["--data.files", "a.jsonl"], r"\(\['a.jsonl'\]\) are not for the embedded task"),
     ],
 )
 def test_bad_options_of_dpo_are_named(align_dpo, tmp_path, arguments, message):
@@ -396,6 +454,7 @@ def test_preferences_of_people_end_in_accuracies_and_a_win_rate(align_people, tm
     said = capsys.readouterr().out
     assert "2 in one step" in said and "DPO's answers beat those before it" in said
     found = json.loads((tmp_path / "people" / "results.json").read_text())
+    assert (tmp_path / "people" / "rewards.png").stat().st_size > 10_000
     assert len(found["members"]) == 2 and found["ensemble"].keys() == {"mean", "min", "uncertainty"}
     with pytest.raises(ValueError, match="holds no file"):
         align_people.main(tiny(align_people, tmp_path, "none"))
@@ -412,3 +471,46 @@ def test_problems_with_answers_are_learned_from_files(align_ppo, tmp_path, capsy
     )  # fmt: skip
     align_ppo.main(config)
     assert "problems to train and" in capsys.readouterr().out
+
+
+TINY_TRANSLATION = """--translate.model.width 16 --translate.model.heads 2
+    --translate.model.hidden 32
+    --translate.model.depth 1 --translate.vocabulary.size 300 --translate.data.batch 256
+    --translate.data.buckets 2 --translate.train.steps 2 --translate.train.eval-every 2
+    --translate.optimizer.warmup 1 --translate.decode.extra-length 4 --translate.device cpu
+    --sentences 12 --samples 2 --held-out 2 --gap 0 --dpo.steps 4 --dpo.batch 4 --dpo.warmup 1
+    --every 2 --temperature 2""".split()
+
+
+def test_a_tuned_translator_goes_on_with_the_same_bits_and_is_left_for_use(
+    tmp_path, monkeypatch, stop_at, capsys
+):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    align_translation = load("align_translation")
+    monkeypatch.setattr(align_translation.recipe, "draw", lambda *args: None)
+    path = tmp_path / "pairs.tsv"
+    words = ("red", "rosso"), ("black", "nero"), ("white", "bianco"), ("new", "nuovo")
+    things = ("cat", "gatto"), ("dog", "cane"), ("hat", "cappello"), ("book", "libro")
+    rows = [f"the {a} {b}\til {d} {c}" for a, c in words for b, d in things]
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+    def run(*args):
+        place = ("--out", str(tmp_path), *args)
+        align_translation.main(align_translation.command_line(place))
+
+    given = (*TINY_TRANSLATION, "--translate.data.train", str(path))
+    run(*given, "--name", "whole")
+    assert "2 sentences, test: greedy BLEU" in capsys.readouterr().out
+    stop_at("dpo", 3)
+    with pytest.raises(SystemExit):
+        run(*given, "--name", "stopped")
+    said = capsys.readouterr()
+    assert "align_translation.py --resume" in said.out + said.err
+    run("--resume", "--name", "stopped")
+    whole, stopped = (tmp_path / name for name in ("whole", "stopped"))
+    assert state_of(whole / "dpo") == state_of(stopped / "dpo")
+    assert (whole / "results.json").read_text() == (stopped / "results.json").read_text()
+    own = configs.load(align_translation.recipe.Config, stopped / "tuned" / configs.FILE)
+    assert align_translation.recipe.load_trained(own)[2].keys()
+    with pytest.raises(ValueError, match=r"exists|not empty|holds"):
+        run(*given, "--name", "whole")

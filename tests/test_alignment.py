@@ -125,13 +125,14 @@ def test_scores_of_answers_equal_the_plain_formula(model, params, monkeypatch):
         found = answer_logps(model, params, tokens, mask, most=most)
         assert not found[:, 0].any()
         torch.testing.assert_close(found[:, 1:], expected)
-    logps, entropies, states = answer_statistics(model, params, tokens, mask)
-    torch.testing.assert_close(logps[:, 1:], expected)
     entropy = torch.distributions.Categorical(logits=plain[:, :-1]).entropy()
-    torch.testing.assert_close(entropies[:, 1:], torch.where(mask[:, 1:], entropy, 0.0))
-    torch.testing.assert_close(
-        states[:, 1:] @ output_weight(params).T, model.apply(params, tokens)[:, :-1]
-    )
+    for most in (None, int(mask.sum()), 20):
+        logps, entropies, states = answer_statistics(model, params, tokens, mask, most=most)
+        torch.testing.assert_close(logps[:, 1:], expected)
+        torch.testing.assert_close(entropies[:, 1:], torch.where(mask[:, 1:], entropy, 0.0))
+        torch.testing.assert_close(
+            states[:, 1:] @ output_weight(params).T, model.apply(params, tokens)[:, :-1]
+        )
 
 
 def test_gradients_of_scores_do_not_depend_on_how_many_tokens_are_computed(model, params):
@@ -277,7 +278,23 @@ def test_pairs_come_from_columns_or_from_two_transcripts(tmp_path):
     path.write_bytes(gzip.compress(json.dumps(rows[0]).encode()))
     plain = tmp_path / "b.jsonl"
     plain.write_text(json.dumps({"prompt": "p", "chosen": "c", "rejected": "r"}) + "\n")
-    assert read_pairs([path, plain]) == [(start, " good", " bad"), ("p", "c", "r")]
+    found = read_pairs([path, plain])
+    assert found.kept == [(start, " good", " bad"), ("p", "c", "r")]
+    assert not any(found.left_out.values())
+
+
+def test_pairs_without_a_preference_are_left_out_and_counted(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    sides = [("c", "r"), ("c", " c"), ("", "r"), ("c", " "), ("c", "c")]
+    rows = [{"prompt": "p", "chosen": a, "rejected": b} for a, b in sides]
+    rows.append({"chosen": "x\n\nAssistant: a", "rejected": "y\n\nAssistant: b"})
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    found = read_pairs([path])
+    assert found.kept == [("p", "c", "r")]
+    assert found.left_out == {"an empty side": 2, "equal sides": 2, "two prompts": 1}
+    path.write_text(json.dumps(rows[1]) + "\n")
+    with pytest.raises(ValueError, match=r"of 1 pairs none is left \(1 with equal sides\)"):
+        read_pairs([path])
 
 
 def test_files_that_are_something_else_say_what_was_found(tmp_path):

@@ -254,6 +254,21 @@ def test_half_precision_reference_errs_no_more_than_torch(dtype):
     assert (out - exact).abs().max() <= 2 * (plain - exact).abs().max()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "cuda"])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_every_implementation_is_right_on_a_gpu(implementation, is_causal, dim):
+    q, k, v = (y.to("cuda", torch.bfloat16) for y in inputs(2, T=130, S=300, K=dim, X=dim))
+    exact = attention(
+        q.double(), k.double(), v.double(), is_causal=is_causal, implementation="reference"
+    )
+    plain = attention(q, k, v, is_causal=is_causal, implementation="sdpa")
+    out = attention(q, k, v, is_causal=is_causal, implementation=implementation)
+    assert out.dtype == torch.bfloat16
+    assert (out - exact).abs().max() <= 2 * (plain - exact).abs().max()
+
+
 def test_reference_is_right_to_second_order_by_finite_differences():
     q, k, v = (x.requires_grad_() for x in inputs(1, H=2, G=1, T=3, S=4, K=2, X=2))
     bias = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)

@@ -107,7 +107,7 @@ def told_on_every_rank():
         newest = place() / f"damaged/step_{SAVED:08d}"
         (newest / "__3_0.distcp").unlink()
     agreement.from_all(None)
-    with pytest.raises(ValueError, match=r"__3_0.distcp is missing; the last good .*step_00000002"):
+    with pytest.raises(ValueError, match=r"__3_0.distcp is missing; .*last good .*step_00000002"):
         load(place() / "damaged", fresh(on))
     other = sharded(decoder(DecoderConfig(29, width=18, depth=1, heads=3)), DECODER, on)
     with pytest.raises(ValueError, match="is the checkpoint of another model"):

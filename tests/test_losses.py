@@ -235,6 +235,20 @@ for vocab, bias in ((7, None), (130, torch.randn(2, 130))):
         expected = plain(full, labels, *options)
         got = fused(logits.clone(), bias, labels, *options, True)
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+        strange = labels.clone()  # no classes of these rows: the logits there are others'
+        strange[1, 2], strange[1, 3] = vocab, -1
+        losses, da = fused(logits.clone(), bias, strange, *options, True)
+        wrong = torch.zeros(2, 5, dtype=torch.bool)
+        wrong[1, 2:4] = True
+        assert torch.equal(losses.isnan(), wrong) and da.isnan().all(-1).equal(wrong)
+        torch.testing.assert_close(losses[~wrong], expected[0][~wrong], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(da[~wrong], expected[1][~wrong], rtol=1e-5, atol=1e-6)
+        half = logits.bfloat16()  # counted in powers of two
+        full = half.float() if bias is None else half.float() + bias[:, None]
+        loss, gradient = plain(full, labels, *options)
+        got = fused(half, bias, labels, *options, True)
+        torch.testing.assert_close(got[0], loss, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got[1], gradient.bfloat16(), rtol=1e-2, atol=1e-6)
 """
 
 

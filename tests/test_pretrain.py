@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -107,6 +108,24 @@ def test_killed_and_resumed_run_is_bit_equal_to_one_that_was_not(trained, tmp_pa
     one, other = final_state(trained), final_state(tmp_path / "killed")
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert (trained / "samples.txt").read_bytes() == (tmp_path / "killed/samples.txt").read_bytes()
+
+
+def test_processes_that_start_again_pass_over_a_damaged_checkpoint(
+    trained, tmp_path, monkeypatch, capsys
+):
+    """Nobody is there to choose; who asks for --resume is told in place of it."""
+    run = shutil.copytree(trained, tmp_path / "whole")
+    newest = run / "checkpoints/step_00000006"
+    (newest / "__0_0.distcp").write_bytes(b"")
+    where = [*TINY, "--model.dropout", 0.1, "--out", tmp_path, "--name", "whole"]
+    line = refused(capsys, "--resume", *where)
+    assert f"delete {newest} to go on from the last good one, " in line
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    recipe(*where)
+    assert f"note: passed over: {newest}/__0_0.distcp is truncated" in capsys.readouterr().err
+    assert metrics_without_time(trained) == metrics_without_time(run)
+    one, other = final_state(trained), final_state(run)
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_samples_of_a_trained_run_go_on_with_the_prompt(trained, capsys):

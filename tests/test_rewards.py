@@ -12,6 +12,7 @@ from msfs_functional.rewards import (
     load,
     mixture,
     on_tokens,
+    over_texts,
     takes_tokens,
 )
 
@@ -37,6 +38,21 @@ def test_a_mixture_is_the_weighted_sum_and_a_reward_itself():
     assert called(both, ["a"] * 2, ["bc", "d"], [1, 0]).tolist() == [3.0, 0.5]
     with pytest.raises(RewardError, match="length \\+ 2 broken raised RewardError: reward broken"):
         called(mixture({length: 1.0, broken: 2.0}), ["a"], ["b"])
+
+
+def test_a_mixture_takes_a_rule_on_texts_beside_a_model_on_tokens():
+    def decode(rows):
+        return ["".join(map(str, ids)) for ids in rows]
+
+    model = on_tokens(lambda prompts, completions, metadata: [float(sum(c)) for c in completions])
+    rule = over_texts(length, decode)
+    both = mixture({model: 1.0, rule: 10.0})
+    assert takes_tokens(both)
+    assert called(both, [[1]] * 2, [[12, 3], [4]]).tolist() == [45.0, 14.0]
+    with pytest.raises(ValueError, match=r"\['length'\] take texts: wrap those with over_texts"):
+        mixture({model: 1.0, length: 1.0})
+    with pytest.raises(ValueError, match="of 0"):
+        mixture({})
 
 
 def broken(prompts, completions, metadata):

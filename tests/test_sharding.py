@@ -700,7 +700,7 @@ FOUR = [
     ("given", "message"),
     [
         ({"dp_shard": 3}, r"dp_shard 3, tp 1, cp 1\) multiply to 3, but 4 processes run"),
-        ({"dp_shard": -1, "tp": 3}, "which does not divide the 4 processes"),
+        ({"dp_shard": -1, "tp": 3}, r"\(dp_replicate 1, tp 3, cp 1\) .* number of processes \(4\)"),
         ({"dp_shard": -1, "tp": -1}, "only one degree may be -1"),
         ({"tp": 0}, r"tp \(0\) must be at least 1"),
         ({"cp": -2}, r"cp \(-2\) must be at least 1"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import vmap
+from torch.func import jvp, vmap
 from transformers import MarianConfig, MarianMTModel
 
 from msfs_functional import random
@@ -370,12 +370,18 @@ def test_rows_of_members_matrices_are_those_of_each(dims):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("how", ["eager", "compiled", "forward mode"])
 @pytest.mark.parametrize("token", [-1, 7])
-def test_a_token_beyond_a_member_s_matrix_is_refused_and_not_looked_up_in_the_next(token):
+def test_a_token_beyond_a_member_s_matrix_is_refused_and_not_looked_up_in_the_next(token, how):
     weights, tokens = torch.randn(3, 7, 4), torch.zeros(3, 2, dtype=torch.int64)
     tokens[1, 0] = token  # of the member in the middle: its neighbours' rows lie around it
-    with pytest.raises(IndexError):
-        vmap(lookup)(weights, tokens)
+    members = vmap(lookup)
+    if how == "compiled":
+        members = torch.compile(members, backend="eager")
+    if how == "forward mode":
+        members = vmap(lambda w, ids: jvp(lambda w: lookup(w, ids), (w,), (w,))[1])
+    with pytest.raises((IndexError, RuntimeError), match="out of range"):
+        members(weights, tokens)
 
 
 def test_rows_of_a_matrix_compile_whole():

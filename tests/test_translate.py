@@ -29,7 +29,8 @@ COLOURS = {"red": "rosso", "black": "nero", "white": "bianco", "yellow": "giallo
 THINGS = {"book": "libro", "cat": "gatto", "hat": "cappello", "dog": "cane", "wine": "vino"}
 TINY = """--model.width 16 --model.heads 2 --model.hidden 32 --model.depth 1 --vocabulary.size 300
     --data.batch 256 --data.buckets 2 --train.steps 8 --train.eval-every 4 --train.log-every 2
-    --optimizer.warmup 2 --decode.beam 2 --decode.extra-length 4 --device cpu --threads 1""".split()
+    --optimizer.warmup 2 --decode.beam 2 --decode.extra-length 4 --model.dropout 0.1 --device cpu
+    --threads 1""".split()
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +167,32 @@ def test_interrupt_saves_says_how_to_resume_and_resuming_is_exact(
     monkeypatch.setattr(translate, "make_step", make_step)
     recipe(*command)
     assert_same_run(trained, tmp_path / "stopped")
+
+
+def test_a_microbatch_of_filling_rows_alone_leaves_the_step_as_it_is(corpus):
+    args = [*TINY, "--data.train", str(corpus), "--data.batch", "512", "--model.dropout", "0"]
+    config = settings.checked(settings.command_line(args, ""))
+    pairs = translate.read_data(config.data).train
+    tokenizers = translate.Tokenizers.learn(pairs, "bpe", 300, True)
+    stream = translate.make_batches(config.data, pairs, tokenizers, row_multiple=4)
+    batches = [next(stream) for _ in range(stream.steps_per_epoch)]
+    batch = next(b for b in batches if (b["source_lengths"][-len(b["source"]) // 4 :] == 0).all())
+    model = translate.make_model(config, tokenizers)
+    optimizer = translate.make_optimizer(config.optimizer, 8)
+    found = []
+    for n in (1, 4):
+        train = dataclasses.replace(config.train, accumulation=n)
+        changed = dataclasses.replace(config, train=train)
+        step, state = translate.make_train_step(changed, model, optimizer)
+        found.append(step(state, batch)[1])
+    assert int(found[1]["skipped"]) == 0
+    for name in ("loss", "grad_norm", "weight"):
+        torch.testing.assert_close(found[1][name], found[0][name], rtol=1e-5, atol=0)
+
+
+def test_updates_that_are_left_out_are_told(corpus, tmp_path, capsys):
+    recipe(*TINY, "--data.train", corpus, "--out", tmp_path, "--optimizer.learning-rate", 1e30)
+    assert "updates left out, their loss or gradient was not finite" in capsys.readouterr().out
 
 
 def test_each_member_of_an_ensemble_equals_the_run_with_its_seed_alone(corpus, trained, tmp_path):

@@ -279,11 +279,13 @@ def test_meanflow_trains_a_unet():
         torch.testing.assert_close(ours, reference, rtol=1e-8, atol=1e-11)
 
 
-def test_regions_compile_one_block_of_each_shape(monkeypatch):
-    """Transformers of one shape are one graph; ResNet blocks need none."""
-    config = UNetConfig(
-        channels=2, widths=(8,), depth=1, attention=(True,), heads=(2,), context=6, groups=4
-    )
+@pytest.mark.parametrize("levels", (1, 2))
+def test_regions_compile_one_block_of_each_shape(levels, monkeypatch):
+    """Transformers of one shape are one graph; ResNet blocks need none, nor does a transformer of
+    a shape that only the middle has."""
+    options = {"widths": (8, 8), "attention": (True, False), "heads": (2, 2)}
+    options = {name: sizes[:levels] for name, sizes in options.items()}
+    config = UNetConfig(channels=2, depth=1, context=6, groups=4, **options)
     model, params, x, context = tiny(config, torch.float32)
     params = {name: value.requires_grad_() for name, value in params.items()}
     compiled, original = [], torch.compile

@@ -4,7 +4,8 @@ Triton's launcher takes Python objects apart at every call: some twenty microsec
 with the shapes, strides and masks of an attention, more than all else that a small call does. A
 launch that was prepared differs from its first one in addresses only. Here its arguments are
 written into memory in the order and the types of the compiled kernel's signature, and a call
-changes the addresses among them and asks the driver (cuLaunchKernel, by ctypes).
+changes the addresses among them, and those in the copy engine's maps (`tensor_maps.py`), and asks
+the driver (cuLaunchKernel, by ctypes).
 
 What the kernel takes is read off its PTX: if the layout made from the signature does not agree
 with it, or the kernel asks for anything unusual, Triton's launcher serves.
@@ -15,10 +16,13 @@ import functools
 import re
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from msfs_kernels import tensor_maps
+from msfs_kernels.tensor_maps import TensorMap
 
 CELLS = {
     "i32": ctypes.c_int32,
@@ -50,27 +54,54 @@ def parameters(types: Any, args: Any) -> Iterator[tuple[str, Any]]:
 def sizes(ptx: str) -> list[int]:
     """Bytes of each parameter of the kernel in a PTX module."""
     entry = re.search(r"\.entry[^(]*\((.*?)\)", ptx, re.DOTALL)
-    found = re.findall(r"\.param\s+\.[a-z](\d+)", entry.group(1)) if entry else []
-    return [int(bits) // 8 for bits in found]
+    found = re.findall(
+        r"\.param\s+\.(?:[a-z](\d+)|align\s+\d+\s+\.b8\s+\w+\[(\d+)\])",
+        entry.group(1) if entry else "",
+    )
+    return [int(bits) // 8 if bits else int(bytes_) for bits, bytes_ in found]
 
 
-def layout(
-    compiled: Any, args: Sequence[Any], tensors: Sequence[Tensor | None]
-) -> tuple[list[Any], list[int | None]] | None:
-    """Memory for each parameter of the kernel, and which of the tensors it is the address of; None
-    where only Triton knows.
+class Layout(NamedTuple):
+    """Memory for each parameter of the kernel, and which of the tensors' addresses is in it; of the
+    copy engine's maps also what Triton makes them of.
     """
+
+    cells: list[Any]
+    numbers: list[int | None]
+    maps: list[tuple[TensorMap, Any, Any]]  # map, descriptor, its entry in the metadata
+
+
+def layout(compiled: Any, args: Sequence[Any], tensors: Sequence[Tensor | None]) -> Layout | None:
+    """None where only Triton knows."""
     numbers_of = {id(x): number for number, x in enumerate(tensors) if x is not None}
+    metas = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
     cells: list[Any] = []
     numbers: list[int | None] = []
+    maps: list[tuple[TensorMap, Any, Any]] = []
     for kind, arg in parameters(compiled.src.signature.values(), args):
-        pointer = kind.startswith("*")
-        if not pointer and kind not in CELLS:  # a descriptor of the copy engine
+        described = kind.startswith("tensordesc")
+        number = numbers_of.get(id(arg.base if described else arg))
+        if described:  # the kernel takes the map, and sizes and strides once more
+            meta = next(metas, None)
+            if number is None or not tensor_maps.is_known(arg, meta):
+                return None
+            maps.append((tensor_maps.unfilled(), arg, meta))
+            sizes_and_strides = [
+                *(ctypes.c_int32(size) for size in arg.shape),
+                *(ctypes.c_int64(stride) for stride in arg.strides),
+            ]
+            cells += [maps[-1][0], *sizes_and_strides]
+            numbers += [number, *[None] * len(sizes_and_strides)]
+        elif kind.startswith("*"):
+            if number is None:
+                return None
+            cells.append(ctypes.c_uint64())
+            numbers.append(number)
+        elif kind in CELLS:
+            cells.append(CELLS[kind](arg))
+            numbers.append(None)
+        else:
             return None
-        if pointer and id(arg) not in numbers_of:
-            return None
-        cells.append(ctypes.c_uint64() if pointer else CELLS[kind](arg))
-        numbers.append(numbers_of[id(arg)] if pointer else None)
     # Behind the arguments Triton passes the addresses of two scratch memories, here of none.
     expected = sizes(compiled.asm["ptx"])
     scratch = expected[len(cells) :]
@@ -78,7 +109,7 @@ def layout(
     numbers += [None] * len(scratch)
     if len(scratch) > 2 or [ctypes.sizeof(cell) for cell in cells] != expected:
         return None
-    return cells, numbers
+    return Layout(cells, numbers, maps)
 
 
 class DriverLaunch:
@@ -88,7 +119,10 @@ class DriverLaunch:
         self, compiled: Any, grid: Sequence[int], cells: list[Any], numbers: list[int | None]
     ):
         self.cells = cells  # kept alive: the driver reads them by the addresses below
-        self.places = [(cell, n) for cell, n in zip(cells, numbers, strict=True) if n is not None]
+        places = [(cell, n) for cell, n in zip(cells, numbers, strict=True) if n is not None]
+        self.places = [(cell, n) for cell, n in places if not isinstance(cell, TensorMap)]
+        self.maps = [(ctypes.addressof(x), n) for x, n in places if isinstance(x, TensorMap)]
+        self.move = tensor_maps.functions()[1] if self.maps else None
         self.parameters = (ctypes.c_void_p * len(cells))(*map(ctypes.addressof, cells))
         block = (32 * compiled.metadata.num_warps, 1, 1)
         self.before = (compiled.function, *grid, *block, compiled.metadata.shared)
@@ -101,6 +135,9 @@ class DriverLaunch:
         with self.one_at_a_time:
             for cell, number in self.places:
                 cell.value = tensors[number].data_ptr()  # pyright: ignore[reportOptionalMemberAccess]
+            for address, number in self.maps:
+                if self.move(address, tensors[number].data_ptr()) != 0:  # pyright: ignore
+                    return False
             return self.launch(*self.before, stream, self.parameters, None) == 0
 
 
@@ -117,4 +154,6 @@ def driver_launch(
     if any(unusual) or meta.global_scratch_size or meta.profile_scratch_size:
         return None
     found = layout(compiled, args, tensors)
-    return None if found is None else DriverLaunch(compiled, grid, *found)
+    if found is None or not all(tensor_maps.fill(*one) for one in found.maps):
+        return None
+    return DriverLaunch(compiled, grid, found.cells, found.numbers)

@@ -18,15 +18,14 @@ Source: Dao 2023 (FlashAttention-2), Algorithm 1, differentiated; Shah et al. 20
 (FlashAttention-3), section 3.1.
 """
 
-# Lists have no stars in Triton's language, and tuples are taken apart whole.
-# ruff: noqa: RUF005, RUF059
+# Tuples are taken apart whole.
+# ruff: noqa: RUF059
 # Device functions are Python to pyright: tiles, constants and pointers have no types of theirs.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalOperand=false
 # pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
 # pyright: reportAssignmentType=false, reportGeneralTypeIssues=false
 
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -38,17 +37,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from msfs_kernels.gluon_forward import (
+from msfs_kernels.gluon_forward import softmax
+from msfs_kernels.gluon_program import (
     CONSUMERS,
     ROWS,
-    balanced_wave,
+    barriers_for,
+    buffers_for,
     copy_in,
     copy_out,
     descriptor,
     key_blocks,
-    multiprocessors,
     place,
-    softmax,
+    work_of,
 )
 from msfs_kernels.launching import Launch
 from msfs_kernels.options import Options
@@ -148,9 +148,9 @@ def round_of(
 
 @gluon.jit
 def consumer(
-    o, to, lse, tlse, buffers, barriers, work, scale, scale_log2, C: gl.constexpr,
-    CAUSAL: gl.constexpr, STAGES: gl.constexpr, EVEN: gl.constexpr,
-):  # fmt: skip
+    given, C: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr, EVEN: gl.constexpr
+):
+    o, to, lse, tlse, buffers, barriers, work, scale, scale_log2 = given
     tiles, blocks, heads, H, group, T, S, wave = work
     q_s, tq_s, k_s, tk_s, v_s, tv_s, o_s = buffers
     q_full, q_free, k_full, k_free, v_full, v_free = barriers
@@ -227,70 +227,23 @@ def dual_kernel(
     """The first eight are descriptors of tiles of one head; tiles = blocks * heads, heads = B * H,
     group = H / G. EVEN promises that no key block has an edge.
     """
-    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    q_s = gl.allocate_shared_memory(q.dtype, [CONSUMERS] + q.block_type.shape, q.layout)
-    tq_s = gl.allocate_shared_memory(q.dtype, [CONSUMERS] + q.block_type.shape, q.layout)
-    o_s = gl.allocate_shared_memory(o.dtype, [CONSUMERS] + o.block_type.shape, o.layout)
-    k_s = gl.allocate_shared_memory(k.dtype, [STAGES] + k.block_type.shape, k.layout)
-    tk_s = gl.allocate_shared_memory(k.dtype, [STAGES] + k.block_type.shape, k.layout)
-    v_s = gl.allocate_shared_memory(v.dtype, [STAGES] + v.block_type.shape, v.layout)
-    tv_s = gl.allocate_shared_memory(v.dtype, [STAGES] + v.block_type.shape, v.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], BARRIER)
-    q_free = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], BARRIER)
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    for c in gl.static_range(CONSUMERS):
-        mbarrier.init(q_full.index(c), count=1)
-        mbarrier.init(q_free.index(c), count=1)
-    for s in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(s), count=1)
-        mbarrier.init(k_free.index(s), count=CONSUMERS)
-        mbarrier.init(v_full.index(s), count=1)
-        mbarrier.init(v_free.index(s), count=CONSUMERS)
+    q_s, tq_s, o_s = (
+        buffers_for(q, CONSUMERS), buffers_for(tq, CONSUMERS), buffers_for(o, CONSUMERS)
+    )  # fmt: skip
+    k_s, tk_s = buffers_for(k, STAGES), buffers_for(tk, STAGES)
+    v_s, tv_s = buffers_for(v, STAGES), buffers_for(tv, STAGES)
+    q_full, q_free = barriers_for(CONSUMERS, 1)
+    k_full, k_free = barriers_for(STAGES, CONSUMERS)
+    v_full, v_free = barriers_for(STAGES, CONSUMERS)
     fence_async_shared()
     buffers = (q_s, tq_s, k_s, tk_s, v_s, tv_s, o_s)
     barriers = (q_full, q_free, k_full, k_free, v_full, v_free)
     work = (tiles, blocks, heads, H, group, T, S, wave)
+    given = (o, to, lse, tlse, buffers, barriers, work, scale, scale_log2)
     gl.warp_specialize(
         [
-            (
-                consumer,
-                (
-                    o,
-                    to,
-                    lse,
-                    tlse,
-                    buffers,
-                    barriers,
-                    work,
-                    scale,
-                    scale_log2,
-                    0,
-                    CAUSAL,
-                    STAGES,
-                    EVEN,
-                ),
-            ),
-            (
-                consumer,
-                (
-                    o,
-                    to,
-                    lse,
-                    tlse,
-                    buffers,
-                    barriers,
-                    work,
-                    scale,
-                    scale_log2,
-                    1,
-                    CAUSAL,
-                    STAGES,
-                    EVEN,
-                ),
-            ),
+            (consumer, (given, 0, CAUSAL, STAGES, EVEN)),
+            (consumer, (given, 1, CAUSAL, STAGES, EVEN)),
             (producer, (q, k, v, tq, tk, tv, buffers, barriers, work, CAUSAL, STAGES)),
         ],
         [4, 1],
@@ -305,11 +258,8 @@ def plan_dual(
     tq: Tensor, tk: Tensor, tv: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
     to: Tensor, tlse: Tensor, options: Options,
 ) -> Launch:  # fmt: skip
-    (B, H, T, D), (_, G, S, _) = q.shape, v.shape
-    block, stages = TILES[D]
-    blocks = triton.cdiv(T, 128)
-    tiles = blocks * B * H
-    programs = min(multiprocessors(q), tiles)
+    block, stages = TILES[q.shape[-1]]
+    programs, sizes, wave = work_of(q, v, options)
     return Launch(
         dual_kernel,
         (programs,),
@@ -319,21 +269,15 @@ def plan_dual(
             *(descriptor(x, 64) for x in (o, to)),
             lse,
             tlse,
-            tiles,
-            blocks,
-            B * H,
-            H,
-            H // G,
-            T,
-            S,
+            *sizes,
             options.scale,
             options.scale * LOG2E.value,
-            balanced_wave(blocks, programs) if options.causal else 1,
+            wave,
         ),
         dict(
             CAUSAL=options.causal,
             STAGES=stages,
-            EVEN=not options.causal and S % block == 0,
+            EVEN=not options.causal and v.shape[2] % block == 0,
             num_warps=4,
         ),
     )

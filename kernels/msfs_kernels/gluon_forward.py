@@ -32,18 +32,14 @@ stores nothing there.
 Source: Shah et al. 2024 (FlashAttention-3), sections 3.1 and 3.2.
 """
 
-# Lists have no stars in Triton's language, and tuples are taken apart whole.
-# ruff: noqa: RUF005, RUF059
+# Tuples are taken apart whole.
+# ruff: noqa: RUF059
 # Device functions are Python to pyright: tiles, constants and pointers have no types of theirs.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalOperand=false
 # pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
 # pyright: reportAssignmentType=false, reportGeneralTypeIssues=false
 
-import math
-
-import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -54,48 +50,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from msfs_kernels.gluon_program import (
+    CONSUMERS,
+    ROWS,
+    barriers_for,
+    buffers_for,
+    copy_in,
+    copy_out,
+    descriptor,
+    key_blocks,
+    place,
+    work_of,
+)
 from msfs_kernels.launching import Launch
 from msfs_kernels.options import Options
 from msfs_kernels.triton_common import LN2, LOG2E
-
-ROWS = gl.constexpr(64)  # queries of a consumer: the height of a warpgroup's product
-CONSUMERS = gl.constexpr(2)
-# Triton 3.7 renamed them.
-copy_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-copy_out = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
-
-
-@gluon.jit
-def place(step, tiles, blocks, heads, wave):
-    """(query block, flat head) of this program's step-th tile, or a block below 0 if it has none.
-
-    Heads go in groups of `wave`, in each the longest tiles of a causal mask first. Every second
-    round of programs goes backwards: who got the longest of one round gets the shortest of the
-    next.
-    """
-    programs = gl.num_programs(0)
-    mine = gl.program_id(0)
-    if step % 2 == 1:
-        mine = programs - 1 - mine
-    tile = step * programs + mine
-    group = tile // (wave * blocks)
-    rest = tile - group * (wave * blocks)
-    size = gl.maximum(gl.minimum(wave, heads - group * wave), 1)
-    block = blocks - 1 - rest // size
-    return gl.where(tile < tiles, block, -1), group * wave + rest % size
-
-
-@gluon.jit
-def key_blocks(row, T, S, CAUSAL: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr):
-    """(all, unmasked) key blocks of queries row .. row + BM - 1; at least one, if hidden whole."""
-    high = S
-    full = S
-    if CAUSAL:
-        high = gl.minimum(S, gl.minimum(row + BM, T) + (S - T))
-        full = gl.maximum(gl.minimum(S, row + 1 + (S - T)), 0)
-    return gl.maximum((high + BN - 1) // BN, 1), full // BN
 
 
 @gluon.jit
@@ -199,9 +169,9 @@ def round_of(
 
 @gluon.jit
 def consumer(
-    o, lse, buffers, barriers, work, scale_log2, C: gl.constexpr, CAUSAL: gl.constexpr,
-    STAGES: gl.constexpr, EVEN: gl.constexpr,
-):  # fmt: skip
+    given, C: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr, EVEN: gl.constexpr
+):
+    o, lse, buffers, barriers, work, scale_log2 = given
     tiles, blocks, heads, H, group, T, S, wave = work
     q_s, k_s, v_s, o_s = buffers
     q_full, q_free, k_full, k_free, v_full, v_free = barriers
@@ -284,61 +254,26 @@ def forward_kernel(
     """q, k, v, o are descriptors of tiles of one head; tiles = blocks * heads, heads = B * H, group
     = H / G. EVEN promises that no key block has an edge.
     """
-    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    q_s = gl.allocate_shared_memory(q.dtype, [CONSUMERS] + q.block_type.shape, q.layout)
-    o_s = gl.allocate_shared_memory(o.dtype, [CONSUMERS] + o.block_type.shape, o.layout)
-    k_s = gl.allocate_shared_memory(k.dtype, [STAGES] + k.block_type.shape, k.layout)
-    v_s = gl.allocate_shared_memory(v.dtype, [STAGES] + v.block_type.shape, v.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], BARRIER)
-    q_free = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], BARRIER)
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    for c in gl.static_range(CONSUMERS):
-        mbarrier.init(q_full.index(c), count=1)
-        mbarrier.init(q_free.index(c), count=1)
-    for s in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(s), count=1)
-        mbarrier.init(k_free.index(s), count=CONSUMERS)
-        mbarrier.init(v_full.index(s), count=1)
-        mbarrier.init(v_free.index(s), count=CONSUMERS)
+    q_s, o_s = buffers_for(q, CONSUMERS), buffers_for(o, CONSUMERS)
+    k_s, v_s = buffers_for(k, STAGES), buffers_for(v, STAGES)
+    q_full, q_free = barriers_for(CONSUMERS, 1)
+    k_full, k_free = barriers_for(STAGES, CONSUMERS)
+    v_full, v_free = barriers_for(STAGES, CONSUMERS)
     fence_async_shared()
     buffers = (q_s, k_s, v_s, o_s)
     barriers = (q_full, q_free, k_full, k_free, v_full, v_free)
     work = (tiles, blocks, heads, H, group, T, S, wave)
+    given = (o, lse, buffers, barriers, work, scale_log2)
     # A program has 512 registers for one thread of each of its warpgroups.
     gl.warp_specialize(
         [
-            (consumer, (o, lse, buffers, barriers, work, scale_log2, 0, CAUSAL, STAGES, EVEN)),
-            (consumer, (o, lse, buffers, barriers, work, scale_log2, 1, CAUSAL, STAGES, EVEN)),
+            (consumer, (given, 0, CAUSAL, STAGES, EVEN)),
+            (consumer, (given, 1, CAUSAL, STAGES, EVEN)),
             (producer, (q, k, v, buffers, barriers, work, CAUSAL, STAGES)),
         ],
         [4, 1],
         [240, 24],
     )
-
-
-def descriptor(x: Tensor, rows: int) -> TensorDescriptor:
-    """A copy-engine descriptor of (B, H, T, K) for tiles of `rows` of one head."""
-    unit = x.shape[-1]  # any aligned stride will do for a dim of size 1
-    strides = [
-        stride if size > 1 else unit
-        for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)
-    ]
-    block = [1, 1, rows, x.shape[-1]]
-    dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], block, layout)
-
-
-def multiprocessors(x: Tensor) -> int:
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
-
-
-def balanced_wave(blocks: int, programs: int) -> int:
-    """The fewest heads whose tiles make pairs of whole rounds: all programs then do as much."""
-    return 2 * programs // math.gcd(blocks, 2 * programs)
 
 
 BLOCK = 128  # keys
@@ -348,10 +283,7 @@ STAGES = {64: 4, 128: 2}  # by head dim
 def plan_forward(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, options: Options
 ) -> Launch:
-    (B, H, T, D), (_, G, S, _) = q.shape, v.shape
-    blocks = triton.cdiv(T, 128)
-    tiles = blocks * B * H
-    programs = min(multiprocessors(q), tiles)
+    programs, sizes, wave = work_of(q, v, options)
     return Launch(
         forward_kernel,
         (programs,),
@@ -361,20 +293,14 @@ def plan_forward(
             descriptor(v, BLOCK),
             descriptor(o, 64),
             lse,
-            tiles,
-            blocks,
-            B * H,
-            H,
-            H // G,
-            T,
-            S,
+            *sizes,
             options.scale * LOG2E.value,
-            balanced_wave(blocks, programs) if options.causal else 1,
+            wave,
         ),
         dict(
             CAUSAL=options.causal,
-            STAGES=STAGES[D],
-            EVEN=not options.causal and S % BLOCK == 0,
+            STAGES=STAGES[q.shape[-1]],
+            EVEN=not options.causal and v.shape[2] % BLOCK == 0,
             num_warps=4,
         ),
     )

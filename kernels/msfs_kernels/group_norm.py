@@ -56,31 +56,38 @@ def plain_group_norm(
 
 class GroupNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, gain, bias, shift, groups: int, eps: float, silu: bool) -> Tensor:
+    def forward(ctx: Any, x, gain, bias, shift, groups: int, eps: float, silu: bool, passes: bool):
         from . import triton_group_norm
 
+        triton_group_norm.expect(x, gain, bias, shift, groups, any(ctx.needs_input_grad))
         y, found = triton_group_norm.forward(x, gain, bias, shift, groups, eps, silu)
         ctx.save_for_backward(x, gain, bias, shift, *found)
         ctx.options = groups, eps, silu
-        return y
+        ctx.set_materialize_grads(False)
+        return (y, x) if passes else y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:  # pyright: ignore
+    def backward(ctx: Any, dy: Tensor | None, more: Tensor | None = None) -> Any:  # pyright: ignore
         from . import triton_group_norm
 
+        if dy is None:  # only what passed was used
+            return more, None, None, None, *NONE
         x, gain, bias, shift, *found = ctx.saved_tensors
         if torch.is_grad_enabled():  # somebody differentiates this gradient
             given = x, gain, bias, shift
             wanted = [t for t, need in zip(given, ctx.needs_input_grad, strict=False) if need]
             y = plain_group_norm(*given, *ctx.options)
             grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
-            return *(next(grads) if need else None for need in ctx.needs_input_grad[:4]), *NONE
+            grads = [next(grads) if need else None for need in ctx.needs_input_grad[:4]]
+            if grads[0] is not None and more is not None:
+                grads[0] = grads[0] + more
+            return *grads, *NONE
         found = triton_group_norm.Statistics(*found)
         silu = ctx.options[2]
-        return *triton_group_norm.backward(dy, x, gain, bias, shift, found, silu), *NONE
+        return *triton_group_norm.backward(dy, x, gain, bias, shift, found, silu, more), *NONE
 
 
-NONE = (None,) * 3
+NONE = (None,) * 4
 
 
 def group_norm(
@@ -92,7 +99,8 @@ def group_norm(
     *,
     shift: Tensor | None = None,
     silu: bool = False,
-) -> Tensor:
+    passes: bool = False,
+) -> Any:
     """GroupNorm of x + shift, and SiLU of it.
 
     Args:
@@ -100,6 +108,8 @@ def group_norm(
         gain, bias: (C,) float.
         shift: (B, C), added to every pixel before; None adds nothing.
         silu: z sigmoid(z) of what is normalized.
+        passes: returns (y, x). Who uses that x beside y, as a residual block does, has both
+            gradients of x added where the norm's is made.
 
     Raises:
         ValueError: groups that do not divide the channels; a gain, bias or shift of another shape.
@@ -119,11 +129,12 @@ def group_norm(
             "and channel"
         )
     if not fused(x):
-        return plain_group_norm(x, gain, bias, shift, groups, eps, silu)
+        y = plain_group_norm(x, gain, bias, shift, groups, eps, silu)
+        return (y, x) if passes else y
     # The kernels know no strides of these; in the rule, second derivatives would end at the copies.
     shift = None if shift is None else shift.contiguous()
     given = x, gain.contiguous(), bias.contiguous(), shift
-    return GroupNorm.apply(*given, groups, eps, silu)  # pyright: ignore
+    return GroupNorm.apply(*given, groups, eps, silu, passes)  # pyright: ignore
 
 
 class Join(torch.autograd.Function):
@@ -152,12 +163,19 @@ class Residual(torch.autograd.Function):
         from . import triton_group_norm
 
         ctx.has = bias is not None, x is not None
+        ctx.dtype = None if bias is None else bias.dtype
         return triton_group_norm.residual(y, None if bias is None else bias.contiguous(), x)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:  # pyright: ignore
-        has_bias, has_x = ctx.has
-        return dy, dy.sum((0, 2, 3)) if has_bias else None, dy if has_x else None
+        from . import triton_group_norm
+
+        (has_bias, has_x), dbias = ctx.has, None
+        if has_bias and fused(dy) and not torch.is_grad_enabled():
+            dbias = triton_group_norm.sums_of_channels(dy, ctx.dtype)
+        elif has_bias:
+            dbias = dy.sum((0, 2, 3))
+        return dy, dbias, dy if has_x else None
 
 
 def residual(y: Tensor, bias: Tensor | None, x: Tensor | None = None) -> Tensor:

@@ -14,26 +14,60 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
-from .triton_common import tanh
+from .triton_common import LOG2E, tanh
 
-BLOCK = 8192  # logits at a time
+BLOCK = 4096  # logits at a time; the first reading takes two such blocks
 LOWEST = tl.constexpr(-3.0e38)  # where a lane's maximum begins; -inf would make NaN of -inf - -inf
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+
+
+@triton.jit
+def exponential(x, FAST: tl.constexpr):
+    """2^x by one instruction, which gives 0 for what is below float32's normal numbers; or e^x."""
+    if not FAST:
+        return tl.exp(x)
+    if INTERPRETED:
+        return tl.exp2(x)
+    return tl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def read(start, bias, j, vocab, softcap, CAP: tl.constexpr):
+    """Logits j of a row, -inf beyond the vocabulary."""
+    s = tl.load(start + j, mask=j < vocab, other=float("-inf")).to(tl.float32)
+    if bias is not None:
+        s += tl.load(bias + j, mask=j < vocab, other=0.0).to(tl.float32)
+    if CAP:
+        s = tl.where(j < vocab, softcap * tanh(s / softcap), float("-inf"))
+    return s
 
 
 @triton.jit
 def row_kernel(
     logits, bias, labels, losses, rows, vocab, bias_stride, label_smoothing, ignore_index, z_loss,
-    softcap, SMOOTH: tl.constexpr, CAP: tl.constexpr, STORE: tl.constexpr, LANES: tl.constexpr,
-    BLOCK: tl.constexpr,
+    softcap, SMOOTH: tl.constexpr, Z: tl.constexpr, CAP: tl.constexpr, STORE: tl.constexpr,
+    LANES: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """losses[row], and da over logits[row]; rows is the number of items of one problem."""
+    """losses[row], and da over logits[row]; rows is the number of items of one problem.
+
+    The arithmetic of an element takes as long as its way to memory and back, so it is kept short:
+    what no option asks for is left out, and FAST, for 16-bit logits, counts in powers of two.
+    """
+    unit = LOG2E if FAST else 1.0  # of t and lse_t, which are s and lse in powers of two or of e
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + row)
     start = logits + row * vocab
     if bias is not None:
         bias += (row // rows) * bias_stride
     kept = label != ignore_index
+    # To look whether a label is a class would make the CPU wait: of one that is none the loss and
+    # the gradient are NaN, and nothing beyond the row is read.
+    known = (label >= 0) & (label < vocab)
+    label = label.to(tl.int32)
     if kept:
         top = float("-inf")
         total = 0.0
@@ -42,32 +76,35 @@ def row_kernel(
             top = tl.full([BLOCK], LOWEST, tl.float32)
             total = tl.zeros([BLOCK], tl.float32)
             added = tl.zeros([BLOCK], tl.float32)
-        for first in range(0, vocab, BLOCK):
+        for first in range(0, vocab, 2 * BLOCK if LANES else BLOCK):
             j = first + tl.arange(0, BLOCK)
-            s = tl.load(start + j, mask=j < vocab, other=float("-inf")).to(tl.float32)
-            if bias is not None:
-                s += tl.load(bias + j, mask=j < vocab, other=0.0).to(tl.float32)
-            if CAP:
-                s = tl.where(j < vocab, softcap * tanh(s / softcap), float("-inf"))
-            if LANES:
-                higher = tl.maximum(top, s)
-                total = total * tl.exp(top - higher) + tl.exp(s - higher)
+            s = read(start, bias, j, vocab, softcap, CAP)
+            t = s * unit
+            if LANES:  # two logits to a correction of the sum
+                s2 = read(start, bias, j + BLOCK, vocab, softcap, CAP)
+                t2 = s2 * unit
+                higher = tl.maximum(top, tl.maximum(t, t2))
+                both = exponential(t - higher, FAST) + exponential(t2 - higher, FAST)
+                total = total * exponential(top - higher, FAST) + both
+                if SMOOTH:
+                    added += tl.where(j < vocab, s, 0.0) + tl.where(j + BLOCK < vocab, s2, 0.0)
             else:
-                higher = tl.maximum(top, tl.max(s, 0))
-                total = total * tl.exp(top - higher) + tl.sum(tl.exp(s - higher), 0)
+                higher = tl.maximum(top, tl.max(t, 0))
+                total = total * exponential(top - higher, FAST)
+                total += tl.sum(exponential(t - higher, FAST), 0)
+                if SMOOTH:
+                    added += tl.sum(tl.where(j < vocab, s, 0.0), 0)
             top = higher
-            if SMOOTH:
-                real = tl.where(j < vocab, s, 0.0)
-                added += real if LANES else tl.sum(real, 0)
         if LANES:
             most = tl.max(top, 0)
-            total = tl.sum(total * tl.exp(top - most), 0)
+            total = tl.sum(total * exponential(top - most, FAST), 0)
             top = most
             added = tl.sum(added, 0)
-        lse = top + tl.log(total)
-        chosen = tl.load(start + label).to(tl.float32)
+        lse_t = tl.where(known, top + tl.log(total) * unit, float("nan"))
+        lse = lse_t / unit
+        chosen = tl.load(start + label, mask=known, other=0.0).to(tl.float32)
         if bias is not None:
-            chosen += tl.load(bias + label).to(tl.float32)
+            chosen += tl.load(bias + label, mask=known, other=0.0).to(tl.float32)
         if CAP:
             chosen = softcap * tanh(chosen / softcap)
         loss = lse - (1 - label_smoothing) * chosen + z_loss * lse * lse
@@ -76,15 +113,14 @@ def row_kernel(
         tl.store(losses + row, loss)
         if STORE:
             tl.debug_barrier()  # every thread has read the label's logit before it is overwritten
-            grown = 1 + 2 * z_loss * lse
             for first in range(0, vocab, BLOCK):
                 j = first + tl.arange(0, BLOCK)
-                s = tl.load(start + j, mask=j < vocab, other=0.0).to(tl.float32)
-                if bias is not None:
-                    s += tl.load(bias + j, mask=j < vocab, other=0.0).to(tl.float32)
-                if CAP:
-                    s = softcap * tanh(s / softcap)
-                ds = tl.exp(s - lse) * grown - label_smoothing / vocab
+                s = read(start, bias, j, vocab, softcap, CAP)
+                ds = exponential(s * unit - lse_t, FAST)
+                if Z:
+                    ds *= 1 + 2 * z_loss * lse
+                if SMOOTH:
+                    ds -= label_smoothing / vocab
                 ds = tl.where(j == label, ds - (1 - label_smoothing), ds)
                 if CAP:
                     ds *= 1.0 - (s / softcap) * (s / softcap)
@@ -114,7 +150,9 @@ def gradient_of_logits_(
     if losses.numel() == 0:
         return losses, logits
     bias = None if bias is None else bias.contiguous()
-    block = min(BLOCK, triton.next_power_of_2(vocab))
+    # a row of at most two blocks is read as one; lanes would take twice its exponentials
+    lanes = vocab > 2 * BLOCK
+    block = BLOCK if lanes else triton.next_power_of_2(vocab)
     row_kernel[(M * N,)](
         logits,
         bias,
@@ -128,10 +166,12 @@ def gradient_of_logits_(
         z_loss,
         softcap,
         SMOOTH=label_smoothing > 0,
+        Z=z_loss != 0,
         CAP=softcap > 0,
         STORE=store,
-        LANES=vocab > block,
+        LANES=lanes,
+        FAST=logits.itemsize == 2,
         BLOCK=block,
-        num_warps=max(4, block // 512),
+        num_warps=min(16, max(4, block // 256)),
     )
     return losses, logits

@@ -34,10 +34,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from msfs_kernels import ahead
+from msfs_kernels.launching import INTERPRETED, Launch, launches_of
+
 MOST_PARTS = 256  # of the pixels of one image
 # Pixels and channels of a tile, warps. Sums want many bytes on their way at once.
 TILE = {"BP": 32, "BC": 64, "num_warps": 4}
 SUMS_TILE = {"BP": 128, "BC": 64, "num_warps": 8}
+PARTS_TILE = {"BP": 16, "BC": 64, "num_warps": 4}
+PROGRAMS = 512  # about as many share a sum over all pixels of all images
 
 
 @triton.jit
@@ -219,11 +224,13 @@ def backward_combine_kernel(
     tl.store(dshift + b * C + c, total, mask=own)
 
 
-@triton.jit(do_not_specialize=["B", "given", "silu"])
+@triton.jit(do_not_specialize=["more_given", "B", "given", "silu"])
 def backward_apply_kernel(
-    x, shift, given, gain, bias, mean, rstd, dy, group_means, dx, B, P, C, G, batch_stride,
-    row_stride, dy_batch_stride, dy_row_stride, silu, BP: tl.constexpr, BC: tl.constexpr,
+    x, shift, given, gain, bias, mean, rstd, dy, group_means, by_image, dgain, dbias, more,
+    more_given, dx, B, P, C, G, batch_stride, row_stride, dy_batch_stride, dy_row_stride, silu,
+    BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
+    """dx, and `more` added; by the first program of each channel dgain and dbias, over images."""
     b = tl.program_id(2)
     pixels = tl.program_id(0) * BP + tl.arange(0, BP)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
@@ -236,7 +243,17 @@ def backward_apply_kernel(
     second = tl.load(group_means + B * G + group, mask=c < C, other=0.0)
     du = (dz * gamma[None, :] - first[None, :] - normal * second[None, :]) * scale[None, :]
     at = (b.to(tl.int64) * P + pixels[:, None]) * C + c[None, :]
+    there = (pixels < P)[:, None] & (c < C * more_given)[None, :]
+    du += tl.load(more + at, mask=there, other=0.0).to(tl.float32)
     tl.store(dx + at, du, mask=(pixels < P)[:, None] & (c < C)[None, :])
+    if (tl.program_id(0) == 0) & (b == 0):
+        weighted = tl.zeros([BC], tl.float32)
+        plain = tl.zeros([BC], tl.float32)
+        for image in range(B):
+            weighted += tl.load(by_image + image * C + c, mask=c < C, other=0.0)
+            plain += tl.load(by_image + (B + image) * C + c, mask=c < C, other=0.0)
+        tl.store(dgain + c, weighted, mask=c < C)
+        tl.store(dbias + c, plain, mask=c < C)
 
 
 @triton.jit
@@ -251,6 +268,32 @@ def residual_kernel(y, bias, x, out, N, C, BP: tl.constexpr, BC: tl.constexpr):
     if bias is not None:
         total += load_channels(bias, c, C)[None, :]
     tl.store(out + at, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=["PART"])
+def rows_kernel(x, sums, N, C, row_stride, PART, BP: tl.constexpr, BC: tl.constexpr):
+    """Sums over PART rows of (N, C)."""
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    begin = tl.program_id(0) * PART
+    stop = tl.minimum(begin + PART, N)
+    total = tl.zeros([BP, BC], tl.float32)  # over rows once, after the loop
+    for start in range(begin, stop, BP):
+        rows = start + tl.arange(0, BP)
+        inside = (rows < stop)[:, None] & (c < C)[None, :]
+        at = rows.to(tl.int64)[:, None] * row_stride + c[None, :]
+        total += tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(sums + tl.program_id(0) * C + c, tl.sum(total, 0), mask=c < C)
+
+
+@triton.jit(do_not_specialize=["PARTS"])
+def parts_kernel(sums, out, PARTS, C, BP: tl.constexpr, BC: tl.constexpr):
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    total = tl.zeros([BP, BC], tl.float32)
+    for start in range(0, PARTS, BP):
+        parts = start + tl.arange(0, BP)
+        inside = (parts < PARTS)[:, None] & (c < C)[None, :]
+        total += tl.load(sums + parts[:, None] * C + c[None, :], mask=inside, other=0.0)
+    tl.store(out + c, tl.sum(total, 0), mask=c < C)
 
 
 @triton.jit
@@ -302,23 +345,23 @@ def forward(
     mean, rstd = torch.empty((2, B, groups), dtype=torch.float32, device=x.device)
     found = Statistics(mean, rstd, torch.empty((B, C), dtype=torch.float32, device=x.device))
     added = (gain if shift is None else shift, int(shift is not None))
-    sums_kernel[(parts, triton.cdiv(C, SUMS_TILE["BC"]), B)](
-        x, *added, sums[0], sums[1], P, C, *strides, part, **SUMS_TILE
-    )
-    wide = wide_tile(parts, C // groups)
-    combine_kernel[(B * groups,)](sums[0], sums[1], *found, P, C, groups, parts, part, eps, **wide)
+    grid = (parts, triton.cdiv(C, SUMS_TILE["BC"]), B)
+    given = (x, *added, sums[0], sums[1], P, C, *strides, part)
+    Launch(sums_kernel, grid, given, SUMS_TILE).run()
+    given = (sums[0], sums[1], *found, P, C, groups, parts, part, eps)
+    Launch(combine_kernel, (B * groups,), given, wide_tile(parts, C // groups)).run()
     y = torch.empty_like(x, memory_format=torch.channels_last)
-    apply_kernel[(triton.cdiv(P, TILE["BP"]), triton.cdiv(C, TILE["BC"]), B)](
-        x, *added, gain, bias, mean, rstd, y, P, C, groups, *strides, int(silu), **TILE
-    )
+    grid = (triton.cdiv(P, TILE["BP"]), triton.cdiv(C, TILE["BC"]), B)
+    given = (x, *added, gain, bias, mean, rstd, y, P, C, groups, *strides, int(silu))
+    Launch(apply_kernel, grid, given, TILE).run()
     return y, found
 
 
 def backward(
     dy: Tensor, x: Tensor, gain: Tensor, bias: Tensor, shift: Tensor | None, found: Statistics,
-    silu: bool,
+    silu: bool, more: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Gradients of x, gain, bias and shift."""
+    """Gradients of x, gain, bias and shift; `more`, another gradient of x, is added in passing."""
     x, *strides = rows_of(x)
     dy, *dy_strides = rows_of(dy)
     B, C, P = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
@@ -331,20 +374,21 @@ def backward(
     mean, rstd, channel_mean = found
     given = (x, *added, gain, bias, mean, rstd, dy)
     rest = (P, C, groups, *strides, *dy_strides)
-    backward_sums_kernel[(parts, triton.cdiv(C, TILE["BC"]), B)](
-        *given, sums, *rest, part, int(silu), **TILE
-    )
+    grid = (parts, triton.cdiv(C, TILE["BC"]), B)
+    Launch(backward_sums_kernel, grid, (*given, sums, *rest, part, int(silu)), TILE).run()
+    combined = (sums, gain, mean, rstd, channel_mean, group_means, by_image, dshift)
+    combined += (B, P, C, groups, parts)
     wide = wide_tile(parts, C // groups)
-    backward_combine_kernel[(B * groups,)](
-        sums, gain, mean, rstd, channel_mean, group_means, by_image, dshift, B, P, C, groups,
-        parts, **wide,
-    )  # fmt: skip
+    Launch(backward_combine_kernel, (B * groups,), combined, wide).run()
     dx = torch.empty_like(x, memory_format=torch.channels_last)
     grid = (triton.cdiv(P, TILE["BP"]), triton.cdiv(C, TILE["BC"]), B)
-    backward_apply_kernel[grid](*given, group_means, dx, B, *rest, int(silu), **TILE)
-    dgain, dbias = by_image.sum(1)
-    dshift = None if shift is None else dshift
-    return dx, dgain.to(gain.dtype), dbias.to(bias.dtype), dshift
+    dgain, dbias = torch.empty_like(gain), torch.empty_like(bias)
+    has_more = more is not None
+    more = dx if more is None else more.contiguous(memory_format=torch.channels_last)
+    sums = (group_means, by_image, dgain, dbias, more, int(has_more))
+    given = (*given, *sums, dx, B, *rest, int(silu))
+    Launch(backward_apply_kernel, grid, given, TILE).run()
+    return dx, dgain, dbias, None if shift is None else dshift
 
 
 def residual(y: Tensor, bias: Tensor | None, x: Tensor | None) -> Tensor:
@@ -352,7 +396,25 @@ def residual(y: Tensor, bias: Tensor | None, x: Tensor | None) -> Tensor:
     out, C = torch.empty_like(y, memory_format=torch.channels_last), y.shape[1]
     N = y.numel() // C
     grid = (triton.cdiv(N, TILE["BP"]), triton.cdiv(C, TILE["BC"]))
-    residual_kernel[grid](y, bias, x, out, N, C, **TILE)
+    Launch(residual_kernel, grid, (y, bias, x, out, N, C), TILE).run()
+    return out
+
+
+def sums_of_channels(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(C,) sums over images and pixels of x in channels_last: the gradient of a bias. Torch's own
+    takes twice as long, as two of its passes and a memory fill for each of small sizes."""
+    x, image, row = rows_of(x)
+    if image != x.shape[2] * x.shape[3] * row:
+        x, image, row = rows_of(x.contiguous(memory_format=torch.channels_last))
+    C = x.shape[1]
+    N = x.numel() // C
+    columns = triton.cdiv(C, SUMS_TILE["BC"])
+    part = max(SUMS_TILE["BP"], triton.next_power_of_2(triton.cdiv(N * columns, PROGRAMS)))
+    parts = triton.cdiv(N, part)
+    sums = torch.empty((parts, C), dtype=torch.float32, device=x.device)
+    out = torch.empty(C, dtype=dtype, device=x.device)
+    Launch(rows_kernel, (parts, columns), (x, sums, N, C, row, part), SUMS_TILE).run()
+    Launch(parts_kernel, (columns,), (sums, out, parts, C), PARTS_TILE).run()
     return out
 
 
@@ -364,5 +426,33 @@ def split(x: Tensor, cut: int) -> tuple[Tensor, Tensor]:
         for n in (cut, C - cut)
     )
     grid = (triton.cdiv(B * H * W, TILE["BP"]), triton.cdiv(C, TILE["BC"]))
-    split_kernel[grid](x, first, second, B * H * W, C, cut, **TILE)
+    Launch(split_kernel, grid, (x, first, second, B * H * W, C, cut), TILE).run()
     return first, second
+
+
+EXPECTED: set[tuple] = set()
+
+
+def expect(
+    x: Tensor, gain: Tensor, bias: Tensor, shift: Tensor | None, groups: int, trained: bool
+) -> None:
+    """At the first norm of a kind: has all kernels compiled in threads (`ahead`) that a network of
+    such norms will launch. One by one, as they are met, they would hold up its first step.
+    """
+    device = x.device
+    key = (x.dtype, gain.dtype, None if shift is None else shift.dtype, trained, device)
+    if INTERPRETED or key in EXPECTED:
+        return
+    EXPECTED.add(key)
+
+    def all_of_them() -> None:
+        y, found = forward(x, gain, bias, shift, groups, 1e-5, True)
+        for other in (None, x):
+            residual(y, bias, other)
+        if trained:
+            backward(y, x, gain, bias, shift, found, True)
+            sums_of_channels(y, bias.dtype)
+            split(y, y.shape[1] // 2)
+
+    with torch.no_grad():
+        ahead.start(launches_of(all_of_them), device)

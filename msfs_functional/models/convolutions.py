@@ -85,6 +85,21 @@ def group_norm(
     return fused.group_norm(x, gain, bias, groups, eps, shift=shift, silu=silu)
 
 
+def norm_beside(
+    params: Params,
+    name: str,
+    x: Float[Tensor, "B C H W"],
+    groups: int,
+    eps: float,
+    *,
+    silu: bool = False,
+) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B C H W"]]:
+    """(its GroupNorm, x itself) for a block that adds to x what it makes of the norm: where x is
+    taken from here, its two gradients are added in passing."""
+    gain, bias = params[f"{name}.weight"], params[f"{name}.bias"]
+    return fused.group_norm(x, gain, bias, groups, eps, silu=silu, passes=True)
+
+
 def resnet(
     params: Params,
     x: Float[Tensor, "B C H W"],
@@ -109,7 +124,7 @@ def resnet(
     """
     if skip is not None:
         x = fused.join(x, skip)
-    y = group_norm(params, "norm_in", x, groups, eps, silu=True)
+    y, x = norm_beside(params, "norm_in", x, groups, eps, silu=True)
     y = convolve(params, "conv_in", y, bias=False)
     bias = params["conv_in.bias"].to(y.dtype)
     if time is None or scale_shift:

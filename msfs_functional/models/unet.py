@@ -11,8 +11,9 @@
                                       x = x + down(up(norm(x)) * gelu(gate(norm(x))))
 
 `unet(config)` gives pure functions: `init(seed)` and `apply(params, x, t, context)`. Transformers
-are regions: a step with compile="regions" compiles one of each shape. ResNet blocks have kernels of
-their own (`convolutions`).
+are regions: a step with compile="regions" compiles one of each shape. Not the middle's, where no
+other has its shape: compiling it takes as long as the others, for one of 16 and the smallest.
+ResNet blocks have kernels of their own (`convolutions`).
 
 Dimension key: B batch, C channels, H height, W width, S context tokens, X width of the context,
 T tokens (pixels), D width.
@@ -194,8 +195,9 @@ _blocks = region_of(blocks, thrifty=True)
 class Transformer(nn.Module):
     """Holds a transformer's parameters; its forward is `blocks` behind a norm."""
 
-    def __init__(self, width: int, heads: int, config: UNetConfig):
+    def __init__(self, width: int, heads: int, config: UNetConfig, *, region: bool):
         super().__init__()
+        self.run = _blocks if region else blocks
         self.context = config.context
         self.options = {"heads": heads, "depth": config.transformer_depth}
         self.groups = config.groups
@@ -243,7 +245,7 @@ class Transformer(nn.Module):
         eps = 1e-6 if options["depth"] else 1e-5  # as published, both
         normed = group_norm(params, "norm", x, self.groups, eps)
         params = {name: p for name, p in params.items() if not name.startswith("norm.")}
-        return _blocks(
+        return self.run(
             *(params, x, normed, context, context_lengths),
             implementation=implementation,
             **options,
@@ -261,6 +263,7 @@ class Level(nn.Module):
         *,
         transformers: int,
         leave: str | None,  # "shrink", "enlarge" or None
+        region: bool = True,  # whether others have transformers of these shapes
     ):
         super().__init__()
         width, heads = config.widths[level], config.heads[level]
@@ -272,7 +275,7 @@ class Level(nn.Module):
         time = 4 * config.widths[0]
         self.resnets = nn.ModuleList(Resnet(n, width, time, **options) for n in inputs)
         self.transformers = nn.ModuleList(
-            Transformer(width, heads, config) for _ in range(transformers)
+            Transformer(width, heads, config, region=region) for _ in range(transformers)
         )
         if leave is not None:
             stride = 2 if leave == "shrink" else 1
@@ -303,7 +306,9 @@ class UNet(nn.Module):
             self.down.append(Level(inputs, i, config, transformers=count, leave=leave))
             left += [width] * (config.depth + (i < last))
         inputs = [widths[-1]] * (2 if config.middle_attention else 1)
-        self.middle = Level(inputs, last, config, transformers=len(inputs) - 1, leave=None)
+        middle: Any = {"transformers": len(inputs) - 1, "leave": None}
+        region = config.attention[-1] or config.transformer_depth > 1
+        self.middle = Level(inputs, last, config, **middle, region=region)
         self.up = nn.ModuleList()
         width = widths[-1]
         for i in range(last, -1, -1):

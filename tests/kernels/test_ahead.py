@@ -82,3 +82,16 @@ def test_plans_of_one_thread_are_not_those_of_another():
     go_on.set()
     thread.join()
     assert found == [[]]
+
+
+def test_the_first_norm_of_a_network_asks_for_all_its_kernels(monkeypatch):
+    from msfs_kernels import triton_group_norm
+
+    asked = []
+    monkeypatch.setattr(ahead, "start", lambda launches, device: asked.append(launches))
+    monkeypatch.setattr(triton_group_norm, "INTERPRETED", False)
+    monkeypatch.setattr(triton_group_norm, "EXPECTED", set())
+    x, gain = torch.zeros(1, 8, 2, 2).contiguous(memory_format=torch.channels_last), torch.ones(8)
+    for trained in (False, True, True):
+        triton_group_norm.expect(x, gain, gain, None, 2, trained)
+    assert [len(launches) for launches in asked] == [5, 11]

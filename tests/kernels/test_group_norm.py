@@ -112,6 +112,46 @@ def test_a_join_gives_its_gradient_back_in_whole_pieces_and_a_residual_adds(on_k
     on_kernels(check_joins)
 
 
+def check_passing():
+    """Both gradients of x are in one, also where one of the results is not used."""
+    x = image(2, 8, 3, 5)
+    gain, bias = 1 + x[0, :, 0, 0].detach(), x[0, :, 1, 1].detach()
+    for loss in (
+        lambda y, x: (y * x.square()).sum(),
+        lambda y, x: (x.square() + y.detach()).sum(),
+        lambda y, x: y.square().sum(),
+    ):
+        found = []
+        for fused in (True, False):
+            given = [t.detach().requires_grad_() for t in (x, gain, bias)]
+            with by_kernels(fused):
+                y, same = group_norm.group_norm(*given, 2, 1e-5, silu=True, passes=True)
+            assert torch.equal(same, x)
+            first = torch.autograd.grad(loss(y, same), given[0], create_graph=fused)
+            alone = [t.detach().requires_grad_() for t in (x, gain, bias)]
+            with by_kernels(fused):
+                y, same = group_norm.group_norm(*alone, 2, 1e-5, silu=True, passes=True)
+            found.append((first[0], torch.autograd.grad(loss(y, same), alone[0])[0]))
+        for ours in (*found[0], found[1][1]):
+            torch.testing.assert_close(ours, found[1][0], rtol=1e-4, atol=1e-4)
+
+
+def test_what_passes_a_norm_brings_its_gradient_along(on_kernels):
+    on_kernels(check_passing)
+
+
+def check_sums():
+    wide = image(3, 70, 19, 17)
+    for x in (wide, wide[:, 3:68], wide.contiguous(), wide[1:, :, :7]):
+        with mock.patch.object(triton_group_norm, "PROGRAMS", 8):
+            ours = triton_group_norm.sums_of_channels(x, torch.float32)
+        torch.testing.assert_close(ours.double(), x.double().sum((0, 2, 3)), rtol=1e-5, atol=1e-3)
+
+
+def test_sums_of_channels_over_parts_of_all_images_are_the_whole(on_kernels):
+    on_kernels(check_sums)
+
+
 def test_bad_groups_and_shifts_are_refused():
     x, one = torch.ones(1, 6, 2, 2), torch.ones(6)
     with pytest.raises(ValueError, match=r"groups \(4\) must divide the channels \(6\)"):

@@ -72,6 +72,29 @@ def test_the_driver_starts_what_tritons_launcher_starts():
     torch.testing.assert_close(call(), first.flip(-1), **CLOSE)
 
 
+@pytest.mark.parametrize("causal", [False, True])  # head dim 64: in Gluon on Hopper, and plain
+def test_the_driver_moves_maps_of_the_copy_engine_to_other_tensors(causal):
+    from msfs_kernels import launching, short
+
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("the copy engine takes maps since compute capability 9.0")
+    x, y = (inputs(T=600, S=700, seed=seed) for seed in range(2))
+    want = []
+    for z in (x, y):
+        short.REPLAYS.clear()
+        launching.PREPARED.clear()
+        want.append(flash_attention(*z, is_causal=causal))  # by Triton
+    (prepared,) = launching.PREPARED.values()
+    assert prepared is not None and prepared.direct is not None and prepared.direct.maps
+    assert all(
+        torch.equal(flash_attention(*z, is_causal=causal), o)
+        for z, o in zip((x, y, x), (*want, want[0]), strict=True)
+    )
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        call = functools.partial(flash_attention, *y, is_causal=causal)
+        assert torch.equal(pool.submit(call).result(), want[1])
+
+
 @pytest.mark.parametrize("T", [48, 600])  # tiles by pointers, and by the copy engine
 def test_the_short_way_tells_tensors_apart_whatever_came_before(T):
     x = inputs(T=T, S=T)

@@ -16,11 +16,11 @@ from msfs_kernels import (  # noqa: E402
     triton_tangent,
 )
 from msfs_kernels.configs import Config  # noqa: E402
-from msfs_kernels.driver_launch import layout  # noqa: E402
 from msfs_kernels.launching import Launch  # noqa: E402
 from msfs_kernels.options import Options  # noqa: E402
 from msfs_kernels.triton_common import padded  # noqa: E402
 from msfs_kernels.triton_compile import compile_launch, resources  # noqa: E402
+from parameters import parameters_agree  # noqa: E402
 
 SHARED = {80: 163, 90: 227, 100: 227}  # KiB a program may take
 KERNELS = ["forward", "few queries", "fused", "keys", "queries", "tangent", "bias", "decode"]
@@ -98,14 +98,6 @@ def took(launch: Launch, capability: int):
     compiled = compile_launch(launch, capability)
     assert parameters_agree(launch, compiled)
     return resources(compiled, capability)
-
-
-def parameters_agree(launch: Launch, compiled) -> bool:
-    """Whether what the driver is given is what the machine code takes."""
-    names = launch.kernel.arg_names[len(launch.args) :]
-    args = [*launch.args, *(launch.constants[name] for name in names)]
-    fields = [x for arg in args for x in (arg if isinstance(arg, tuple) else [arg])]
-    return layout(compiled, args, [x for x in fields if isinstance(x, torch.Tensor)]) is not None
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
