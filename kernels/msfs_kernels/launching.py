@@ -50,6 +50,25 @@ class Place(NamedTuple):
     number: int
 
 
+class Threads(threading.local):
+    awake = False
+
+
+THREADS = Threads()
+
+
+def wake_thread() -> bool:
+    """Makes the device's context this thread's by an ordinary launch of torch, once; whether this
+    was now. Without one the driver refuses, and so does Triton where it makes maps for the copy
+    engine.
+    """
+    if THREADS.awake:
+        return False
+    torch.zeros(1, device="cuda")
+    THREADS.awake = True
+    return True
+
+
 class Prepared(NamedTuple):
     """A compiled launch whose tensors can be exchanged for others of the same shapes, strides and
     alignment.
@@ -61,8 +80,9 @@ class Prepared(NamedTuple):
     places: list[Place]
 
     def run(self, tensors: Sequence[Tensor | None]) -> None:
-        if self.direct is not None and self.direct.run(tensors):
-            return
+        if self.direct is not None:
+            if self.direct.run(tensors) or (wake_thread() and self.direct.run(tensors)):
+                return
         args = self.args.copy()
         for position, field, number in self.places:
             if field is None:
@@ -183,6 +203,7 @@ def launch(
         everything = distinct(everything)
         options = Options._make((*everything[len(tensors) :], *options[TENSOR_OPTIONS:]))
         described = plan(*everything[: len(tensors)], options)
+        wake_thread()
         compiled = described.run()
         if key not in PREPARED:
             PREPARED[key] = prepare(described, compiled, everything)

@@ -7,6 +7,7 @@ triton = pytest.importorskip("triton")
 
 from msfs_kernels import (  # noqa: E402
     configs,
+    launching,
     triton_backward,
     triton_bias,
     triton_decode,
@@ -135,3 +136,21 @@ def test_float32_compiles_in_both_precisions(kernel, precision):
     options = Options(scale=0.1, precision=precision)
     used = took(launch_of(kernel, 32, options, config, torch.float32), 90)
     assert used.shared <= SHARED[90] * 1024
+
+
+def test_a_thread_is_woken_once_and_a_refused_launch_tried_again(monkeypatch):
+    made, tried = [], []
+
+    class Refuses:
+        """Until torch has launched something in this thread."""
+
+        def run(self, tensors) -> bool:
+            tried.append(len(made))
+            return bool(made)
+
+    monkeypatch.setattr(launching.torch, "zeros", lambda *_, **__: made.append(1))
+    monkeypatch.setattr(launching, "THREADS", launching.Threads())
+    prepared = launching.Prepared(Refuses(), None, [], [])  # pyright: ignore[reportArgumentType]
+    prepared.run([])
+    prepared.run([])
+    assert tried == [0, 1, 1] and made == [1]
