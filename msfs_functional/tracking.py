@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -180,7 +181,7 @@ class Tracker:
         bar = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),  # what the words leave
-            MofNCompleteColumn(),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
             TextColumn("{task.fields[status]}", markup=False),
             console=self._console,
             refresh_per_second=4,
