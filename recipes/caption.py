@@ -71,6 +71,7 @@ from msfs_functional.gathering import Sharded, gathered, sharded
 from msfs_functional.generation import Generator
 from msfs_functional.image_batches import DESCRIBE, Questions, texts_of
 from msfs_functional.image_corpora import Pictured
+from msfs_functional.layers import site_keys
 from msfs_functional.layouts import TOWERS
 from msfs_functional.losses import linear_cross_entropy
 from msfs_functional.models import decoder as decoders
@@ -188,7 +189,7 @@ def make_loss(config: Config, model: Functional, frozen: Params):
     def inner(params: Params, batch: dict[str, Tensor], key: Tensor | None):
         params = params if whole_params else cast(params, dtype)
         pixels = to_pixels(batch["pictures"], dtype)
-        first, rest = (None, None) if not config.model.dropout else random.split(key)
+        first, rest = site_keys(key if config.model.dropout else None, 2)
         seen = model.apply(params, pixels, key=first, **how, method="image_tokens")
         states = model.apply(
             params,
@@ -341,6 +342,8 @@ def train_stage(t: Training, name: str, params: Params) -> Params:
         tint=data.tint,
         grey=data.grey,
         coloured=data.coloured,
+        coloured_first=settings.coloured,
+        simple=settings.simple,
         seed=data.seed,
         share=t.share,
     )

@@ -17,11 +17,11 @@ MAY_BE_ZERO = ("seed", "warmup", "chunk")
 class Model:
     """Sizes of both towers."""
 
-    width: int = 128  # of the residual streams
-    depth: int = 4  # layers of the image tower
+    width: int = 96  # of the residual streams
+    depth: int = 3  # layers of the image tower
     text_depth: int = 2  # layers of the text tower
     heads: int = 4
-    hidden: int = 384  # width inside the feed-forward layers
+    hidden: int = 288  # width inside the feed-forward layers
     patch: int = 4  # [pixels]
     embedding: int = 64  # dims of the common space; SigLIP's is the width
     vocabulary: int = 512  # most ids of the byte-level BPE [tokens]
@@ -32,17 +32,17 @@ class Model:
 class Train:
     """Length and mechanics of training: AdamW, a cosine with warm-up."""
 
-    steps: int = 500
+    steps: int = 1000
     batch: int = 128  # pairs of one step, over all processes
     chunk: int = 0  # pairs that are embedded at once; 0: all
     learning_rate: float = 2e-3  # peak
     warmup: int = 50  # [steps]
-    weight_decay: float = 0.05
+    weight_decay: float = 0.2
     optimizer: Literal["adamw", "muon"] = "muon"  # of the matrices of blocks; AdamW for the rest
-    muon_rate: float = 0.02  # peak, of Muon
+    muon_rate: float = 0.01  # peak, of Muon
     clip: float = 1.0  # largest global norm of the gradient; 0 does not clip
     log_every: int = 20  # [steps]
-    eval_every: int = 250  # recall and a checkpoint [steps]
+    eval_every: int = 500  # recall and a checkpoint [steps]
     compile: bool = False  # compile the blocks, for large models
     graph: bool = True  # on one GPU: a step is one CUDA graph
 

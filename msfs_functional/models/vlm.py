@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor, nn
 
 from msfs_functional.attention import Implementation
-from msfs_functional.generation import LanguageModel
+from msfs_functional.generation import LanguageModel, padded
 from msfs_functional.layers import ACTIVATIONS, Activation, site_keys
 from msfs_functional.models import decoder as decoders
 from msfs_functional.models.decoder import AttentionFn, Decoder, DecoderConfig
@@ -424,9 +424,7 @@ def prefill_inputs(
     config = cast(VLM, model.skeleton).config
     device = params["decoder.norm.weight"].device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    rows = [torch.tensor(prompt, dtype=torch.int64) for prompt in prompts]
-    pad = 0 if config.image_token else 1
-    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad).to(device)
+    ids = padded(prompts, 0 if config.image_token else 1).to(device)
     with torch.no_grad():
         options = {"images": images, "implementation": implementation, "method": "embed"}
         inputs = {"embeddings": model.apply(params, ids, pixels, **options)}
