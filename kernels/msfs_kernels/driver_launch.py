@@ -42,6 +42,17 @@ def driver() -> Any:
     return launch
 
 
+def current_context() -> int | None:
+    """The CUDA context of this thread; one that has done nothing on a device yet has none."""
+    found = ctypes.c_void_p()
+    ctypes.CDLL("libcuda.so.1").cuCtxGetCurrent(ctypes.byref(found))
+    return found.value
+
+
+def set_context(context: int | None) -> bool:
+    return ctypes.CDLL("libcuda.so.1").cuCtxSetCurrent(ctypes.c_void_p(context)) == 0
+
+
 def parameters(types: Any, args: Any) -> Iterator[tuple[str, Any]]:
     """(type, argument) of what the kernel takes, tuples taken apart, constants left out."""
     for kind, arg in zip(types, args, strict=True):
@@ -127,18 +138,26 @@ class DriverLaunch:
         block = (32 * compiled.metadata.num_warps, 1, 1)
         self.before = (compiled.function, *grid, *block, compiled.metadata.shared)
         self.launch, self.device = driver(), torch.cuda.current_device()
+        self.context = current_context()
         self.one_at_a_time = threading.Lock()
 
     def run(self, tensors: Sequence[Tensor | None]) -> bool:
-        """Whether the driver took it; without a context in this thread, say, it does not."""
-        stream = torch._C._cuda_getCurrentRawStream(self.device)  # pyright: ignore[reportAttributeAccessIssue]
+        """Whether the driver took it."""
         with self.one_at_a_time:
-            for cell, number in self.places:
-                cell.value = tensors[number].data_ptr()  # pyright: ignore[reportOptionalMemberAccess]
-            for address, number in self.maps:
-                if self.move(address, tensors[number].data_ptr()) != 0:  # pyright: ignore[reportOptionalMemberAccess, reportOptionalCall]
-                    return False
-            return self.launch(*self.before, stream, self.parameters, None) == 0
+            if self.start(tensors):
+                return True
+            # A thread without a context gets this one: launches need it, and so do Triton's maps,
+            # which its own launcher makes before it looks for one.
+            return current_context() is None and set_context(self.context) and self.start(tensors)
+
+    def start(self, tensors: Sequence[Tensor | None]) -> bool:
+        stream = torch._C._cuda_getCurrentRawStream(self.device)  # pyright: ignore[reportAttributeAccessIssue]
+        for cell, number in self.places:
+            cell.value = tensors[number].data_ptr()  # pyright: ignore[reportOptionalMemberAccess]
+        for address, number in self.maps:
+            if self.move(address, tensors[number].data_ptr()) != 0:  # pyright: ignore[reportOptionalMemberAccess, reportOptionalCall]
+                return False
+        return self.launch(*self.before, stream, self.parameters, None) == 0
 
 
 def driver_launch(

@@ -1,11 +1,12 @@
 """Maps for the copy engine say what Triton's own say, by a driver that only takes notes."""
 
 import ctypes
+import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
-from msfs_kernels import tensor_maps
+from msfs_kernels import driver_launch, tensor_maps
 
 
 @pytest.fixture
@@ -62,3 +63,28 @@ def test_other_maps_are_left_to_triton(change, meta):
     usual = described(torch.empty(1, 1, 64, 32, dtype=torch.float16))
     assert tensor_maps.is_known(usual, META)
     assert not tensor_maps.is_known(SimpleNamespace(**{**vars(usual), **change}), meta)
+
+
+@pytest.mark.parametrize("context", [None, 7, 8])
+def test_a_thread_without_a_context_gets_that_of_the_launch(monkeypatch, context):
+    """7 is that of the launch; with another one (8) the driver's refusal stands."""
+    state = {"context": context}
+    started = []
+
+    def launch(*args) -> int:
+        started.append(args)
+        return 0 if state["context"] == 7 else 201  # CUDA_ERROR_INVALID_CONTEXT
+
+    def set_context(new) -> bool:
+        state["context"] = new
+        return True
+
+    monkeypatch.setattr(driver_launch, "current_context", lambda: state["context"])
+    monkeypatch.setattr(driver_launch, "set_context", set_context)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 0, raising=False)
+    one = object.__new__(driver_launch.DriverLaunch)
+    one.places, one.maps, one.before, one.parameters = [], [], (), None
+    one.launch, one.device, one.context = launch, 0, 7
+    one.one_at_a_time = threading.Lock()
+    assert one.run([]) == (context != 8)
+    assert len(started) == {None: 2, 7: 1, 8: 1}[context]
