@@ -369,7 +369,7 @@ def load(
         good = [checkpoint for checkpoint in verified(path.parent) if checkpoint.path != path]
         remedy = (
             f"the last good checkpoint is {good[-1].path}: load it (which={good[-1].step}), or "
-            f"delete {path.name} to go on from it"
+            "delete the damaged ones to go on from it"
             if good
             else f"no other checkpoint in {path.parent} is good: start again"
         )

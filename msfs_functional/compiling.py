@@ -1,6 +1,6 @@
 """How functions are compiled here: whether they can be, for which shapes, as which CUDA graphs."""
 
-import contextlib
+import functools
 import importlib
 import os
 import types
@@ -39,27 +39,26 @@ def inductor_options() -> dict[str, Any]:
     }
 
 
-COMPILER = (  # what a first compilation for a GPU would import on the way, seconds of it
-    "torch._inductor.async_compile",  # first: it starts the processes, which import as well
-    "torch._dynamo.debug_utils",
-    "torch._dynamo.backends.debugging",
-    "torch._functorch.aot_autograd",
-    "torch._inductor.compile_fx",
-    "torch._inductor.select_algorithm",
-    "torch._inductor.codegen.triton",
-)
-
-
 def start_compilers() -> None:
-    """Imports the compiler and starts its processes, which takes seconds, before there is work.
+    """Starts Inductor's processes, which take seconds to be there, before there is work for them.
 
-    The processes compile a GPU's kernels; until they are there the main process compiles alone. A
-    program that reads data first calls this before it does.
+    They compile a GPU's kernels; until they are there the main process compiles alone.
     """
     if torch.cuda.is_available():
-        for name in COMPILER:
-            with contextlib.suppress(ImportError):  # another torch keeps it elsewhere
-                importlib.import_module(name)
+        importlib.import_module("torch._inductor.async_compile")
+
+
+@functools.cache
+def prepare_compiler() -> None:
+    """Does early what the first compilation for a GPU does once: imports, patterns, processes.
+
+    It takes seconds, in which a program that reads data next has its processes started: a training
+    step's first call is sooner done by them.
+    """
+    if torch.cuda.is_available():
+        start_compilers()
+        x = torch.ones(16, device="cuda", requires_grad=True)
+        torch.compile(lambda x: x * x)(x).sum().backward()
 
 
 def why_not_compile(device: torch.device | str) -> str | None:

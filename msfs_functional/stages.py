@@ -8,8 +8,10 @@ runs of a single one:
     runs/<name>/dpo/checkpoints/ ...
 """
 
+import multiprocessing
 import signal
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,6 +44,16 @@ def stopped(tracker: Tracker, count: int, number: int, resume: str) -> SystemExi
     tracker.note(f"saved after step {count}; go on with: {resume}")
     preempted = number == signal.SIGTERM and agreement.world() > 1
     return SystemExit(0 if preempted else 128 + number)
+
+
+def interruptible() -> AbstractContextManager[errors.Interrupt]:
+    """`errors.interruptible` of a stage.
+
+    A process that another one has started, torchrun or a run of several seeds, may get SIGTERM both
+    from that one and from a scheduler: the second one must not end it before it has saved.
+    """
+    launched = agreement.world() > 1 or multiprocessing.parent_process() is not None
+    return errors.interruptible(launched=launched)
 
 
 def check_skipped(state: TrainState, most: int | None, name: str) -> None:
@@ -104,7 +116,7 @@ def run_stage(
     writer = checkpoints.Writer(root, keep_last=keep)
     name = f"{folder.parent.name} {folder.name}"
     tracker = Tracker(folder, steps, name=name, step=first, every=every, rank=rank)
-    with tracker, writer, errors.interruptible() as stop:
+    with tracker, writer, interruptible() as stop:
         for count in range(first + 1, steps + 1):
             batch = {name: x.to(device) for name, x in next(batches).items()}
             state, metrics = step(state, batch)

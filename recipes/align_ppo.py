@@ -87,7 +87,7 @@ from msfs_functional.reinforcement import (
 from msfs_functional.reward_training import PANELS as REWARD_PANELS
 from msfs_functional.reward_training import accuracy, rewards_of, train_rewards
 from msfs_functional.rollouts import SampleTable
-from msfs_functional.stages import CHECKPOINTS, stopped
+from msfs_functional.stages import CHECKPOINTS, interruptible, stopped
 from msfs_functional.tracking import Tracker
 from msfs_functional.train import init_state
 
@@ -257,7 +257,7 @@ def learn(
             return made, {**figures, **more}
 
     try:
-        with tracker, writer, errors.interruptible() as stop:
+        with tracker, writer, interruptible() as stop:
             figures: dict[str, Any] = {}
             begun = None  # of the updates after a rollout
             for count in range(done + 1, total + 1):

@@ -22,7 +22,7 @@ Each runs in a process of its own that finds no compiled code of an earlier one.
 the losses of the first steps, which must agree (later ones drift apart: the rate is at its peak
 from the start, and the peer's residual stream is float32), and two times: `first step`, the seconds
 until the step is done once (of ours from its making on), and `ready`, the same from where the
-process begins to work: to import the compiler, which all sides do first, and to draw parameters.
+process begins to work: to prepare the compiler, as all sides do first, and to draw parameters.
 """
 
 import functools
@@ -45,7 +45,7 @@ from measuring import Figures, fresh, measure
 from torch import Tensor, nn
 
 from msfs_functional import errors, optim, random
-from msfs_functional.compiling import graphed, start_compilers
+from msfs_functional.compiling import graphed, prepare_compiler
 from msfs_functional.losses import linear_cross_entropy
 from msfs_functional.models.decoder import DECAY, DecoderConfig, decoder, gpt2, output_weight
 from msfs_functional.params import Params, cast
@@ -181,7 +181,7 @@ def run(side: Side, config: Config, depth: int, profile: bool) -> dict[str, Any]
     start = time.perf_counter()
     device, compiled = "cpu" if config.small else "cuda", not config.small
     if compiled:
-        start_compilers()
+        prepare_compiler()
     shape = shape_of(config, depth)
     model = decoder(shape)
     params, flops = model.init(0, device=device), flops_per_token(model, config.length)

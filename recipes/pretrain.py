@@ -98,7 +98,7 @@ from msfs_functional import (
 from msfs_functional import config as configs
 from msfs_functional import distributed_checkpoint as checkpoints
 from msfs_functional.batches import Prefetch
-from msfs_functional.compiling import graphed, start_compilers
+from msfs_functional.compiling import graphed, prepare_compiler
 from msfs_functional.documents import Corpus, is_held_out, read_documents, stream_documents
 from msfs_functional.gathering import Sharded, sharded
 from msfs_functional.generation import Sampling
@@ -225,7 +225,7 @@ def prepare(config: Config, watchdog: Watchdog) -> tuple[Config, Path, Corpus, A
     run = config.out / str(config.name)
     restarts = launching.restarts()
     if config.train.compile:
-        start_compilers()  # whose processes get ready while data is read
+        prepare_compiler()  # its processes get ready while data is read
     with agreement.together():
         meshes.degrees(agreement.world(), **degrees(config.mesh))
         corpus = read_data(config)

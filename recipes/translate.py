@@ -12,9 +12,9 @@ r"""Translate with an encoder-decoder Transformer (Vaswani et al. 2017), from ra
         --data.valid val.en.gz val.de.gz --data.test test_2016_flickr.en.gz test_2016_flickr.de.gz
 
 Without arguments it learns English to Italian on a corpus that the project makes itself: test BLEU
-90.5, 90.4 and 91.0 with --seed 0, 1 and 2, each after 600 steps of 2048 tokens, which take 182 to
-199 seconds of CPU time. On 2 cores of an AMD EPYC, torch 2.13, shared with other programs (load
-2.5, 4.2, 4.8 and 5.7), the whole command ran 2:53, 4:08, 3:55 and 4:24 minutes.
+90.5, 90.4 and 91.0 with --seed 0, 1 and 2, each after 600 steps of 2048 tokens. The whole command
+takes 160 to 200 seconds of CPU time, 135 seconds by the clock where both cores are free (AMD EPYC,
+torch 2.13).
 
 Every run leaves runs/<name>/ with config.json, metrics.jsonl, TensorBoard events, checkpoints and
 pictures. Put the mode first; `evaluate`, `translate` and `--resume` start from the run's settings.

@@ -127,6 +127,23 @@ def test_a_dpo_run_that_was_stopped_ends_with_the_same_bits(align_dpo, tmp_path,
         assert state_of(places[0]) == state_of(places[1])
 
 
+def test_a_worker_that_gets_sigterm_twice_saves_and_stops(align_dpo, tmp_path, monkeypatch):
+    """From the run that started it and from a scheduler that stops all processes of a job."""
+    monkeypatch.setattr(stages.multiprocessing, "parent_process", lambda: "the run")
+    real = stages.Tracker.log
+
+    def log(self, count, *args, **options):
+        real(self, count, *args, **options)
+        if count == 2:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(stages.Tracker, "log", log)
+    with pytest.raises(SystemExit):
+        align_dpo.main(tiny(align_dpo, tmp_path, "twice", dpo=preferences()))
+    assert checkpoints.load(tmp_path / "twice" / "seed-0" / "sft" / "checkpoints").step == 2
+
+
 def test_a_run_starts_from_a_local_folder(align_dpo, tmp_path):
     """A published decoder is fine-tuned at its own sizes, on its own tokenizer's ids."""
     shown = demonstrations(0, 120)

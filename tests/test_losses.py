@@ -249,6 +249,10 @@ for vocab, bias in ((7, None), (130, torch.randn(2, 130))):
         got = fused(half, bias, labels, *options, True)
         torch.testing.assert_close(got[0], loss, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(got[1], gradient.bfloat16(), rtol=1e-2, atol=1e-6)
+        g = torch.tensor([1 / 3, 5.0])
+        expected = (half.float() * g[:, None, None]).bfloat16()
+        got = triton_cross_entropy.scaled(half, g)
+        torch.testing.assert_close(got, expected, rtol=2**-7, atol=0)  # the interpreter truncates
 """
 
 

@@ -320,6 +320,22 @@ def test_dpo_on_a_linear_model_raises_the_chosen_answers():
     assert (dpo(*sides(params), *reference).margins > 0).all()
 
 
+def test_a_reference_kept_beside_the_data_and_one_scored_in_the_step_are_one_loss():
+    h, w, _, labels = problem(4)
+    mask = torch.ones_like(labels, dtype=torch.bool)
+
+    def sides(params):
+        return sequence_logps(token_logps(h.detach(), params["weight"], labels), mask)[0].chunk(2)
+
+    policy, reference = {"weight": w.detach()}, {"weight": w.detach().roll(1, 0)}
+    kept = [x.detach() for x in sides(reference)]
+    cached = grad(lambda p: dpo(*sides(p), *kept).losses.sum())(policy)
+    loss = lambda p, r: dpo(*sides(p), *sides(r)).losses.sum()  # noqa: E731
+    scored, other = grad(loss, argnums=(0, 1))(policy, reference)
+    torch.testing.assert_close(scored, cached)
+    assert other["weight"].abs().max() > 0  # a pytree like any other: grad decides what is constant
+
+
 # TRL's own losses, on a stand-in for its trainer
 
 

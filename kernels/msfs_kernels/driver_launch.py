@@ -136,7 +136,7 @@ class DriverLaunch:
             for cell, number in self.places:
                 cell.value = tensors[number].data_ptr()  # pyright: ignore[reportOptionalMemberAccess]
             for address, number in self.maps:
-                if self.move(address, tensors[number].data_ptr()) != 0:  # pyright: ignore
+                if self.move(address, tensors[number].data_ptr()) != 0:  # pyright: ignore[reportOptionalMemberAccess, reportOptionalCall]
                     return False
             return self.launch(*self.before, stream, self.parameters, None) == 0
 

@@ -8,7 +8,7 @@ hence programs of many threads, four to a multiprocessor.
 """
 
 # Device functions are Python to pyright: tiles, constants and pointers have no types of theirs.
-# pyright: reportOperatorIssue=false, reportCallIssue=false
+# pyright: reportOperatorIssue=false, reportCallIssue=false, reportArgumentType=false
 
 import torch
 import triton
@@ -175,3 +175,22 @@ def gradient_of_logits_(
         num_warps=min(16, max(4, block // 256)),
     )
     return losses, logits
+
+
+@triton.jit
+def scale_kernel(x, g, out, size, BLOCK: tl.constexpr):
+    """out = x g of one block of one problem's `size` numbers."""
+    problem = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    at, inside = problem * size + i, i < size
+    y = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * tl.load(g + problem)
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
+
+
+def scaled(x: Tensor, g: Tensor) -> Tensor:
+    """x (M, ...) times g (M,), in float32 and rounded once."""
+    x, g = x.contiguous(), g.to(torch.float32).contiguous()
+    out, size = torch.empty_like(x), x[:1].numel()
+    if out.numel():
+        scale_kernel[(triton.cdiv(size, BLOCK), len(x))](x, g, out, size, BLOCK=BLOCK)
+    return out
