@@ -7,7 +7,8 @@ r"""A small vision-language model: captions of images, answers to questions abou
     python recipes/caption.py --chat my.png --published FOLDER   # LLaVA or PaliGemma answers
 
     python recipes/caption.py --preset gpu                     # longer, for a GPU
-    python recipes/caption.py --preset easy_vqa --data.name FOLDER   # github.com/vzhou842/easy-VQA
+    python recipes/caption.py --preset easy_vqa --data.name FOLDER   # github.com/vzhou842/easy-VQA;
+                                                               # on a CPU: --preset easy_vqa_cpu
     python recipes/caption.py --data.name my_folder            # images beside a metadata.jsonl
     python recipes/caption.py --vision runs/image_text-1       # the tower of image_text.py
 

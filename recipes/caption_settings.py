@@ -97,8 +97,8 @@ class Config:
     # what to do; must come first
     mode: tyro.conf.Positional[Literal["train", "chat"]] = "train"
     # settings that the other options start from: default: minutes on a CPU; gpu: minutes on a GPU;
-    # easy_vqa: the data set of that name
-    preset: Literal["default", "gpu", "easy_vqa"] = "default"
+    # easy_vqa: the data set of that name on a GPU; easy_vqa_cpu: on a CPU
+    preset: Literal["default", "gpu", "easy_vqa", "easy_vqa_cpu"] = "default"
     # of the run, its folder is <out>/<name>; None: a new number to train, the newest to use
     name: str | None = None
     out: Path = Path("runs")  # folder of the runs
@@ -148,7 +148,21 @@ EASY_VQA = replace(
         images=128, simple=0, eval_every=500, mix=((r"what shape|circle|rectangle|triangle", 3.0),)
     ),
 )
-PRESETS = {"default": Config(), "gpu": GPU, "easy_vqa": EASY_VQA}
+EASY_VQA_CPU = replace(
+    EASY_VQA,
+    preset="easy_vqa_cpu",
+    model=replace(
+        EASY_VQA.model, width=96, depth=3, hidden=288, decoder_width=64, decoder_hidden=192
+    ),
+    all=Stage(2800),
+    train=replace(EASY_VQA.train, images=32, eval_every=700),
+)
+PRESETS = {
+    "default": Config(),
+    "gpu": GPU,
+    "easy_vqa": EASY_VQA,
+    "easy_vqa_cpu": EASY_VQA_CPU,
+}
 
 
 def checked(config: Config) -> Config:
