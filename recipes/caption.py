@@ -72,7 +72,6 @@ from msfs_functional.gathering import Sharded, gathered, sharded
 from msfs_functional.generation import Generator
 from msfs_functional.image_batches import DESCRIBE, Questions, texts_of
 from msfs_functional.image_corpora import Pictured
-from msfs_functional.layers import site_keys
 from msfs_functional.layouts import TOWERS
 from msfs_functional.losses import linear_cross_entropy
 from msfs_functional.models import decoder as decoders
@@ -154,7 +153,6 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Functional:
             heads=sizes.heads,
             hidden=sizes.hidden,
             pooling=None,
-            dropout=sizes.dropout,
         )
     vocab = tokenizer.vocab_size
     decoder = decoders.tiny(
@@ -165,7 +163,6 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Functional:
         max_length=max(sizes.length, 256),
         heads=sizes.heads,
         hidden=sizes.decoder_hidden,
-        dropout=sizes.dropout,
     )
     return vlm(VLMConfig(vision, decoder, vocab, shuffle=sizes.shuffle))  # id beyond the texts'
 
@@ -190,15 +187,13 @@ def make_loss(config: Config, model: Functional, frozen: Params):
     def inner(params: Params, batch: dict[str, Tensor], key: Tensor | None):
         params = params if whole_params else cast(params, dtype)
         pixels = to_pixels(batch["pictures"], dtype)
-        first, rest = site_keys(key if config.model.dropout else None, 2)
-        seen = model.apply(params, pixels, key=first, **how, method="image_tokens")
+        seen = model.apply(params, pixels, **how, method="image_tokens")
         states = model.apply(
             params,
             batch["tokens"],
             images=seen.unflatten(0, (-1, each))[batch["images"]].flatten(0, 1),
             visible=turns_apart(batch["segments"], batch["turns"]),
             positions=batch["positions"],
-            key=rest,
             **how,
             method="hidden",
         )
@@ -343,8 +338,6 @@ def train_stage(t: Training, name: str, params: Params) -> Params:
         tint=data.tint,
         grey=data.grey,
         coloured=data.coloured,
-        coloured_first=settings.coloured,
-        simple=settings.simple,
         seed=data.seed,
         share=t.share,
     )
