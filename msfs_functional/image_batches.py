@@ -145,9 +145,6 @@ class Questions(Numbered):
         tint: scale each colour of images at random by a factor in [1 - tint, 1 + tint].
         grey: share of images that are shown in grey, and asked nothing that matches `coloured`, a
             regex: so a model learns shapes apart from colours.
-        coloured_first: the first so many batches show nothing in grey.
-        simple: the first so many batches take the quarter of the images with the shortest captions
-            alone, which show least (Elman 1993, "the importance of starting small").
         share: (number of this process, processes).
     """
 
@@ -168,31 +165,17 @@ class Questions(Numbered):
         tint: float = 0.0,
         grey: float = 0.0,
         coloured: str = "",
-        coloured_first: int = 0,
-        simple: int = 0,
         seed: int = 0,
         share: tuple[int, int] = (0, 1),
     ):
         super().__init__(len(data), size, seed, share)
-        self.simple = simple
-        if simple:
-            words = [min((len(t.split()) for t in texts), default=10**6) for texts in data.captions]
-            rows = np.argsort(words, kind="stable")[: max(len(data) // 4, size)]
-            self.start = Shuffled({"row": torch.from_numpy(rows)}, size, seed)
         self.data, self.model = data, model
         self.questions, self.turns, self.length, self.tiles = questions, turns, length, tiles
         self.mix, self.flips, self.shift, self.tint = mix, flips, shift, tint
         self.grey, self.coloured = grey, re.compile(coloured)
-        self.coloured_first = coloured_first
         texts = texts_of(data)
         self.ids = dict(zip(texts, tokenizer.encode(texts), strict=True))
         self.weights: dict[str, float] = {}  # of questions so far
-
-    def chosen(self, number: int) -> np.ndarray:
-        if number > self.simple:
-            return super().chosen(number)
-        self.start.restore({"done": number - 1})
-        return next(self.start)["row"].numpy()
 
     def batch(self, number: int) -> dict[str, Tensor]:
         """What `pack_samples` gives, and pictures of 8 bits, tiles of one after another."""
@@ -201,7 +184,7 @@ class Questions(Numbered):
         for row, place in enumerate(self.own):
             rng = np.random.default_rng((self.seed, 1, number, place))
             i = int(chosen[place])
-            grey = number > self.coloured_first and self.grey > 0 and rng.random() < self.grey
+            grey = self.grey > 0 and rng.random() < self.grey
             pairs = [(self.ids[q], self.ids[a]) for q, a in self.asked(i, rng, grey)]
             for first in range(0, len(pairs), self.turns):
                 part = pairs[first : first + self.turns]

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -179,8 +180,8 @@ class Tracker:
     def _make_bar(self, step: int) -> Progress:
         bar = Progress(
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
+            BarColumn(bar_width=None),  # what the words leave
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
             TextColumn("{task.fields[status]}", markup=False),
             console=self._console,
             refresh_per_second=4,
@@ -245,7 +246,8 @@ class Tracker:
             self._line_at = now
 
     def _describe(self, values: Mapping[str, float | int], left: str) -> str:
-        parts = [f"{key} {_short(values[key])}" for key in ("loss", "grad_norm") if key in values]
+        shown = ("loss",) if self._bar else ("loss", "grad_norm")  # 80 columns hold no more
+        parts = [f"{key} {_short(values[key])}" for key in shown if key in values]
         if values["tokens/s"]:
             parts.append(f"{_short(values['tokens/s'])} tokens/s")
         parts.append(f"{left} left")

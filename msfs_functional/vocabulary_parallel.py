@@ -16,6 +16,7 @@ Dimension key: N items, D width, V vocabulary. Source: Shoeybi et al. 2019, sect
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -35,9 +36,13 @@ CHUNK = {"cpu": 2**21, "cuda": 2**27}  # logits that a rank holds at once
 def lookup(
     ids: Int[Tensor, "..."], rows: Float[Tensor, "V_r D"], vocab: int, group: str
 ) -> Float[Tensor, "... D"]:
-    """The rows of these ids, of which this rank holds its chunk; the same on all ranks."""
+    """The rows of these ids, of which this rank holds its chunk; the same on all ranks.
+
+    The row of an id that no rank holds is NaN: to refuse it here would leave ranks waiting.
+    """
     local, own = _own(ids, vocab, group)
-    return psum(torch.where(own[..., None], F.embedding(local, _some(rows)), 0.0), group)
+    found = psum(torch.where(own[..., None], F.embedding(local, _some(rows)), 0.0), group)
+    return torch.where(((ids >= 0) & (ids < vocab))[..., None], found, math.nan)
 
 
 def sharded_linear_cross_entropy(
@@ -46,7 +51,8 @@ def sharded_linear_cross_entropy(
     """`losses.linear_cross_entropy` whose weight and bias are this rank's rows of V, cut over tp.
 
     Value and gradients are those of one process. A rank holds the logits of a chunk of the items
-    and its part of V only; they are computed again in the backward pass.
+    and its part of V only; they are computed again in the backward pass. A label that is no class
+    makes the loss NaN.
     """
     if axis_size(mesh, "tp") == 1:
         return linear_cross_entropy
@@ -95,6 +101,7 @@ def _loss(
             loss = loss - label_smoothing * total / vocab
         if z_loss:
             loss = loss + z_loss * lse.square()
+        loss = torch.where((y >= 0) & (y < vocab), loss, math.nan)
         return torch.where(y != ignore_index, loss, 0.0).sum()
 
     labels = labels.long()

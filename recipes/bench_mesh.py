@@ -75,6 +75,9 @@ class Config:
     paths: tuple[Path, ...] = ("functional", "launched", "fsdp2", "torch")
     recompute: bool = False  # blocks are recomputed in the backward pass
     trace: bool = False
+    # multiprocessors that matrix products leave to communication, as many as NCCL takes
+    # (NCCL_MAX_CTAS): products that want all of them wait for those that NCCL holds
+    carve: int = 0
     compile: bool = True
     mesh: Mesh = field(default_factory=Mesh)
     debug: bool = False
@@ -268,6 +271,7 @@ def union(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def main(config: Config) -> None:
     mesh(config.mesh.dp_replicate, config.mesh.dp_shard, config.mesh.tp, config.mesh.cp)
+    torch._C._set_sm_carveout_experimental(config.carve or None)
     first = not torch.distributed.get_rank()
     if first:
         kind = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"

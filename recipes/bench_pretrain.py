@@ -154,7 +154,7 @@ def peer_step(params: Params, shape: DecoderConfig, batch: dict[str, Tensor], co
 def our_step(
     side: Side, params: Params, shape: DecoderConfig, batch: dict[str, Tensor], compiled: bool
 ):
-    """() -> loss: the step that pretrain.py takes."""
+    """() -> loss: the step that pretrain.py takes, here of a config with q, k, v in one matrix."""
     model, regions = decoder(shape), side in ("regions", "thrifty")
     block_fn = functools.partial(region_of, thrifty=True) if side == "thrifty" else None
 

@@ -7,7 +7,8 @@ r"""A small vision-language model: captions of images, answers to questions abou
     python recipes/caption.py --chat my.png --published FOLDER   # LLaVA or PaliGemma answers
 
     python recipes/caption.py --preset gpu                     # longer, for a GPU
-    python recipes/caption.py --preset easy_vqa --data.name FOLDER   # github.com/vzhou842/easy-VQA
+    python recipes/caption.py --preset easy_vqa --data.name FOLDER   # github.com/vzhou842/easy-VQA;
+                                                               # on a CPU: --preset easy_vqa_cpu
     python recipes/caption.py --data.name my_folder            # images beside a metadata.jsonl
     python recipes/caption.py --vision runs/image_text-1       # the tower of image_text.py
 
@@ -71,7 +72,6 @@ from msfs_functional.gathering import Sharded, gathered, sharded
 from msfs_functional.generation import Generator
 from msfs_functional.image_batches import DESCRIBE, Questions, texts_of
 from msfs_functional.image_corpora import Pictured
-from msfs_functional.layers import site_keys
 from msfs_functional.layouts import TOWERS
 from msfs_functional.losses import linear_cross_entropy
 from msfs_functional.models import decoder as decoders
@@ -153,7 +153,6 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Functional:
             heads=sizes.heads,
             hidden=sizes.hidden,
             pooling=None,
-            dropout=sizes.dropout,
         )
     vocab = tokenizer.vocab_size
     decoder = decoders.tiny(
@@ -164,7 +163,6 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Functional:
         max_length=max(sizes.length, 256),
         heads=sizes.heads,
         hidden=sizes.decoder_hidden,
-        dropout=sizes.dropout,
     )
     return vlm(VLMConfig(vision, decoder, vocab, shuffle=sizes.shuffle))  # id beyond the texts'
 
@@ -189,15 +187,13 @@ def make_loss(config: Config, model: Functional, frozen: Params):
     def inner(params: Params, batch: dict[str, Tensor], key: Tensor | None):
         params = params if whole_params else cast(params, dtype)
         pixels = to_pixels(batch["pictures"], dtype)
-        first, rest = site_keys(key if config.model.dropout else None, 2)
-        seen = model.apply(params, pixels, key=first, **how, method="image_tokens")
+        seen = model.apply(params, pixels, **how, method="image_tokens")
         states = model.apply(
             params,
             batch["tokens"],
             images=seen.unflatten(0, (-1, each))[batch["images"]].flatten(0, 1),
             visible=turns_apart(batch["segments"], batch["turns"]),
             positions=batch["positions"],
-            key=rest,
             **how,
             method="hidden",
         )
@@ -342,8 +338,6 @@ def train_stage(t: Training, name: str, params: Params) -> Params:
         tint=data.tint,
         grey=data.grey,
         coloured=data.coloured,
-        coloured_first=settings.coloured,
-        simple=settings.simple,
         seed=data.seed,
         share=t.share,
     )

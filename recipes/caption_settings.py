@@ -10,7 +10,7 @@ from pictured_settings import Pictured
 
 from msfs_functional import config as configs
 
-MAY_BE_ZERO = ("seed", "warmup", "steps", "shift", "simple", "coloured")
+MAY_BE_ZERO = ("seed", "warmup", "steps", "shift")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,6 @@ class Model:
     decoder_width: int = 64
     decoder_depth: int = 3  # blocks
     decoder_hidden: int = 192  # width inside its feed-forward layers
-    dropout: float = 0.0  # of tower and decoder, while training
     qk_norm: bool = False  # RMSNorm of each head's queries and keys, in the decoder
     vocabulary: int = 512  # most ids of the byte-level BPE [tokens]
     length: int = 160  # tokens of a packed row; no sample may be longer
@@ -69,8 +68,6 @@ class Train:
     turns: int = 4
     # how often questions are asked, by the first regex that is found in them; others: 1
     mix: tuple[tuple[str, float], ...] = ()
-    coloured: int = 0  # first steps in which nothing is grey, see --data.grey
-    simple: int = 240  # first steps that take the images with the shortest captions alone
     optimizer: Literal["adamw", "muon"] = "muon"  # of the matrices of blocks; AdamW for the rest
     muon_rate: float = 0.01  # peak, of Muon
     weight_decay: float = 0.2
@@ -97,8 +94,8 @@ class Config:
     # what to do; must come first
     mode: tyro.conf.Positional[Literal["train", "chat"]] = "train"
     # settings that the other options start from: default: minutes on a CPU; gpu: minutes on a GPU;
-    # easy_vqa: the data set of that name
-    preset: Literal["default", "gpu", "easy_vqa"] = "default"
+    # easy_vqa: the data set of that name on a GPU; easy_vqa_cpu: on a CPU
+    preset: Literal["default", "gpu", "easy_vqa", "easy_vqa_cpu"] = "default"
     # of the run, its folder is <out>/<name>; None: a new number to train, the newest to use
     name: str | None = None
     out: Path = Path("runs")  # folder of the runs
@@ -133,8 +130,8 @@ GPU = Config(
         decoder_width=128,
         decoder_hidden=384,
     ),
-    all=Stage(2800),
-    train=Train(images=128, simple=0, eval_every=1400),
+    all=Stage(4500),
+    train=Train(images=128, eval_every=1500),
 )
 # Half as wide a circle covers 2 pixels at 32 x 32: its kind is only seen at full size.
 EASY_VQA = replace(
@@ -144,11 +141,20 @@ EASY_VQA = replace(
     data=Data(name="easy_vqa", size=64),
     model=replace(GPU.model, patch=8),
     all=Stage(1500),
-    train=Train(
-        images=128, simple=0, eval_every=500, mix=((r"what shape|circle|rectangle|triangle", 3.0),)
-    ),
+    train=Train(images=128, eval_every=500, mix=((r"what shape|circle|rectangle|triangle", 3.0),)),
 )
-PRESETS = {"default": Config(), "gpu": GPU, "easy_vqa": EASY_VQA}
+EASY_VQA_CPU = replace(
+    EASY_VQA,
+    preset="easy_vqa_cpu",
+    all=Stage(1300),  # a tower of 96 learned kinds much later, for all its steps
+    train=replace(EASY_VQA.train, images=32, eval_every=650),
+)
+PRESETS = {
+    "default": Config(),
+    "gpu": GPU,
+    "easy_vqa": EASY_VQA,
+    "easy_vqa_cpu": EASY_VQA_CPU,
+}
 
 
 def checked(config: Config) -> Config:

@@ -97,16 +97,6 @@ def test_grey_pictures_are_asked_nothing_of_colours():
     assert flat.any() and not flat.all()
 
 
-def test_the_first_batches_are_coloured_and_of_the_shortest_captions():
-    later, plain = questions(grey=1.0, coloured=COLOURS, coloured_first=2), questions()
-    assert torch.equal(later.batch(2)["pictures"], plain.batch(2)["pictures"])
-    assert torch.equal(later.batch(3)["pictures"], grey_of(plain.batch(3)["pictures"]))
-    early, words = questions(simple=2), [len(texts[0].split()) for texts in DATA.captions]
-    few = {i for i in range(24) if words[i] <= sorted(words)[7]}  # a batch, more than a quarter
-    assert all(set(early.chosen(n).tolist()) <= few for n in (1, 2))
-    assert np.array_equal(early.chosen(3), plain.chosen(3))
-
-
 def test_grey_pictures_are_paired_with_texts_without_colours():
     texts = torch.arange(sum(map(len, DATA.captions)))[:, None]
     plain = Pairs(DATA, texts, 8).batch(1)

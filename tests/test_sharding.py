@@ -271,6 +271,12 @@ def fused_loss_in_chunks():
         tangents = draw(4, 5, 6), draw(29, 6), draw(29)
         want = jvp(lambda *x: grad(whole)(*x), (h, w, b), tangents)
         torch.testing.assert_close(jvp(lambda *x: grad(part)(*x), (h, w, b), tangents), want)
+    stray = labels.clone()
+    stray[2, 1] = 29  # no rank has it
+    assert own(h, w[rows], stray, ignore_index=3)[0].isnan()
+    looked_up = vocabulary.lookup(torch.tensor([28, 29, -1, 0]), w[rows], 29, group)
+    assert looked_up.isnan().all(1).tolist() == [False, True, True, False]
+    torch.testing.assert_close(looked_up[[0, 3]], w[[28, 0]])
 
 
 def translation_model():

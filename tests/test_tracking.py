@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -232,17 +233,26 @@ def test_standard_output_is_the_default_and_no_terminal_in_a_pipe(
     assert out.startswith("train 1/1  loss 1 ") and out.count("\n") == 1
 
 
-def test_a_terminal_shows_a_bar_with_speed_loss_and_time_left(tmp_path: Path) -> None:
+@pytest.mark.parametrize("width", [80, 140])
+def test_a_terminal_shows_a_bar_with_speed_loss_time_left_and_memory(
+    tmp_path: Path, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 12.3 * 2**30)
     console = Console(
-        file=io.StringIO(), force_terminal=True, width=140, _environ={"TERM": "xterm"}
+        file=io.StringIO(), force_terminal=True, width=width, _environ={"TERM": "xterm"}
     )
-    with quiet(tmp_path, 50, every=5, console=console, name="toy", step=10) as tracker:
-        for step in range(11, 31):
-            tracker.log(step, {"loss": 2.5}, tokens=100)
+    steps = {"step": 11_980, "every": 5, "console": console, "name": "translate"}
+    with quiet(tmp_path, 12_000, **steps) as tracker:
+        for step in range(11_981, 11_996):
+            tracker.log(step, {"loss": 2.512, "grad_norm": 0.1234}, tokens=100)
         tracker.note("[x] a translation")
-    text = printed(tracker)
-    for words in ("toy", "30/50", "loss 2.5", "tokens/s", "left", "[x] a translation", "\x1b["):
-        assert words in text
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", printed(tracker))
+    assert re.search(
+        r"translate [━╸╺]+ 11995/12000 loss 2.512  \S+ tokens/s  0:\d\d:\d\d left  12.3 GiB", text
+    )
+    assert "[x] a translation" in text
 
 
 @pytest.mark.parametrize("terminal", [True, False])

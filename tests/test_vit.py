@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import nn
 from torch.func import grad, grad_and_value, vmap
 
 from msfs_functional import random
-from msfs_functional.models import vision_format
+from msfs_functional.models import timm_format, vision_format
 from msfs_functional.models.vit import (
     DECAY,
     PRESETS,
@@ -117,6 +118,83 @@ def test_folders_load_and_exports_load_back(case, tmp_path):
     loaded = vision_format.load(tmp_path / "ours", dtype=torch.float64)
     assert loaded.config == config
     assert all(torch.equal(value.float(), params[name]) for name, value in loaded.params.items())
+
+
+def in_timms_names(state: dict[str, torch.Tensor], depth: int) -> dict[str, torch.Tensor]:
+    """A ViTForImageClassification's weights as timm names and packs them."""
+    base, layer = (
+        "vit.embeddings.",
+        "vit.layers.{}."
+        if "vit.layers.0.layernorm_before.bias" in state
+        else "vit.encoder.layer.{}.",
+    )
+    found = {
+        "cls_token": state[f"{base}cls_token"],
+        "pos_embed": state[f"{base}position_embeddings"],
+    }
+    for end in ("weight", "bias"):
+        found[f"patch_embed.proj.{end}"] = state[f"{base}patch_embeddings.projection.{end}"]
+        found[f"norm.{end}"], found[f"head.{end}"] = (
+            state[f"vit.layernorm.{end}"],
+            state[f"classifier.{end}"],
+        )
+        for i in range(depth):
+            one = {
+                name.removeprefix(layer.format(i)).removesuffix(f".{end}"): value
+                for name, value in state.items()
+                if name.startswith(layer.format(i)) and name.endswith(f".{end}")
+            }
+            ours, (q, k, v, o, up, down) = (
+                f"blocks.{i}.",
+                (
+                    next(one[name] for name in names if name in one)
+                    for names in (
+                        ("attention.q_proj", "attention.attention.query"),
+                        ("attention.k_proj", "attention.attention.key"),
+                        ("attention.v_proj", "attention.attention.value"),
+                        ("attention.o_proj", "attention.output.dense"),
+                        ("mlp.fc1", "intermediate.dense"),
+                        ("mlp.fc2", "output.dense"),
+                    )
+                ),
+            )
+            found[f"{ours}attn.qkv.{end}"] = torch.cat([q, k, v])
+            found[f"{ours}attn.proj.{end}"] = o
+            found[f"{ours}mlp.fc1.{end}"], found[f"{ours}mlp.fc2.{end}"] = up, down
+            found[f"{ours}norm1.{end}"] = one["layernorm_before"]
+            found[f"{ours}norm2.{end}"] = one["layernorm_after"]
+    return found
+
+
+@torch.no_grad()
+def test_timms_folders_load_and_give_the_same_logits(tmp_path):
+    options = {**SIZES, "num_attention_heads": 3, "layer_norm_eps": 1e-6, "num_labels": 5}
+    torch.manual_seed(0)
+    theirs = transformers.ViTForImageClassification(transformers.ViTConfig(**options)).eval()
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, 0.0, 0.3)
+    weights = in_timms_names(theirs.state_dict(), 3)
+    hub = {"architecture": "vit_tiny_patch4_12", "num_classes": 5, "global_pool": "token"}
+    (tmp_path / "config.json").write_text(json.dumps(hub))
+    save_file(
+        {name: value.contiguous() for name, value in weights.items()},
+        tmp_path / "model.safetensors",
+    )
+    config, params, *_ = timm_format.load(tmp_path)
+    assert (config.heads, config.image, config.projection) == (3, 12, 5)
+    close(vit(config).apply(params, images(theirs)), theirs(images(theirs)).logits)
+    bare = {name: value for name, value in weights.items() if not name.startswith("head")}
+    assert timm_format.from_timm(hub, bare)[0].projection is None
+    for bad, message in (
+        ({**hub, "architecture": "swin_tiny_patch4"}, "must be vit_<size>_patch"),
+        ({**hub, "global_pool": "avg"}, "'avg'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            timm_format.from_timm(bad, weights)
+    with pytest.raises(ValueError, match="lack 'pos_embed'"):
+        timm_format.from_timm(hub, {k: v for k, v in weights.items() if k != "pos_embed"})
+    with pytest.raises(ValueError, match="unexpected"):
+        timm_format.from_timm(hub, {**weights, "blocks.0.ls1.gamma": weights["norm.bias"]})
 
 
 def test_the_published_sizes_have_their_parameters():
