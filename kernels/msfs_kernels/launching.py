@@ -80,9 +80,10 @@ class Prepared(NamedTuple):
     places: list[Place]
 
     def run(self, tensors: Sequence[Tensor | None]) -> None:
-        if self.direct is not None:
-            if self.direct.run(tensors) or (wake_thread() and self.direct.run(tensors)):
-                return
+        if self.direct is not None and self.direct.run(tensors):
+            return
+        if wake_thread() and self.direct is not None and self.direct.run(tensors):
+            return
         args = self.args.copy()
         for position, field, number in self.places:
             if field is None:
