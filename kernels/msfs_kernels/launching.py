@@ -57,14 +57,14 @@ class Threads(threading.local):
 THREADS = Threads()
 
 
-def wake_thread() -> bool:
+def wake_thread(device: torch.device) -> bool:
     """Makes the device's context this thread's by an ordinary launch of torch, once; whether this
     was now. Without one the driver refuses, and so does Triton where it makes maps for the copy
     engine.
     """
     if THREADS.awake:
         return False
-    torch.zeros(1, device="cuda")
+    torch.zeros(1, device=device)
     THREADS.awake = True
     return True
 
@@ -82,7 +82,8 @@ class Prepared(NamedTuple):
     def run(self, tensors: Sequence[Tensor | None]) -> None:
         if self.direct is not None and self.direct.run(tensors):
             return
-        if wake_thread() and self.direct is not None and self.direct.run(tensors):
+        device = next(x.device for x in tensors if x is not None)
+        if wake_thread(device) and self.direct is not None and self.direct.run(tensors):
             return
         args = self.args.copy()
         for position, field, number in self.places:
@@ -204,7 +205,7 @@ def launch(
         everything = distinct(everything)
         options = Options._make((*everything[len(tensors) :], *options[TENSOR_OPTIONS:]))
         described = plan(*everything[: len(tensors)], options)
-        wake_thread()
+        wake_thread(x.device)
         compiled = described.run()
         if key not in PREPARED:
             PREPARED[key] = prepare(described, compiled, everything)

@@ -67,9 +67,6 @@ from msfs_kernels.triton_rows import (
     tile_gradient,
 )
 
-LEAST_PART = 512  # queries
-PROGRAMS = 132  # of a large chip's multiprocessors; two for each are slower than one
-
 
 @triton.jit
 def key_blocks(
@@ -127,12 +124,11 @@ def key_kernel(
     do_strides, o_strides, dlse_strides, dk_strides, dv_strides, dq_strides, masks, heads, H, T, S,
     scale, scale_log2, wave, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BM:
     tl.constexpr, BN: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, CAUSAL: tl.constexpr, EVEN:
-    tl.constexpr, FUSED: tl.constexpr, OWN: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr,
-    BULK: tl.constexpr, PRECISION: tl.constexpr,
+    tl.constexpr, FUSED: tl.constexpr, OWN: tl.constexpr, TMA: tl.constexpr, BULK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of BN keys of one kv head (heads = B * G); FUSED adds the shares of dq, and with
-    OWN, where these are all keys, stores dq. With o, delta is computed here, once if OWN. With
-    SPLIT of a part of the queries: dk and dv have as many times B batch entries as there are parts.
+    OWN, where these are all keys, stores dq. With o, delta is computed here, once if OWN.
     """
     blocks = tl.cdiv(S, BN)
     block, flat_kv_head = longest_first(tl.program_id(0), blocks, heads, wave)
@@ -147,12 +143,6 @@ def key_kernel(
     dk_sum = tl.zeros([BN, KP], tl.float32)
     dv_sum = tl.zeros([BN, VP], tl.float32)
     length = S
-    begin, end, slot = 0, T, batch
-    if SPLIT:
-        rows = tl.cdiv(tl.cdiv(T, BM), tl.num_programs(1)) * BM
-        begin = tl.minimum(tl.program_id(1) * rows, T)
-        end = tl.minimum(begin + rows, T)
-        slot = tl.program_id(1) * (heads // G) + batch
     for member in range(GROUP):
         head = kv_head * GROUP + member
         flat_head = batch * H + head
@@ -161,11 +151,6 @@ def key_kernel(
         low, full_low, full_high, high = query_range(
             column, facts, masks, batch, T, S, CAUSAL, BM, BN
         )
-        if SPLIT:
-            low = tl.minimum(tl.maximum(low, begin), end)
-            full_low = tl.minimum(tl.maximum(full_low, begin), end)
-            full_high = tl.minimum(tl.maximum(full_high, begin), end)
-            high = tl.minimum(tl.maximum(high, begin), end)
         if masks.q_segments is not None or masks.mask is not None:
             full_high = low  # one masked loop over all
         elif FUSED and not EVEN:
@@ -195,16 +180,16 @@ def key_kernel(
             )  # fmt: skip
         if OWN:  # queries that see none of the keys
             zeros = tl.zeros([BM, KP], tl.float32)
-            for start in range(begin, tl.minimum(low, end), BM):
+            for start in range(0, tl.minimum(low, T), BM):
                 store_tile(dq, dq_strides, zeros, batch, head, start, T, BM, KP, K)
-            for start in range(tl.cdiv(high, BM) * BM, end, BM):
+            for start in range(tl.cdiv(high, BM) * BM, T, BM):
                 store_tile(dq, dq_strides, zeros, batch, head, start, T, BM, KP, K)
     if masks.key_lengths is not None:
         hidden = (column + tl.arange(0, BN) >= length)[:, None]
         dk_sum = tl.where(hidden, 0.0, dk_sum)
         dv_sum = tl.where(hidden, 0.0, dv_sum)
-    store_tile(dk, dk_strides, dk_sum * scale, slot, kv_head, column, S, BN, KP, K)
-    store_tile(dv, dv_strides, dv_sum, slot, kv_head, column, S, BN, VP, V)
+    store_tile(dk, dk_strides, dk_sum * scale, batch, kv_head, column, S, BN, KP, K)
+    store_tile(dv, dv_strides, dv_sum, batch, kv_head, column, S, BN, VP, V)
 
 
 @triton.jit
@@ -296,22 +281,13 @@ def choose_keys(q: Tensor, k: Tensor, v: Tensor, options: Options, *, fused: boo
     return fitted(best, q.shape[2], k.shape[2])
 
 
-def parts_of(q: Tensor, k: Tensor, config: Config) -> int:
-    """Into how many parts the queries of `key_kernel` fall: with few keys (a caption's) and images
-    there would be fewer programs than multiprocessors, each walking alone through all queries.
-    """
-    programs = triton.cdiv(k.shape[2], config.block_n) * k.shape[:2].numel()
-    return max(1, min(PROGRAMS // programs, q.shape[2] // LEAST_PART))
-
-
 def plan_keys(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor, o: Tensor | None, dlse: Tensor | None, lse: Tensor,
     delta: Tensor | None, share: Tensor | None, dk: Tensor, dv: Tensor, dq: Tensor | None,
     options: Options, config: Config | None = None,
 ) -> Launch:  # fmt: skip
     """dk and dv; with dq the fused kernel, which gives the queries' gradient too: added to a zeroed
-    contiguous float32 (B, H, T, K), or stored into dq of any strides if one tile holds all keys. A
-    dk and dv of (n B, G, S, _) get the sums over n parts of the queries, to be added (`parts_of`).
+    contiguous float32 (B, H, T, K), or stored into dq of any strides if one tile holds all keys.
     """
     (B, H, T, K), (_, G, S, V) = q.shape, v.shape
     masks = masks_of(options, (B, H, T, S))
@@ -325,7 +301,7 @@ def plan_keys(
     )  # the interpreter has no bulk sums
     return Launch(
         key_kernel,
-        (triton.cdiv(S, BN) * B * G, len(dk) // B),
+        (triton.cdiv(S, BN) * B * G,),
         (
             tiles(q, BM, KP, tma),
             tiles(k, BN, KP, tma),
@@ -366,7 +342,6 @@ def plan_keys(
             EVEN=is_even(masks, options.causal, S, BN),
             FUSED=dq is not None,
             OWN=own,
-            SPLIT=len(dk) > B,
             TMA=tma,
             BULK=bulk,
         ),
@@ -447,17 +422,8 @@ def backward(
         return dq.zero_(), dk.zero_(), dv.zero_(), dbias
     lse = lse.contiguous()
     exact = in_full_float32(q, options)
-    config = choose_keys(q, k, v, options, fused=True)
-    one_tile = config.block_n >= S
+    one_tile = choose_keys(q, k, v, options, fused=True).block_n >= S
     two_kernels = options.deterministic or not fused_is_fastest(q, k, v, options)
-    if not one_tile and two_kernels:
-        config = choose_keys(q, k, v, options, fused=False)
-    parts = parts_of(q, k, config)
-    dk_parts, dv_parts = dk, dv
-    if parts > 1:
-        dk_parts = k.new_empty((parts * B, G, S, K), dtype=torch.float32)
-        dv_parts = v.new_empty((parts * B, G, S, V), dtype=torch.float32)
-    into = dk_parts, dv_parts
     # Who meets each row once, and before others need it, makes delta on the way, if it has the
     # registers: one tile of large heads has not, nor one of many keys under a causal mask.
     on_the_way = not exact and two_kernels
@@ -472,17 +438,14 @@ def backward(
     elif not on_the_way:
         launch(plan_delta, (do, o, dlse, delta), Options())
     if one_tile:
-        launch(plan_keys, (q, k, v, do, *rows, lse, delta, share, *into, dq), options)
+        launch(plan_keys, (q, k, v, do, *rows, lse, delta, share, dk, dv, dq), options)
     elif two_kernels:
         launch(plan_queries, (q, k, v, do, *rows, lse, delta, share, dq), options)
-        launch(plan_keys, (q, k, v, do, None, None, lse, delta, share, *into, None), options)
+        launch(plan_keys, (q, k, v, do, None, None, lse, delta, share, dk, dv, None), options)
     else:
         sums = q.new_zeros((B, H, T, K), dtype=torch.float32)
-        launch(plan_keys, (q, k, v, do, None, None, lse, delta, share, *into, sums), options)
+        launch(plan_keys, (q, k, v, do, None, None, lse, delta, share, dk, dv, sums), options)
         dq.copy_(sums)
-    if parts > 1:
-        for whole, part in ((dk, dk_parts), (dv, dv_parts)):
-            whole.copy_(part.unflatten(0, (parts, B)).sum(0))
     if not need_dbias or options.bias is None:
         return dq, dk, dv, None
     assert delta is not None

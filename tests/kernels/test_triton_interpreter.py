@@ -173,32 +173,6 @@ def test_gradients_of_queries_whose_keys_fit_one_tile_agree_with_the_formula(
     assert interpreter(failures_with, name, False, False, T, S, 32) == []
 
 
-def failures_in_parts(*args) -> list[str]:
-    from msfs_kernels import triton_backward
-
-    before, triton_backward.LEAST_PART = triton_backward.LEAST_PART, 16
-    try:
-        return failures_with(*args)
-    finally:
-        triton_backward.LEAST_PART = before
-
-
-@pytest.mark.parametrize(
-    ("name", "deterministic", "T", "S", "keys"),
-    [
-        ("plain", False, 41, 30, 32),
-        ("causal", False, 50, 18, 32),
-        ("prefix and window", False, 50, 18, 32),
-        ("dropout", False, 41, 30, 16),
-        ("segments", True, 50, 30, 16),
-    ],
-)
-def test_sums_over_parts_of_many_queries_for_few_keys_agree_with_the_formula(
-    interpreter, name, deterministic, T, S, keys
-):
-    assert interpreter(failures_in_parts, name, False, deterministic, T, S, keys) == []
-
-
 def failures_with_two_kernels():
     from unittest import mock
 
