@@ -139,7 +139,7 @@ def test_float32_compiles_in_both_precisions(kernel, precision):
 
 
 def test_a_thread_is_woken_once_and_a_refused_launch_tried_again(monkeypatch):
-    made, tried = [], []
+    made, tried, x = [], [], torch.empty(1)
 
     class Refuses:
         """Until torch has launched something in this thread."""
@@ -148,9 +148,9 @@ def test_a_thread_is_woken_once_and_a_refused_launch_tried_again(monkeypatch):
             tried.append(len(made))
             return bool(made)
 
-    monkeypatch.setattr(launching.torch, "zeros", lambda *_, **__: made.append(1))
+    monkeypatch.setattr(launching.torch, "zeros", lambda *_, device: made.append(device))
     monkeypatch.setattr(launching, "THREADS", launching.Threads())
     prepared = launching.Prepared(Refuses(), None, [], [])  # pyright: ignore[reportArgumentType]
-    prepared.run([])
-    prepared.run([])
-    assert tried == [0, 1, 1] and made == [1]
+    prepared.run([None, x])
+    prepared.run([None, x])
+    assert tried == [0, 1, 1] and made == [x.device]
