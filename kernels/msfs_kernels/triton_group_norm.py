@@ -385,9 +385,8 @@ def backward(
     dgain, dbias = torch.empty_like(gain), torch.empty_like(bias)
     has_more = more is not None
     more = dx if more is None else more.contiguous(memory_format=torch.channels_last)
-    sums = (group_means, by_image, dgain, dbias, more, int(has_more))
-    given = (*given, *sums, dx, B, *rest, int(silu))
-    Launch(backward_apply_kernel, grid, given, TILE).run()
+    applied = (group_means, by_image, dgain, dbias, more, int(has_more), dx, B)
+    Launch(backward_apply_kernel, grid, (*given, *applied, *rest, int(silu)), TILE).run()
     return dx, dgain, dbias, None if shift is None else dshift
 
 
