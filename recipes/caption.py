@@ -147,6 +147,7 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Functional:
             image=config.data.size // sizes.tiles,
             patch=sizes.patch,
             stem=sizes.stem,
+            stem_depth=sizes.stem_depth,
             width=sizes.width,
             depth=sizes.depth,
             positions=sizes.positions,

@@ -10,7 +10,7 @@ from pictured_settings import Pictured
 
 from msfs_functional import config as configs
 
-MAY_BE_ZERO = ("seed", "warmup", "steps", "shift")
+MAY_BE_ZERO = ("seed", "warmup", "steps", "shift", "stem_depth")
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Model:
     hidden: int = 192  # width inside the tower's feed-forward layers
     patch: int = 4  # [pixels]
     stem: Literal["linear", "convolutions"] = "convolutions"  # what makes a patch a vector
+    stem_depth: int = 0  # more convolutions, of stride 1
     positions: Literal["learned", "sincos", "rotary"] = "learned"  # of patches
     shuffle: int = 2  # patches of the side of a square that becomes one token
     decoder_width: int = 64
