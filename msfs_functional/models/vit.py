@@ -358,7 +358,7 @@ class ViT(nn.Module):
         if config.stem == "convolutions":
             for convolution in self.stem:
                 made = F.gelu(convolution(pixels))
-                pixels = made if made.shape != pixels.shape else pixels + made
+                pixels = made if convolution.stride[0] == 2 else pixels + made
         size = weight.shape[-1]
         x = F.linear(patches(pixels, size), weight.flatten(1), self.patches.bias)
         here = None
