@@ -87,7 +87,9 @@ COLOURS = r"\b(colour|red|green|blue|yellow|purple|white)\b"
 
 def test_grey_pictures_are_asked_nothing_of_colours():
     one = questions(grey=1.0, coloured=COLOURS)
-    asked = [pair for i in range(24) for pair in one.asked(i, np.random.default_rng(i).random(64), True)]
+    asked = [
+        pair for i in range(24) for pair in one.asked(i, np.random.default_rng(i).random(64), True)
+    ]
     texts = " ".join(text for pair in asked for text in pair)
     assert asked and not re.search(COLOURS + "|describe", texts)
     pictures = one.batch(1)["pictures"]

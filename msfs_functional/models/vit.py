@@ -53,7 +53,6 @@ class ViTConfig(EncoderConfig):
     # what makes a patch a vector: one linear map, or 3 x 3 convolutions of stride 2 before it,
     # which see over the patch's edge (Xiao et al. 2021)
     stem: Literal["linear", "convolutions"] = "linear"
-    stem_depth: int = 0  # convolutions of stride 1 after those, each added to what it sees
     patch_bias: bool = True
     pre_norm: bool = False  # one more norm before the layers (CLIP)
     norm: Literal["states", "pooled"] = "states"  # where the last norm stands; CLIP: pooled
@@ -67,11 +66,6 @@ class ViTConfig(EncoderConfig):
         for name in ("patch", "channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
-        if self.stem_depth < 0 or (self.stem_depth and self.stem != "convolutions"):
-            raise ValueError(
-                f"stem_depth ({self.stem_depth}) must be 0 or more, and 0 unless the stem is one of "
-                "convolutions"
-            )
         if min(self.size) < self.patch or any(n % self.patch for n in self.size):
             raise ValueError(f"patch ({self.patch}) must divide image {self.size}, in pixels")
         if self.stem == "convolutions" and self.patch & (self.patch - 1):
@@ -231,10 +225,6 @@ class ViT(nn.Module):
         if config.stem == "convolutions":
             pairs = itertools.pairwise(channels)
             self.stem = nn.ModuleList(nn.Conv2d(a, b, 3, 2, padding=1) for a, b in pairs)
-            last = channels[-1]
-            self.stem.extend(
-                nn.Conv2d(last, last, 3, padding=1) for _ in range(config.stem_depth)
-            )
             size = 1
         self.patches = nn.Conv2d(channels[-1], width, size, size, bias=config.patch_bias)
         if config.class_token:
@@ -357,8 +347,7 @@ class ViT(nn.Module):
         config, weight = self.config, self.patches.weight
         if config.stem == "convolutions":
             for convolution in self.stem:
-                made = F.gelu(convolution(pixels))
-                pixels = made if convolution.stride[0] == 2 else pixels + made
+                pixels = F.gelu(convolution(pixels))
         size = weight.shape[-1]
         x = F.linear(patches(pixels, size), weight.flatten(1), self.patches.bias)
         here = None
