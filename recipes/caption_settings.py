@@ -134,8 +134,8 @@ GPU = Config(
         decoder_width=128,
         decoder_hidden=384,
     ),
-    all=Stage(4500),
-    train=Train(images=128, eval_every=1500),
+    all=Stage(3000),
+    train=Train(images=128, eval_every=1000),
 )
 # Half as wide a circle covers 2 pixels at 32 x 32: its kind is only seen at full size.
 EASY_VQA = replace(
@@ -144,7 +144,7 @@ EASY_VQA = replace(
     test=1000,
     data=Data(name="easy_vqa", size=64),
     model=replace(GPU.model, patch=8),
-    all=Stage(1500),
+    all=Stage(1000),
     train=Train(images=128, eval_every=500, mix=((r"what shape|circle|rectangle|triangle", 3.0),)),
 )
 EASY_VQA_CPU = replace(
