@@ -1,6 +1,7 @@
 """Matrices begun by their fan-in: the variance asked for, nothing else changed."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from msfs_functional.models import clip, vlm
 
 
 def test_matrices_of_blocks_and_projector_begin_by_their_inputs_and_depth():
-    plain = vlm.vlm(vlm.tiny(40, 40))
+    config = vlm.tiny(40, 40)
+    plain = vlm.vlm(replace(config, decoder=replace(config.decoder, qk_norm=True)))
     before, after = plain.init(0), by_fan_in(plain, 0.5).init(0)
     depth = {"vision": 4, "decoder": 4}
     for name, value in after.items():
