@@ -231,7 +231,7 @@ def make_optimizer(config: Train, stage: Stage, names: Iterable[str]) -> optim.T
             dtype=torch.float32,
         )
         blocks = r"blocks\.\d+\.(attention\.[qkvo]|feed_forward\.\w+)\.weight$"
-        matrices = rf"{blocks}|^projector\.\w+\.weight$"
+        matrices = rf"{blocks}|^projector\.\w+\.weight$" if config.muon_projector else blocks
         groups.insert(0, (matrices, muon))
     names = list(names)
     return optim.by_group([g for g in groups if any(re.search(g[0], name) for name in names)])
