@@ -163,7 +163,7 @@ def compare_clip(config: Config, device: str) -> None:
 
 
 def show_memory(config: Config, device: str) -> None:
-    """A small pair of towers; each step embeds chunk by chunk, with everybody as negatives."""
+    """A small pair of towers, eager; each step embeds chunk by chunk, with everybody as negatives."""
     sizes: dict[str, Any] = {"width": 384, "depth": 6, "heads": 6, "hidden": 1536}
     sizes["projection"] = 256
     if config.small:
@@ -183,8 +183,8 @@ def show_memory(config: Config, device: str) -> None:
         return loss / count, ()
 
     chunk, batches = (4, (8, 16)) if config.small else (config.chunk, config.batches)
-    compiled: Any = embed if config.small else torch.compile(embed, dynamic=False)
-    gradient = gradient_cache(compiled, loss_fn, chunk)
+    # Eager: memory is what is shown, and compiling took longer than all batches together.
+    gradient = gradient_cache(embed, loss_fn, chunk)
     optimizer = optim.adamw(1e-4)
     update = in_place(optimizer)
     params = model.init(0, device=device)
