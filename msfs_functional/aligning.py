@@ -135,6 +135,10 @@ def check_room(data: Data, own: Model, mesh: Mesh) -> None:
             f"--data.new ({data.new}) leaves no room for a prompt in --model.length ({own.length})"
         )
     meshes.degrees(agreement.world(), **dataclasses.asdict(mesh))
+    if own.folder is None and own.heads % mesh.tp:
+        raise ValueError(
+            f"--mesh.tp ({mesh.tp}) must divide --model.heads ({own.heads}): change one"
+        )
     if mesh.cp > 1 and own.length % (2 * mesh.cp):
         raise ValueError(
             f"twice --mesh.cp (2 x {mesh.cp}) must divide --model.length ({own.length}): change one"

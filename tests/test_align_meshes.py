@@ -3,6 +3,9 @@
 test_ranks.py runs the claims of TWO and FOUR on as many ranks.
 """
 
+from dataclasses import replace
+
+import pytest
 import torch
 from ranks import DEVICE
 
@@ -47,9 +50,12 @@ def close(found, wanted, said):
         )
 
 
-def setup_on(mesh: Mesh):
+def setup_on(mesh: Mesh, config: DecoderConfig = CONFIG):
+    meshes.join(DEVICE)
     machine = Machine(DEVICE, "float32", False)
-    return set_up(Model(length=16), None, machine, mesh, CONFIG)  # pyright: ignore
+    setup = set_up(Model(length=16), None, machine, mesh, config)  # pyright: ignore
+    # flash on GPUs: each of these small shapes would be float32 kernels of its own to compile
+    return setup._replace(implementation="sdpa")
 
 
 def alone(setup):
@@ -98,7 +104,6 @@ def case(name, setup, params):
 
 def equal_one_process(*names: str, steps: tuple[str, ...] = (), **degrees: int):
     """Value, figures and gradient of these losses, and where three steps by some of them lead."""
-    meshes.join(DEVICE)
     setup = setup_on(Mesh(**degrees))
     assert isinstance(setup.model, Sharded)
     params = {name: 3 * x for name, x in setup.plain.init(0, device=DEVICE).items()}
@@ -141,11 +146,19 @@ def alignment_in_context():
     equal_one_process(*EVERY, steps=("ppo",), dp_shard=1, cp=2)
 
 
+def windows_are_not_for_a_ring():
+    with pytest.raises(
+        ValueError, match=r"cp \(2\) with a decoder whose tokens see windows of \[8"
+    ):
+        setup_on(Mesh(dp_shard=1, cp=2), replace(CONFIG, windows=(8, None)))
+
+
 def alignment_on_mixed_meshes():
     equal_one_process("kto", "ppo", steps=("kto",), dp_shard=2, tp=2)
     equal_one_process("aot", "rewards", dp_replicate=2, dp_shard=1, cp=2)
     equal_one_process("sigmoid", "ppo", dp_shard=1, tp=2, cp=2)
 
 
-TWO = [alignment_by_tensors, alignment_in_context]
+GPUS = [alignment_by_tensors, alignment_in_context]
+TWO = [alignment_by_tensors, alignment_in_context, windows_are_not_for_a_ring]
 FOUR = [alignment_on_mixed_meshes]

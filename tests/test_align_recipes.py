@@ -15,10 +15,10 @@ import pytest
 import torch
 from ranks import start_server
 
-from msfs_functional import alignment_runs, answerers, launching, stages
+from msfs_functional import agreement, alignment_runs, answerers, launching, stages
 from msfs_functional import config as configs
 from msfs_functional import distributed_checkpoint as checkpoints
-from msfs_functional.aligning import Mesh, Model, Stage, fine_tune, prepare
+from msfs_functional.aligning import Mesh, Model, Stage, check_room, fine_tune, prepare
 from msfs_functional.alignment_runs import Options, each_seed, workers_of
 from msfs_functional.alignment_tasks import Data, built_in
 from msfs_functional.models import decoder, pretrained
@@ -369,6 +369,20 @@ def learn_four_ways(out, prefix, meshes):
         align_ppo.main(config)
     options = {**people(out), "mesh": meshes[-1]}
     align_people.main(tiny(align_people, out, f"{prefix}people", **options))
+
+
+def test_meshes_that_do_not_fit_are_refused(align_ppo, tmp_path, monkeypatch):
+    monkeypatch.setattr(agreement, "world", lambda: 2)
+    for model, mesh, said in (
+        (Model(), Mesh(tp=3), "multiply to 3, which does not divide the number of processes"),
+        (Model(heads=1), Mesh(tp=2), r"tp \(2\) must divide --model.heads \(1\): change one"),
+        (Model(length=66), Mesh(cp=2), r"\(2 x 2\) must divide --model.length \(66\): change one"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            check_room(Data(), model, mesh)
+    config = tiny(align_ppo, tmp_path, "natural", mesh=Mesh(cp=2), rl=rl(trust_region=0.1))
+    with pytest.raises(ValueError, match=r"is of whole rows, which --mesh.cp \(2\) cuts"):
+        align_ppo.main(config)
 
 
 def reward_file(tmp_path, text):

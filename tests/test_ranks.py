@@ -40,4 +40,4 @@ def test_several_ranks_equal_one_process_and_go_on_for_one_another(tmp_path, mon
     DEVICE != "cuda" or torch.cuda.device_count() < 2, reason="needs RANKS_DEVICE=cuda and two GPUs"
 )
 def test_two_gpus_equal_one():
-    check_claims((sharding.GPUS, 2))
+    check_claims((sharding.GPUS + aligned.GPUS, 2))
