@@ -1,7 +1,7 @@
 """What models are made of: plain functions of tensors, and thin modules that hold the weights.
 
-torch's nn.Linear, nn.LayerNorm and nn.Embedding serve as they are. What is added here keeps no
-state: randomness comes in as a key, positions are computed, caches are arguments.
+torch's nn.Linear and nn.LayerNorm serve as they are. What is added here keeps no state: randomness
+comes in as a key, positions are computed, caches are arguments.
 
 Dimension key: ... batch dims, T queries, S keys, D width, H heads, K head dim, N positions.
 """
@@ -133,6 +133,13 @@ def lookup(weight: Float[Tensor, "V D"], tokens: Int[Tensor, "..."]) -> Float[Te
         return F.embedding(torch.where(known, tokens, nowhere), weight)
     rows: Any = _Lookup.apply(weight[None], tokens[None])
     return rows[0]
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding by `lookup`: what is no row is refused in an ensemble, too, and compiled."""
+
+    def forward(self, tokens: Int[Tensor, "..."]) -> Float[Tensor, "... D"]:  # pyright: ignore
+        return lookup(self.weight, tokens)
 
 
 _split = region(random.split)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from msfs_functional import random
 from msfs_functional.attention import Implementation
-from msfs_functional.layers import site_keys
+from msfs_functional.layers import Embedding, site_keys
 from msfs_functional.models.decoder_block import (
     AttentionFn,
     BlockFn,
@@ -170,9 +170,9 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab, config.width)
+        self.embedding = Embedding(config.vocab, config.width)
         if config.positions == "learned":
-            self.positions = nn.Embedding(config.max_length, config.width)
+            self.positions = Embedding(config.max_length, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = Norm(config.width, config.norm_bias)
         if not config.tied:

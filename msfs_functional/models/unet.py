@@ -29,6 +29,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from msfs_functional.attention import Implementation
+from msfs_functional.layers import Embedding
 from msfs_functional.models.convolutions import (
     INITIALIZERS,
     Convolution,
@@ -295,7 +296,7 @@ class UNet(nn.Module):
         if config.interval:
             self.interval = TimeEmbedding(widths[0], time)
         if config.classes is not None:
-            self.class_embedding = nn.Embedding(config.classes, time)
+            self.class_embedding = Embedding(config.classes, time)
         last = len(widths) - 1
         left = [widths[0]]  # channels of what the way down leaves for the way up
         self.down = nn.ModuleList()
