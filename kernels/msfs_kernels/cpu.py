@@ -133,9 +133,7 @@ def without_keys(mask: Tensor | None) -> Tensor | None:
     return empty if bool(empty.any()) else None
 
 
-def plain_forward(
-    q: Tensor, k: Tensor, v: Tensor, options: Options
-) -> tuple[Tensor, Tensor]:
+def plain_forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """(o, lse) `in_one_call`."""
     q, k, v = rows_first(q), rows_first(k), rows_first(v)
     o, lse = FLASH(q, k, v, is_causal=options.causal and q.shape[2] > 1, scale=options.scale)

@@ -57,7 +57,7 @@ class Replay:
 
 
 class OneCall:
-    """A forward on the CPU that is one call of torch's kernel, and its gradient."""
+    """A forward on the CPU that is one call of torch's kernel, as its gradient is."""
 
     def __init__(self, options: Options):
         self.options = options
@@ -67,10 +67,6 @@ class OneCall:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return cpu.plain_forward(q, k, v, self.options)
-
-    def gradient(self, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv of do, q, k, v, o and lse."""
-        return cpu.plain_backward(*tensors, self.options)
 
 
 def facts(x: Tensor) -> tuple:
@@ -189,11 +185,11 @@ class PlainAttention(torch.autograd.Function):
     def backward(ctx, do, dlse):
         q, k, v, o, lse = ctx.saved_tensors
         of_forward = ctx.replay
-        short = do is not None and dlse is None and not torch.is_grad_enabled() and alone()
-        if short and type(of_forward) is OneCall and are_plain_on_cpu(do):
-            return *of_forward.gradient(do, q, k, v, o, lse), None
+        short = dlse is None and not torch.is_grad_enabled() and alone()
+        if do is not None and short and type(of_forward) is OneCall and are_plain_on_cpu(do):
+            return *cpu.plain_backward(do, q, k, v, o, lse, of_forward.options), None
         rest = (None, o, lse, *of_forward.options[1:], False)
-        if not (short and are_plain(do, q, k, v, o, lse)):
+        if do is None or not (short and are_plain(do, q, k, v, o, lse)):
             do = o.new_zeros(()).expand(o.shape) if do is None else do
             dq, dk, dv, _ = call("attention_backward", do, dlse, q, k, v, *rest)
             return dq, dk, dv, None
