@@ -249,15 +249,13 @@ def attention_in_forward_mode(
     level = torch._C._functorch.maybe_current_level()
     unwrap = torch._C._functorch._unwrap_for_grad
     x = [unwrap(y, level) if isinstance(y, Tensor) else y for y in (q, k, v)]
-    if not are_plain(*x) or any(y.requires_grad for y in x):
+    if not are_plain(*x):
         return None
     t = [tangent_of(y) for y in (q, k, v)]
     if any(y is None for y in t):
         return None
     t = [unwrap(y, level) for y in t]
-    if not are_plain(*t) or any(y.requires_grad for y in t):
-        return None
-    if any(y.ndim != 4 or y.shape[0] != x[0].shape[0] for y in x):
+    if not are_plain(*t) or any(y.requires_grad for y in (*x, *t)):
         return None
     kind = (*(y.stride() for y in t), *(y.dtype for y in t), *kind_of_plain(*x, *scalars))
     layer = torch._C._functorch.pop_dynamic_layer_stack()
@@ -267,6 +265,8 @@ def attention_in_forward_mode(
             results = replay(*t, *x)
         else:
             names = ("is_causal", "scale", "precision", "deterministic")
+            if any(y.ndim != 4 or y.shape[0] != x[0].shape[0] for y in x):
+                return None
             whole(*x, **dict(zip(names, scalars, strict=True)))  # looks at the arguments
             dual = getattr(ops.backend(x[0], x[2]), "dual", None)
             if dual is None:
