@@ -1,5 +1,10 @@
 """The raw ops as torch sees them: opcheck, fakes, export, compiled without break or recompile."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from msfs_kernels import flash_attention
@@ -156,23 +161,25 @@ def test_export_keeps_the_op_whole():
     assert called.count(OPS.attention.default) == 1
 
 
-class Alone(Block):
-    """Nothing that Inductor would compile a kernel of its own for."""
-
-    def forward(self, q: Tensor, k: Tensor, lengths: Tensor) -> Tensor:
-        return flash_attention(q, k, k, is_causal=True, key_lengths=lengths)
-
-
-def test_aot_inductor_runs_the_op(tmp_path):
-    inputs = block_inputs()
-    program = torch.export.export(Alone(), inputs)
-    path = torch._inductor.aoti_compile_and_package(
-        program,
-        package_path=str(tmp_path / "block.pt2"),
-        inductor_configs={"aot_inductor.compile_wrapper_opt_level": "O0"},  # compiles sooner
+def packaged(which: str, device: str, folder: Path) -> subprocess.CompletedProcess:
+    script = Path(__file__).with_name("aot_package.py")
+    path = os.pathsep.join(sys.path)
+    return subprocess.run(
+        [sys.executable, str(script), which, device, str(folder)],
+        **{"capture_output": True, "text": True, "env": {**os.environ, "PYTHONPATH": path}},
     )
-    loaded = torch._inductor.aoti_load_package(path)
-    torch.testing.assert_close(loaded(*inputs), Alone()(*inputs))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_aot_inductor_runs_the_op(device, tmp_path):
+    ours = packaged("flash", device, tmp_path)
+    crashed = ours.returncode < 0 and ours.stdout.split()[-1:] == ["loading"]
+    if crashed:
+        plain = packaged("plain", device, tmp_path)
+        if plain.returncode == ours.returncode and plain.stdout.split()[-1:] == ["loading"]:
+            signal = -ours.returncode
+            pytest.skip(f"plain torch crashes at loading too, signal {signal} on {device}")
+    assert ours.returncode == 0 and ours.stdout.split()[-1] == "equal", ours.stderr[-2000:]
 
 
 def test_new_shapes_recompile_at_most_once():
