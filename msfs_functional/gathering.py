@@ -281,7 +281,8 @@ class Sharded(Functional):
 
     def apply(self, params: Params, /, *args: Any, method: str = "forward", **kwargs: Any) -> Any:
         def run(whole: Params, *args: Any) -> Any:
-            inner = self.inner[any(map(is_sharded, whole.values()))]
+            sharded = any(map(is_sharded, whole.values()))
+            inner = self.inner[int(sharded)]  # Dynamo of torch 2.11 takes no bool for an index
             return inner.apply(whole, *args, method=method, **kwargs)
 
         return self.root.run(run, params, *args)
