@@ -16,8 +16,8 @@ and vocabulary, cp cuts the sequences.
     torch        the same module in a loop of torch's own: clip_grad_norm_, fused AdamW
     whole        the functional loss as one graph of Inductor's, which reorders collectives
 
-It prints the first step's seconds (what a process's first compilation does once, `prepare_compiler`,
-comes before on every path and is printed apart), tokens/s a rank, model FLOPs utilisation, peak memory of rank 0
+It prints the first step's seconds (what a process's first compilation does once comes before, on
+every path, and is printed apart), tokens/s a rank, model FLOPs utilisation, peak memory of rank 0
 and the first losses, which must agree. MFU is that of `pretrain.py`, with 989 TFLOP/s as the peak.
 --trace adds how much of the communication had computation beside it, and the kernels that took
 longest.
