@@ -41,7 +41,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 import tyro
-from measuring import Figures, fresh, measure
+from measuring import Figures, fresh, kernels, measure
 from torch import Tensor, nn
 
 from msfs_functional import errors, optim, random
@@ -207,14 +207,7 @@ def run(side: Side, config: Config, depth: int, profile: bool) -> dict[str, Any]
 
     figures: Figures = measure(once, config.warmup, config.steps)
     if profile:
-        with torch.profiler.profile() as profiled:
-            for _ in range(3):
-                step()
-            if device == "cuda":
-                torch.cuda.synchronize()
-        by = "self_cuda_time_total" if device == "cuda" else "self_cpu_time_total"
-        table = profiled.key_averages().table(sort_by=by, row_limit=40, max_name_column_width=100)
-        print(f"3 steps\n{table}")
+        print(kernels(step, 3))
     rate = config.batch * config.length / figures.seconds
     return {
         "tokens/s": rate,
