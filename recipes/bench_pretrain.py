@@ -51,6 +51,7 @@ from msfs_functional.models.decoder import DECAY, DecoderConfig, decoder, gpt2, 
 from msfs_functional.params import Params, cast
 from msfs_functional.regions import region_of
 from msfs_functional.train import init_state, make_step
+from msfs_functional.transforms import in_dtype
 from msfs_functional.utilisation import flops_per_token, peak_flops
 
 Side = Literal["ours", "regions", "thrifty", "launched", "peer"]
@@ -169,7 +170,9 @@ def our_step(
     decay = [(r"embedding|positions", True), *DECAY]  # as the peer does
     optimizer = optim.adamw(6e-4, 0.9, 0.95, 1e-8, 0.1, decay)
     compile = ("regions" if regions else True) if compiled else False
-    step = make_step(loss_fn, optimizer, clip_norm=1.0, compile=compile, dynamic=False)
+    gradient = in_dtype(torch.bfloat16) if regions else None  # of a single graph it is part
+    options: dict[str, Any] = {"compile": compile, "dynamic": False, "gradient": gradient}
+    step = make_step(loss_fn, optimizer, clip_norm=1.0, **options)
     state = init_state(params, optimizer, random.key(0, device=batch["tokens"].device))
     if compiled and side != "launched":
         step = graphed(step)
