@@ -233,6 +233,8 @@ def alone(side: Side, config: Config, depth: int, profile: bool) -> dict[str, An
 
 
 def main(config: Config) -> None:
+    if config.check and not ({"regions", "peer"} <= set(config.sides) and 12 in config.depths):
+        raise ValueError("--check compares sides regions and peer at depth 12: leave them in")
     if config.small:
         config = replace(config, batch=2, length=16, steps=2, warmup=1, depths=(2,))
     elif not torch.cuda.is_available():
@@ -260,7 +262,8 @@ def main(config: Config) -> None:
 
 
 def check(found: dict[str, dict[str, Any]]) -> None:
-    ours, peer = found["ours, 12 blocks"], found["peer, 12 blocks"]
+    """Of the side that `pretrain.py` takes."""
+    ours, peer = found["regions, 12 blocks"], found["peer, 12 blocks"]
     ratio = ours["tokens/s"] / peer["tokens/s"]
     missed = {
         "tokens/s over the peer's": ratio < GOALS["tokens/s over the peer's"],
