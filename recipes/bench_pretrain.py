@@ -233,8 +233,11 @@ def alone(side: Side, config: Config, depth: int, profile: bool) -> dict[str, An
 
 
 def main(config: Config) -> None:
-    if config.check and not ({"regions", "peer"} <= set(config.sides) and 12 in config.depths):
-        raise ValueError("--check compares sides regions and peer at depth 12: leave them in")
+    known = {"regions", "peer"} <= set(config.sides) and 12 in config.depths
+    if config.check and (config.small or not known):
+        raise ValueError(
+            "--check compares regions with peer at depth 12: leave them in, no --small"
+        )
     if config.small:
         config = replace(config, batch=2, length=16, steps=2, warmup=1, depths=(2,))
     elif not torch.cuda.is_available():
