@@ -236,7 +236,7 @@ def main(config: Config) -> None:
     known = {"regions", "peer"} <= set(config.sides) and 12 in config.depths
     if config.check and (config.small or not known):
         raise ValueError(
-            "--check compares regions with peer at depth 12: leave them in, no --small"
+            "--check compares regions with peer at depth 12: ask for both, not --small"
         )
     if config.small:
         config = replace(config, batch=2, length=16, steps=2, warmup=1, depths=(2,))
