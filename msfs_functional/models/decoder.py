@@ -204,14 +204,15 @@ class Decoder(nn.Module):
         Raises:
             ValueError: more tokens than max_length; both or neither of tokens and embeddings.
         """
-        x = self._inputs(tokens, embeddings)
+        x: Any = self._inputs(tokens, embeddings)
+        T = x.shape[-2]
         if positions is None:
-            positions = torch.arange(x.shape[-2], device=x.device)
+            positions = torch.arange(T, device=x.device)
 
         def mask(window: int | None) -> dict[str, Any]:
             others = {"segment_ids": segment_ids, "key_lengths": key_lengths}
-            if prefix_lengths is not None and window is not None and window < x.shape[-2]:
-                near = within(window, prefix_lengths, x.shape[-2])
+            if prefix_lengths is not None and window is not None and window < T:
+                near = within(window, prefix_lengths, T)
                 return {"bias": near if visible is None else near & visible, **others}
             same = {"is_causal": True, "prefix_lengths": prefix_lengths, "bias": visible}
             return {**same, **others}
@@ -219,11 +220,11 @@ class Decoder(nn.Module):
         keys = site_keys(key, 1 + self.config.depth)
         contexts = self._contexts(x, positions, implementation, mask, None, False)
         alone = around_block is None and active() is not None  # blocks compiled, each on its own
-        y = self._start(x, positions, keys.pop(), apart=alone)
+        x = self._start(x, positions, keys.pop(), apart=alone)
         for i, layer in enumerate(self.blocks):
             context = contexts[self.config.window(i)]
-            y, _ = layer(y, keys[i], context, around_block=around_block)
-        return self._final(y)
+            x, _ = layer(x, keys[i], context, around_block=around_block)
+        return self._final(x)
 
     def embed(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
         """Embeddings of tokens, without positions."""
