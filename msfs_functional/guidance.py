@@ -61,7 +61,7 @@ def classifier_free_guidance(
     def guided_fn(x: Tensor, level: Tensor) -> Tensor:
         doubled = torch.cat([level, level]) if level.ndim else level
         positive, other = predict_fn(torch.cat([x, x]), doubled, both).chunk(2)
-        w = torch.as_tensor(scale, dtype=x.dtype, device=x.device)
+        w: float | Tensor = scale
         if interval is not None:
             acts = (level >= interval[0]) & (level <= interval[1])
             w = per_example(torch.where(acts, scale, 1.0), x)

@@ -6,6 +6,7 @@ test_ranks.py runs the claims of TWO and FOUR on as many ranks.
 import collections
 import dataclasses
 import functools
+import re
 
 import optree
 import pytest
@@ -17,7 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.func import grad, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from msfs_functional import agreement, context_parallel, optim, random, sharding
+from msfs_functional import agreement, context_parallel, optim, overlap, random, sharding
 from msfs_functional import vocabulary_parallel as vocabulary
 from msfs_functional.attention import attention
 from msfs_functional.collectives import psum
@@ -314,6 +315,26 @@ def overlapped_gathers_and_sums():
         )
         options = {"compile": "regions", "config": UNNORMED, "optimizer": optim.sgd(1e-2)}
         equal_one_process({"dp_shard": 2}, own=True, **options)
+
+
+def gradients_of_the_output_are_summed_before_those_of_blocks():
+    """In the order in which the backward pass has them, the embedding's last."""
+    on, seen = mesh(dp_shard=2), []
+    config = dataclasses.replace(UNNORMED, tied=False, depth=2)
+    model = sharded(decoder(config), DECODER, on)
+    loss_fn = gathered(functools.partial(next_token, model), model)
+    with pytest.MonkeyPatch.context() as patch:
+        plain = overlap.Pipeline._sum
+
+        def sum_(self, use, grads):
+            seen.append({re.sub(r"\.[^0-9]*$", "", name) for name in use.unit.names.values()})
+            plain(self, use, grads)
+
+        patch.setattr(overlap.Pipeline, "_sum", sum_)
+        call = share(batches(1)[0], on), random.key(0)
+        model.gradient(loss_fn, model.init(0), [call])
+    blocks = [{f"blocks.{i}"} for i in reversed(range(config.depth))]
+    assert seen == [{"norm", "output"}, *blocks, {"embedding"}], seen
 
 
 def products_in_bfloat16_are_summed_in_float32():
@@ -628,6 +649,7 @@ TWO = [
     translation_model,
     accumulated_microbatches,
     overlapped_gathers_and_sums,
+    gradients_of_the_output_are_summed_before_those_of_blocks,
     products_in_bfloat16_are_summed_in_float32,
     gradients_are_reduced_once_a_step,
     factored_optimizer,

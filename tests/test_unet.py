@@ -375,7 +375,7 @@ def test_heads_in_wider_lanes_are_the_same_heads(compiled, monkeypatch):
 
     found = []
     for width in (6, 8):
-        monkeypatch.setattr(denoising, "lane", lambda head_dim, x, width=width: width)
+        monkeypatch.setattr(denoising, "lane", lambda head_dim, x, how, width=width: width)
         fn = torch.func.grad_and_value(both, (0, 1, 2, 3))
         fn = torch.compile(fn, backend="aot_eager", fullgraph=True) if compiled else fn
         found.append(fn(x, memory, weights, own))

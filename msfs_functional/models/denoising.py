@@ -78,10 +78,10 @@ class TimeEmbedding(nn.Module):
         return self.down(F.silu(self.up(waves)))
 
 
-def lane(head_dim: int, x: Tensor) -> int:
+def lane(head_dim: int, x: Tensor, implementation: Implementation = "flash") -> int:
     """The width that a head gets in memory: on a GPU tiles are powers of two wide anyway, and heads
-    of 64 and 128 have the fastest kernels, which those of 40 and 80 have not."""
-    between = x.is_cuda and 32 < head_dim < 128
+    of 64 and 128 have the fastest kernels, which those of 40 and 80 have not. torch's own have."""
+    between = x.is_cuda and 32 < head_dim < 128 and implementation != "sdpa"
     return 1 << (head_dim - 1).bit_length() if between else head_dim
 
 
@@ -96,7 +96,8 @@ def attend(
 ) -> Float[Tensor, "B T D"]:
     """Multi-head attention of x to itself, or to a memory, with the matrices of that name."""
     width = params[f"{name}.q.weight"].shape[0] // heads
-    more = lane(width, x) - width  # zeros beside each head: products and gradients are the same
+    # Zeros beside each head: products and gradients are the same.
+    more = lane(width, x, implementation) - width
 
     def rows(part: str) -> Tensor:
         w = params[f"{name}.{part}"]
