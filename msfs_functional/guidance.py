@@ -62,8 +62,10 @@ def classifier_free_guidance(
     both = optree.tree_map(lambda p, n: torch.cat([p, n]), condition, negative)
 
     def guided_fn(x: Tensor, level: Tensor) -> Tensor:
-        twice = [torch.cat([t, t]) if repeat and t.ndim else t for t in (x, level)]
-        positive, other = predict_fn(*twice, both).chunk(2)
+        def twice(t: Tensor) -> Tensor:
+            return torch.cat([t, t]) if repeat and t.ndim else t
+
+        positive, other = predict_fn(twice(x), twice(level), both).chunk(2)
         w: float | Tensor = scale
         if interval is not None:
             acts = (level >= interval[0]) & (level <= interval[1])
