@@ -340,6 +340,12 @@ def test_classifier_free_guidance_by_hand():
     torch.testing.assert_close(guided(4.0, interval=(0.3, 1.0)), guided(4.0))
     torch.testing.assert_close(guided(4.0, rescale=1.0).std(1), y.std(1))
 
+    def given_once(x: Tensor, level: Tensor, condition: Tensor) -> Tensor:
+        return conditional(torch.cat([x, x]), level, condition)
+
+    fn = guidance.classifier_free_guidance(given_once, positive, negative, 4.0, repeat=False)
+    torch.testing.assert_close(fn(x, level), guided(4.0))
+
 
 def test_guidance_takes_a_level_and_a_tree_of_conditions_for_each_example():
     x, levels = normal(1, 2, 4), torch.tensor([0.2, 0.8], dtype=torch.float64)

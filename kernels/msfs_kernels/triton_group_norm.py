@@ -26,6 +26,7 @@ Source: Wu and He 2018.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalOperand=false
 # pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
+# pyright: reportGeneralTypeIssues=false
 
 from typing import NamedTuple
 
