@@ -10,7 +10,7 @@ of it, so a Pipeline orders what stands between the blocks (as FSDP does, Zhao e
 
     computes    | block 0 | block 1 | block 2 | loss | block 2' | block 1' | block 0' |
     gathers     0    1         2                  1          0
-    sums                                                       2          1          0
+    sums                                            output     2          1          0, embedding
 
 While a block computes, the parameters of the next one are gathered, each straight into the tensor
 that the block will read, on a stream of their own; after the block they are forgotten, and gathered
