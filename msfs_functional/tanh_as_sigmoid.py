@@ -35,7 +35,6 @@ class TanhAsSigmoid(CustomGraphPass):
             squared = [user for user in tanh.users if is_square(user)]
             if raised and len(raised) + len(squared) == len(tanh.users):
                 rewrite(graph, tanh, raised, squared)
-        graph.eliminate_dead_code()
 
 
 def is_one_more(x: Node) -> bool:
@@ -56,5 +55,9 @@ def rewrite(graph: Graph, tanh: Node, raised: list[Node], squared: list[Node]) -
         again = insert(graph, tanh, aten.sub.Tensor, twice, 1)
     for user in raised:
         user.replace_all_uses_with(twice)
+        graph.erase_node(user)
     for user in squared:
         user.replace_input_with(tanh, again)
+    for node in (tanh, again):
+        if not node.users:
+            graph.erase_node(node)
