@@ -33,7 +33,8 @@ def by_fan_in(model: Functional, gain: float) -> Functional:
     """
     if not gain > 0:
         raise ValueError(f"gain ({gain}) must be above 0: 1 keeps the variance of the inputs")
-    found = {name: BLOCK.match(name) for name in model.shapes}
+    matrices = [name for name, shape in model.shapes.items() if len(shape) > 1]
+    found = {name: BLOCK.match(name) for name in matrices}
     depths: dict[str, int] = {}
     for match in filter(None, found.values()):
         stack, block = match[1], int(match[2])
@@ -42,7 +43,7 @@ def by_fan_in(model: Functional, gain: float) -> Functional:
     def begun(factor: float) -> Initializer:
         return variance_scaling((gain * factor) ** 2, "in", "normal")
 
-    changed = {name: begun(1.0) for name in model.shapes if PROJECTOR.match(name)}
+    changed = {name: begun(1.0) for name in matrices if PROJECTOR.match(name)}
     for name, match in found.items():
         if match:
             residual = match[3] in RESIDUAL

@@ -134,8 +134,8 @@ GPU = Config(
         decoder_width=128,
         decoder_hidden=384,
     ),
-    all=Stage(3000),
-    train=Train(images=128, eval_every=1000),
+    all=Stage(2600),
+    train=Train(images=128, eval_every=1300),
 )
 # Half as wide a circle covers 2 pixels at 32 x 32: its kind is only seen at full size.
 EASY_VQA = replace(

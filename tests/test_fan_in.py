@@ -1,6 +1,8 @@
 """Matrices begun by their fan-in: the variance asked for, nothing else changed."""
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ from msfs_functional.models import clip, vlm
 
 
 def test_matrices_of_blocks_and_projector_begin_by_their_inputs_and_depth():
-    plain = vlm.vlm(vlm.tiny(40, 40))
+    config = vlm.tiny(40, 40)
+    plain = vlm.vlm(replace(config, decoder=replace(config.decoder, qk_norm=True)))
     before, after = plain.init(0), by_fan_in(plain, 0.5).init(0)
     depth = {"vision": 4, "decoder": 4}
     for name, value in after.items():
@@ -26,7 +29,7 @@ def test_matrices_of_blocks_and_projector_begin_by_their_inputs_and_depth():
 
 
 def test_each_tower_of_clip_has_a_depth_of_its_own():
-    options = {"width": 64, "heads": 2, "hidden": 128, "projection": 8}
+    options: dict[str, Any] = {"width": 64, "heads": 2, "hidden": 128, "projection": 8}
     text = clip.TextConfig(**options, vocab=30, max_length=8, depth=2, eos=29)
     image = clip.clip_vision(**options, image=16, patch=8, depth=4)
     params = by_fan_in(clip.clip(clip.CLIPConfig(image, text)), 1.0).init(0)
