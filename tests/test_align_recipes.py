@@ -584,3 +584,6 @@ def test_a_tuned_translator_goes_on_with_the_same_bits_and_is_left_for_use(
     assert align_translation.recipe.load_trained(own)[2].keys()
     with pytest.raises(ValueError, match=r"exists|not empty|holds"):
         run(*given, "--name", "whole")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were started, but one trains and tunes"):
+        run(*given, "--name", "many")
