@@ -16,11 +16,12 @@ from msfs_functional.gathering import Sharded
 from msfs_functional.models.decoder import DecoderConfig
 from msfs_functional.next_token import next_token_loss
 from msfs_functional.packing import batch_of
+from msfs_functional.params import stack
 from msfs_functional.preference_training import Preferences
 from msfs_functional.preference_training import make_loss as preference_loss
 from msfs_functional.reinforcement import VALUE, Learning
 from msfs_functional.reinforcement import make_loss as policy_loss
-from msfs_functional.reward_models import with_head
+from msfs_functional.reward_models import HEAD, with_head
 from msfs_functional.reward_training import reward_loss
 from msfs_functional.sft import pack_answers
 from msfs_functional.tokenizer import BOS, EOS
@@ -135,6 +136,26 @@ def equal_one_process(*names: str, steps: tuple[str, ...] = (), **degrees: int):
             close(ends[0], ends[1], f"{said}, after three steps")
 
 
+def members_share_out_the_rows_of_a_batch():
+    """Stacked parameters are whole on every process, of whichever axis; rows are not."""
+    setup, optimizer = setup_on(Mesh(dp_shard=1, tp=2)), optim.adamw(1e-2, eps=1e-1)
+    keys = random.split(random.key(0, device=DEVICE), 2)
+    starts = [{n: 3 * x for n, x in setup.plain.init(i, device=DEVICE).items()} for i in (0, 1)]
+    for name in ("kto", "rewards"):
+        ends = []
+        for each in (setup.for_members(), alone(setup).for_members()):
+            _, begun, batch = case(name, each, starts[0])
+            own = {**starts[1], HEAD: -begun[HEAD]} if name == "rewards" else starts[1]
+            share, shares = each.share
+            rows_ = {n: x.to(DEVICE).tensor_split(shares)[share] for n, x in batch.items()}
+            step = step_of(each, case(name, each, begun)[0], optimizer, members=2)
+            state = init_state(stack([begun, own]), optimizer, keys)
+            for _ in range(2):
+                state, metrics = step(state, rows_)
+            ends.append({**state.params, "loss": metrics["loss"]})
+        close(ends[0], ends[1], f"members, {name}")
+
+
 EVERY = ("sft", "rewards", *PAIRS, *RULES)
 
 
@@ -160,5 +181,10 @@ def alignment_on_mixed_meshes():
 
 
 GPUS = [alignment_by_tensors, alignment_in_context]
-TWO = [alignment_by_tensors, alignment_in_context, windows_are_not_for_a_ring]
+TWO = [
+    alignment_by_tensors,
+    alignment_in_context,
+    members_share_out_the_rows_of_a_batch,
+    windows_are_not_for_a_ring,
+]
 FOUR = [alignment_on_mixed_meshes]
