@@ -113,7 +113,7 @@ def test_wrong_call_raises_the_same_words_compiled_and_compiled_under_vmap(chang
     def mapped():
         return vmap(lambda q: call(**{**change, "q": q}))(torch.stack([q, q]))
 
-    # An error within vmap in a graph that backend="eager" runs is lost in torch 2.11's own clean-up.
+    # An error within vmap in a graph that backend="eager" runs is lost in torch 2.11's clean-up.
     for run, backend in ((lambda: call(**change), "eager"), (mapped, "aot_eager")):
         with pytest.raises(ValueError) as found:
             torch.compile(run, fullgraph=True, backend=backend)()
