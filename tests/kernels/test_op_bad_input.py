@@ -113,20 +113,20 @@ def test_wrong_call_raises_the_same_words_compiled_and_compiled_under_vmap(chang
     def mapped():
         return vmap(lambda q: call(**{**change, "q": q}))(torch.stack([q, q]))
 
-    for run in (lambda: call(**change), mapped):
+    # An error within vmap in a graph that backend="eager" runs is lost in torch 2.11's clean-up.
+    for run, backend in ((lambda: call(**change), "eager"), (mapped, "aot_eager")):
         with pytest.raises(ValueError) as found:
-            torch.compile(run, fullgraph=True, backend="eager")()
+            torch.compile(run, fullgraph=True, backend=backend)()
         assert str(found.value) == str(eager.value)
 
 
 @pytest.mark.parametrize("lengths", [[[5, 6], [1, 2]], [[1, 2], [-1, 5]]])
-def test_wrong_lengths_of_one_mapped_row_raise(lengths):
-    lengths, q = torch.tensor(lengths), torch.stack([Q, Q])
-    for name in ("key_lengths", "prefix_lengths"):
-        mapped = vmap(lambda q, x, name=name: call(q=q, **{name: x}))
-        for run in (mapped, torch.compile(mapped, fullgraph=True, backend="eager")):
-            with pytest.raises(ValueError, match=rf"{name} \((6|-1)\) must be in \[0, 5\]"):
-                run(q, lengths)
+@pytest.mark.parametrize("name", ["key_lengths", "prefix_lengths"])
+def test_wrong_lengths_of_one_mapped_row_raise(name, lengths):
+    mapped = vmap(lambda q, x: call(q=q, **{name: x}))
+    for run in (mapped, torch.compile(mapped, fullgraph=True, backend="aot_eager")):
+        with pytest.raises(ValueError, match=rf"{name} \((6|-1)\) must be in \[0, 5\]"):
+            run(torch.stack([Q, Q]), torch.tensor(lengths))
 
 
 def test_transforms_of_a_wrong_call_raise_compiled():
