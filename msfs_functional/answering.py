@@ -10,6 +10,7 @@ learns what it would learn alone. Several samples share a row, apart by segment 
 Dimension key: R rows, T tokens of a row, S samples, M images, P tokens of an image, D width.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -48,6 +49,12 @@ def prompt_ids(question: Sequence[int], config: VLMConfig, images: int = 1) -> l
     return with_image_tokens(ids, config, images)
 
 
+@functools.lru_cache(maxsize=16)
+def _image_prompt(config: VLMConfig, images: int) -> tuple[int, ...]:
+    """What every sample of so many tiles begins with."""
+    return tuple(prompt_ids([], config, images)[:-1])
+
+
 def sample_of(
     image: int,
     turns: Sequence[tuple[Sequence[int], Sequence[int]]],
@@ -60,12 +67,12 @@ def sample_of(
         turns: ids of questions and of answers, without marks.
         images: tiles that the image is cut into.
     """
-    ids = prompt_ids([], config, images)[:-1]
+    ids = list(_image_prompt(config, images))
     learned, numbers = [False] * len(ids), [0] * len(ids)
     for number, (question, answer) in enumerate(turns, start=1):
         turn = [*question, BOS, *answer, EOS]
         ids += turn
-        learned += [i > len(question) for i in range(len(turn))]
+        learned += [False] * (len(question) + 1) + [True] * (len(answer) + 1)
         numbers += [number] * len(turn)
     return Sample(image, ids, learned, numbers)
 

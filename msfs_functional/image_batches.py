@@ -12,11 +12,10 @@ Dimension key: B images of a batch, T tokens of a text, C channels, h w height a
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from msfs_functional.answering import cut_tiles, pack_samples, sample_of
@@ -26,6 +25,7 @@ from msfs_functional.pairs import Shuffled
 from msfs_functional.tokenizer import Tokenizer
 
 DESCRIBE = "describe the image."
+LOOKS = 8  # random numbers for an image: grey, turn, mirror, two shifts, tint of three colours
 Mix = Sequence[tuple[str, float]]  # regexes of questions and how often they are asked
 
 
@@ -176,25 +176,32 @@ class Questions(Numbered):
         texts = texts_of(data)
         self.ids = dict(zip(texts, tokenizer.encode(texts), strict=True))
         self.weights: dict[str, float] = {}  # of questions so far
+        self.speaks: dict[str, bool] = {}  # of colours, texts so far
+        most = max(map(len, data.questions), default=0)
+        self.draws = LOOKS + 2 + max(most, questions)  # random numbers for each image
 
     def batch(self, number: int) -> dict[str, Tensor]:
         """What `pack_samples` gives, and pictures of 8 bits, tiles of one after another."""
         chosen, seen = self.chosen(number), 1 if self.tiles == 1 else 1 + self.tiles**2
-        samples, moved, factors = [], [], []
+        # Uniform numbers for each place of the whole batch: so ranks need not draw one by one.
+        draws = np.random.default_rng((self.seed, 1, number)).random((self.size, self.draws))
+        samples, moved = [], []
+        greyed = draws[:, 0] < self.grey
         for row, place in enumerate(self.own):
-            rng = np.random.default_rng((self.seed, 1, number, place))
             i = int(chosen[place])
-            grey = self.grey > 0 and rng.random() < self.grey
-            pairs = [(self.ids[q], self.ids[a]) for q, a in self.asked(i, rng, grey)]
+            asked = self.asked(i, draws[place, LOOKS:], greyed[place])
+            pairs = [(self.ids[q], self.ids[a]) for q, a in asked]
             for first in range(0, len(pairs), self.turns):
                 part = pairs[first : first + self.turns]
                 samples.append(sample_of(row, part, self.model, seen))
-            picture = self.moved(self.data.images[i], rng)
-            moved.append(grey_of(picture) if grey else picture)
-            factors.append(rng.uniform(1 - self.tint, 1 + self.tint, len(moved[-1])))
-        pictures = torch.stack(moved)
+            moved.append(self.moved(self.data.images[i], draws[place, 1:5]))
+        pictures, here = torch.stack(moved), slice(self.own.start, self.own.stop)
+        plain = torch.from_numpy(greyed[here])
+        if plain.any():
+            pictures[plain] = grey_of(pictures[plain])
         if self.tint:
-            scale = torch.from_numpy(np.stack(factors))[..., None, None].float()
+            each = draws[here, 5:LOOKS]
+            scale = torch.from_numpy(1 + self.tint * (2 * each - 1))[..., None, None].float()
             pictures = (pictures * scale).round_().clamp_(max=255).byte()
         return {
             **pack_samples(samples, self.length),
@@ -208,35 +215,52 @@ class Questions(Numbered):
             self.weights[question] = next(found, 1.0)
         return self.weights[question]
 
+    def colours(self, text: str) -> bool:
+        """Whether a text speaks of colours."""
+        if text not in self.speaks:
+            self.speaks[text] = self.coloured.search(text) is not None
+        return self.speaks[text]
+
     def asked(
-        self, image: int, rng: np.random.Generator, grey: bool = False
+        self, image: int, draws: Float[np.ndarray, "U"], grey: bool = False
     ) -> list[tuple[str, str]]:
         """Questions with answers, none twice unless there are too few; of a grey image none that
-        speak of colours."""
+        speak of colours.
+
+        Without replacement the smallest of -log(u) / weight win (Efraimidis and Spirakis 2006).
+
+        Args:
+            draws: uniform numbers in [0, 1), at least 2 and one for each question of the image.
+        """
         captions, pairs = self.data.captions[image], self.data.questions[image]
         if grey:
-            captions = [text for text in captions if not self.coloured.search(text)]
-            pairs = [pair for pair in pairs if not any(map(self.coloured.search, pair))]
+            captions = [text for text in captions if not self.colours(text)]
+            pairs = [pair for pair in pairs if not any(map(self.colours, pair))]
         found = []
-        if captions and rng.random() < self.weight(DESCRIBE):
-            found.append((DESCRIBE, captions[rng.integers(len(captions))]))
+        if captions and draws[0] < self.weight(DESCRIBE):
+            found.append((DESCRIBE, captions[int(draws[1] * len(captions))]))
         count = self.questions - len(found)
         weights = np.array([self.weight(question) for question, _ in pairs])
-        if weights.any() and count > 0:
-            again = int((weights > 0).sum()) < count
-            rows = rng.choice(len(pairs), count, replace=again, p=weights / weights.sum())
-            found += [pairs[i] for i in rows]
-        return [found[i] for i in rng.permutation(len(found))]
+        able = np.flatnonzero(weights)
+        if 0 < len(able) < count:
+            shares = weights.cumsum() / weights.sum()
+            found += [pairs[i] for i in shares.searchsorted(draws[2 : 2 + count], side="right")]
+        elif count > 0:
+            keys = -np.log1p(-draws[2 : 2 + len(able)]) / weights[able]
+            found += [pairs[i] for i in able[keys.argsort()[:count]]]
+        return found
 
-    def moved(self, picture: UInt8[Tensor, "C h w"], rng: Any) -> UInt8[Tensor, "C h w"]:
+    def moved(
+        self, picture: UInt8[Tensor, "C h w"], draws: Float[np.ndarray, "4"]
+    ) -> UInt8[Tensor, "C h w"]:
         """The picture turned, mirrored and shifted as the settings allow."""
         if self.flips:
-            picture = torch.rot90(picture, int(rng.integers(4)), (-2, -1))
-            picture = picture.flip(-1) if rng.integers(2) else picture
+            picture = torch.rot90(picture, int(draws[0] * 4), (-2, -1))
+            picture = picture.flip(-1) if draws[1] < 0.5 else picture
         if self.shift:
-            steps = torch.from_numpy(rng.integers(-self.shift, self.shift + 1, 2))
+            steps = np.floor(draws[2:] * (2 * self.shift + 1)).astype(int) - self.shift
             rows, columns = (
-                (torch.arange(n) + step).clamp(0, n - 1)
+                (torch.arange(n) + int(step)).clamp(0, n - 1)
                 for n, step in zip(picture.shape[-2:], steps, strict=True)
             )
             picture = picture[:, rows][:, :, columns]

@@ -113,9 +113,11 @@ def _of_members(tokens: Tensor, apart: int, V: int, beyond: int) -> Tensor:
     return torch.where((tokens >= 0) & (tokens < V), rows, beyond)
 
 
-def transformed() -> bool:
-    """Whether a transform of torch.func is on its way."""
-    return torch._C._functorch.get_interpreter_stack() is not None  # pyright: ignore
+def mapped() -> bool:
+    """Whether a vmap of torch.func is on its way."""
+    stack = torch._C._functorch.get_interpreter_stack() or []  # pyright: ignore
+    vmap = torch._C._functorch.TransformType.Vmap  # pyright: ignore
+    return any(level.key() == vmap for level in stack)
 
 
 def lookup(weight: Float[Tensor, "V D"], tokens: Int[Tensor, "..."]) -> Float[Tensor, "... D"]:
@@ -125,7 +127,7 @@ def lookup(weight: Float[Tensor, "V D"], tokens: Int[Tensor, "..."]) -> Float[Te
     an IndexError on the CPU, compiled a RuntimeError, on a GPU a device-side assertion.
     """
     compiling = torch.compiler.is_compiling()
-    if not compiling and not transformed():
+    if not compiling and not mapped():
         return F.embedding(tokens, weight)
     if compiling or forward_mode():
         known = (tokens >= 0) & (tokens < weight.shape[0])

@@ -287,7 +287,7 @@ def images_of(
     def predict(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         return predict_fn(unet_params, x.to(some.dtype), t, context).float()
 
-    options: dict[str, Any] = {"rescale": rescale, "interval": interval}
+    options: dict[str, Any] = {"rescale": rescale, "interval": interval, "repeat": False}
     guided_fn = classifier_free_guidance(predict, context, negative, guidance, **options)
     denoise_fn = denoiser(
         *(guided_fn, ns.variance_preserving, process.target),

@@ -17,8 +17,9 @@ runs them on one card: they compile beside one another, then train and are score
 
 Then --samples samples, classes in turn, are compared with all training pictures: Frechet and kernel
 distance, precision and recall over the 64 features of a ResNet-56 (not Inception's: the figures
-compare with each other only). Writes OUT/<side>.json with the curve of what 2,000 samples gave on
-the way, and OUT/<side>.png (samples, a column a class).
+compare with each other only). With --no-peer-compile diffusers' side trains eagerly, as in their
+script, and before ours, which still compiles. Writes OUT/<side>.json with the curve of what 2,000
+samples gave on the way, and OUT/<side>.png (samples, a column a class).
 """
 
 import json
@@ -70,6 +71,8 @@ class Config:
     """points before the last, evenly in time"""
     graph: bool = True
     """ours: replay the training step as one CUDA graph"""
+    peer_compile: bool = True
+    """diffusers: compile the UNet, which takes two minutes; their script does not"""
     seed: int = 0
     small: bool = False
     """sizes that a CPU manages, eager: to see that it works"""
@@ -177,7 +180,7 @@ def their_side(config: Config, data: image_sets.ImageSet, device: str):
     scheduler: Any = diffusers.DDPMScheduler(1000)
     options: dict[str, Any] = {"betas": (0.95, 0.999), "weight_decay": 1e-6, "eps": 1e-8}
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=device == "cuda", **options)
-    net = model if config.small else torch.compile(model)
+    net = torch.compile(model) if config.peer_compile and not config.small else model
     assert data.labels is not None
     labels = data.labels
 
@@ -249,7 +252,7 @@ def training(config: Config, step: StepFn) -> Iterator[Point]:
     synchronize()
     first, spent, count, turn = time.perf_counter() - begin, 0.0, 1, nullcontext()
     if config.turns is not None:
-        turn = taking_turns(config.turns, config.side, SIDES)
+        turn = taking_turns(config.turns, config.side, SIDES if config.peer_compile else ())
     with turn:
         for i in range(1, config.curve + 2):
             until = config.seconds * i / (config.curve + 1)
@@ -292,7 +295,8 @@ def draw_curve(folder: Path) -> None:
             raise ValueError(f"no {path}: run bench_cifar.py {side} first")
         report = json.loads(path.read_text())
         seconds, fid = ([point[name] for point in report["curve"]] for name in ("seconds", "fid"))
-        axes.plot(seconds, fid, "o-", label=f"{side}: {fid[-1]:.2f}")
+        how = "" if report["compiled"] else ", not compiled"
+        axes.plot(seconds, fid, "o-", label=f"{side}{how}: {fid[-1]:.2f}")
     axes.set(xlabel="seconds of training", ylabel="Frechet distance", yscale="log")
     about = f"{report['pictures']:,} pictures of CIFAR-10, one {report['card']}"
     axes.set_title(f"{about}\n{report['features']}", fontsize=8)
@@ -347,6 +351,7 @@ def main(config: Config) -> None:
         print(f"{config.side}  {figures}", flush=True)
         config.out.mkdir(parents=True, exist_ok=True)
         report: dict[str, Any] = {"side": config.side, "card": card, "pictures": len(data)}
+        report |= {"compiled": config.side == "ours" or config.peer_compile}
         report |= {"features": extractor.name, "curve": curve}
         (config.out / f"{config.side}.json").write_text(json.dumps(report, indent=1))
         columns = len(data.classes)

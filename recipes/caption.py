@@ -68,6 +68,7 @@ from msfs_functional import image_corpora as corpora
 from msfs_functional.answering import Answerer, gaze, prompt_ids, turns_apart
 from msfs_functional.compiling import graphed
 from msfs_functional.data import Prefetch
+from msfs_functional.fan_in import by_fan_in
 from msfs_functional.gathering import Sharded, gathered, sharded
 from msfs_functional.generation import Generator
 from msfs_functional.image_batches import DESCRIBE, Questions, texts_of
@@ -164,7 +165,8 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Functional:
         heads=sizes.heads,
         hidden=sizes.decoder_hidden,
     )
-    return vlm(VLMConfig(vision, decoder, vocab, shuffle=sizes.shuffle))  # id beyond the texts'
+    model = vlm(VLMConfig(vision, decoder, vocab, shuffle=sizes.shuffle))  # id beyond the texts'
+    return model if sizes.gain is None else by_fan_in(model, sizes.gain)
 
 
 def to_pixels(pictures: Tensor, dtype: torch.dtype) -> Tensor:
@@ -228,7 +230,8 @@ def make_optimizer(config: Train, stage: Stage, names: Iterable[str]) -> optim.T
             matrices=[(r"", True)],
             dtype=torch.float32,
         )
-        matrices = r"blocks\.\d+\.(attention\.[qkvo]|feed_forward\.\w+)\.weight$"
+        blocks = r"blocks\.\d+\.(attention\.[qkvo]|feed_forward\.\w+)\.weight$"
+        matrices = rf"{blocks}|^projector\.\w+\.weight$"
         groups.insert(0, (matrices, muon))
     names = list(names)
     return optim.by_group([g for g in groups if any(re.search(g[0], name) for name in names)])

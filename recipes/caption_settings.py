@@ -39,6 +39,8 @@ class Model:
     decoder_width: int = 64
     decoder_depth: int = 3  # blocks
     decoder_hidden: int = 192  # width inside its feed-forward layers
+    # matrices of blocks and projector begin as N(0, gain^2 / inputs); None: as N(0, 0.02^2)
+    gain: float | None = 0.5
     qk_norm: bool = False  # RMSNorm of each head's queries and keys, in the decoder
     vocabulary: int = 512  # most ids of the byte-level BPE [tokens]
     length: int = 160  # tokens of a packed row; no sample may be longer
@@ -62,19 +64,21 @@ class Stage:
 class Train:
     """Mechanics of training: AdamW, a cosine with warm-up."""
 
-    images: int = 64  # of one step, over all processes
+    images: int = 32  # of one step, over all processes
     questions: int = 4  # of each image in one step; captions count as one
     # questions that share an image's tokens in a row, without seeing each other
     turns: int = 4
     # how often questions are asked, by the first regex that is found in them; others: 1
     mix: tuple[tuple[str, float], ...] = ()
-    optimizer: Literal["adamw", "muon"] = "muon"  # of the matrices of blocks; AdamW for the rest
+    optimizer: Literal["adamw", "muon"] = (
+        "muon"  # of blocks' and projector's matrices; AdamW for the rest
+    )
     muon_rate: float = 0.01  # peak, of Muon
     weight_decay: float = 0.2
     b2: float = 0.98
     clip: float = 1.0  # largest global norm of the gradient; 0 does not clip
     log_every: int = 20  # [steps]
-    eval_every: int = 475  # exact match and a checkpoint [steps]
+    eval_every: int = 700  # exact match and a checkpoint [steps]
     compile: bool = False  # compile the blocks, for large models
     graph: bool = True  # on one GPU: a step is one CUDA graph
 
@@ -115,7 +119,7 @@ class Config:
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     projector: Stage = field(default_factory=lambda: Stage(20, warmup=5))
-    all: Stage = field(default_factory=lambda: Stage(950))
+    all: Stage = field(default_factory=lambda: Stage(1400))
     train: Train = field(default_factory=Train)
     mesh: Mesh = field(default_factory=Mesh)
 
@@ -130,8 +134,8 @@ GPU = Config(
         decoder_width=128,
         decoder_hidden=384,
     ),
-    all=Stage(4500),
-    train=Train(images=128, eval_every=1500),
+    all=Stage(2600),
+    train=Train(images=128, eval_every=1300),
 )
 # Half as wide a circle covers 2 pixels at 32 x 32: its kind is only seen at full size.
 EASY_VQA = replace(
@@ -140,7 +144,7 @@ EASY_VQA = replace(
     test=1000,
     data=Data(name="easy_vqa", size=64),
     model=replace(GPU.model, patch=8),
-    all=Stage(1500),
+    all=Stage(1000),
     train=Train(images=128, eval_every=500, mix=((r"what shape|circle|rectangle|triangle", 3.0),)),
 )
 EASY_VQA_CPU = replace(

@@ -74,7 +74,8 @@ def members(name: str, how: str):
 
     fn = vmap(tangent if how == "forward mode" else value)
     if how == "compiled":
-        fn = torch.compile(fn, backend="eager")
+        # With "eager" torch 2.11 answers any error in a compiled vmap with an INTERNAL ASSERT.
+        fn = torch.compile(fn, backend="aot_eager")
     return lambda ids: fn(params, ids)
 
 

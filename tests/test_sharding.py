@@ -15,7 +15,7 @@ import torch.distributed as dist
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from ranks import DEVICE, mesh
 from torch._dynamo.backends.common import aot_autograd
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.func import grad, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -33,7 +33,8 @@ from msfs_functional.attention import attention
 from msfs_functional.collectives import psum
 from msfs_functional.fsdp import fully_sharded
 from msfs_functional.gathering import Sharded, gathered, sharded
-from msfs_functional.layouts import DECODER, DECODER_BY_TOKENS, TRANSFORMER
+from msfs_functional.layers import lookup
+from msfs_functional.layouts import DECODER, DECODER_BY_TOKENS, TOWERS, TRANSFORMER
 from msfs_functional.losses import cross_entropy, linear_cross_entropy
 from msfs_functional.meshes import data_rank, degrees
 from msfs_functional.models import decoder as decoders
@@ -580,6 +581,18 @@ def transforms_on(on, layout):
     same(each(params, tokens), examples)
 
 
+def rows_of_a_dtensor_under_torch_func():
+    """Where a model is called on DTensors as they are."""
+    weight = torch.arange(28.0).view(7, 4).sin()
+    (own,) = sharding.shard({"weight": weight}, TOWERS.rules, mesh(dp_shard=2)).values()
+    replicated = [Replicate()] * own.device_mesh.ndim
+    plain = torch.tensor([[5, 0, 5]])
+    ids = distribute_tensor(plain, own.device_mesh, replicated)
+    found = grad(lambda w: lookup(w, ids).exp().sum())(own)
+    want = grad(lambda w: lookup(w, plain).exp().sum())(weight)
+    torch.testing.assert_close(found.full_tensor(), want)
+
+
 def split_tokens(on, tokens):
     """Inputs, labels, positions and documents of the tokens that this rank holds."""
     rows = share(tokens, on)
@@ -701,6 +714,7 @@ TWO = [
     factored_optimizer,
     guard_agrees_on_all_ranks,
     transforms,
+    rows_of_a_dtensor_under_torch_func,
     compiled_step,
     compiled_sequence_parallel_loss,
     fsdp2_path,

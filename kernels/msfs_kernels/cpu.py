@@ -8,12 +8,11 @@ parts that align:
     causal, S > T      keys [0, S - T) without a mask, keys [S - T, S) with a square one, merged by
     log-sum-exp
     causal, S < T      the first T - S queries see nothing
-    grouped heads      the r-th query head of each group in turn, so that keys and values are never
-    repeated
+    grouped heads      keys and values repeated while that is little memory, which is one call; the
+    r-th query head of each group in turn where it is much
 """
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -30,6 +29,7 @@ __all__ = ["backward", "forward", "tangent"]
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 FEWEST_GROUPED_ROWS = 32  # below, the tiled path reads keys once for all heads of a group
+MOST_REPEATED = 1 << 21  # elements of keys and values that are repeated for one call
 
 
 class Part(NamedTuple):
@@ -68,17 +68,38 @@ def parts(T: int, S: int, causal: bool) -> list[Part]:
     ]
 
 
-def additive_mask(q: Tensor, S: int, options: Options) -> Tensor | None:
-    """The bias or the key lengths as a tensor to add, (B | 1, H | 1, T | 1, S)."""
+def additive_mask(q: Tensor, S: int, options: Options) -> tuple[Tensor | None, bool]:
+    """The bias or the key lengths as a tensor to add, (B | 1, H | 1, T | 1, S), and whether it may
+    leave a query of the whole call without a key.
+    """
     if options.bias is not None:
         bias = options.bias.expand(*options.bias.shape[:3], S)
         if bias.dtype is not torch.bool:
-            return bias.to(q.dtype)
-        return q.new_zeros(bias.shape).masked_fill_(~bias, -math.inf)
-    if options.key_lengths is None or int(options.key_lengths.min()) == S:
-        return None
-    hidden = torch.arange(S) >= options.key_lengths[:, None]
-    return q.new_zeros(hidden.shape).masked_fill_(hidden, -math.inf)[:, None, None, :]
+            return bias.to(q.dtype), True
+        return q.new_zeros(bias.shape).masked_fill_(~bias, -math.inf), True
+    if options.key_lengths is None:
+        return None, False
+    shortest = int(options.key_lengths.min())
+    if shortest == S:
+        return None, False
+    hidden = torch.arange(S) >= options.key_lengths[:, None, None, None]
+    return q.new_zeros(hidden.shape).masked_fill_(hidden, -math.inf), shortest == 0
+
+
+def few_repeated(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether heads are grouped, and keys and values so few that repeating them costs little."""
+    repeat = q.shape[1] // k.shape[1]
+    return repeat > 1 and repeat * (k.numel() + v.numel()) <= MOST_REPEATED
+
+
+def repeated(x: Tensor, repeat: int) -> Tensor:
+    """(B, G, S, D) -> (B, G R, S, D); a view where G is 1."""
+    return x if repeat == 1 else x[:, :, None].expand(-1, -1, repeat, -1, -1).flatten(1, 2)
+
+
+def summed(dx: Tensor, repeat: int) -> Tensor:
+    """Gradients of `repeated` as gradients of what it repeats."""
+    return dx if repeat == 1 else dx.unflatten(1, (-1, repeat)).sum(2)
 
 
 def cut(x: Tensor | None, r: int, repeat: int, part: Part) -> Tensor | None:
@@ -115,10 +136,10 @@ def tokens_first(x: Tensor) -> Tensor:
 
 def in_one_call(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
     """Whether torch's kernel computes this whole, without a mask beyond causal: every query sees a
-    key, and nothing is cut, repeated or merged.
+    key, and nothing is cut or merged.
     """
     return (
-        q.shape[1] == k.shape[1]
+        (q.shape[1] == k.shape[1] or few_repeated(q, k, v))
         and (not options.causal or q.shape[2] in (1, k.shape[2]))
         and (options.bias is None and options.key_lengths is None)
         and expressible(q, k, v, options)
@@ -135,7 +156,8 @@ def without_keys(mask: Tensor | None) -> Tensor | None:
 
 def plain_forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """(o, lse) `in_one_call`."""
-    q, k, v = rows_first(q), rows_first(k), rows_first(v)
+    repeat = q.shape[1] // k.shape[1]
+    q, k, v = rows_first(q), rows_first(repeated(k, repeat)), rows_first(repeated(v, repeat))
     o, lse = FLASH(q, k, v, is_causal=options.causal and q.shape[2] > 1, scale=options.scale)
     return tokens_first(o), lse.contiguous()
 
@@ -144,9 +166,10 @@ def plain_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) `in_one_call`."""
-    dtype, causal = q.dtype, options.causal and q.shape[2] > 1
-    do, q, k, v, o = wide_rows(do, q, k, v, o)
-    grads = FLASH_BACKWARD(do, q, k, v, o, lse, 0.0, causal, scale=options.scale)
+    dtype, causal, repeat = q.dtype, options.causal and q.shape[2] > 1, q.shape[1] // k.shape[1]
+    do, q, k, v, o = wide_rows(do, q, repeated(k, repeat), repeated(v, repeat), o)
+    dq, dk, dv = FLASH_BACKWARD(do, q, k, v, o, lse, 0.0, causal, scale=options.scale)
+    grads = (dq, summed(dk, repeat), summed(dv, repeat))
     dq, dk, dv = (tokens_first(cast(d, dtype)) for d in grads)
     return dq, dk, dv
 
@@ -159,35 +182,42 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
         return plain_forward(q, k, v, options)
     if not expressible(q, k, v, options):
         return tiled.forward(q, k, v, options)
+    if few_repeated(q, k, v):
+        return forward(q, repeated(k, repeat), repeated(v, repeat), options)
     q, k, v = rows_first(q), rows_first(k), rows_first(v)
-    mask = additive_mask(q, S, options)
+    mask, hides = additive_mask(q, S, options)
     todo = parts(T, S, options.causal)
+    whole = len(todo) == 1 and todo[0].rows == slice(0, T)
+    hides = hides or not whole
 
-    def compute(r: int, part: Part) -> tuple[Tensor, Tensor]:
-        share = cut(mask, r, repeat, part)
-        o, lse = FLASH(
-            q[:, r::repeat, part.rows],
-            k[:, :, part.keys],
-            v[:, :, part.keys],
-            is_causal=part.causal,
-            attn_mask=share,
-            scale=options.scale,
-        )
-        empty = without_keys(share)
+    def compute(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
+    ) -> tuple[Tensor, Tensor]:
+        o, lse = FLASH(q, k, v, is_causal=causal, attn_mask=mask, scale=options.scale)
+        empty = without_keys(mask) if hides else None
         if empty is not None:
             o = o.masked_fill_(empty[..., None], 0.0)
             lse = lse.masked_fill_(empty, -math.inf)
         return o, lse
 
-    if repeat == 1 and len(todo) == 1 and todo[0].rows == slice(0, T):
-        o, lse = compute(0, todo[0])
+    if repeat == 1 and whole:
+        o, lse = compute(q, k, v, mask, todo[0].causal)
         return tokens_first(o), lse.contiguous()
     o = empty_tokens_first(q, *q.shape)
     lse = q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
     hidden = slice(0, todo[0].rows.start)
     o[:, :, hidden], lse[:, :, hidden] = 0.0, -math.inf
     for r in range(repeat):
-        results = [compute(r, part) for part in todo]
+        results = [
+            compute(
+                q[:, r::repeat, part.rows],
+                k[:, :, part.keys],
+                v[:, :, part.keys],
+                cut(mask, r, repeat, part),
+                part.causal,
+            )
+            for part in todo
+        ]
         merged = results[0] if len(todo) == 1 else merge_attention(*zip(*results, strict=True))
         o[:, r::repeat, todo[0].rows], lse[:, r::repeat, todo[0].rows] = merged
     return o, lse
@@ -210,35 +240,40 @@ def backward(
         return *plain_backward(do, q, k, v, o, lse, options), None
     T, S, repeat, inputs = q.shape[2], k.shape[2], q.shape[1] // k.shape[1], (q, k, v)
     do, q, k, v, o = wide_rows(do, q, k, v, o)
-    mask = additive_mask(q, S, options)
+    if few_repeated(q, k, v):
+        wide_k, wide_v = repeated(k, repeat), repeated(v, repeat)
+        dq, dk, dv, _ = backward(do, None, q, wide_k, wide_v, o, lse, options, False)
+        grads = (dq, summed(dk, repeat), summed(dv, repeat))
+        dq, dk, dv = (tokens_first(cast(dx, inputs[0].dtype)) for dx in grads)
+        return dq, dk, dv, None
+    mask, hides = additive_mask(q, S, options)
     todo = parts(T, S, options.causal)
-    lse = lse.masked_fill(lse == -math.inf, 0.0)  # weights are exp(s - lse) = exp(-inf) = 0
+    whole = len(todo) == 1 and todo[0].rows == slice(0, T)
+    if hides or not whole:
+        lse = lse.masked_fill(lse == -math.inf, 0.0)  # weights are exp(s - lse) = exp(-inf) = 0
 
-    def gradients() -> Iterator[tuple[int, Part, tuple[Tensor, Tensor, Tensor]]]:
-        for r in range(repeat):
-            for part in todo:
-                yield (
-                    r,
-                    part,
-                    FLASH_BACKWARD(
-                        *(x[:, r::repeat, part.rows] for x in (do, q)),
-                        *(x[:, :, part.keys] for x in (k, v)),
-                        *(x[:, r::repeat, part.rows] for x in (o, lse)),
-                        0.0,
-                        part.causal,
-                        attn_mask=cut(mask, r, repeat, part),
-                        scale=options.scale,
-                    ),
-                )
+    def gradients(
+        *tensors: Tensor, mask: Tensor | None, causal: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk, dv of do, q, k, v, o and lse."""
+        return FLASH_BACKWARD(*tensors, 0.0, causal, attn_mask=mask, scale=options.scale)
 
-    if repeat == 1 and todo == [Part(slice(0, T), slice(0, S), todo[0].causal)]:
-        ((_, _, grads),) = gradients()
-        dq, dk, dv = (tokens_first(d.to(x.dtype)) for d, x in zip(grads, inputs, strict=True))
+    if repeat == 1 and whole:
+        grads = gradients(do, q, k, v, o, lse, mask=mask, causal=todo[0].causal)
+        dq, dk, dv = (tokens_first(cast(d, inputs[0].dtype)) for d in grads)
         return dq, dk, dv, None
     sums = [empty_tokens_first(x, *x.shape).zero_() for x in (q, k, v)]
-    for r, part, (dq, dk, dv) in gradients():
-        sums[0][:, r::repeat, part.rows] += dq
-        sums[1][:, :, part.keys] += dk
-        sums[2][:, :, part.keys] += dv
-    dq, dk, dv = (dx.to(x.dtype) for dx, x in zip(sums, inputs, strict=True))
+    for r in range(repeat):
+        for part in todo:
+            dq, dk, dv = gradients(
+                *(x[:, r::repeat, part.rows] for x in (do, q)),
+                *(x[:, :, part.keys] for x in (k, v)),
+                *(x[:, r::repeat, part.rows] for x in (o, lse)),
+                mask=cut(mask, r, repeat, part),
+                causal=part.causal,
+            )
+            sums[0][:, r::repeat, part.rows] += dq
+            sums[1][:, :, part.keys] += dk
+            sums[2][:, :, part.keys] += dv
+    dq, dk, dv = (dx.to(inputs[0].dtype) for dx in sums)
     return dq, dk, dv, None

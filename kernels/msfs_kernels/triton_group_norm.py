@@ -26,6 +26,7 @@ Source: Wu and He 2018.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalOperand=false
 # pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
+# pyright: reportGeneralTypeIssues=false
 
 from typing import NamedTuple
 
@@ -37,7 +38,7 @@ from torch import Tensor
 from msfs_kernels import ahead
 from msfs_kernels.launching import INTERPRETED, Launch, launches_of
 
-MOST_PARTS = 128  # of the pixels of one image
+MOST_PARTS = 256  # of the pixels of one image
 # Pixels and channels of a tile, warps; sums over all rows want many bytes on their way at once.
 TILE = {"BP": 32, "BC": 64, "num_warps": 4}
 WIDE_TILE = {"BP": 32, "BC": 128, "num_warps": 4}
@@ -73,34 +74,33 @@ def sums_kernel(
     BC: tl.constexpr,
 ):  # fmt: skip
     """Mean and squared deviations of each channel over PART pixels."""
-    part, b = tl.program_id(0), tl.program_id(2)
+    # From the end to the start: the end was written last and is in the cache, and what is read last
+    # is what `apply` begins with.
+    part = tl.num_programs(0) - 1 - tl.program_id(0)
+    b = tl.num_programs(2) - 1 - tl.program_id(2)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     begin = part * PART
     stop = tl.minimum(begin + PART, P)
     pixels = begin + tl.arange(0, BP)
+    inside = (pixels < stop)[:, None]
     added = load_shift(shift, given, b, c, C)[None, :]
-    # A lane, every BP-th pixel of a channel, sums what lies beside its first: where the mean is far
-    # from 0, squares of x itself would lose it. Lanes come together once, after the loop.
-    first = load_tile(x, b, pixels, c, P, C, batch_stride, row_stride) + added
-    total = tl.zeros([BP, BC], tl.float32)
-    square = tl.zeros([BP, BC], tl.float32)
+    tile = load_tile(x, b, pixels, c, P, C, batch_stride, row_stride) + added
+    # Distances from the mean of the first pixels are summed, over pixels once, after the loop:
+    # where the mean is far from 0, squares of x itself would lose its deviations.
+    near = tl.sum(tl.where(inside, tile, 0.0), 0) / tl.minimum(stop - begin, BP)
+    total = tl.where(inside, tile - near[None, :], 0.0)
+    square = total * total
     for start in range(begin + BP, stop, BP):
         pixels = start + tl.arange(0, BP)
         tile = load_tile(x, b, pixels, c, P, C, batch_stride, row_stride) + added
-        apart = tl.where((pixels < stop)[:, None], tile - first, 0.0)
+        apart = tl.where((pixels < stop)[:, None], tile - near[None, :], 0.0)
         total += apart
         square += apart * apart
     count = stop - begin
-    n = tl.maximum((count - tl.arange(0, BP) + BP - 1) // BP, 0).to(tl.float32)[:, None]
-    lane = total / tl.maximum(n, 1.0)
-    square -= lane * total  # of a lane with no pixel both are 0
-    lane += first
-    mean = tl.sum(n * lane, 0) / count
-    mean += tl.sum(n * (lane - mean[None, :]), 0) / count  # what rounding lost of a large mean
-    apart = lane - mean[None, :]
+    apart = tl.sum(total, 0) / count
     at = (b * tl.num_programs(0) + part) * C + c
-    tl.store(means + at, mean, mask=c < C)
-    tl.store(squares + at, tl.sum(square + n * apart * apart, 0), mask=c < C)
+    tl.store(means + at, near + apart, mask=c < C)
+    tl.store(squares + at, tl.sum(square, 0) - count * apart * apart, mask=c < C)
 
 
 @triton.jit
@@ -371,7 +371,7 @@ def parts_of(pixels: int) -> tuple[int, int]:
 def wide_tile(parts: int, channels: int) -> dict[str, int]:
     """The tile of a group, of few sizes: each is compiled, while a start waits."""
     rows, wide = triton.next_power_of_2(parts), triton.next_power_of_2(channels)
-    return {"ROWS": max(16, rows), "WIDE": max(128, wide)}
+    return {"ROWS": max(16, rows), "WIDE": 32 if wide <= 32 else max(128, wide)}
 
 
 def forward(

@@ -21,12 +21,18 @@ from msfs_functional.params import Params
 def check_call(
     config: Any,
     x: Float[Tensor, "B C H W"],
-    context: Float[Tensor, "B S X"] | None,
+    context: Float[Tensor, "N S X"] | None,
     classes: Int[Tensor, "B"] | None,
     interval: Float[Tensor, "B"] | None,
+    *,
+    several: bool = False,
 ) -> None:
     """Raises where a network was given a condition that its configuration has no use for, or not
-    one that it needs; where x or the context are of another size."""
+    one that it needs; where x or the context are of another size.
+
+    Args:
+        several: there may be a multiple of B contexts.
+    """
     for name, value in (("context", context), ("classes", classes), ("interval", interval)):
         wanted = getattr(config, name) not in (None, False)
         if wanted != (value is not None):
@@ -41,6 +47,13 @@ def check_call(
         )
     if x.ndim != 4 or x.shape[1] != config.channels:
         raise ValueError(f"x {tuple(x.shape)} must be (B, {config.channels}, H, W)")
+    if context is not None and (
+        len(context) % len(x) or (len(context) != len(x) and not several) or not len(context)
+    ):
+        rule = "a multiple of " if several else ""
+        raise ValueError(
+            f"context {tuple(context.shape)} must be for {rule}{len(x)} images: one for each"
+        )
 
 
 def time_embedding(

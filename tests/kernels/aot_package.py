@@ -41,10 +41,14 @@ def main(which: str, device: str, folder: str) -> None:
     if which == "flash":
         called = [node.target for node in program.graph.nodes if node.op == "call_function"]
         assert called.count(torch.ops.msfs_kernels.attention.default) == 1, called
+    print("exported", flush=True)
     path = torch._inductor.aoti_compile_and_package(
         program,
         package_path=str(Path(folder) / f"{which}.pt2"),
-        inductor_configs={"aot_inductor.compile_wrapper_opt_level": "O0"},  # compiles sooner
+        inductor_configs={  # compiles sooner
+            "aot_inductor.compile_wrapper_opt_level": "O0",
+            "aot_inductor.precompile_headers": False,
+        },
     )
     print("loading", flush=True)
     loaded = torch._inductor.aoti_load_package(path)

@@ -70,7 +70,7 @@ def test_many_parts_of_an_image_give_the_statistics_of_the_whole(on_kernels):
 
 
 def check_far_means():
-    """Channels whose mean is a thousand deviations, and one pixel, the first of its lane, far off."""
+    """Means of 500 deviations, and one pixel, the first of its lane, far off."""
     x = 1000 + image(1, 4, 20, 15)
     x[:, 1:3, 0, 3] += 500
     _, found = triton_group_norm.forward(x, x[0, :, 0, 0], x[0, :, 0, 1], None, 4, 1e-6, True)

@@ -278,8 +278,8 @@ def test_gradients_vmapped_over_any_dims_equal_the_textbooks_one_by_one(problem,
 
 
 @settings(max_examples=30)
-@given(problems(), st.sampled_from([1, 50, 700, tiles.CPU_TILE]))
-def test_torchs_kernels_and_tiles_of_any_size_agree(problem, budget):
+@given(problems(), st.sampled_from([1, 50, 700, tiles.CPU_TILE]), st.booleans())
+def test_torchs_kernels_and_tiles_of_any_size_agree(problem, budget, repeats):
     _, (q, k, v), options = problem
     options = Options(
         causal=options.get("is_causal", False),
@@ -288,13 +288,26 @@ def test_torchs_kernels_and_tiles_of_any_size_agree(problem, budget):
     )
     q, k, v = (x.double().reshape(-1, *x.shape[-3:]) for x in (q, k, v))
     v = k if v.shape != k.shape else v
-    o, lse = cpu.forward(q, k, v, options)
-    do = randn(*o.shape, seed=9)
-    grads = cpu.backward(do, None, q, k, v, o, lse, options, False)[:3]
+    with mock.patch.object(cpu, "MOST_REPEATED", cpu.MOST_REPEATED if repeats else 0):
+        o, lse = cpu.forward(q, k, v, options)
+        do = randn(*o.shape, seed=9)
+        grads = cpu.backward(do, None, q, k, v, o, lse, options, False)[:3]
     with mock.patch.object(tiles, "CPU_TILE", budget):
         o_tiled, lse_tiled = tiled.forward(q, k, v, options)
         grads_tiled = tiled.backward(do, None, q, k, v, o, lse, options, False)[:3]
     assert max(map(worst, (o, lse, *grads), (o_tiled, lse_tiled, *grads_tiled))) < 1e-12
+
+
+def test_gradients_of_a_key_of_several_heads_are_as_exact_as_the_formulas():
+    for seed in range(0, 300, 3):
+        q, k, v = (
+            randn(h, t, 8, seed=seed + i, dtype=torch.float32)
+            for i, (h, t) in enumerate(((3, 33), (1, 1), (1, 1)))
+        )
+        want = outputs(textbook, F64, (q, k, v), {})
+        got, plain = (outputs(f, torch.float32, (q, k, v), {}) for f in (flash_attention, textbook))
+        for mine, theirs, truth in zip(got, plain, want, strict=True):
+            assert worst(mine, truth) <= 2 * max(worst(theirs, truth), 4 * 2**-23)
 
 
 def test_rows_of_few_keys_leave_derivatives_the_error_of_the_plain_formula():
@@ -380,11 +393,14 @@ def test_a_kind_of_call_that_came_before_goes_a_short_way_to_the_same_bits(dtype
         return *flash_attention(*x, is_causal=causal, return_lse=True), o, lse, *first, *third
 
     short.REPLAYS.clear()
-    for kind, shape in enumerate(((2, 3, 5, 8), (1, 2, 1, 8), (3, 5, 8), (2, 1, 3, 5, 8))):
+    for kind, shape in enumerate(
+        ((2, 3, 5, 8), (1, 2, 1, 8), (3, 5, 8), (2, 1, 3, 5, 8), (2, 4, 33, 8))
+    ):
         make = wide if len(shape) == 4 else randn
         for seed in range(0, 9, 3):
             x = [make(*shape, seed=seed + i) for i in range(3)]
-            x = [x[0]] * 3 if seed == 0 else x  # one tensor in three places comes first
+            x = [x[0], x[1][:, ::2], x[2][:, ::2]] if kind == 4 else x  # grouped heads
+            x = [x[0]] * 3 if seed == 0 and kind < 4 else x  # one in three places comes first
             x, do = [y.to(dtype) for y in x], randn(*shape, seed=seed + 9, dtype=dtype)
             do = do.sum().expand(shape) if kind == 0 else do  # what the gradient of a sum gets
             got = results(x, do)
