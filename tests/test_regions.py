@@ -125,3 +125,22 @@ def test_blocks_of_a_decoder_leave_their_last_addition_to_the_next_one(counter, 
     terms = tuple if dropout == 0 else torch.Tensor
     assert taken[-3:] == [terms] * 3 and tuple not in taken[:-3]  # after that of the keys
     assert counter.frame_count == 2
+
+
+def test_an_ensemble_of_decoders_in_regions_equals_the_eager_one(counter):
+    config = gpt2(20, width=8, depth=2, heads=2, hidden=16, max_length=8)
+    model, batch = decoder(config), {"tokens": torch.arange(14).view(2, 7)}
+
+    def loss_fn(params, batch, key):
+        logits = model.apply(params, batch["tokens"][:, :-1])
+        total, count = cross_entropy(logits, batch["tokens"][:, 1:], ignore_index=-1)
+        return total / count, {}
+
+    after = []
+    for compile in ("regions", False):
+        key = random.split(random.key(0), 2)
+        state = init_state(stack([model.init(k) for k in key]), optim.sgd(0.1), key)
+        options = {"compile": compile, "members": 2, "dynamic": False}
+        after.append(make_step(loss_fn, optim.sgd(0.1), **options)(state, batch)[0].params)
+    for name, value in after[1].items():
+        torch.testing.assert_close(after[0][name], value)

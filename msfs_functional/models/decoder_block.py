@@ -7,7 +7,6 @@ Dimension key: B batch, T tokens, D width, H heads, G key heads, K head dim, F h
 length (tokens).
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
 
@@ -45,10 +44,18 @@ def unchanged(x: Tensor) -> Tensor:
     return x
 
 
+def bound(implementation: Any) -> AttentionFn:
+    """`attention` with the implementation bound: a function, as Dynamo takes no partial through
+    the vmap over an ensemble's members (torch 2.13)."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        return attention(q, k, v, implementation=implementation, **options)
+
+    return attend
+
+
 # One object for all calls: compiled code is guarded on which one it is.
-ATTENTIONS: dict[str, AttentionFn] = {
-    name: functools.partial(attention, implementation=name) for name in get_args(Implementation)
-}
+ATTENTIONS: dict[str, AttentionFn] = {name: bound(name) for name in get_args(Implementation)}
 
 
 def attention_by(implementation: str) -> AttentionFn:
