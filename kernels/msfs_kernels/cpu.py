@@ -8,8 +8,8 @@ parts that align:
     causal, S > T      keys [0, S - T) without a mask, keys [S - T, S) with a square one, merged by
     log-sum-exp
     causal, S < T      the first T - S queries see nothing
-    grouped heads      keys and values repeated while that is little memory, which is one call; the
-    r-th query head of each group in turn where it is much
+
+Grouped heads are its own: it reads a key head once for each of its query heads.
 """
 
 import math
@@ -29,7 +29,6 @@ __all__ = ["backward", "forward", "tangent"]
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 FEWEST_GROUPED_ROWS = 32  # below, the tiled path reads keys once for all heads of a group
-MOST_REPEATED = 1 << 21  # elements of keys and values that are repeated for one call
 
 
 class Part(NamedTuple):
@@ -86,29 +85,12 @@ def additive_mask(q: Tensor, S: int, options: Options) -> tuple[Tensor | None, b
     return q.new_zeros(hidden.shape).masked_fill_(hidden, -math.inf), shortest == 0
 
 
-def few_repeated(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether heads are grouped, and keys and values so few that repeating them costs little."""
-    repeat = q.shape[1] // k.shape[1]
-    return repeat > 1 and repeat * (k.numel() + v.numel()) <= MOST_REPEATED
-
-
-def repeated(x: Tensor, repeat: int) -> Tensor:
-    """(B, G, S, D) -> (B, G R, S, D); a view where G is 1."""
-    return x if repeat == 1 else x[:, :, None].expand(-1, -1, repeat, -1, -1).flatten(1, 2)
-
-
-def summed(dx: Tensor, repeat: int) -> Tensor:
-    """Gradients of `repeated` as gradients of what it repeats."""
-    return dx if repeat == 1 else dx.unflatten(1, (-1, repeat)).sum(2)
-
-
-def cut(x: Tensor | None, r: int, repeat: int, part: Part) -> Tensor | None:
-    """A mask's share of one head of each group and of a part."""
+def cut(x: Tensor | None, part: Part) -> Tensor | None:
+    """A mask's share of a part."""
     if x is None:
         return None
     x = x[..., part.keys]
-    x = x if x.shape[2] == 1 else x[:, :, part.rows]
-    return x if x.shape[1] == 1 else x[:, r::repeat]
+    return x if x.shape[2] == 1 else x[:, :, part.rows]
 
 
 def rows_first(x: Tensor) -> Tensor:
@@ -139,8 +121,7 @@ def in_one_call(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
     key, and nothing is cut or merged.
     """
     return (
-        (q.shape[1] == k.shape[1] or few_repeated(q, k, v))
-        and (not options.causal or q.shape[2] in (1, k.shape[2]))
+        (not options.causal or q.shape[2] in (1, k.shape[2]))
         and (options.bias is None and options.key_lengths is None)
         and expressible(q, k, v, options)
     )
@@ -156,8 +137,7 @@ def without_keys(mask: Tensor | None) -> Tensor | None:
 
 def plain_forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """(o, lse) `in_one_call`."""
-    repeat = q.shape[1] // k.shape[1]
-    q, k, v = rows_first(q), rows_first(repeated(k, repeat)), rows_first(repeated(v, repeat))
+    q, k, v = rows_first(q), rows_first(k), rows_first(v)
     o, lse = FLASH(q, k, v, is_causal=options.causal and q.shape[2] > 1, scale=options.scale)
     return tokens_first(o), lse.contiguous()
 
@@ -166,24 +146,21 @@ def plain_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) `in_one_call`."""
-    dtype, causal, repeat = q.dtype, options.causal and q.shape[2] > 1, q.shape[1] // k.shape[1]
-    do, q, k, v, o = wide_rows(do, q, repeated(k, repeat), repeated(v, repeat), o)
-    dq, dk, dv = FLASH_BACKWARD(do, q, k, v, o, lse, 0.0, causal, scale=options.scale)
-    grads = (dq, summed(dk, repeat), summed(dv, repeat))
+    dtype, causal = q.dtype, options.causal and q.shape[2] > 1
+    do, q, k, v, o = wide_rows(do, q, k, v, o)
+    grads = FLASH_BACKWARD(do, q, k, v, o, lse, 0.0, causal, scale=options.scale)
     dq, dk, dv = (tokens_first(cast(d, dtype)) for d in grads)
     return dq, dk, dv
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    T, S, repeat = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    T, S = q.shape[2], k.shape[2]
     check_lengths("key_lengths", options.key_lengths, S)
     check_lengths("prefix_lengths", options.prefix_lengths, S)
     if in_one_call(q, k, v, options):
         return plain_forward(q, k, v, options)
     if not expressible(q, k, v, options):
         return tiled.forward(q, k, v, options)
-    if few_repeated(q, k, v):
-        return forward(q, repeated(k, repeat), repeated(v, repeat), options)
     q, k, v = rows_first(q), rows_first(k), rows_first(v)
     mask, hides = additive_mask(q, S, options)
     todo = parts(T, S, options.causal)
@@ -200,26 +177,25 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
             lse = lse.masked_fill_(empty, -math.inf)
         return o, lse
 
-    if repeat == 1 and whole:
+    if whole:
         o, lse = compute(q, k, v, mask, todo[0].causal)
         return tokens_first(o), lse.contiguous()
     o = empty_tokens_first(q, *q.shape)
     lse = q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
     hidden = slice(0, todo[0].rows.start)
     o[:, :, hidden], lse[:, :, hidden] = 0.0, -math.inf
-    for r in range(repeat):
-        results = [
-            compute(
-                q[:, r::repeat, part.rows],
-                k[:, :, part.keys],
-                v[:, :, part.keys],
-                cut(mask, r, repeat, part),
-                part.causal,
-            )
-            for part in todo
-        ]
-        merged = results[0] if len(todo) == 1 else merge_attention(*zip(*results, strict=True))
-        o[:, r::repeat, todo[0].rows], lse[:, r::repeat, todo[0].rows] = merged
+    results = [
+        compute(
+            q[:, :, part.rows],
+            k[:, :, part.keys],
+            v[:, :, part.keys],
+            cut(mask, part),
+            part.causal,
+        )
+        for part in todo
+    ]
+    merged = results[0] if len(todo) == 1 else merge_attention(*zip(*results, strict=True))
+    o[:, :, todo[0].rows], lse[:, :, todo[0].rows] = merged
     return o, lse
 
 
@@ -238,14 +214,8 @@ def backward(
         return tiled.backward(do, dlse, q, k, v, o, lse, options, need_dbias)
     if in_one_call(q, k, v, options):
         return *plain_backward(do, q, k, v, o, lse, options), None
-    T, S, repeat, inputs = q.shape[2], k.shape[2], q.shape[1] // k.shape[1], (q, k, v)
+    T, S, dtype = q.shape[2], k.shape[2], q.dtype
     do, q, k, v, o = wide_rows(do, q, k, v, o)
-    if few_repeated(q, k, v):
-        wide_k, wide_v = repeated(k, repeat), repeated(v, repeat)
-        dq, dk, dv, _ = backward(do, None, q, wide_k, wide_v, o, lse, options, False)
-        grads = (dq, summed(dk, repeat), summed(dv, repeat))
-        dq, dk, dv = (tokens_first(cast(dx, inputs[0].dtype)) for dx in grads)
-        return dq, dk, dv, None
     mask, hides = additive_mask(q, S, options)
     todo = parts(T, S, options.causal)
     whole = len(todo) == 1 and todo[0].rows == slice(0, T)
@@ -258,22 +228,21 @@ def backward(
         """dq, dk, dv of do, q, k, v, o and lse."""
         return FLASH_BACKWARD(*tensors, 0.0, causal, attn_mask=mask, scale=options.scale)
 
-    if repeat == 1 and whole:
+    if whole:
         grads = gradients(do, q, k, v, o, lse, mask=mask, causal=todo[0].causal)
-        dq, dk, dv = (tokens_first(cast(d, inputs[0].dtype)) for d in grads)
+        dq, dk, dv = (tokens_first(cast(d, dtype)) for d in grads)
         return dq, dk, dv, None
     sums = [empty_tokens_first(x, *x.shape).zero_() for x in (q, k, v)]
-    for r in range(repeat):
-        for part in todo:
-            dq, dk, dv = gradients(
-                *(x[:, r::repeat, part.rows] for x in (do, q)),
-                *(x[:, :, part.keys] for x in (k, v)),
-                *(x[:, r::repeat, part.rows] for x in (o, lse)),
-                mask=cut(mask, r, repeat, part),
-                causal=part.causal,
-            )
-            sums[0][:, r::repeat, part.rows] += dq
-            sums[1][:, :, part.keys] += dk
-            sums[2][:, :, part.keys] += dv
-    dq, dk, dv = (dx.to(inputs[0].dtype) for dx in sums)
+    for part in todo:
+        dq, dk, dv = gradients(
+            *(x[:, :, part.rows] for x in (do, q)),
+            *(x[:, :, part.keys] for x in (k, v)),
+            *(x[:, :, part.rows] for x in (o, lse)),
+            mask=cut(mask, part),
+            causal=part.causal,
+        )
+        sums[0][:, :, part.rows] += dq
+        sums[1][:, :, part.keys] += dk
+        sums[2][:, :, part.keys] += dv
+    dq, dk, dv = (cast(dx, dtype) for dx in sums)
     return dq, dk, dv, None
