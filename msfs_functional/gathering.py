@@ -257,7 +257,6 @@ class Sharded(Functional):
         root: the same of those outside of blocks.
         units: those outside of blocks, then block by block; None where several axes cut one.
         outside: names of those outside of blocks: before the first block, and after it.
-        by_copies: the overlapped gathers are copies between GPUs (`peer_copies`).
         inner: the model of whole parameters, as tp cuts them; the same with blocks in shards.
     """
 
@@ -268,7 +267,6 @@ class Sharded(Functional):
     root: Plan
     units: tuple[overlap.Unit, ...] | None
     outside: tuple[tuple[str, ...], ...]
-    by_copies: bool
     inner: tuple[Functional, Functional]
 
     def init(
@@ -327,9 +325,7 @@ class Sharded(Functional):
         leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
         assert self.units is not None
         dtypes = self.plan.dtype, self.plan.reduce_dtype
-        pipeline = overlap.Pipeline(
-            leaves, self.units, self.outside, *dtypes, by_copies=self.by_copies
-        )
+        pipeline = overlap.Pipeline(leaves, self.units, self.outside, *dtypes)
         with torch.enable_grad(), pipeline.running():
             value, aux = fn(leaves, *call)
             inputs = [pipeline.anchor, *leaves.values()]
@@ -353,7 +349,6 @@ def sharded(
     *,
     dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None,
-    by_copies: bool = False,
 ) -> Sharded:
     """The model whose params are DTensors on `mesh`; the loss that calls it does not change.
 
@@ -362,14 +357,11 @@ def sharded(
             that of the shards.
         reduce_dtype: in which gradients are added up over ranks; None: that of the shards, so that
             fp32 masters get fp32 sums.
-        by_copies: blocks are gathered by copies between the GPUs of one host (`peer_copies`).
 
     Raises:
         ValueError: rules that do not fit the model or the mesh (see `sharding.placements`); tp that
-            does not divide heads; copies between other devices than GPUs.
+            does not divide heads.
     """
-    if by_copies and mesh.device_type != "cuda":
-        raise ValueError(f"by_copies is for GPUs, the mesh is of {mesh.device_type}: leave it out")
     placed = placements(layout.rules, model.shapes, mesh)
     plan = functools.partial(Plan, dtype=dtype, reduce_dtype=reduce_dtype)
     steps = {
@@ -403,7 +395,6 @@ def sharded(
         root=plan({name: steps[name] for name in root}),
         units=units_of([root, *blocks], steps),
         outside=around(list(model.shapes), in_blocks),
-        by_copies=by_copies,
         inner=(
             Functional(**{**inherited, "shapes": parts}),
             Functional(**{**inherited, "shapes": mixed}),

@@ -23,8 +23,6 @@ On a CPU, where there are no streams, the same happens in the same order.
 
 import contextlib
 import functools
-import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -38,7 +36,6 @@ from torch.distributed.tensor import DTensor
 
 from msfs_functional.collectives import chunk_bounds, group_rank, group_size
 from msfs_functional.params import Params
-from msfs_functional.peer_copies import PeerCopies, begun
 
 Steps = tuple[tuple[str, int, int, str], ...]  # collectives as (kind, dim, size, group), in order
 
@@ -134,7 +131,6 @@ class Pipeline:
             of an output matrix are there long before those of an embedding.
         dtype: of whole parameters; None: that of the shards.
         reduce_dtype: in which gradients are summed; None: that of the shards.
-        by_copies: gather by `peer_copies`.
     """
 
     def __init__(
@@ -144,8 +140,6 @@ class Pipeline:
         outside: Sequence[Sequence[str]],
         dtype: torch.dtype | None,
         reduce_dtype: torch.dtype | None,
-        *,
-        by_copies: bool = False,
     ):
         self.params, self.units, self.outside = params, units, outside
         self.dtype, self.reduce_dtype = dtype, reduce_dtype
@@ -158,20 +152,6 @@ class Pipeline:
         self.ahead: dict[int, Use] = {}  # gathered before they were called, by place of the unit
         self.grads: dict[str, list[Tensor]] = {}  # of shards, by name of the parameter
         self.summing: tuple[Any, Any] | None = None  # what a sum reads, until it is done
-        self.copies = self._copies() if by_copies else {}  # by group
-
-    def _copies(self) -> dict[str, PeerCopies]:
-        """Of each group, with room for what a rank lays of the largest unit."""
-        most: dict[str, int] = {}
-        for unit in self.units:
-            own: Counter[str] = Counter()
-            for inside, way in unit.ways.items():
-                if way.group:
-                    padded = way.padded(self.shards[unit.names[inside]])
-                    own[way.group] += math.prod(padded) // way.parts
-            most |= {group: max(n, most.get(group, 0)) for group, n in own.items()}
-        dtype = self.dtype or next(iter(self.shards.values())).dtype
-        return {group: begun(group, dtype, self.device, n) for group, n in most.items()}
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -269,9 +249,6 @@ class Pipeline:
         with self._beside(self.gathers):
             torch._foreach_copy_([x for x, _ in copies], [rows for _, rows in copies])
             for group, pairs in collectives.items():
-                if group in self.copies:
-                    self.copies[group].gather(pairs)
-                    continue
                 outs, ins = [x for x, _ in pairs], [own for _, own in pairs]
                 pg(group).allgather_into_tensor_coalesced(outs, ins).wait()
             use.arrived = event(self.gathers)

@@ -80,7 +80,6 @@ class Config:
     # multiprocessors that matrix products leave to communication, as many as NCCL takes
     # (NCCL_MAX_CTAS): products that want all of them wait for those that NCCL holds
     carve: int = 0
-    copies: bool = False  # gather by copies between GPUs in place of NCCL's kernels
     compile: bool = True
     mesh: Mesh = field(default_factory=Mesh)
     debug: bool = False
@@ -136,7 +135,7 @@ def build(path: Path, config: Config, on: Any) -> tuple[Any, models.DecoderConfi
     options: dict[str, Any] = {} if config.depth is None else {"depth": config.depth}
     preset = models.PRESETS[config.preset](config.vocab)
     sizes = replace(preset, max_length=min(config.length, preset.max_length), **options)
-    plain, make = models.decoder(sizes), functools.partial(sharded, by_copies=config.copies)
+    plain, make = models.decoder(sizes), sharded
     if path in ("fsdp2", "torch"):
         make = fully_sharded
         with torch.device("meta"):

@@ -11,7 +11,6 @@ import re
 import optree
 import pytest
 import torch
-import torch.distributed as dist
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from ranks import DEVICE, mesh
 from torch._dynamo.backends.common import aot_autograd
@@ -24,7 +23,6 @@ from msfs_functional import (
     context_parallel,
     optim,
     overlap,
-    peer_copies,
     random,
     sharding,
 )
@@ -345,42 +343,6 @@ def gradients_of_the_output_are_summed_before_those_of_blocks():
         model.gradient(loss_fn, model.init(0), [call])
     blocks = [{f"blocks.{i}"} for i in reversed(range(config.depth))]
     assert seen == [{"norm", "output"}, *blocks, {"embedding"}], seen
-
-
-class SeenByAll:
-    """torch's symmetric memory, for CPUs: peers' buffers as they were at the last barrier."""
-
-    def __init__(self, buffer):
-        self.buffer, self.all = buffer, []
-
-    def barrier(self):
-        self.all = [torch.empty_like(self.buffer) for _ in range(dist.get_world_size())]
-        dist.all_gather(self.all, self.buffer)
-
-    def get_buffer(self, rank, shape, dtype, offset):
-        return self.all[rank].view(dtype)[offset : offset + shape.numel()].view(shape)
-
-
-def gathers_by_copies():
-    """Equal to those by collectives, of shards of uneven sizes too."""
-    config, on = dataclasses.replace(UNNORMED, depth=3), mesh(dp_shard=2)
-    model = sharded(decoder(config), DECODER, on)
-    loss_fn = gathered(functools.partial(next_token, model), model)
-    params, call = model.init(0), (share(batches(1)[0], on), random.key(0))
-    want = model.gradient(loss_fn, params, [call])
-    with pytest.MonkeyPatch.context() as patch:
-        if DEVICE == "cpu":
-            with pytest.raises(ValueError, match="by_copies is for GPUs, the mesh is of cpu"):
-                sharded(decoder(config), DECODER, on, by_copies=True)
-            patch.setattr(peer_copies.symmetric, "empty", torch.empty)
-            patch.setattr(peer_copies.symmetric, "rendezvous", lambda x, group: SeenByAll(x))
-        model = dataclasses.replace(model, by_copies=True)
-        loss_fn = gathered(functools.partial(next_token, model), model)
-        for _ in range(2):
-            (loss, _), grads = model.gradient(loss_fn, params, [call])
-            assert torch.equal(loss, want[0][0])
-            for name, g in grads.items():
-                assert torch.equal(g.to_local(), want[1][name].to_local()), name
 
 
 def products_in_bfloat16_are_summed_in_float32():
@@ -708,7 +670,6 @@ TWO = [
     accumulated_microbatches,
     overlapped_gathers_and_sums,
     gradients_of_the_output_are_summed_before_those_of_blocks,
-    gathers_by_copies,
     products_in_bfloat16_are_summed_in_float32,
     gradients_are_reduced_once_a_step,
     factored_optimizer,
@@ -726,7 +687,6 @@ TWO = [
 GPUS = [
     shards_are_cut_from_the_unsharded_init,
     overlapped_gathers_and_sums,
-    gathers_by_copies,
     context_parallelism,
     vocabulary_parallel,
     sequence_parallel,
