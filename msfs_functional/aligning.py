@@ -23,8 +23,8 @@ from msfs_functional.compiling import graphed
 from msfs_functional.config import Machine
 from msfs_functional.gathering import Sharded, gather_steps, gathered, gathered_param, sharded
 from msfs_functional.layouts import DECODER
-from msfs_functional.losses import linear_cross_entropy
 from msfs_functional.models import decoder as models
+from msfs_functional.next_token import next_token_loss
 from msfs_functional.packing import PackedBatches
 from msfs_functional.params import Functional, Params, cast
 from msfs_functional.sft import AnswerBatches
@@ -62,7 +62,8 @@ class Setup(NamedTuple):
     """A decoder and how it is computed.
 
     Stages take and return whole parameters; between them, under torchrun, a step works on shards:
-    `enter` cuts them, `leave` puts them together.
+    `enter` cuts them, `leave` puts them together. What works on whole parameters (answers to
+    prompts, members of an ensemble) is shared out among all processes, along every axis.
     """
 
     model: Functional  # that losses call: of sharded parameters on a mesh
@@ -75,11 +76,28 @@ class Setup(NamedTuple):
     plain: Functional  # of whole parameters
     share: tuple[int, int] = (0, 1)  # (number, count) of this process among those with other rows
     groups: tuple[str, ...] = ()  # names of the process groups along which rows differ
-    rank: int = 0
+    place: tuple[int, int] = (0, 1)  # (number, count) of this process among all
+    every: tuple[str, ...] = ()  # names of the process groups along all axes
 
     def ready(self, params: Params) -> Params:
         """Parameters in the dtype of the computation; a sharded model casts what it gathers."""
         return params if isinstance(self.model, Sharded) else cast(params, self.dtype)
+
+    @property
+    def rank(self) -> int:
+        return self.place[0]
+
+    def for_members(self) -> "Setup":
+        """Of an ensemble whose members are whole on every process, under vmap.
+
+        Torch's own attention is slow there; rows differ along all axes of the mesh.
+        """
+        apart = {"share": self.place, "groups": self.every}
+        return self._replace(model=self.plain, implementation="flash", **apart)
+
+    def over_ranks(self, loss_fn: LossFn) -> LossFn:
+        """The loss over the rows of all processes, of one that calls `model`."""
+        return gathered(loss_fn, self.model) if isinstance(self.model, Sharded) else loss_fn
 
     def enter(self, params: Params) -> Params:
         """What a donating step may write into: copies, or this rank's shards."""
@@ -105,13 +123,25 @@ class Mesh:
 
     dp_replicate: int = 1  # processes with equal parameters and other rows
     dp_shard: int = -1  # processes with a shard of each parameter and other rows; -1: the rest
+    tp: int = 1  # processes with parts of each layer and of the vocabulary, and the same rows
+    cp: int = 1  # processes with parts of the same rows
 
 
-def check_room(data: Data, own: Model) -> None:
-    """Raises ValueError where an answer fills the context, or a file of the data is not there."""
+def check_room(data: Data, own: Model, mesh: Mesh) -> None:
+    """Raises ValueError where an answer fills the context, a file of the data is not there, or the
+    mesh is not one for these processes and rows."""
     if data.new >= own.length:
         raise ValueError(
             f"--data.new ({data.new}) leaves no room for a prompt in --model.length ({own.length})"
+        )
+    meshes.degrees(agreement.world(), **dataclasses.asdict(mesh))
+    if own.folder is None and own.heads % mesh.tp:
+        raise ValueError(
+            f"--mesh.tp ({mesh.tp}) must divide --model.heads ({own.heads}): change one"
+        )
+    if mesh.cp > 1 and own.length % (2 * mesh.cp):
+        raise ValueError(
+            f"twice --mesh.cp (2 x {mesh.cp}) must divide --model.length ({own.length}): change one"
         )
     for path in (*data.files, *data.texts):
         if not path.is_file():
@@ -153,6 +183,9 @@ def set_up(
 
     Args:
         config: of the decoder, in place of the sizes in `own`.
+
+    Raises:
+        ValueError: rows beyond the decoder's context; a mesh that cannot cut the decoder.
     """
     config = config or models.tiny(
         task.tokenizer.vocab_size,
@@ -172,14 +205,25 @@ def set_up(
         )
     attention = "flash" if machine.device.startswith("cuda") else "sdpa"
     dtype, plain = getattr(torch, machine.dtype), models.decoder(config)
-    model, share, groups = plain, (0, 1), ()
+    model, share, groups, every = plain, (0, 1), (), ()
     if agreement.world() > 1:
-        degrees = {} if mesh is None else dataclasses.asdict(mesh)
+        degrees = dataclasses.asdict(mesh or Mesh())
         on = meshes.mesh(**degrees, device=torch.device(machine.device).type)
+        windows = sorted({w for w in config.windows if w is not None})
+        if meshes.axis_size(on, "cp") > 1 and windows:
+            raise ValueError(
+                f"--mesh.cp ({meshes.axis_size(on, 'cp')}) with a decoder whose tokens see windows "
+                f"of {windows} tokens: a ring of processes attends to all, use --mesh.cp 1"
+            )
         model = sharded(plain, DECODER, on, dtype=dtype, reduce_dtype=torch.float32)
         share = meshes.data_rank(on)
-        axes = [axis for axis in meshes.DATA_AXES if meshes.axis_size(on, axis) > 1]
-        groups = tuple(on.get_group(axis).group_name for axis in axes)
+        names = {
+            axis: on.get_group(axis).group_name
+            for axis in meshes.AXES
+            if meshes.axis_size(on, axis) > 1
+        }
+        groups = tuple(name for axis, name in names.items() if axis in meshes.DATA_AXES)
+        every = tuple(names.values())
     return Setup(
         model,
         machine.device,
@@ -191,7 +235,8 @@ def set_up(
         plain,
         share,
         groups,
-        agreement.rank(),
+        (agreement.rank(), agreement.world()),
+        every,
     )
 
 
@@ -220,15 +265,18 @@ def step_of(
     """The step as this machine runs it best: on a GPU one CUDA graph for each set of shapes.
 
     Args:
-        members: params are a stack of so many, whole on every process; others are on its mesh.
+        setup: for an ensemble `for_members`.
+        loss_fn: over the rows of all processes (`Setup.over_ranks`); for an ensemble of this one's.
+        members: params are a stack of so many.
     """
-    compile, alone = "regions" if setup.compile else False, not isinstance(setup.model, Sharded)
+    compile, gradient = "regions" if setup.compile else False, None
     if members is not None:
         loss_fn = over_processes(loss_fn, setup.groups)
-    elif not alone:
-        loss_fn = gathered(loss_fn, setup.model)
-    options = {"clip_norm": 1.0, "dynamic": False, "members": members}
-    step = make_step(loss_fn, optimizer, compile=compile, **options)
+    elif isinstance(setup.model, Sharded):
+        gradient = setup.model.gradient  # gathers and sums beside the computation
+    options: dict[str, Any] = {"clip_norm": 1.0, "dynamic": False, "members": members}
+    step = make_step(loss_fn, optimizer, compile=compile, gradient=gradient, **options)
+    alone = not isinstance(setup.model, Sharded)
     graph = alone and setup.compile and setup.device.startswith("cuda")
     return graphed(step) if graph else step
 
@@ -253,27 +301,6 @@ def over_processes(loss_fn: LossFn, groups: tuple[str, ...]) -> LossFn:
         return loss, dict(zip(metrics, means, strict=True))
 
     return run
-
-
-def fine_tuning_loss(setup: Setup):
-    """Mean cross-entropy of the answers' tokens in packed rows [nats/token]."""
-
-    def loss_fn(params: Params, batch: dict[str, Tensor], key: Tensor):
-        params = setup.ready(params)
-        states = setup.model.apply(
-            params,
-            batch["tokens"],
-            segment_ids=batch["segments"],
-            positions=batch["positions"],
-            key=key if setup.dropout else None,
-            implementation=setup.implementation,
-            method="hidden",
-        )
-        weight = models.output_weight(params)
-        total, count = linear_cross_entropy(states, weight, batch["labels"], ignore_index=PAD)
-        return total / count.clamp(min=1), {"weight": count}
-
-    return loss_fn
 
 
 def pretrain(ready: Prepared, stage: Stage, seed: int, folder: Path, resume: str) -> Params | None:
@@ -317,11 +344,13 @@ def imitate(
 ) -> Params:
     optimizer = optimizer_of(stage)
     params = start or setup.plain.init(seed, device=setup.device)
+    attention: Any = setup.implementation
+    loss_fn = next_token_loss(setup.model, dtype=setup.dtype, implementation=attention)
     trained = run_stage(
         folder,
         stage.steps,
         init_state(setup.enter(params), optimizer, random.key(seed, device=setup.device)),
-        step_of(setup, fine_tuning_loss(setup), optimizer),
+        step_of(setup, loss_fn, optimizer),
         batches,
         device=setup.device,
         resume=resume,

@@ -103,7 +103,7 @@ def begin(config: Options, program: str, may_be_zero: Sequence[str] = ()) -> Beg
 def _checked(config: Options, program: str, may_be_zero: Sequence[str]) -> Options:
     configs.check_numbers(replace(config, mesh=Mesh(dp_shard=1)), may_be_zero)
     configs.check_run(config)
-    check_room(config.data, config.model)
+    check_room(config.data, config.model, config.mesh)
     if config.threads:
         torch.set_num_threads(config.threads)
     return replace(config, name=config.name or configs.free_name(config.out, program))

@@ -26,6 +26,7 @@ def inductor_options() -> dict[str, Any]:
     from msfs_functional.joined_gradients import GradientsSideBySide
     from msfs_functional.member_layers import MemberLayers
     from msfs_functional.member_sums import MemberSums
+    from msfs_functional.tanh_as_sigmoid import TanhAsSigmoid
     from msfs_functional.transposed_products import TransposedProducts
 
     passes = (
@@ -36,6 +37,7 @@ def inductor_options() -> dict[str, Any]:
         # orders: on an H200, for 32,768 rows of 512, 176 microseconds where two kernels take 81.
         "triton.mix_order_reduction": False,
         "joint_custom_pre_pass": InTurn(*passes),
+        "post_grad_custom_pre_pass": TanhAsSigmoid(),
     }
 
 

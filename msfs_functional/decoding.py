@@ -123,9 +123,9 @@ def _donating(updates: Updates, state: Any, compile: bool) -> Callable[[], None]
 
     if optree.tree_leaves(state)[0].device.type != "cuda":
         return advance
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
     start = optree.tree_map(lambda x: x.clone(), state)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # behind the copies, or it reads half of them
     with torch.cuda.stream(stream):
         for _ in range(3):  # compiles, and lets libraries allocate their workspaces
             optree.tree_map_(lambda x, y: x.copy_(y), state, start)

@@ -23,7 +23,7 @@ are right too. A step can run in two ways:
 import copy
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -256,6 +256,7 @@ class Sharded(Functional):
         plan: how all parameters become whole.
         root: the same of those outside of blocks.
         units: those outside of blocks, then block by block; None where several axes cut one.
+        outside: names of those outside of blocks: before the first block, and after it.
         inner: the model of whole parameters, as tp cuts them; the same with blocks in shards.
     """
 
@@ -265,6 +266,7 @@ class Sharded(Functional):
     plan: Plan
     root: Plan
     units: tuple[overlap.Unit, ...] | None
+    outside: tuple[tuple[str, ...], ...]
     inner: tuple[Functional, Functional]
 
     def init(
@@ -281,7 +283,8 @@ class Sharded(Functional):
 
     def apply(self, params: Params, /, *args: Any, method: str = "forward", **kwargs: Any) -> Any:
         def run(whole: Params, *args: Any) -> Any:
-            inner = self.inner[any(map(is_sharded, whole.values()))]
+            sharded = any(map(is_sharded, whole.values()))
+            inner = self.inner[int(sharded)]  # Dynamo of torch 2.11 takes no bool for an index
             return inner.apply(whole, *args, method=method, **kwargs)
 
         return self.root.run(run, params, *args)
@@ -321,7 +324,8 @@ class Sharded(Functional):
     def _overlapped(self, fn: Callable[..., Any], params: Params, call: tuple) -> Any:
         leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
         assert self.units is not None
-        pipeline = overlap.Pipeline(leaves, self.units, self.plan.dtype, self.plan.reduce_dtype)
+        dtypes = self.plan.dtype, self.plan.reduce_dtype
+        pipeline = overlap.Pipeline(leaves, self.units, self.outside, *dtypes)
         with torch.enable_grad(), pipeline.running():
             value, aux = fn(leaves, *call)
             inputs = [pipeline.anchor, *leaves.values()]
@@ -390,11 +394,19 @@ def sharded(
         plan=plan(steps),
         root=plan({name: steps[name] for name in root}),
         units=units_of([root, *blocks], steps),
+        outside=around(list(model.shapes), in_blocks),
         inner=(
             Functional(**{**inherited, "shapes": parts}),
             Functional(**{**inherited, "shapes": mixed}),
         ),
     )
+
+
+def around(names: Sequence[str], in_blocks: Collection[str]) -> tuple[tuple[str, ...], ...]:
+    """The names outside of blocks that stand before the first block, and those after it."""
+    first = next((i for i, name in enumerate(names) if name in in_blocks), len(names))
+    after = tuple(name for name in names[first:] if name not in in_blocks)
+    return tuple(group for group in (tuple(names[:first]), after) if group)
 
 
 def units_of(

@@ -30,8 +30,9 @@ def classifier_free_guidance(
     *,
     rescale: float = 0.0,
     interval: tuple[float, float] | None = None,
+    repeat: bool = True,
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """negative + scale (positive - negative), both from one call of twice the batch.
+    """negative + scale (positive - negative), both from one call of twice the conditions.
 
     Around a denoise_fn that also takes a condition, or around a network inside `denoiser`: the same
     for every target, since x_0, eps, v and flow are affine in each other. Only `rescale` differs:
@@ -44,6 +45,8 @@ def classifier_free_guidance(
         scale: 1 is the condition alone, 0 the negative alone.
         rescale: in [0, 1], share of the way to the standard deviation of the positive prediction.
         interval: levels (low, high) within which guidance acts; outside, scale is 1.
+        repeat: False gives predict_fn x and level once, with the 2 B conditions, to compute only
+            once what does not depend on them, as `unet` does.
 
     Raises:
         ValueError: scale below 0; rescale outside [0, 1]; interval that is not low <= high.
@@ -59,9 +62,11 @@ def classifier_free_guidance(
     both = optree.tree_map(lambda p, n: torch.cat([p, n]), condition, negative)
 
     def guided_fn(x: Tensor, level: Tensor) -> Tensor:
-        doubled = torch.cat([level, level]) if level.ndim else level
-        positive, other = predict_fn(torch.cat([x, x]), doubled, both).chunk(2)
-        w = torch.as_tensor(scale, dtype=x.dtype, device=x.device)
+        def twice(t: Tensor) -> Tensor:
+            return torch.cat([t, t]) if repeat and t.ndim else t
+
+        positive, other = predict_fn(twice(x), twice(level), both).chunk(2)
+        w: float | Tensor = scale
         if interval is not None:
             acts = (level >= interval[0]) & (level <= interval[1])
             w = per_example(torch.where(acts, scale, 1.0), x)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from msfs_functional import random
+from msfs_functional import agreement, random
 from msfs_functional.aligning import Setup
 from msfs_functional.alignment_tasks import Prompt, Task
 from msfs_functional.generation import GREEDY, Sampling, Settings
@@ -45,8 +45,13 @@ def answer(
     samples: int = 1,
     temperature: float = 1.0,
     batch: int = 256,
+    first: int = 0,
 ) -> Answers:
-    """Answers of a policy; every batch has `batch` rows of prompts, the last one filled up."""
+    """Answers of a policy; every batch has `batch` rows of prompts, the last one filled up.
+
+    Args:
+        first: number of the first prompt among all that the key is for.
+    """
     kind = Sampling(temperature) if temperature else GREEDY
     settings = Settings(task.new, kind, samples=samples, stop_tokens=(EOS,), pad=PAD)
     batch = min(batch, len(prompts))
@@ -55,7 +60,7 @@ def answer(
     rollouts = []
     for start in range(0, len(prompts), batch):
         rows = [min(i, len(prompts) - 1) for i in range(start, start + batch)]
-        keys = torch.stack([random.fold_in(key, i) for i in range(start, start + batch)])
+        keys = torch.stack([random.fold_in(key, first + i) for i in range(start, start + batch)])
         rollouts.append(roll([prompts[i].ids for i in rows], keys))
         ids += rollouts[-1].completions()
     ids = ids[: len(prompts) * samples]
@@ -134,16 +139,24 @@ def own_pairs(
 ) -> list[Pair]:
     """Pairs of a policy's answers to each prompt, of which the checker's grades prefer one.
 
+    Each process answers a part of the prompts; all get all pairs.
+
     Args:
         right: whether the preferred answer must be right in all; else the better grade will do.
     """
     key = random.key(seed, device=setup.device)
-    answers = answer(setup, params, task, prompts, key, samples=samples)
-    asked = [prompt for prompt in prompts for _ in range(samples)]
-    texts, metadata = [p.text for p in asked], [p.metadata for p in asked]
-    assert task.graded is not None
-    scores = called(task.graded, texts, answers.texts, metadata).tolist()
-    return best_with_worst(prompts, answers, scores, least=1.0 if right else -math.inf)
+    number, count = setup.place
+    first, last = (len(prompts) * i // count for i in (number, number + 1))
+    mine, pairs = prompts[first:last], []
+    with agreement.together():
+        if mine:
+            answers = answer(setup, params, task, mine, key, samples=samples, first=first)
+            asked = [prompt for prompt in mine for _ in range(samples)]
+            texts, metadata = [p.text for p in asked], [p.metadata for p in asked]
+            assert task.graded is not None
+            scores = called(task.graded, texts, answers.texts, metadata).tolist()
+            pairs = best_with_worst(mine, answers, scores, least=1.0 if right else -math.inf)
+    return [pair for part in agreement.from_all(pairs) for pair in part]
 
 
 def best_with_worst(

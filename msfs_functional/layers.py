@@ -1,7 +1,7 @@
 """What models are made of: plain functions of tensors, and thin modules that hold the weights.
 
-torch's nn.Linear, nn.LayerNorm and nn.Embedding serve as they are. What is added here keeps no
-state: randomness comes in as a key, positions are computed, caches are arguments.
+torch's nn.Linear and nn.LayerNorm serve as they are. What is added here keeps no state: randomness
+comes in as a key, positions are computed, caches are arguments.
 
 Dimension key: ... batch dims, T queries, S keys, D width, H heads, K head dim, N positions.
 """
@@ -113,9 +113,11 @@ def _of_members(tokens: Tensor, apart: int, V: int, beyond: int) -> Tensor:
     return torch.where((tokens >= 0) & (tokens < V), rows, beyond)
 
 
-def transformed() -> bool:
-    """Whether a transform of torch.func is on its way."""
-    return torch._C._functorch.get_interpreter_stack() is not None  # pyright: ignore
+def mapped() -> bool:
+    """Whether a vmap of torch.func is on its way."""
+    stack = torch._C._functorch.get_interpreter_stack() or []  # pyright: ignore
+    vmap = torch._C._functorch.TransformType.Vmap  # pyright: ignore
+    return any(level.key() == vmap for level in stack)
 
 
 def lookup(weight: Float[Tensor, "V D"], tokens: Int[Tensor, "..."]) -> Float[Tensor, "... D"]:
@@ -125,7 +127,7 @@ def lookup(weight: Float[Tensor, "V D"], tokens: Int[Tensor, "..."]) -> Float[Te
     an IndexError on the CPU, compiled a RuntimeError, on a GPU a device-side assertion.
     """
     compiling = torch.compiler.is_compiling()
-    if not compiling and not transformed():
+    if not compiling and not mapped():
         return F.embedding(tokens, weight)
     if compiling or forward_mode():
         known = (tokens >= 0) & (tokens < weight.shape[0])
@@ -133,6 +135,13 @@ def lookup(weight: Float[Tensor, "V D"], tokens: Int[Tensor, "..."]) -> Float[Te
         return F.embedding(torch.where(known, tokens, nowhere), weight)
     rows: Any = _Lookup.apply(weight[None], tokens[None])
     return rows[0]
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding by `lookup`: what is no row is refused in an ensemble, too, and compiled."""
+
+    def forward(self, tokens: Int[Tensor, "..."]) -> Float[Tensor, "... D"]:  # pyright: ignore
+        return lookup(self.weight, tokens)
 
 
 _split = region(random.split)

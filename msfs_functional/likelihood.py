@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.func import jvp, vmap
 
 from msfs_functional.diffusion import DenoiseFn
-from msfs_functional.samplers import Key, check_grid, draw, level_at, need_key
+from msfs_functional.samplers import Key, check_grid, draw, need_key
 
 
 def log_likelihood(
@@ -36,7 +36,7 @@ def log_likelihood(
 
     Source: Song et al. 2021 (score SDE), equation 39; Grathwohl et al. 2019.
     """
-    levels = check_grid(sigmas, "sigmas")
+    levels, sigmas = check_grid(sigmas, "sigmas"), sigmas.to(x.device)
     if levels[-1] == 0:
         raise ValueError("sigmas must end above 0, where a density exists: drop the last level")
     if probes < 0:
@@ -54,7 +54,7 @@ def log_likelihood(
 
     def slope(x: Tensor, i: int) -> tuple[Tensor, Tensor]:
         def f(x: Tensor) -> Tensor:
-            return (x - denoise_fn(x, level_at(sigmas, i, x))) / levels[i]
+            return (x - denoise_fn(x, sigmas[i])) / levels[i]
 
         def along(sign: Tensor) -> tuple[Tensor, Tensor]:
             value, tangent = jvp(f, (x,), (sign,))[:2]

@@ -21,9 +21,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from msfs_functional.checks import check_mask, positive
+from msfs_functional.collectives import psum, pvary
 from msfs_functional.losses import check_projection
 from msfs_functional.regions import bound, region
 from msfs_functional.transforms import remat
+from msfs_functional.vocabulary_parallel import Cut, check_rows, label_logits, log_sum_exp
 
 CHUNK = {"cpu": 2**21, "cuda": 2**27}  # logits of a chunk
 
@@ -35,6 +37,7 @@ def token_logps(
     *,
     bias: Float[Tensor, "V"] | None = None,
     temperature: float = 1.0,
+    cut: Cut | None = None,
 ) -> Float[Tensor, "..."]:
     """log softmax((hidden @ weight.T + bias) / temperature)[label], without all of the logits.
 
@@ -47,6 +50,9 @@ def token_logps(
             float64).
         labels: in [0, V), at masked positions too: any token will do there.
         temperature: that of the sampling, above 0.
+        cut: over whose ranks the vocabulary is cut (tensor parallel): weight and bias are this
+            rank's rows of it then, hidden and the result the same on all of them, and a label that
+            is no token has NaN. None: it is not.
 
     Returns:
         nats, float32 (float64 for float64).
@@ -54,7 +60,7 @@ def token_logps(
     Raises:
         ValueError: shapes or dtypes that do not fit, a temperature not above 0.
     """
-    return _statistics(_logps, hidden, weight, labels, bias, temperature)[..., 0]
+    return _statistics(_logps, hidden, weight, labels, bias, temperature, cut)[..., 0]
 
 
 def token_logps_and_entropies(
@@ -64,29 +70,41 @@ def token_logps_and_entropies(
     *,
     bias: Float[Tensor, "V"] | None = None,
     temperature: float = 1.0,
+    cut: Cut | None = None,
 ) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
     """`token_logps`, and the entropy in nats of each token's distribution, from the same logits."""
-    both = _statistics(_logps_and_entropies, hidden, weight, labels, bias, temperature)
+    both = _statistics(_logps_and_entropies, hidden, weight, labels, bias, temperature, cut)
     return both[..., 0], both[..., 1]
 
 
-def _logps(logits: Tensor, labels: Tensor) -> Tensor:
+OfLogits = Callable[[Tensor, Tensor, Cut | None], Tensor]
+
+
+def _logps(logits: Tensor, labels: Tensor, cut: Cut | None) -> Tensor:
+    if cut is not None:
+        return (label_logits(logits, labels, cut) - log_sum_exp(logits, cut))[:, None]
     return logits.gather(-1, labels[:, None]) - logits.logsumexp(-1, keepdim=True)
 
 
-def _logps_and_entropies(logits: Tensor, labels: Tensor) -> Tensor:
+def _logps_and_entropies(logits: Tensor, labels: Tensor, cut: Cut | None) -> Tensor:
+    if cut is not None:
+        lse = log_sum_exp(logits, cut)
+        surprise = pvary(lse, cut.group)[:, None] - logits  # of this rank's part of the vocabulary
+        entropy = psum(((-surprise).exp() * surprise).sum(-1), cut.group)
+        return torch.stack([label_logits(logits, labels, cut) - lse, entropy], -1)
     logp = logits.log_softmax(-1)
     entropy = -(logp.exp() * logp).sum(-1, keepdim=True)
     return torch.cat([logp.gather(-1, labels[:, None]), entropy], -1)
 
 
 def _statistics(
-    of_logits: Callable[[Tensor, Tensor], Tensor],
+    of_logits: OfLogits,
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
     temperature: float,
+    cut: Cut | None,
 ) -> Tensor:
     """of_logits(logits (N, V), labels (N,)) -> (N, number of statistics), chunk by chunk."""
     positive("temperature", temperature)
@@ -98,16 +116,20 @@ def _statistics(
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"labels are {labels.dtype}, expected integers: one token id an item")
     check_projection(hidden, weight, bias)
+    if cut is not None:
+        check_rows(hidden, weight, labels, cut)
+        hidden = pvary(hidden, cut.group)
 
     hidden, labels_N = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).long()
-    most = max(1, CHUNK.get(hidden.device.type, CHUNK["cuda"]) // weight.shape[0])
+    rows_held = weight.shape[0] if cut is None else cut.rows
+    most = max(1, CHUNK.get(hidden.device.type, CHUNK["cuda"]) // rows_held)
     parts = 1
     while -(-len(hidden) // parts) > most:  # a power of two: mostly chunks of one shape
         parts *= 2
     rows = max(1, -(-len(hidden) // parts))
     chunk = remat(bound(_of_chunk))
     done = [
-        chunk(of_logits, h, weight, bias, y, float(temperature))
+        chunk(of_logits, h, weight, bias, y, float(temperature), cut)
         for h, y in zip(hidden.split(rows), labels_N.split(rows), strict=True)
     ]
     return torch.cat(done).unflatten(0, labels.shape)
@@ -115,16 +137,17 @@ def _statistics(
 
 @region
 def _of_chunk(
-    of_logits: Callable[[Tensor, Tensor], Tensor],
+    of_logits: OfLogits,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
     temperature: float,
+    cut: Cut | None,
 ) -> Tensor:
     logits = F.linear(hidden, weight, bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return of_logits(logits / temperature if temperature != 1 else logits, labels)
+    return of_logits(logits / temperature if temperature != 1 else logits, labels, cut)
 
 
 def completion_logps(
@@ -165,7 +188,7 @@ def completion_logps_and_entropies(
 
 
 def _of_completions(
-    of_logits: Callable[[Tensor, Tensor], Tensor],
+    of_logits: OfLogits,
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
@@ -174,13 +197,14 @@ def _of_completions(
     *,
     bias: Tensor | None = None,
     temperature: float = 1.0,
+    cut: Cut | None = None,
 ) -> tuple[Tensor, ...]:
     """Each statistic of `of_logits` at the first `most` tokens where the mask is True."""
     check_mask(mask, labels, "labels")
     first = mask.reshape(-1).argsort(descending=True, stable=True)[:most]
     kept = mask.reshape(-1)[first]
     h, y = hidden.reshape(-1, hidden.shape[-1])[first], labels.reshape(-1)[first]
-    found = _statistics(of_logits, h, weight, y, bias, temperature)
+    found = _statistics(of_logits, h, weight, y, bias, temperature, cut)
     found = torch.where(kept[:, None], found, 0.0)
     return tuple(
         x.new_zeros(mask.numel()).index_copy(0, first, x).reshape(mask.shape)

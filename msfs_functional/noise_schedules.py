@@ -169,7 +169,8 @@ def step_of(alpha_bar: Float[Tensor, "N"], level: Float[Tensor, "..."]) -> Float
     noise = sigma_of(alpha_bar.to(level.device, torch.float64)).log()
     here = sigma_of(level.to(torch.float64)).log()
     upper = torch.searchsorted(noise, here).clamp(1, len(noise) - 1)
-    low, high = noise[upper - 1], noise[upper]
+    # A level on a GPU stays there: noise[upper] would bring upper to the host, and make it wait.
+    low, high = noise.take(upper - 1), noise.take(upper)
     # Where the last step is pure noise its logarithm is infinite, and only that level reaches it.
     part = torch.where(high.isinf(), high == here, (here - low) / (high - low)).clamp(0, 1)
     step = (upper - 1) + part

@@ -10,7 +10,7 @@ of it, so a Pipeline orders what stands between the blocks (as FSDP does, Zhao e
 
     computes    | block 0 | block 1 | block 2 | loss | block 2' | block 1' | block 0' |
     gathers     0    1         2                  1          0
-    sums                                                       2          1          0
+    sums                                            output     2          1          0, embedding
 
 While a block computes, the parameters of the next one are gathered, each straight into the tensor
 that the block will read, on a stream of their own; after the block they are forgotten, and gathered
@@ -84,6 +84,10 @@ class Unit:
     names: Mapping[str, str]  # {name inside of the block: name of the parameter}
     ways: Mapping[str, Way]  # by name inside
 
+    def part(self, names: Sequence[str]) -> "Unit":
+        """The same of some of its names inside."""
+        return Unit({n: self.names[n] for n in names}, {n: self.ways[n] for n in names})
+
 
 @dataclass(eq=False)
 class Use:
@@ -96,6 +100,7 @@ class Use:
     places: dict[int, str] = field(default_factory=dict)  # {address of a whole one: name inside}
 
 
+AT_ONCE = 2**62  # above the numbers of all nodes that a process can make
 _active: ContextVar["Pipeline | None"] = ContextVar("pipeline", default=None)
 
 
@@ -122,6 +127,8 @@ class Pipeline:
     Args:
         params: {name: DTensor}, all that the units name.
         units: in the order in which the model calls them; the first are those outside of blocks.
+        outside: the names of the first unit, in groups whose gradients are summed together: those
+            of an output matrix are there long before those of an embedding.
         dtype: of whole parameters; None: that of the shards.
         reduce_dtype: in which gradients are summed; None: that of the shards.
     """
@@ -130,10 +137,11 @@ class Pipeline:
         self,
         params: Params,
         units: Sequence[Unit],
+        outside: Sequence[Sequence[str]],
         dtype: torch.dtype | None,
         reduce_dtype: torch.dtype | None,
     ):
-        self.params, self.units = params, units
+        self.params, self.units, self.outside = params, units, outside
         self.dtype, self.reduce_dtype = dtype, reduce_dtype
         self.shards = {n: p.to_local() for n, p in params.items() if isinstance(p, DTensor)}
         some = next(iter(self.shards.values()))
@@ -170,12 +178,13 @@ class Pipeline:
             self._gather(following)
         self._arrive(use)
         assert use.whole is not None
-        taken: Any = Whole.apply(self.anchor, self, use)
-        whole = {**held, **dict(zip(use.whole, taken, strict=True))}
-        del taken
         if place == 0:  # in use until the end of the step
+            parts = [Use(use.unit.part(names), -1) for names in self.outside]
+            for part in parts:
+                part.whole = {name: use.whole[name] for name in part.unit.names}
             use.whole = None
-            return fn(whole, *args)
+            return fn({**held, **self._taken(parts)}, *args)
+        whole = {**held, **self._taken([use])}
         use.places = {x.untyped_storage().data_ptr(): n for n, x in use.whole.items() if x.numel()}
 
         def pack(x: Tensor) -> Any:
@@ -194,6 +203,18 @@ class Pipeline:
         if place + 1 < len(self.units):  # the last one's backward comes soon
             use.whole = None
         return out
+
+    def _taken(self, uses: Sequence[Use]) -> Params:
+        """Their whole parameters as parts of the graph; each use's gradients are summed apart."""
+        taken: Params = {}
+        for use in uses:
+            assert use.whole is not None
+            out: Any = Whole.apply(self.anchor, self, use)
+            taken |= dict(zip(use.whole, out, strict=True))
+            # The engine takes the node that was made last first: these stood at the very beginning,
+            # but shall be summed as soon as their gradients are there.
+            out[0].grad_fn._set_sequence_nr(AT_ONCE)
+        return taken
 
     def _again(self, use: Use) -> dict[str, Tensor]:
         """The whole parameters in the backward pass, and those of the use before on their way."""

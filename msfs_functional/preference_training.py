@@ -6,6 +6,7 @@
 Dimension key: P pairs, T tokens.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from torch import Tensor
 from msfs_functional import preference_variants as variants
 from msfs_functional import random
 from msfs_functional.aligning import Setup, Stage, optimizer_of, step_of
+from msfs_functional.collectives import all_gather, group_size
 from msfs_functional.logps import sequence_logps
 from msfs_functional.pairs import Pair, Shuffled, encode_pairs, padded
 from msfs_functional.params import Params, cast
@@ -140,27 +142,36 @@ def sums_of(own: Preferences, setup: Setup, params: Params, batch: dict[str, Ten
 
 
 def loss_of(
-    own: Preferences, sums: Tensor, batch: dict[str, Tensor], beta: Tensor | None = None
+    own: Preferences,
+    sums: Tensor,
+    batch: dict[str, Tensor],
+    beta: Tensor | None = None,
+    groups: Sequence[str] = (),
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean loss and figures of a batch, from what `sums_of` gives."""
+    """Mean loss and figures of a batch, from what `sums_of` gives.
+
+    Args:
+        groups: of processes with other pairs, all of which then make the batch: KTO's reference
+            point and AOT's order are of all of it.
+    """
+
+    def every(x: Tensor) -> Tensor:
+        for group in groups if len(x) else ():
+            x = all_gather(x, 0, len(x) * group_size(group), group)
+        return x
+
     count = 2 * len(batch["tokens"])
-    sides = sums[:count].unflatten(0, (-1, 2))
-    losses, margins = preference_loss(
-        own,
-        sides,
-        batch["mask"].sum(-1),
-        batch["reference"],
-        sums[count:],
-        batch.get("wrong_reference"),
-        beta,
-    )
+    sides = every(sums[:count].unflatten(0, (-1, 2)))
+    lengths, reference = every(batch["mask"].sum(-1)), every(batch["reference"])
+    wrong = every(sums[count:]), every(batch.get("wrong_reference", sums[:0]))
+    losses, margins = preference_loss(own, sides, lengths, reference, *wrong, beta)
     loss = losses.mean()
     if own.imitation and own.loss != "orpo":  # which has it already
-        loss = loss - own.imitation * (sides[:, 0] / batch["mask"][:, 0].sum(-1)).mean()
+        loss = loss - own.imitation * (sides / lengths)[:, 0].mean()
     return loss, {
         "margin": margins.mean(),
         "accuracy": (margins > 0).float().mean(),
-        "chosen_logratio": (sides - batch["reference"])[:, 0].mean().detach(),
+        "chosen_logratio": (sides - reference)[:, 0].mean().detach(),
     }
 
 
@@ -168,6 +179,7 @@ def make_loss(own: Preferences, setup: Setup, *, half: bool = False):
     """Mean loss of a batch of pairs, whose reference log-probabilities are part of the data.
 
     Args:
+        setup: the loss is over the rows of all processes of its model's mesh.
         half: of the batch's pairs a half counts, drawn by the key, so that members of a vmapped
             step that differ in their keys alone learn from other pairs.
     """
@@ -179,9 +191,9 @@ def make_loss(own: Preferences, setup: Setup, *, half: bool = False):
             batch = {name: x[drawn] for name, x in batch.items()}
         beta = params[BETA].detach() if BETA in params else None
         body = {name: value for name, value in params.items() if name != BETA}
-        return loss_of(own, sums_of(own, setup, body, batch), batch, beta)
+        return loss_of(own, sums_of(own, setup, body, batch), batch, beta, setup.groups)
 
-    return loss_fn
+    return setup.over_ranks(loss_fn)
 
 
 # -------------------------------------------------------------------------------------------- data

@@ -96,10 +96,6 @@ def body(params: Params) -> Params:
     return {name: value for name, value in params.items() if name != VALUE}
 
 
-def values_of(params: Params, states: Tensor, mask: Tensor) -> Tensor:
-    return torch.where(mask, (states.float() * params[VALUE].float()).sum(-1), 0.0)
-
-
 def opinions(
     rl: Learning, setup: Setup, params: Params, reference: Params, rollout: Rollout, new: int
 ) -> Buffer:
@@ -116,10 +112,10 @@ def opinions(
         "implementation": setup.implementation,
     }
     with torch.no_grad():
-        logps, entropies, states = answer_statistics(
-            setup.plain, body(own), tokens, mask, **options
+        logps, entropies, values = answer_statistics(
+            setup.plain, body(own), tokens, mask, head=own.get(VALUE), **options
         )
-        found = {
+        return {
             "tokens": tokens,
             "mask": mask,
             "logps": logps,
@@ -127,9 +123,8 @@ def opinions(
             "entropies": entropies,
             # the sampler computes in another order, and says what it thinks at temperature 1
             "sampler": rollout.logps if rl.temperature == 1 else logps,
+            "values": values,
         }
-        values = values_of(own, states, mask) if VALUE in own else torch.zeros_like(logps)
-        return {**found, "values": values}
 
 
 def experience(rl: Learning, found: Buffer, scores: Tensor, coefficient: Tensor) -> Buffer:
@@ -209,10 +204,10 @@ def told(buffer: Buffer, scores: Tensor, ended: Tensor, seconds: float) -> dict[
 
 def collected(setup: Setup, rows: Tensor) -> Tensor:
     """The rows of all processes, in the order that one process would have them."""
-    if setup.share[1] == 1:
+    if setup.place[1] == 1:
         return rows
     plain = rows.to(torch.uint8) if rows.dtype == torch.bool else rows.contiguous()
-    parts = [torch.empty_like(plain) for _ in range(setup.share[1])]
+    parts = [torch.empty_like(plain) for _ in range(setup.place[1])]
     dist.all_gather(parts, plain)
     return torch.cat(parts).to(rows.dtype)
 
@@ -233,11 +228,12 @@ def make_loss(rl: Learning, setup: Setup, new: int):
 
     def loss_fn(params: Params, batch: Buffer, key: Tensor):
         own, mask = setup.ready(params), batch["mask"]
-        logps, entropies, states = answer_statistics(
+        logps, entropies, values = answer_statistics(
             setup.model,
             body(own),
             batch["tokens"],
             mask,
+            head=setup.whole(params[VALUE]) if VALUE in params else None,
             most=len(mask) * new,
             temperature=rl.temperature,
             implementation=setup.implementation,
@@ -272,7 +268,6 @@ def make_loss(rl: Learning, setup: Setup, new: int):
         if rl.entropy:
             loss = loss - rl.entropy * entropy
         if VALUE in params:
-            values = values_of({VALUE: setup.whole(params[VALUE])}, states, mask)
             errors_ = ppo.value_loss(
                 values, batch["values"], batch["returns"], mask, clip=rl.value_clip
             )
@@ -284,7 +279,7 @@ def make_loss(rl: Learning, setup: Setup, new: int):
             loss = loss + rl.value_weight * critic
         return loss, metrics
 
-    return loss_fn
+    return setup.over_ranks(loss_fn)
 
 
 def natural_step(rl: Learning, setup: Setup):

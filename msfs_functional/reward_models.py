@@ -21,6 +21,7 @@ from torch import Tensor
 from msfs_functional import random
 from msfs_functional.checks import check_mask, not_negative, same_shape
 from msfs_functional.params import Functional, Params
+from msfs_functional.scoring import is_cut, states_of, whole_rows
 
 
 def bradley_terry(
@@ -113,7 +114,7 @@ def last_rewards(
     """The reward of each row, read off the state of its last token; float32.
 
     Args:
-        model: a decoder; params: `with_head`'s.
+        model: a decoder, plain or on a mesh (see `scoring`); params: `with_head`'s, the head whole.
         tokens: prompt and answer, padded on the right.
         lengths: tokens of each row, at least 1.
         options: of the decoder's `hidden`.
@@ -121,7 +122,11 @@ def last_rewards(
     Source: Stiennon et al. 2020; Ouyang et al. 2022, section 3.5.
     """
     body = {name: value for name, value in params.items() if name != HEAD}
-    states = model.apply(body, tokens, method="hidden", **options)
+    states = states_of(model, body, tokens, **options)
+    if is_cut(model, "cp"):  # which rank has the last token differs from row to row
+        scores = (states.float() * params[HEAD].float()).sum(-1)
+        rows = whole_rows(model, scores, tokens.shape[1])
+        return rows.take_along_dim(lengths[:, None] - 1, 1)[:, 0]
     last = states.take_along_dim(lengths[:, None, None] - 1, 1)[:, 0]
     return (last.float() * params[HEAD].float()).sum(-1)
 

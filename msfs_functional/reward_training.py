@@ -1,5 +1,8 @@
 """Reward models trained on pairs, all members of an ensemble in one vmapped step.
 
+Under torchrun a single one is trained on the mesh as any decoder is, in shards; the members of an
+ensemble are whole on every process, and the rows of a batch differ from process to process.
+
     params = train_rewards(setup, start, pairs, stage, seed, members, folder, resume)   # stacked
     reward = RewardModel(setup, params, "uncertainty")          # a reward on tokens, as any other
 
@@ -18,7 +21,7 @@ from msfs_functional import random
 from msfs_functional.aligning import Setup, Stage, optimizer_of, step_of
 from msfs_functional.pairs import Encoded, Ids, Shuffled, padded
 from msfs_functional.params import Params, cast, stack
-from msfs_functional.reward_models import aggregate, bradley_terry, last_rewards, with_head
+from msfs_functional.reward_models import HEAD, aggregate, bradley_terry, last_rewards, with_head
 from msfs_functional.scoring import in_parts
 from msfs_functional.stages import run_stage
 from msfs_functional.train import init_state
@@ -39,19 +42,20 @@ def reward_loss(setup: Setup, centring: float = 0.01):
     """Bradley-Terry on a batch of pairs, the rewards pulled to mean zero, with dropout."""
 
     def loss_fn(params: Params, batch: dict[str, Tensor], key: Tensor):
+        own = setup.ready(params)
         rewards = last_rewards(
-            setup.plain,  # members are whole on every process
-            cast(params, setup.dtype),
+            setup.model,
+            {**own, HEAD: setup.whole(own[HEAD])},
             batch["tokens"].flatten(0, 1),
             batch["lengths"].flatten(),
             key=key if setup.dropout else None,
-            implementation="flash",  # which torch's own is not under vmap
+            implementation=setup.implementation,
         ).unflatten(0, (-1, 2))
         losses = bradley_terry(*rewards.unbind(1), centring=centring)
         margin = rewards[:, 0] - rewards[:, 1]
         return losses.mean(), {"accuracy": (margin > 0).float().mean(), "margin": margin.mean()}
 
-    return loss_fn
+    return setup.over_ranks(loss_fn)
 
 
 def train_rewards(
@@ -68,21 +72,26 @@ def train_rewards(
 
     Members begin as the decoder `start` with heads of their own, and see the same batches.
     """
-    width = start["norm.weight"].shape[0]
-    stacked = stack([with_head(start, width, seed + i) for i in range(members)])
-    optimizer = optimizer_of(stage)
+    width, ensemble = start["norm.weight"].shape[0], members > 1
+    begun = [with_head(start, width, seed + i) for i in range(members)]
     keys = random.split(random.key(seed, device=setup.device), members)
+    optimizer = optimizer_of(stage)
+    if ensemble:
+        setup, state = setup.for_members(), init_state(stack(begun), optimizer, keys)
+    else:
+        state = init_state(setup.enter(begun[0]), optimizer, keys[0])
     data = {"tokens": pairs.tokens, "lengths": lengths_of(pairs.mask)}
-    return run_stage(
+    trained = run_stage(
         folder,
         stage.steps,
-        init_state(stacked, optimizer, keys),
-        step_of(setup, reward_loss(setup), optimizer, members=members),
+        state,
+        step_of(setup, reward_loss(setup), optimizer, members=members if ensemble else None),
         Shuffled(data, stage.batch, seed, setup.share),
         device=setup.device,
         resume=resume,
         tokens=lambda batch: batch["lengths"].sum(),
     ).params
+    return trained if ensemble else stack([setup.leave(trained)])
 
 
 def rewards_of(

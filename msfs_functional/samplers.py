@@ -16,7 +16,8 @@
 
 Noise of step i is drawn from fold_in(key, i). A key (2,) makes one draw for the batch; keys (B, 2)
 make one for each example, which then is the same in any batch and on any rank. Levels are walked as
-Python floats (float64) and handed to denoise_fn as 0-d tensors. x is float32 or float64.
+Python floats (float64) and handed to denoise_fn as 0-d tensors of one copy of the grid beside x: a
+copy at each step would make the host wait for a GPU. x is float32 or float64.
 """
 
 import itertools
@@ -51,10 +52,6 @@ def step_noise(key: Key, i: int, x: Float[Tensor, "B ..."]) -> Float[Tensor, "B 
     """The noise of step i."""
     folded = random.fold_in(key, i) if key.ndim == 1 else vmap(lambda k: random.fold_in(k, i))(key)
     return draw(folded, x)
-
-
-def level_at(grid: Tensor, i: int, x: Tensor) -> Tensor:
-    return grid[i].to(x.device)
 
 
 def need_key(key: Key | None, why: str) -> Key:
@@ -113,8 +110,9 @@ def ddpm(
     if variance not in ("small", "large"):
         raise ValueError(f"variance ({variance!r}) must be 'small' or 'large'")
     levels = check_grid(alpha_bars, "alpha_bars", rising=True, most=1.0)
+    alpha_bars = alpha_bars.to(x.device)
     for i, (bar_t, bar_s) in enumerate(itertools.pairwise(levels)):
-        x_0 = denoise_fn(x, level_at(alpha_bars, i, x))
+        x_0 = denoise_fn(x, alpha_bars[i])
         alpha = bar_t / bar_s
         beta = 1 - alpha
         small = (1 - bar_s) / (1 - bar_t) * beta
@@ -143,8 +141,9 @@ def ddim(
     if not 0 <= eta <= 1:
         raise ValueError(f"eta ({eta}) must be in [0, 1]: 0 is deterministic, 1 is ddpm")
     levels = check_grid(alpha_bars, "alpha_bars", rising=True, most=1.0)
+    alpha_bars = alpha_bars.to(x.device)
     for i, (bar_t, bar_s) in enumerate(itertools.pairwise(levels)):
-        x_0 = denoise_fn(x, level_at(alpha_bars, i, x))
+        x_0 = denoise_fn(x, alpha_bars[i])
         eps = (x - math.sqrt(bar_t) * x_0) / math.sqrt(1 - bar_t)
         noise = eta * math.sqrt((1 - bar_s) / (1 - bar_t) * (1 - bar_t / bar_s))
         x = math.sqrt(bar_s) * x_0 + math.sqrt(max(1 - bar_s - noise**2, 0.0)) * eps
@@ -175,11 +174,11 @@ def _edm(
     *,
     correct: bool,
 ) -> Tensor:
-    levels = check_grid(sigmas, "sigmas")
+    levels, sigmas = check_grid(sigmas, "sigmas"), sigmas.to(x.device)
     if churn is not None and (churn.amount < 0 or churn.noise < 0):
         raise ValueError(f"amount and noise of {churn} must not be negative: 0 adds nothing")
     for i, (sigma, sigma_next) in enumerate(itertools.pairwise(levels)):
-        level = level_at(sigmas, i, x)
+        level = sigmas[i]
         if churn is not None and churn.amount > 0 and churn.low <= sigma <= churn.high:
             rise = 1 + min(churn.amount / (len(levels) - 1), math.sqrt(2) - 1)
             noise = churn.noise * sigma * math.sqrt(rise**2 - 1)
@@ -188,7 +187,7 @@ def _edm(
         d = (x - denoise_fn(x, level)) / sigma
         ahead = x + (sigma_next - sigma) * d
         if correct and sigma_next > 0:
-            d_next = (ahead - denoise_fn(ahead, level_at(sigmas, i + 1, x))) / sigma_next
+            d_next = (ahead - denoise_fn(ahead, sigmas[i + 1])) / sigma_next
             ahead = x + (sigma_next - sigma) * (d + d_next) / 2
         x = ahead
     return x
@@ -248,11 +247,11 @@ def euler_ancestral(
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta ({eta}) must be in [0, 1]: 0 is euler")
-    levels = check_grid(sigmas, "sigmas")
+    levels, sigmas = check_grid(sigmas, "sigmas"), sigmas.to(x.device)
     for i, (sigma, sigma_next) in enumerate(itertools.pairwise(levels)):
         up = eta * sigma_next * math.sqrt(1 - (sigma_next / sigma) ** 2)
         down = math.sqrt(sigma_next**2 - up**2)
-        d = (x - denoise_fn(x, level_at(sigmas, i, x))) / sigma
+        d = (x - denoise_fn(x, sigmas[i])) / sigma
         x = x + (down - sigma) * d
         if up > 0:
             x = x + up * step_noise(key, i, x)
@@ -262,10 +261,10 @@ def euler_ancestral(
 def _multistep(
     denoise_fn: DenoiseFn, x: Tensor, sigmas: Tensor, key: Key | None, eta: float
 ) -> Tensor:
-    levels = check_grid(sigmas, "sigmas")
+    levels, sigmas = check_grid(sigmas, "sigmas"), sigmas.to(x.device)
     x_0_before, h_before = None, 0.0
     for i, (sigma, sigma_next) in enumerate(itertools.pairwise(levels)):
-        x_0 = denoise_fn(x, level_at(sigmas, i, x))
+        x_0 = denoise_fn(x, sigmas[i])
         if sigma_next == 0:
             return x_0
         h = math.log(sigma / sigma_next)
@@ -327,9 +326,9 @@ def flow_euler(
     Raises:
         ValueError: a grid of no steps, or not falling in [0, 1].
     """
-    levels = check_grid(times, "times", most=1.0)
+    levels, times = check_grid(times, "times", most=1.0), times.to(x.device)
     for i, (t, t_next) in enumerate(itertools.pairwise(levels)):
-        u = (x - denoise_fn(x, level_at(times, i, x))) / t
+        u = (x - denoise_fn(x, times[i])) / t
         x = x + (t_next - t) * u
     return x
 

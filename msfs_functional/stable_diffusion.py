@@ -287,10 +287,11 @@ def images_of(
     def predict(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         return predict_fn(unet_params, x.to(some.dtype), t, context).float()
 
-    options: dict[str, Any] = {"rescale": rescale, "interval": interval}
+    options: dict[str, Any] = {"rescale": rescale, "interval": interval, "repeat": False}
     guided_fn = classifier_free_guidance(predict, context, negative, guidance, **options)
     denoise_fn = denoiser(
-        guided_fn, ns.variance_preserving, process.target, alpha_bar=process.alpha_bar
+        *(guided_fn, ns.variance_preserving, process.target),
+        alpha_bar=process.alpha_bar.to(some.device),  # once, not at every step
     )
     if process.clip is not None:
         denoise_fn = clip_x0(denoise_fn, process.clip)

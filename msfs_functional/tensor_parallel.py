@@ -70,11 +70,18 @@ def split_decoder_and_tokens(skeleton: nn.Module, group: str) -> None:
     split_vocabulary(skeleton, group)
 
     def start(kind: type) -> Any:
-        return lambda self, *args: part_of_tokens(kind._start(self, *args), group)
+        def run(self: nn.Module, *args: Any, **options: Any) -> Any:
+            x = kind._start(self, *args, **options)
+            if isinstance(x, tuple):  # terms of a sum
+                return tuple(part_of_tokens(term, group) for term in x)
+            return part_of_tokens(x, group)
+
+        return run
 
     def final(kind: type) -> Any:
-        def run(self: nn.Module, x: Tensor) -> Tensor:
-            return join(kind._final(self, x), x.ndim - 2, x.shape[-2] * group_size(group), group)
+        def run(self: nn.Module, x: Any) -> Tensor:
+            x = kind._final(self, x)
+            return join(x, x.ndim - 2, x.shape[-2] * group_size(group), group)
 
         return run
 

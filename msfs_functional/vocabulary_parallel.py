@@ -18,6 +18,7 @@ Dimension key: N items, D width, V vocabulary. Source: Shoeybi et al. 2019, sect
 import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,45 @@ from msfs_functional.meshes import axis_size
 from msfs_functional.transforms import remat
 
 CHUNK = {"cpu": 2**21, "cuda": 2**27}  # logits that a rank holds at once
+
+
+class Cut(NamedTuple):
+    """A vocabulary over the ranks of a process group."""
+
+    group: str
+    vocab: int
+
+    @property
+    def rows(self) -> int:
+        """Most rows that a rank holds; equal on all ranks, whose own numbers are not."""
+        return -(-self.vocab // group_size(self.group))
+
+
+def label_logits(
+    logits: Float[Tensor, "N V_r"], labels: Int[Tensor, "N"], cut: Cut
+) -> Float[Tensor, "N"]:
+    """Each item's logit of its label, out of every rank's part; NaN where no rank holds it."""
+    local, own = _own(labels, cut.vocab, cut.group)
+    found = _some(logits.mT).mT.gather(-1, local[..., None])[..., 0]
+    found = psum(torch.where(own, found, 0.0), cut.group)
+    return torch.where((labels >= 0) & (labels < cut.vocab), found, math.nan)
+
+
+def log_sum_exp(logits: Float[Tensor, "N V_r"], cut: Cut) -> Float[Tensor, "N"]:
+    """logsumexp over all of V, out of every rank's part."""
+    own = logits.logsumexp(-1)[None]
+    return join(own, 0, group_size(cut.group), cut.group).logsumexp(0)
+
+
+def check_rows(hidden: Tensor, weight: Tensor, labels: Tensor, cut: Cut) -> None:
+    """Raises ValueError where weight is not what this rank holds, or labels do not fit hidden."""
+    start, stop = chunk_bounds(cut.vocab, group_size(cut.group), group_rank(cut.group))
+    if weight.shape != (stop - start, hidden.shape[-1]) or labels.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and labels "
+            f"{tuple(labels.shape)} must be (..., D), ({stop - start}, D) and (...): this rank "
+            f"holds rows {start} to {stop} of {cut.vocab}"
+        )
 
 
 def lookup(
@@ -72,13 +112,8 @@ def _loss(
     z_loss: float = 0.0,
     softcap: float | None = None,
 ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
-    start, stop = chunk_bounds(vocab, group_size(group), group_rank(group))
-    if weight.shape != (stop - start, hidden.shape[-1]) or labels.shape != hidden.shape[:-1]:
-        raise ValueError(
-            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and labels "
-            f"{tuple(labels.shape)} must be (..., D), ({stop - start}, D) and (...): this rank "
-            f"holds rows {start} to {stop} of {vocab}"
-        )
+    cut = Cut(group, vocab)
+    check_rows(hidden, weight, labels, cut)
     if not 0 <= label_smoothing <= 1 or z_loss < 0:
         raise ValueError(
             f"label_smoothing ({label_smoothing}) must be in [0, 1], z_loss ({z_loss}) at least 0"
@@ -91,17 +126,12 @@ def _loss(
         s = s.to(torch.promote_types(s.dtype, torch.float32))
         if softcap is not None:
             s = softcap * torch.tanh(s / softcap)
-        local, own = _own(y, vocab, group)
-        chosen = _some(s.mT).mT.gather(-1, local[..., None])[..., 0]
-        terms = torch.stack([torch.where(own, chosen, 0.0), s.sum(-1)])
-        chosen, total = psum(terms, group).unbind()
-        lse = join(s.logsumexp(-1)[None], 0, group_size(group), group).logsumexp(0)
-        loss = lse - (1 - label_smoothing) * chosen
+        lse = log_sum_exp(s, cut)
+        loss = lse - (1 - label_smoothing) * label_logits(s, y, cut)
         if label_smoothing:
-            loss = loss - label_smoothing * total / vocab
+            loss = loss - label_smoothing * psum(s.sum(-1), group) / vocab
         if z_loss:
             loss = loss + z_loss * lse.square()
-        loss = torch.where((y >= 0) & (y < vocab), loss, math.nan)
         return torch.where(y != ignore_index, loss, 0.0).sum()
 
     labels = labels.long()

@@ -8,7 +8,8 @@ r"""Teach a decoder to follow instructions from preferences, without a reward mo
     python recipes/align_dpo.py --dpo.flipped 0.2 --influence 300 --seeds 1     # who does harm?
     python recipes/align_dpo.py --model.folder SmolLM2-135M --model.length 160  # a published start
 
-    torchrun --nproc-per-node 2 recipes/align_dpo.py --mesh.dp-shard 2
+    torchrun --nproc-per-node 4 recipes/align_dpo.py --mesh.tp 2       # 2 x 2 processes
+    torchrun --nproc-per-node 4 recipes/align_dpo.py --mesh.cp 2
 
 Stages of each seed, in folders of their own (--resume goes on where it was stopped):
 
@@ -22,8 +23,8 @@ seeds 10, 11 and 12 (--seed 10), which no setting was chosen by, torch 2.11, two
 28.5% sampled and 23.8% greedy before, 70.3% and 79.7% after, 1.6 nats of KL an answer, in
 287 seconds.
 
-Preferences of people, in files: align_people.py. Several processes: steps are on shards, the rest
-on whole parameters.
+Preferences of people, in files: align_people.py. Several processes: steps are on the mesh, the
+rest on whole parameters.
 """
 
 import json
@@ -148,14 +149,13 @@ def run_sweep(config: Config, machine: configs.Machine, run: Path) -> None:
     keys = random.split(random.key(seed, device=setup.device), len(betas))
     still = stateless(lambda grads, params: {n: 0 * g for n, g in grads.items()})
     optimizer = by_group([(f"^{BETA}$", still), (r"", optimizer_of(config.dpo))])
-    # members are whole on every process; torch's own attention is slow under vmap
-    mapped = setup._replace(model=setup.plain, implementation="flash")
+    mapped = setup.for_members()
     stacked = run_stage(
         run / "sweep",
         config.dpo.steps,
         init_state(stacked, optimizer, keys),
         step_of(mapped, make_loss(config.dpo, mapped, half=many), optimizer, members=len(betas)),
-        Shuffled(data, config.dpo.batch * (2 if many else 1), seed, setup.share),
+        Shuffled(data, config.dpo.batch * (2 if many else 1), seed, mapped.share),
         device=setup.device,
         resume=resume,
         tokens=lambda batch: len(betas) * batch["mask"].sum(),

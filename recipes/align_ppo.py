@@ -8,7 +8,8 @@ r"""Teach a decoder to follow instructions from rewards on its own answers.
     python recipes/align_ppo.py --rl.rollouts beside               # answers while it updates
     python recipes/align_ppo.py --preset problems --data.files gsm8k.jsonl
 
-    torchrun --nproc-per-node 2 recipes/align_ppo.py --mesh.dp-shard 2
+    torchrun --nproc-per-node 4 recipes/align_ppo.py --mesh.tp 2       # 2 x 2 processes
+    torchrun --nproc-per-node 4 recipes/align_ppo.py --mesh.cp 2
 
 Stages of each seed, in folders of their own (--resume goes on where it was stopped):
 
@@ -24,7 +25,7 @@ seeds 10, 11 and 12 (--seed 10), which no setting was chosen by, torch 2.11, two
 
 A rollout that gets no usable reward is named and skipped; after --rl.patience of them in a row the
 run saves and stops. Several processes: each answers its share of the prompts with whole parameters,
-updates are on shards.
+also in a tp or cp group, whose processes work on the same rows in updates, which are on the mesh.
 """
 
 import math
@@ -190,7 +191,7 @@ def learn(
         if rl.rollouts == "beside":
             ahead = Beside(work, answerer, body(whole))
         if loop.pending:
-            share, shares = setup.share
+            share, shares = setup.place
             own = {name: x.tensor_split(shares)[share] for name, x in in_flight.items()}
             ahead.restore(loop.pending, own, loop.failure)
     patience = rewards.Patience(rl.patience, loop.failed, loop.skipped)
@@ -321,7 +322,7 @@ def run_seed(config: Config, machine: configs.Machine, seed: int, run: Path) -> 
     reference = fine_tune(setup, task, config.sft, seed, folder / "sft", resume, start)
     before = assess(setup, reference, reference, task, seed)
     ensemble, notes = ensemble_of(config, ready, reference, seed, folder / "rewards")
-    work = Work(config.rl, machine, seed, setup.share, ensemble)
+    work = Work(config.rl, machine, seed, setup.place, ensemble)
     params = learn(config, ready, reference, work, seed, folder / "rl")
     after = assess(setup, params, reference, task, seed)
     result = Result(seed, before, after, [prompt.text for prompt in task.held_out], notes)
@@ -380,6 +381,11 @@ def check(config: Config) -> None:
     if rl.trust_region is not None and rl.algorithm == "ppo":
         raise ValueError(
             f"--rl.trust-region ({rl.trust_region}) moves no critic: choose another --rl.algorithm"
+        )
+    if rl.trust_region is not None and config.mesh.cp > 1:
+        raise ValueError(
+            f"--rl.trust-region ({rl.trust_region}) is of whole rows, which --mesh.cp "
+            f"({config.mesh.cp}) cuts: use --mesh.cp 1, with dp or tp in its place"
         )
     if rl.reward not in ("rule", "model"):
         rewards.load(rl.reward)

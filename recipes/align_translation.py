@@ -242,6 +242,11 @@ def own_pairs(
 
 def main(config: Config) -> None:
     begin = time.perf_counter()
+    if launching.several():
+        raise ValueError(
+            f"{os.environ['WORLD_SIZE']} processes were started, but one trains and tunes a "
+            f"translator: start it by python recipes/{NAME}.py"
+        )
     datasets.disable_progress_bars()
     configs.check_run(config)
     run = config.out / (config.name or configs.free_name(config.out, NAME))

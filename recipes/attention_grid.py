@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from attention_peers import Attention, available, ours
+from attention_peers import Attention, available
 from attention_timing import interleaved_ms, median_ms
 from torch import Tensor
 
@@ -161,27 +161,45 @@ def plot(out: Path, rows: list[dict]) -> None:
     figure.savefig(out / "attention.png", dpi=130)
 
 
+def cpu_rows(length: int, masks: list[bool]) -> dict[str, tuple[int, dict, dict]]:
+    """Name: (kv heads of 8, our options, torch's), the same work on both sides."""
+    lengths = torch.tensor([length, 3 * length // 4])
+    padded = (torch.arange(length) < lengths[:, None])[:, None, None]
+    near = torch.ones(length, length, dtype=torch.bool).tril().triu(-31)
+    plain = {"causal" if x else "full": (8, {"is_causal": x}, {"is_causal": x}) for x in masks}
+    return {
+        **plain,
+        "2 kv heads": (2, {}, {"enable_gqa": True}),
+        "padded": (8, {"key_lengths": lengths}, {"attn_mask": padded}),
+        "window 32": (8, {"is_causal": True, "window": 32}, {"attn_mask": near}),
+    }
+
+
 def bench_cpu(args: argparse.Namespace) -> None:
     """Forward and backward in float32 on the CPU beside torch's own attention there."""
+    from msfs_kernels import flash_attention
+
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; B 2, H 8, K 64, float32")
     for length in args.lengths or (128, 1024):
-        for causal in args.causal:
-            q, k, v = (torch.randn(2, 8, length, 64, requires_grad=True) for _ in range(3))
+        for name, (kv_heads, options, peers) in cpu_rows(length, args.causal).items():
+            q, k, v = (
+                torch.randn(2, heads, length, 64, requires_grad=True)
+                for heads in (8, kv_heads, kv_heads)
+            )
             do = torch.randn(2, 8, length, 64)
-
-            def torchs(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-                return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-
             calls: list[Callable[[], object]] = []
-            for attention in (ours, torchs):
-                o = attention(q, k, v, causal)
-                calls.append(torch.no_grad()(functools.partial(attention, q, k, v, causal)))
+            for attention in (
+                functools.partial(flash_attention, **options),
+                functools.partial(F.scaled_dot_product_attention, **peers),
+            ):
+                o = attention(q, k, v)
+                calls.append(torch.no_grad()(functools.partial(attention, q, k, v)))
                 calls.append(
                     functools.partial(torch.autograd.grad, o, (q, k, v), do, retain_graph=True)
                 )
             fwd, bwd, peer_fwd, peer_bwd = interleaved_ms(calls, args.rep)
             print(
-                f"{length:6d} {'causal' if causal else 'full  '}"
+                f"{length:6d} {name:10s}"
                 f"  forward {fwd:7.3f} ms, torch {peer_fwd:7.3f}, {fwd / peer_fwd:4.2f} times"
                 f"  backward {bwd:7.3f} ms, torch {peer_bwd:7.3f}, {bwd / peer_bwd:4.2f} times",
                 flush=True,

@@ -19,6 +19,7 @@ def median_ms(fn: Callable[[], object], rep_ms: int) -> float:
 def captured(fn: Callable[[], object]) -> Callable[[], object]:
     """fn() as one CUDA graph: the device's work without the host's."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         fn()  # compiles, and fills what is remembered by shape
     torch.cuda.current_stream().wait_stream(stream)

@@ -1,31 +1,35 @@
 """How good CIFAR-10 looks after a fixed time of training on one GPU, ours beside diffusers.
 
-    python recipes/bench_cifar.py ours --data cifar10:DIR --weights resnet56-4bfd9763.th
-    python recipes/bench_cifar.py diffusers --data cifar10:DIR --weights resnet56-4bfd9763.th
-    python recipes/bench_cifar.py curve      # draws OUT/curve.png of what both have left in OUT
+    python recipes/bench_cifar.py both --data cifar10:DIR --weights resnet56-4bfd9763.th
+    python recipes/bench_cifar.py ours ...         # or diffusers: one side, on a card of its own
+    python recipes/bench_cifar.py curve            # draws OUT/curve.png of what both left in OUT
 
 DIR holds the training set's zips or its folder train/. Both sides train a class-conditional UNet of
 the shape of DDPM's (widths 128, 256, 256, 256, two ResNet blocks a level, attention at 16 x 16, 36M
-parameters) on flips, with batches of 256, bf16 compute, channels_last and a moving average, until
---seconds have passed since the command began: reading the pictures and the first step, which
-compiles, are part of that time, looks at samples on the way are not. 395 seconds of training and
-what is drawn and scored then are 8 minutes in all.
+parameters) on flips, with batches of 256, bf16 compute, channels_last and a moving average, for
+--seconds after the first step, which compiles; looks at samples on the way are not counted. `both`
+runs them on one card: they compile beside one another, then train and are scored in turn.
 
     ours        EDM's preconditioning and noise levels; blocks compiled once, one CUDA graph a step;
                 AdamW 8e-4, falling at the end, average 0.999; 18 Heun steps (35 calls)
     diffusers   UNet2DModel compiled, DDPMScheduler's linear betas, eps, the plain loop and the
                 settings of their unconditional script (AdamW 1e-4, cosine, EMAModel); 50 DDIM steps
 
-Then 10,000 samples, classes in turn, are compared with all training pictures: Frechet and kernel
+Then --samples samples, classes in turn, are compared with all training pictures: Frechet and kernel
 distance, precision and recall over the 64 features of a ResNet-56 (not Inception's: the figures
-compare with each other only). Writes OUT/<side>.json with the curve of what 2,000 samples gave on
-the way, and OUT/<side>.png (samples, a column a class).
+compare with each other only). With --no-peer-compile diffusers' side trains eagerly, as in their
+script, and before ours, which still compiles. Writes OUT/<side>.json with the curve of what 2,000
+samples gave on the way, and OUT/<side>.png (samples, a column a class).
 """
 
 import json
 import math
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -33,7 +37,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 import tyro
-from measuring import synchronize
+from measuring import here, synchronize, taking_turns
 from torch import Tensor
 
 from msfs_functional import diffusion as df
@@ -48,17 +52,18 @@ from msfs_functional.train import init_state, make_step
 
 StepFn = Callable[[int, float], Tensor]  # (steps before, share of the time that is over) -> loss
 SampleFn = Callable[[int, Tensor], Tensor]  # (first index, classes (B,)) -> uint8 (B, 3, 32, 32)
+SIDES = ("ours", "diffusers")
 
 
 @dataclass(frozen=True)
 class Config:
-    side: tyro.conf.Positional[Literal["ours", "diffusers", "curve"]]
+    side: tyro.conf.Positional[Literal["both", "ours", "diffusers", "curve"]]
     data: str = "cifar10:data/cifar10"
     """cifar10:DIR, mnist:DIR, or a folder of pictures in one folder a class"""
     weights: Path | None = None
     """of the ResNet whose features are compared; None: a classifier of the data, trained first"""
     seconds: float = 395.0
-    """after the start at which training is over, looks at samples not counted"""
+    """of training after the first step, looks at samples not counted"""
     batch: int = 256
     """pictures a step"""
     samples: int = 10_000
@@ -66,9 +71,13 @@ class Config:
     """points before the last, evenly in time"""
     graph: bool = True
     """ours: replay the training step as one CUDA graph"""
+    peer_compile: bool = True
+    """diffusers: compile the UNet, which takes two minutes; their script does not"""
     seed: int = 0
     small: bool = False
     """sizes that a CPU manages, eager: to see that it works"""
+    turns: Path | None = None
+    """a process of `both`: the folder where it waits for its turn"""
     out: Path = Path("runs/bench_cifar")
     debug: bool = False
     """show tracebacks"""
@@ -171,7 +180,7 @@ def their_side(config: Config, data: image_sets.ImageSet, device: str):
     scheduler: Any = diffusers.DDPMScheduler(1000)
     options: dict[str, Any] = {"betas": (0.95, 0.999), "weight_decay": 1e-6, "eps": 1e-8}
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=device == "cuda", **options)
-    net = model if config.small else torch.compile(model)
+    net = torch.compile(model) if config.peer_compile and not config.small else model
     assert data.labels is not None
     labels = data.labels
 
@@ -230,35 +239,49 @@ class Point(NamedTuple):
     """Of the curve: what training had done when the samples were drawn."""
 
     first_step: float  # seconds, compiling included
-    seconds: float  # since the start, all but looks at samples
+    seconds: float  # of training since
     steps: int
     loss: float
 
 
-def training(config: Config, step: StepFn, started: float) -> Iterator[Point]:
+def training(config: Config, step: StepFn) -> Iterator[Point]:
     """Trains, and stops at each point of the curve and at the end; what is done between two of
     them is not counted as training."""
     begin = time.perf_counter()
     loss = float(step(0, 0.0))
     synchronize()
-    first, before = time.perf_counter() - begin, time.perf_counter() - started
-    budget = config.seconds - before
-    if budget <= 0:
-        raise ValueError(
-            f"--seconds ({config.seconds:g}) are over after reading and the first step, which took "
-            f"{before:.0f}: give more"
-        )
-    spent, count = 0.0, 1
-    for i in range(1, config.curve + 2):
-        until = budget * i / (config.curve + 1)
-        begin = time.perf_counter()
-        while spent + time.perf_counter() - begin < until:
-            done = min((spent + time.perf_counter() - begin) / budget, 1.0)
-            losses = [step(count + j, done) for j in range(2 if config.small else 20)]
-            count += len(losses)
-            loss = float(torch.stack(losses).mean())  # waits for the device
-        spent += time.perf_counter() - begin
-        yield Point(first, before + spent, count, loss)
+    first, spent, count, turn = time.perf_counter() - begin, 0.0, 1, nullcontext()
+    if config.turns is not None:
+        turn = taking_turns(config.turns, config.side, SIDES if config.peer_compile else ())
+    with turn:
+        for i in range(1, config.curve + 2):
+            until = config.seconds * i / (config.curve + 1)
+            begin = time.perf_counter()
+            while spent + time.perf_counter() - begin < until:
+                done = min((spent + time.perf_counter() - begin) / config.seconds, 1.0)
+                losses = [step(count + j, done) for j in range(2 if config.small else 20)]
+                count += len(losses)
+                loss = float(torch.stack(losses).mean())  # waits for the device
+            spent += time.perf_counter() - begin
+            yield Point(first, spent, count, loss)
+
+
+def both(config: Config) -> None:
+    """Each side in a process of its own, on the same card."""
+    failed = []
+    with tempfile.TemporaryDirectory() as folder:
+        running = {}
+        for side in SIDES:
+            given = [side if word == "both" else word for word in sys.argv]
+            running[side] = subprocess.Popen([sys.executable, *given, "--turns", folder])
+        while running:
+            for side in [side for side, process in running.items() if process.poll() is not None]:
+                here(Path(folder), side)  # or the other one would wait
+                failed += [side] if running.pop(side).returncode else []
+            time.sleep(0.1)
+    if failed:
+        raise ValueError(f"{failed} failed: their messages are above")
+    draw_curve(config.out)
 
 
 def draw_curve(folder: Path) -> None:
@@ -266,26 +289,30 @@ def draw_curve(folder: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
-    for side in ("ours", "diffusers"):
+    for side in SIDES:
         path = folder / f"{side}.json"
         if not path.is_file():
             raise ValueError(f"no {path}: run bench_cifar.py {side} first")
         report = json.loads(path.read_text())
         seconds, fid = ([point[name] for point in report["curve"]] for name in ("seconds", "fid"))
-        axes.plot(seconds, fid, "o-", label=f"{side}: {fid[-1]:.2f}")
-    axes.set(xlabel="seconds since the start", ylabel="Frechet distance", yscale="log")
-    axes.set_title(f"CIFAR-10, one {report['card']}, {report['features']}", fontsize=8)
+        how = "" if report["compiled"] else ", not compiled"
+        axes.plot(seconds, fid, "o-", label=f"{side}{how}: {fid[-1]:.2f}")
+    axes.set(xlabel="seconds of training", ylabel="Frechet distance", yscale="log")
+    about = f"{report['pictures']:,} pictures of CIFAR-10, one {report['card']}"
+    axes.set_title(f"{about}\n{report['features']}", fontsize=8)
     axes.legend()
     figure.savefig(folder / "curve.png", dpi=120)
 
 
 def main(config: Config) -> None:
-    started = time.perf_counter()
     if config.side == "curve":
         draw_curve(config.out)
         return
     if not config.small and not torch.cuda.is_available():
         raise ValueError("no GPU is here: --small shows on a CPU that it works")
+    if config.side == "both":
+        both(config)
+        return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     card = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     data = image_sets.load(config.data, 32, limit=1000 if config.small else None)
@@ -304,7 +331,7 @@ def main(config: Config) -> None:
     build = our_side if config.side == "ours" else their_side
     step, sample = build(config, data, device)
     curve: list[dict[str, float]] = []
-    for point in training(config, step, started):
+    for point in training(config, step):
         last = len(curve) == config.curve
         many = config.samples if last else min(2000, config.samples)
         begin = time.perf_counter()
@@ -320,9 +347,12 @@ def main(config: Config) -> None:
             row |= fidelity.scores(real, fake, random.key(0))
         row["evaluation_seconds"] = time.perf_counter() - begin
         curve.append(row)
-        print("  ".join(f"{name} {value:.5g}" for name, value in row.items()), flush=True)
+        figures = "  ".join(f"{name} {value:.5g}" for name, value in row.items())
+        print(f"{config.side}  {figures}", flush=True)
         config.out.mkdir(parents=True, exist_ok=True)
-        report = {"side": config.side, "card": card, "features": extractor.name, "curve": curve}
+        report: dict[str, Any] = {"side": config.side, "card": card, "pictures": len(data)}
+        report |= {"compiled": config.side == "ours" or config.peer_compile}
+        report |= {"features": extractor.name, "curve": curve}
         (config.out / f"{config.side}.json").write_text(json.dumps(report, indent=1))
         columns = len(data.classes)
         images.save_png(

@@ -64,6 +64,8 @@ class Config:
     """steps before, compiling included"""
     compile: Literal["regions", "whole"] = "regions"
     """ours: one block of each shape, or the loss as one graph"""
+    attention: Literal["flash", "sdpa"] = "flash"
+    """ours, sampling: this library's op, or torch's"""
     graph: bool = False
     """ours: replay the training step as one CUDA graph"""
     search: bool = False
@@ -300,6 +302,7 @@ def sample(config: Config, device: str) -> None:
                 random.key(3, device=device),
                 steps=steps,
                 compile=not config.small,
+                implementation=config.attention,
                 **options,
             ),
             "diffusers": lambda: theirs(**embeds, **common, output_type="pt").images,  # noqa: B023

@@ -16,7 +16,8 @@ and vocabulary, cp cuts the sequences.
     torch        the same module in a loop of torch's own: clip_grad_norm_, fused AdamW
     whole        the functional loss as one graph of Inductor's, which reorders collectives
 
-It prints the first step's seconds, tokens/s a rank, model FLOPs utilisation, peak memory of rank 0
+It prints the first step's seconds (what a process's first compilation does once comes before, on
+every path, and is printed apart), tokens/s a rank, model FLOPs utilisation, peak memory of rank 0
 and the first losses, which must agree. MFU is that of `pretrain.py`, with 989 TFLOP/s as the peak.
 --trace adds how much of the communication had computation beside it, and the kernels that took
 longest.
@@ -27,6 +28,7 @@ import functools
 import json
 import math
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path as File
@@ -39,7 +41,7 @@ from measuring import fresh, measure, synchronize
 from torch.distributed.tensor import DTensor
 
 from msfs_functional import context_parallel, errors, optim, random
-from msfs_functional.compiling import graphed
+from msfs_functional.compiling import graphed, prepare_compiler
 from msfs_functional.fsdp import fully_sharded
 from msfs_functional.gathering import gathered, sharded
 from msfs_functional.layouts import DECODER_BY_TOKENS
@@ -272,11 +274,15 @@ def union(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
 def main(config: Config) -> None:
     mesh(config.mesh.dp_replicate, config.mesh.dp_shard, config.mesh.tp, config.mesh.cp)
     torch._C._set_sm_carveout_experimental(config.carve or None)
-    first = not torch.distributed.get_rank()
+    first, begin = not torch.distributed.get_rank(), time.perf_counter()
+    if config.compile:
+        prepare_compiler()
     if first:
         kind = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         world = torch.distributed.get_world_size()
-        print(f"{world} x {kind}, torch {torch.__version__}, {config.mesh}", flush=True)
+        took = time.perf_counter() - begin
+        print(f"{world} x {kind}, torch {torch.__version__}, {config.mesh}")
+        print(f"compiler prepared in {took:.1f} s", flush=True)
     for path in config.paths:
         torch._dynamo.reset()
         whole = path == "whole" and torch.cuda.is_available()

@@ -41,7 +41,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 import tyro
-from measuring import Figures, fresh, measure
+from measuring import Figures, fresh, kernels, measure
 from torch import Tensor, nn
 
 from msfs_functional import errors, optim, random
@@ -51,6 +51,7 @@ from msfs_functional.models.decoder import DECAY, DecoderConfig, decoder, gpt2, 
 from msfs_functional.params import Params, cast
 from msfs_functional.regions import region_of
 from msfs_functional.train import init_state, make_step
+from msfs_functional.transforms import in_dtype
 from msfs_functional.utilisation import flops_per_token, peak_flops
 
 Side = Literal["ours", "regions", "thrifty", "launched", "peer"]
@@ -169,7 +170,9 @@ def our_step(
     decay = [(r"embedding|positions", True), *DECAY]  # as the peer does
     optimizer = optim.adamw(6e-4, 0.9, 0.95, 1e-8, 0.1, decay)
     compile = ("regions" if regions else True) if compiled else False
-    step = make_step(loss_fn, optimizer, clip_norm=1.0, compile=compile, dynamic=False)
+    gradient = in_dtype(torch.bfloat16) if regions else None  # of a single graph it is part
+    options: dict[str, Any] = {"compile": compile, "dynamic": False, "gradient": gradient}
+    step = make_step(loss_fn, optimizer, clip_norm=1.0, **options)
     state = init_state(params, optimizer, random.key(0, device=batch["tokens"].device))
     if compiled and side != "launched":
         step = graphed(step)
@@ -207,14 +210,7 @@ def run(side: Side, config: Config, depth: int, profile: bool) -> dict[str, Any]
 
     figures: Figures = measure(once, config.warmup, config.steps)
     if profile:
-        with torch.profiler.profile() as profiled:
-            for _ in range(3):
-                step()
-            if device == "cuda":
-                torch.cuda.synchronize()
-        by = "self_cuda_time_total" if device == "cuda" else "self_cpu_time_total"
-        table = profiled.key_averages().table(sort_by=by, row_limit=40, max_name_column_width=100)
-        print(f"3 steps\n{table}")
+        print(kernels(step, 3))
     rate = config.batch * config.length / figures.seconds
     return {
         "tokens/s": rate,
@@ -237,6 +233,11 @@ def alone(side: Side, config: Config, depth: int, profile: bool) -> dict[str, An
 
 
 def main(config: Config) -> None:
+    known = {"regions", "peer"} <= set(config.sides) and 12 in config.depths
+    if config.check and (config.small or not known):
+        raise ValueError(
+            "--check compares regions with peer at depth 12: ask for both, not --small"
+        )
     if config.small:
         config = replace(config, batch=2, length=16, steps=2, warmup=1, depths=(2,))
     elif not torch.cuda.is_available():
@@ -264,7 +265,8 @@ def main(config: Config) -> None:
 
 
 def check(found: dict[str, dict[str, Any]]) -> None:
-    ours, peer = found["ours, 12 blocks"], found["peer, 12 blocks"]
+    """Of the side that `pretrain.py` takes."""
+    ours, peer = found["regions, 12 blocks"], found["peer, 12 blocks"]
     ratio = ours["tokens/s"] / peer["tokens/s"]
     missed = {
         "tokens/s over the peer's": ratio < GOALS["tokens/s over the peer's"],

@@ -113,7 +113,7 @@ def main(config: Config) -> dict[str, float]:
     optimizer = optimizer_of(Stage(4000, rl.prompts, rl.rate, rl.warmup))
     state = init_state(setup.enter(reference), optimizer, random.key(0, device=setup.device))
     step = step_of(setup, make_loss(rl, setup, task.new), optimizer)
-    work = Work(rl, machine, 0, setup.share)
+    work = Work(rl, machine, 0, setup.place)
     answerer = Answerer(work, task, setup, state.params)
     coefficient = torch.full((), rl.pull, device=setup.device)
     count = 0

@@ -113,6 +113,7 @@ from msfs_functional.synthetic.stories import RULES, beginning, shares, stories
 from msfs_functional.tokenizer import BOS, EOS, PAD, Tokenizer, train_bpe, train_word_level
 from msfs_functional.tracking import Tracker
 from msfs_functional.train import init_state, make_step
+from msfs_functional.transforms import in_dtype
 from msfs_functional.utilisation import Meter, flops_per_token, peak_flops, profiled
 from msfs_functional.watchdog import Watchdog
 
@@ -247,9 +248,11 @@ def prepare(config: Config, watchdog: Watchdog) -> tuple[Config, Path, Corpus, A
 
 
 def make_train_step(config: Config, model: Functional, optimizer: optim.Transformation):
-    gradient = None
+    gradient, dtype = None, getattr(torch, str(config.dtype))
     if isinstance(model, Sharded):
         gradient = model.gradient  # gathers and sums beside the computation
+    elif dtype != torch.float32:
+        gradient = in_dtype(dtype)  # the optimizer reads half the bytes
     step = make_step(
         make_loss(config, model),
         optimizer,

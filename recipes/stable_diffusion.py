@@ -65,6 +65,8 @@ class Config:
     device: str | None = None
     """Default: cuda where there is one."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    attention: Literal["flash", "sdpa"] = "flash"
+    """This library's op, or torch's, whose kernels have heads of 40 as they are."""
     compile: bool = False
     """Minutes at the start, for many images on a GPU."""
     out: Path = Path("runs/stable_diffusion")
@@ -125,6 +127,7 @@ def main(config: Config) -> None:
         width=config.width,
         sampler=config.sampler,
         spacing=config.spacing,
+        implementation=config.attention,
         compile=config.compile,
         **start_from,
     ).cpu()

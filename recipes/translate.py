@@ -40,6 +40,7 @@ from translate_settings import Config, Data, Optimizer, checked, command_line
 from msfs_functional import (
     checkpoint,
     errors,
+    launching,
     losses,
     metrics,
     optim,
@@ -224,30 +225,33 @@ def train(config: Config) -> None:
     tracker = tracking.Tracker(
         run, settings.steps, name="translate", step=first, every=settings.log_every
     )
-    with tracker, errors.interruptible() as stop:
+    with tracker:
         tracker.note(translation.describe(splits, stream, config.data.max_length))
         size, how = count(state.params), "compiled" if settings.compile else "eager"
         tracker.note(f"{size:,} parameters, {config.device}, {config.dtype}, {how}")
-        for number in range(first + 1, settings.steps + 1):
-            batch = next(batches)
-            state, values = step(state, batch)
-            values.pop("weight")
-            tracker.log(number, values, tokens=batch["source"].numel() + batch["target"].numel())
-            if number % settings.eval_every == 0 or number == settings.steps:
-                if (skipped := int(state.skipped.sum())) > left_out:
-                    tracker.note(f"{skipped - left_out} updates left out, {NOT_FINITE}")
-                    left_out = skipped
-                with tracker.paused():
-                    params = state.ema or state.params
-                    scores = validate(config, model, tokenizers, params, splits.valid)
-                    tracker.record(number, scores)
-                    save(number, scores.get("valid/bleu", -scores["valid/loss"]))
-            elif stop:
-                save(number, None)
-            if stop and number < settings.steps:
-                resume = f"translate.py --resume --out {config.out} --name {run.name}"
-                tracker.note(f"saved after step {number}; go on with: python recipes/{resume}")
-                raise SystemExit(128 + (stop.received or 0))
+        with errors.interruptible() as stop:
+            for number in range(first + 1, settings.steps + 1):
+                batch = next(batches)
+                state, values = step(state, batch)
+                values.pop("weight")
+                tokens = batch["source"].numel() + batch["target"].numel()
+                tracker.log(number, values, tokens=tokens)
+                if number % settings.eval_every == 0 or number == settings.steps:
+                    if (skipped := int(state.skipped.sum())) > left_out:
+                        tracker.note(f"{skipped - left_out} updates left out, {NOT_FINITE}")
+                        left_out = skipped
+                    with tracker.paused():
+                        params = state.ema or state.params
+                        scores = validate(config, model, tokenizers, params, splits.valid)
+                        tracker.record(number, scores)
+                        save(number, scores.get("valid/bleu", -scores["valid/loss"]))
+                elif stop:
+                    with tracker.paused():
+                        save(number, None)
+                if stop:
+                    resume = launching.resume_command("recipes/translate.py", run)
+                    tracker.note(f"saved after step {number}; go on with: {resume}")
+                    raise SystemExit(128 + (stop.received or 0))
         batches.close()
         found = report(config, splits, tracker.note)
         (run / "results.json").write_text(f"{json.dumps(found.scores)}\n", encoding="utf-8")

@@ -15,10 +15,10 @@ import pytest
 import torch
 from ranks import start_server
 
-from msfs_functional import alignment_runs, answerers, launching, stages
+from msfs_functional import agreement, alignment_runs, answerers, launching, stages
 from msfs_functional import config as configs
 from msfs_functional import distributed_checkpoint as checkpoints
-from msfs_functional.aligning import Mesh, Model, Stage, fine_tune, prepare
+from msfs_functional.aligning import Mesh, Model, Stage, check_room, fine_tune, prepare
 from msfs_functional.alignment_runs import Options, each_seed, workers_of
 from msfs_functional.alignment_tasks import Data, built_in
 from msfs_functional.models import decoder, pretrained
@@ -293,18 +293,40 @@ def test_a_reward_model_ensemble_and_a_trust_region_run(align_ppo, tmp_path, cap
 
 def two_processes():
     """For test_ranks, which starts them: the rollouts, rewards and gradients of one process, to the
-    rounding of another order of sums: of a policy, of a critic, of natural gradients, of an
-    ensemble of reward models and of DPO on files."""
-    learn_four_ways(Path(os.environ["RECIPES_OUT"]), "two-")
+    rounding of another order of sums: of a policy, of a critic, of natural gradients, of reward
+    models, alone and as an ensemble, and of DPO on files."""
+    meshes = Mesh(), Mesh(dp_shard=1, tp=2), Mesh(dp_shard=1, tp=2), Mesh(dp_shard=1, cp=2)
+    with launching.joined("cpu"):  # one process group for all
+        learn_four_ways(Path(os.environ["RECIPES_OUT"]), "two-", meshes)
+        goes_on_after_a_stop(Path(os.environ["RECIPES_OUT"]), meshes)
+
+
+def goes_on_after_a_stop(out, meshes):
+    """The run of parts of each layer, stopped while its buffer is half used: the same bits."""
+    align_ppo, real = sys.modules["align_ppo"], stages.Tracker.log
+
+    def log(self, count, *args, **options):
+        real(self, count, *args, **options)
+        if self.run_dir.name == "rl" and count == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    config = learners(out, "stopped-", meshes)["ppo"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages.Tracker, "log", log)
+        with pytest.raises(SystemExit):
+            align_ppo.main(config)
+    align_ppo.main(replace(config, resume=True))
+    runs = [state_of(out / name / "seed-0" / "rl") for name in ("two-ppo", "stopped-ppo")]
+    assert runs[0] == runs[1]
 
 
 TWO = [two_processes]
 
 
 def equal_one_process(out):
-    learn_four_ways(out, "one-")
+    learn_four_ways(out, "one-", 4 * [Mesh()])
     for place in ("grpo/seed-0/rl", "ppo/seed-0/rewards", "ppo/seed-0/rl", "natural/seed-0/rl",
-                  "people/ensemble", "people/seed-0/dpo"):  # fmt: skip
+                  "people/ensemble", "people/seed-0/rewards", "people/seed-0/dpo"):  # fmt: skip
         one, two = (
             [json.loads(line) for line in (out / path / "metrics.jsonl").open()]
             for path in (f"one-{place}", f"two-{place}")
@@ -317,19 +339,50 @@ def equal_one_process(out):
                 assert a[name] == pytest.approx(b[name], abs=2e-3, rel=5e-3), (place, name)
 
 
-def learn_four_ways(out, prefix):
-    """GRPO by the checker, by its updates and by natural gradients, PPO by an ensemble of reward
-    models, DPO on files."""
-    align_ppo, align_people = load("align_ppo"), load("align_people")
-    with launching.joined("cpu"):  # one process group for all
-        for name, options in {
+def learners(out, prefix, meshes):
+    """{name: config} of GRPO by the checker, by its updates and by natural gradients, and of PPO by
+    an ensemble of reward models."""
+    align_ppo, ways = (
+        sys.modules["align_ppo"],
+        {
             "grpo": {},
             "natural": {"trust_region": 0.003, "iterations": 1},
             "ppo": {"algorithm": "ppo", "reward": "model", "members": 2, "aggregate": "min"},
-        }.items():
-            own = rl(**{"iterations": 2, "prompts": 4, **options})
-            align_ppo.main(tiny(align_ppo, out, f"{prefix}{name}", rl=own))
-        align_people.main(tiny(align_people, out, f"{prefix}people", **people(out)))
+        },
+    )
+    return {
+        name: tiny(
+            align_ppo,
+            out,
+            f"{prefix}{name}",
+            rl=rl(**{"iterations": 2, "prompts": 4, **options}),
+            mesh=mesh,
+        )
+        for (name, options), mesh in zip(ways.items(), meshes, strict=False)
+    }
+
+
+def learn_four_ways(out, prefix, meshes):
+    """Those, each on its mesh, and DPO on files."""
+    align_ppo, align_people = load("align_ppo"), load("align_people")
+    for config in learners(out, prefix, meshes).values():
+        align_ppo.main(config)
+    options = {**people(out), "mesh": meshes[-1]}
+    align_people.main(tiny(align_people, out, f"{prefix}people", **options))
+
+
+def test_meshes_that_do_not_fit_are_refused(align_ppo, tmp_path, monkeypatch):
+    monkeypatch.setattr(agreement, "world", lambda: 2)
+    for model, mesh, said in (
+        (Model(), Mesh(tp=3), "multiply to 3, which does not divide the number of processes"),
+        (Model(heads=1), Mesh(tp=2), r"tp \(2\) must divide --model.heads \(1\): change one"),
+        (Model(length=66), Mesh(cp=2), r"\(2 x 2\) must divide --model.length \(66\): change one"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            check_room(Data(), model, mesh)
+    config = tiny(align_ppo, tmp_path, "natural", mesh=Mesh(cp=2), rl=rl(trust_region=0.1))
+    with pytest.raises(ValueError, match=r"is of whole rows, which --mesh.cp \(2\) cuts"):
+        align_ppo.main(config)
 
 
 def reward_file(tmp_path, text):
@@ -531,3 +584,6 @@ def test_a_tuned_translator_goes_on_with_the_same_bits_and_is_left_for_use(
     assert align_translation.recipe.load_trained(own)[2].keys()
     with pytest.raises(ValueError, match=r"exists|not empty|holds"):
         run(*given, "--name", "whole")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were started, but one trains and tunes"):
+        run(*given, "--name", "many")

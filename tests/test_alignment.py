@@ -9,7 +9,7 @@ import torch
 from msfs_functional import logps as logps_module
 from msfs_functional import optim, random
 from msfs_functional.generation import Sampling, Settings
-from msfs_functional.models.decoder import decoder, output_weight, tiny
+from msfs_functional.models.decoder import decoder, tiny
 from msfs_functional.pairs import Pair, Shuffled, encode_pairs
 from msfs_functional.params import stack
 from msfs_functional.preference_data import (
@@ -126,13 +126,16 @@ def test_scores_of_answers_equal_the_plain_formula(model, params, monkeypatch):
         assert not found[:, 0].any()
         torch.testing.assert_close(found[:, 1:], expected)
     entropy = torch.distributions.Categorical(logits=plain[:, :-1]).entropy()
+    head = torch.linspace(-1, 1, 16)
+    values = model.apply(params, tokens, method="hidden")[:, :-1] @ head
     for most in (None, int(mask.sum()), 20):
-        logps, entropies, states = answer_statistics(model, params, tokens, mask, most=most)
+        logps, entropies, judged = answer_statistics(
+            model, params, tokens, mask, most=most, head=head
+        )
         torch.testing.assert_close(logps[:, 1:], expected)
         torch.testing.assert_close(entropies[:, 1:], torch.where(mask[:, 1:], entropy, 0.0))
-        torch.testing.assert_close(
-            states[:, 1:] @ output_weight(params).T, model.apply(params, tokens)[:, :-1]
-        )
+        torch.testing.assert_close(judged[:, 1:], torch.where(mask[:, 1:], values, 0.0))
+    assert not answer_statistics(model, params, tokens, mask)[2].any()
 
 
 def test_gradients_of_scores_do_not_depend_on_how_many_tokens_are_computed(model, params):

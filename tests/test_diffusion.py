@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from msfs_functional import diffusion as df
-from msfs_functional import guidance, likelihood, random, samplers
+from msfs_functional import guidance, likelihood, published_process, random, samplers
 from msfs_functional import noise_schedules as ns
 from msfs_functional.attention import attention
 
@@ -339,6 +340,41 @@ def test_classifier_free_guidance_by_hand():
     torch.testing.assert_close(guided(4.0, interval=(0.4, 1.0)), y)
     torch.testing.assert_close(guided(4.0, interval=(0.3, 1.0)), guided(4.0))
     torch.testing.assert_close(guided(4.0, rescale=1.0).std(1), y.std(1))
+
+    def given_once(x: Tensor, level: Tensor, condition: Tensor) -> Tensor:
+        return conditional(torch.cat([x, x]), level, condition)
+
+    fn = guidance.classifier_free_guidance(given_once, positive, negative, 4.0, repeat=False)
+    torch.testing.assert_close(fn(x, level), guided(4.0))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sampler", ("dpmpp_2m", "ddim"))
+def test_the_host_waits_for_no_step_of_a_guided_sampler(sampler):
+    """More steps, no more copies between host and GPU that wait: the host runs ahead of them."""
+    alpha_bar = ns.scaled_linear()
+    condition = torch.ones(2, device="cuda")
+
+    def predict(x: Tensor, time: Tensor, given: Tensor) -> Tensor:
+        return conditional(x, (time / 1000)[:, None], given)
+
+    fn = guidance.classifier_free_guidance(predict, condition, -condition, 3.0)
+    denoise_fn = df.denoiser(fn, ns.variance_preserving, "eps", alpha_bar=alpha_bar.cuda())
+    process, waits = published_process.Process(alpha_bar, "eps"), []
+    for steps in (4, 4, 12):  # the first counts what is done once in a process, too
+        walk_fn, grid, _ = published_process.steps_of(
+            denoise_fn, process, sampler, steps, "trailing"
+        )
+        x = torch.ones(2, 3, device="cuda")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                getattr(samplers, sampler)(walk_fn, x, grid)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        waits.append(sum("synchronizing" in str(one.message) for one in caught))
+    assert waits[1] == waits[2]
 
 
 def test_guidance_takes_a_level_and_a_tree_of_conditions_for_each_example():

@@ -1,6 +1,7 @@
 """The claims about several ranks that other files make, in one start of processes."""
 
 import pytest
+import test_align_meshes as aligned
 import test_align_recipes as alignment
 import test_caption as caption
 import test_contrastive as contrastive
@@ -20,8 +21,9 @@ from ranks import DEVICE, check_claims
 def test_several_ranks_equal_one_process_and_go_on_for_one_another(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CHECKPOINT_TEST", str(tmp_path))
     monkeypatch.setenv("RECIPES_OUT", str(tmp_path))
-    four = sharding.FOUR + checkpoints.FOUR
+    four = sharding.FOUR + checkpoints.FOUR + aligned.FOUR
     two = sharding.TWO + checkpoints.TWO + pictures.TWO + contrastive.TWO + curvature.TWO
+    two += aligned.TWO
     # Those of recipes start and end their process group themselves.
     runs = [([run], 2) for run in caption.TWO + image_text.TWO + alignment.TWO + refusals.RUNS]
     check_claims((four, 4), (two + refusals.TWO, 2), *runs, (refusals.AFTER, 2))
@@ -38,4 +40,4 @@ def test_several_ranks_equal_one_process_and_go_on_for_one_another(tmp_path, mon
     DEVICE != "cuda" or torch.cuda.device_count() < 2, reason="needs RANKS_DEVICE=cuda and two GPUs"
 )
 def test_two_gpus_equal_one():
-    check_claims((sharding.GPUS, 2))
+    check_claims((sharding.GPUS + aligned.GPUS, 2))

@@ -6,6 +6,7 @@ test_ranks.py runs the claims of TWO and FOUR on as many ranks.
 import collections
 import dataclasses
 import functools
+import re
 
 import optree
 import pytest
@@ -13,17 +14,25 @@ import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from ranks import DEVICE, mesh
 from torch._dynamo.backends.common import aot_autograd
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.func import grad, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from msfs_functional import agreement, context_parallel, optim, random, sharding
+from msfs_functional import (
+    agreement,
+    context_parallel,
+    optim,
+    overlap,
+    random,
+    sharding,
+)
 from msfs_functional import vocabulary_parallel as vocabulary
 from msfs_functional.attention import attention
 from msfs_functional.collectives import psum
 from msfs_functional.fsdp import fully_sharded
 from msfs_functional.gathering import Sharded, gathered, sharded
-from msfs_functional.layouts import DECODER, DECODER_BY_TOKENS, TRANSFORMER
+from msfs_functional.layers import lookup
+from msfs_functional.layouts import DECODER, DECODER_BY_TOKENS, TOWERS, TRANSFORMER
 from msfs_functional.losses import cross_entropy, linear_cross_entropy
 from msfs_functional.meshes import data_rank, degrees
 from msfs_functional.models import decoder as decoders
@@ -316,6 +325,26 @@ def overlapped_gathers_and_sums():
         equal_one_process({"dp_shard": 2}, own=True, **options)
 
 
+def gradients_of_the_output_are_summed_before_those_of_blocks():
+    """In the order in which the backward pass has them, the embedding's last."""
+    on, seen = mesh(dp_shard=2), []
+    config = dataclasses.replace(UNNORMED, tied=False, depth=2)
+    model = sharded(decoder(config), DECODER, on)
+    loss_fn = gathered(functools.partial(next_token, model), model)
+    with pytest.MonkeyPatch.context() as patch:
+        plain = overlap.Pipeline._sum
+
+        def sum_(self, use, grads):
+            seen.append({re.sub(r"\.[^0-9]*$", "", name) for name in use.unit.names.values()})
+            plain(self, use, grads)
+
+        patch.setattr(overlap.Pipeline, "_sum", sum_)
+        call = share(batches(1)[0], on), random.key(0)
+        model.gradient(loss_fn, model.init(0), [call])
+    blocks = [{f"blocks.{i}"} for i in reversed(range(config.depth))]
+    assert seen == [{"norm", "output"}, *blocks, {"embedding"}], seen
+
+
 def products_in_bfloat16_are_summed_in_float32():
     """Over float32 shards; sums in bfloat16, the other choice, come out otherwise."""
     on, plain, tokens = mesh(dp_shard=2), decoder(UNNORMED), share(batches(1)[0], mesh(dp_shard=2))
@@ -514,6 +543,18 @@ def transforms_on(on, layout):
     same(each(params, tokens), examples)
 
 
+def rows_of_a_dtensor_under_torch_func():
+    """Where a model is called on DTensors as they are."""
+    weight = torch.arange(28.0).view(7, 4).sin()
+    (own,) = sharding.shard({"weight": weight}, TOWERS.rules, mesh(dp_shard=2)).values()
+    replicated = [Replicate()] * own.device_mesh.ndim
+    plain = torch.tensor([[5, 0, 5]])
+    ids = distribute_tensor(plain, own.device_mesh, replicated)
+    found = grad(lambda w: lookup(w, ids).exp().sum())(own)
+    want = grad(lambda w: lookup(w, plain).exp().sum())(weight)
+    torch.testing.assert_close(found.full_tensor(), want)
+
+
 def split_tokens(on, tokens):
     """Inputs, labels, positions and documents of the tokens that this rank holds."""
     rows = share(tokens, on)
@@ -628,11 +669,13 @@ TWO = [
     translation_model,
     accumulated_microbatches,
     overlapped_gathers_and_sums,
+    gradients_of_the_output_are_summed_before_those_of_blocks,
     products_in_bfloat16_are_summed_in_float32,
     gradients_are_reduced_once_a_step,
     factored_optimizer,
     guard_agrees_on_all_ranks,
     transforms,
+    rows_of_a_dtensor_under_torch_func,
     compiled_step,
     compiled_sequence_parallel_loss,
     fsdp2_path,

@@ -239,6 +239,24 @@ def test_padding_of_the_context_changes_nothing():
     assert not torch.allclose(out[0], moved[0]) and torch.equal(out[1], moved[1])
 
 
+def test_an_image_with_several_contexts_is_the_image_repeated():
+    model, params, x, context = tiny()
+    context = torch.cat([context, context.flip(1)])
+    t, lengths = torch.tensor([5.0, 800.0]), torch.tensor([3, 5, 5, 2])
+
+    def out(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return model.apply(params, x, t, context, interval=t, context_lengths=lengths)
+
+    once = x.clone().requires_grad_()
+    found = out(once, t)
+    repeated = x.clone().requires_grad_()
+    right = out(torch.cat([repeated, repeated]), torch.cat([t, t]))
+    torch.testing.assert_close(found, right)
+    (ours,) = torch.autograd.grad(found.square().sum(), once)
+    (theirs,) = torch.autograd.grad(right.square().sum(), repeated)
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_tangents_through_flash_equal_the_reference_and_finite_differences():
     model, params, x, context = tiny()
     t, v = torch.tensor([300.0, 800.0], dtype=torch.float64), torch.ones_like(x).cumsum(-1) / 6
@@ -375,7 +393,7 @@ def test_heads_in_wider_lanes_are_the_same_heads(compiled, monkeypatch):
 
     found = []
     for width in (6, 8):
-        monkeypatch.setattr(denoising, "lane", lambda head_dim, x, width=width: width)
+        monkeypatch.setattr(denoising, "lane", lambda head_dim, x, how, width=width: width)
         fn = torch.func.grad_and_value(both, (0, 1, 2, 3))
         fn = torch.compile(fn, backend="aot_eager", fullgraph=True) if compiled else fn
         found.append(fn(x, memory, weights, own))
@@ -409,6 +427,10 @@ def test_presets_are_consistent(name):
         (lambda: apply(context=None), "context must be given"),
         (lambda: apply(classes=torch.zeros(2).long()), "classes must not be given"),
         (lambda: apply(context=torch.zeros(2, 3, 5)), r"must end in 6: take the text encoder"),
+        (
+            lambda: apply(context=torch.zeros(3, 3, 6)),
+            r"\(3, 3, 6\) must be for a multiple of 2 im",
+        ),
         (lambda: apply(x=torch.zeros(2, 3, 4, 4)), r"x \(2, 3, 4, 4\) must be \(B, 2, H, W\)"),
         (lambda: diffusers_format.read_unet({**HUB, "act_fn": "mish"}), "'mish'.*must be 'silu'"),
         (

@@ -201,13 +201,14 @@ def find_problem(
 ) -> str | None:
     """The first problem as value, rule and remedy, or None.
 
-    Calls without further options are looked at once for each signature: looking takes longer than
-    all else that a small call does before its kernel.
+    Calls with key lengths or no further options are looked at once for each signature: looking
+    takes longer than all else that a small call does before its kernel.
     """
     signature = None
     if (
         untransformed()
-        and (key_lengths is None and prefix_lengths is None and segment_ids is None)
+        and (prefix_lengths is None and segment_ids is None)
+        and (key_lengths is None or plain(key_lengths))
         and (alibi_slopes is None and bias is None and dropout_key is None)
         and (window is None and softcap is None and precision == "ieee")
         and (type(dropout) is float and dropout == 0 and (scale is None or type(scale) is float))
@@ -216,6 +217,8 @@ def find_problem(
         signature = (
             *(q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device),
             scale,
+            None if key_lengths is None else (key_lengths.shape, key_lengths.dtype),
+            None if key_lengths is None else key_lengths.device,
         )
         if signature in RIGHT:
             return None

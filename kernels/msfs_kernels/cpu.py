@@ -8,12 +8,11 @@ parts that align:
     causal, S > T      keys [0, S - T) without a mask, keys [S - T, S) with a square one, merged by
     log-sum-exp
     causal, S < T      the first T - S queries see nothing
-    grouped heads      the r-th query head of each group in turn, so that keys and values are never
-    repeated
+
+Grouped heads are its own: it reads a key head once for each of its query heads.
 """
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -68,26 +67,30 @@ def parts(T: int, S: int, causal: bool) -> list[Part]:
     ]
 
 
-def additive_mask(q: Tensor, S: int, options: Options) -> Tensor | None:
-    """The bias or the key lengths as a tensor to add, (B | 1, H | 1, T | 1, S)."""
+def additive_mask(q: Tensor, S: int, options: Options) -> tuple[Tensor | None, bool]:
+    """The bias or the key lengths as a tensor to add, (B | 1, H | 1, T | 1, S), and whether it may
+    leave a query of the whole call without a key.
+    """
     if options.bias is not None:
         bias = options.bias.expand(*options.bias.shape[:3], S)
         if bias.dtype is not torch.bool:
-            return bias.to(q.dtype)
-        return q.new_zeros(bias.shape).masked_fill_(~bias, -math.inf)
-    if options.key_lengths is None or int(options.key_lengths.min()) == S:
-        return None
-    hidden = torch.arange(S) >= options.key_lengths[:, None]
-    return q.new_zeros(hidden.shape).masked_fill_(hidden, -math.inf)[:, None, None, :]
+            return bias.to(q.dtype), True
+        return q.new_zeros(bias.shape).masked_fill_(~bias, -math.inf), True
+    if options.key_lengths is None:
+        return None, False
+    shortest = int(options.key_lengths.min())
+    if shortest == S:
+        return None, False
+    hidden = torch.arange(S) >= options.key_lengths[:, None, None, None]
+    return q.new_zeros(hidden.shape).masked_fill_(hidden, -math.inf), shortest == 0
 
 
-def cut(x: Tensor | None, r: int, repeat: int, part: Part) -> Tensor | None:
-    """A mask's share of one head of each group and of a part."""
+def cut(x: Tensor | None, part: Part) -> Tensor | None:
+    """A mask's share of a part."""
     if x is None:
         return None
     x = x[..., part.keys]
-    x = x if x.shape[2] == 1 else x[:, :, part.rows]
-    return x if x.shape[1] == 1 else x[:, r::repeat]
+    return x if x.shape[2] == 1 else x[:, :, part.rows]
 
 
 def rows_first(x: Tensor) -> Tensor:
@@ -95,9 +98,33 @@ def rows_first(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype is dtype else x.to(dtype)  # which takes 3 us to find nothing to do
+
+
+def wide_rows(*tensors: Tensor) -> list[Tensor]:
+    """For the backward, rows first and in the dtype of sums: torch's in bf16 is 7 times slower."""
+    dtype = accumulate_dtype(tensors[0].dtype)
+    return [rows_first(cast(x, dtype)) for x in tensors]
+
+
 def tokens_first(x: Tensor) -> Tensor:
     """With the memory layout of every result of the op (options.empty_tokens_first)."""
+    _, H, T, K = x.shape
+    if x.stride() == (T * H * K, K, H * K, 1):  # as torch's kernels write
+        return x
     return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def in_one_call(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
+    """Whether torch's kernel computes this whole, without a mask beyond causal: every query sees a
+    key, and nothing is cut or merged.
+    """
+    return (
+        (not options.causal or q.shape[2] in (1, k.shape[2]))
+        and (options.bias is None and options.key_lengths is None)
+        and expressible(q, k, v, options)
+    )
 
 
 def without_keys(mask: Tensor | None) -> Tensor | None:
@@ -108,46 +135,67 @@ def without_keys(mask: Tensor | None) -> Tensor | None:
     return empty if bool(empty.any()) else None
 
 
+def plain_forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """(o, lse) `in_one_call`."""
+    q, k, v = rows_first(q), rows_first(k), rows_first(v)
+    o, lse = FLASH(q, k, v, is_causal=options.causal and q.shape[2] > 1, scale=options.scale)
+    return tokens_first(o), lse.contiguous()
+
+
+def plain_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, options: Options
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) `in_one_call`."""
+    dtype, causal = q.dtype, options.causal and q.shape[2] > 1
+    do, q, k, v, o = wide_rows(do, q, k, v, o)
+    grads = FLASH_BACKWARD(do, q, k, v, o, lse, 0.0, causal, scale=options.scale)
+    dq, dk, dv = (tokens_first(cast(d, dtype)) for d in grads)
+    return dq, dk, dv
+
+
 def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    T, S, repeat = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    T, S = q.shape[2], k.shape[2]
     check_lengths("key_lengths", options.key_lengths, S)
     check_lengths("prefix_lengths", options.prefix_lengths, S)
+    if in_one_call(q, k, v, options):
+        return plain_forward(q, k, v, options)
     if not expressible(q, k, v, options):
         return tiled.forward(q, k, v, options)
     q, k, v = rows_first(q), rows_first(k), rows_first(v)
-    mask = additive_mask(q, S, options)
-    if mask is None and repeat == 1 and (not options.causal or T == S or T == 1):
-        o, lse = FLASH(q, k, v, is_causal=options.causal and T > 1, scale=options.scale)
-        return tokens_first(o), lse.contiguous()
+    mask, hides = additive_mask(q, S, options)
     todo = parts(T, S, options.causal)
+    whole = len(todo) == 1 and todo[0].rows == slice(0, T)
+    hides = hides or not whole
 
-    def compute(r: int, part: Part) -> tuple[Tensor, Tensor]:
-        share = cut(mask, r, repeat, part)
-        o, lse = FLASH(
-            q[:, r::repeat, part.rows],
-            k[:, :, part.keys],
-            v[:, :, part.keys],
-            is_causal=part.causal,
-            attn_mask=share,
-            scale=options.scale,
-        )
-        empty = without_keys(share)
+    def compute(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
+    ) -> tuple[Tensor, Tensor]:
+        o, lse = FLASH(q, k, v, is_causal=causal, attn_mask=mask, scale=options.scale)
+        empty = without_keys(mask) if hides else None
         if empty is not None:
             o = o.masked_fill_(empty[..., None], 0.0)
             lse = lse.masked_fill_(empty, -math.inf)
         return o, lse
 
-    if repeat == 1 and len(todo) == 1 and todo[0].rows == slice(0, T):
-        o, lse = compute(0, todo[0])
+    if whole:
+        o, lse = compute(q, k, v, mask, todo[0].causal)
         return tokens_first(o), lse.contiguous()
     o = empty_tokens_first(q, *q.shape)
     lse = q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
     hidden = slice(0, todo[0].rows.start)
     o[:, :, hidden], lse[:, :, hidden] = 0.0, -math.inf
-    for r in range(repeat):
-        results = [compute(r, part) for part in todo]
-        merged = results[0] if len(todo) == 1 else merge_attention(*zip(*results, strict=True))
-        o[:, r::repeat, todo[0].rows], lse[:, r::repeat, todo[0].rows] = merged
+    results = [
+        compute(
+            q[:, :, part.rows],
+            k[:, :, part.keys],
+            v[:, :, part.keys],
+            cut(mask, part),
+            part.causal,
+        )
+        for part in todo
+    ]
+    merged = results[0] if len(todo) == 1 else merge_attention(*zip(*results, strict=True))
+    o[:, :, todo[0].rows], lse[:, :, todo[0].rows] = merged
     return o, lse
 
 
@@ -164,38 +212,37 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     if dlse is not None or need_dbias or not expressible(q, k, v, options):
         return tiled.backward(do, dlse, q, k, v, o, lse, options, need_dbias)
-    T, S, repeat = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
-    inputs, dtype = (q, k, v), accumulate_dtype(q.dtype)
-    do, q, k, v, o = (rows_first(x.to(dtype)) for x in (do, q, k, v, o))  # torch's bf16: 7x slower
-    mask = additive_mask(q, S, options)
+    if in_one_call(q, k, v, options):
+        return *plain_backward(do, q, k, v, o, lse, options), None
+    T, S, dtype = q.shape[2], k.shape[2], q.dtype
+    do, q, k, v, o = wide_rows(do, q, k, v, o)
+    mask, hides = additive_mask(q, S, options)
     todo = parts(T, S, options.causal)
-    lse = lse.masked_fill(lse == -math.inf, 0.0)  # weights are exp(s - lse) = exp(-inf) = 0
+    whole = len(todo) == 1 and todo[0].rows == slice(0, T)
+    if hides or not whole:
+        lse = lse.masked_fill(lse == -math.inf, 0.0)  # weights are exp(s - lse) = exp(-inf) = 0
 
-    def gradients() -> Iterator[tuple[int, Part, tuple[Tensor, Tensor, Tensor]]]:
-        for r in range(repeat):
-            for part in todo:
-                yield (
-                    r,
-                    part,
-                    FLASH_BACKWARD(
-                        *(x[:, r::repeat, part.rows] for x in (do, q)),
-                        *(x[:, :, part.keys] for x in (k, v)),
-                        *(x[:, r::repeat, part.rows] for x in (o, lse)),
-                        0.0,
-                        part.causal,
-                        attn_mask=cut(mask, r, repeat, part),
-                        scale=options.scale,
-                    ),
-                )
+    def gradients(
+        *tensors: Tensor, mask: Tensor | None, causal: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk, dv of do, q, k, v, o and lse."""
+        return FLASH_BACKWARD(*tensors, 0.0, causal, attn_mask=mask, scale=options.scale)
 
-    if repeat == 1 and todo == [Part(slice(0, T), slice(0, S), todo[0].causal)]:
-        ((_, _, grads),) = gradients()
-        dq, dk, dv = (tokens_first(d.to(x.dtype)) for d, x in zip(grads, inputs, strict=True))
+    if whole:
+        grads = gradients(do, q, k, v, o, lse, mask=mask, causal=todo[0].causal)
+        dq, dk, dv = (tokens_first(cast(d, dtype)) for d in grads)
         return dq, dk, dv, None
     sums = [empty_tokens_first(x, *x.shape).zero_() for x in (q, k, v)]
-    for r, part, (dq, dk, dv) in gradients():
-        sums[0][:, r::repeat, part.rows] += dq
+    for part in todo:
+        dq, dk, dv = gradients(
+            *(x[:, :, part.rows] for x in (do, q)),
+            *(x[:, :, part.keys] for x in (k, v)),
+            *(x[:, :, part.rows] for x in (o, lse)),
+            mask=cut(mask, part),
+            causal=part.causal,
+        )
+        sums[0][:, :, part.rows] += dq
         sums[1][:, :, part.keys] += dk
         sums[2][:, :, part.keys] += dv
-    dq, dk, dv = (dx.to(x.dtype) for dx, x in zip(sums, inputs, strict=True))
+    dq, dk, dv = (cast(dx, dtype) for dx in sums)
     return dq, dk, dv, None

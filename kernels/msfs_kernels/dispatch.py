@@ -48,6 +48,13 @@ def traced() -> bool:
     )
 
 
+def is_lazy(x: Tensor) -> bool:
+    """Whether x's memory does not hold its numbers: `.imag` of a conjugate reads as its negative,
+    and torch has tangents of zeros without memory. The dispatcher makes them what they read as.
+    """
+    return x.is_neg() or x._is_zerotensor()
+
+
 def call(name: str, *args: Any) -> Any:
     """torch.ops.msfs_kernels.<name>(*args)."""
     if traced():
@@ -63,7 +70,7 @@ def call(name: str, *args: Any) -> Any:
     for x in args:
         if isinstance(x, Tensor):
             plain = type(x) is Tensor or type(x) is torch.nn.Parameter
-            if not plain or not (x.is_cpu or x.is_cuda):
+            if not plain or not (x.is_cpu or x.is_cuda) or is_lazy(x):
                 return getattr(OPS, name)(*args)
             needs_grad = needs_grad or (grad_enabled and x.requires_grad)
     if not needs_grad:

@@ -91,7 +91,11 @@ def descriptor(x: Tensor, rows: int) -> TensorDescriptor:
 
 
 def multiprocessors(x: Tensor) -> int:
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
+    """Those of x's device, but for what torch's products leave to others (`bench_mesh --carve`)."""
+    if not x.is_cuda:
+        return 132
+    left = torch._C._get_sm_carveout_experimental() or 0
+    return torch.cuda.get_device_properties(x.device).multi_processor_count - left
 
 
 def balanced_wave(blocks: int, programs: int) -> int:

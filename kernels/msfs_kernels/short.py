@@ -1,10 +1,11 @@
-"""The short way of a plain call on a GPU: no masks beyond causal, a kind that came before, nobody
-about who has to see the op. Also of its gradient, and of its tangent under one torch.func.jvp.
+"""The short way of a plain call: no masks beyond causal, a kind that came before, nobody about who
+has to see the op. Also of its gradient, and on a GPU of its tangent under one torch.func.jvp.
 
 Checking arguments, choosing tiles and describing launches depend on shapes, strides and scalars
 only. The first call of a kind goes the long way while its kernel launches are recorded; from then
 on a call is a look-up, the allocation of its results and those launches with other addresses. What
-does more than launch kernels on its inputs and results goes the long way always.
+does more than launch kernels on its inputs and results goes the long way always. On the CPU a kind
+that is one call of torch's kernel is remembered as that call.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import ops
-from .dispatch import KERNELS, call, traced
+from . import cpu, ops
+from .dispatch import KERNELS, call, is_lazy, traced
 from .forward_mode import in_forward_mode, tangent_of
 from .options import Options
 
@@ -53,6 +54,19 @@ class Replay:
         for prepared, numbers in self.launches:
             prepared.run([tensors[n] for n in numbers])
         return made[: self.results]
+
+
+class OneCall:
+    """A forward on the CPU that is one call of torch's kernel, as its gradient is."""
+
+    def __init__(self, options: Options):
+        self.options = options
+
+    def here(self) -> bool:
+        return True
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return cpu.plain_forward(q, k, v, self.options)
 
 
 def facts(x: Tensor) -> tuple:
@@ -98,11 +112,11 @@ def record(
     return results, Replay(found, [facts(x) for x in known[first:]], len(outputs))
 
 
-REPLAYS: dict[tuple, Replay] = {}  # forwards by kind
+REPLAYS: dict[tuple, Replay | OneCall] = {}  # forwards by kind
 DUALS: dict[tuple, Replay] = {}  # forwards with their tangents
 
 
-def remember(replays: dict[tuple, Replay], kind: tuple, replay: Replay | None) -> None:
+def remember(replays: dict, kind: tuple, replay: Replay | OneCall | None) -> None:
     if replay is not None:
         if len(replays) >= MOST:
             replays.clear()
@@ -113,10 +127,17 @@ def are_plain(*tensors: Any) -> bool:
     """Whether these are aligned tensors of torch itself on a GPU."""
     addresses = 0
     for x in tensors:
-        if type(x) is not Tensor or not x.is_cuda:
+        if type(x) is not Tensor or not x.is_cuda or is_lazy(x):
             return False
         addresses |= x.data_ptr()
     return addresses % 16 == 0
+
+
+def are_plain_on_cpu(*tensors: Any) -> bool:
+    for x in tensors:
+        if type(x) is not Tensor or not x.is_cpu:
+            return False
+    return True
 
 
 def alone() -> bool:
@@ -130,7 +151,8 @@ def alone() -> bool:
 
 def kind_of(q: Any, k: Any, v: Any, *scalars: Any) -> tuple | None:
     """What the launch depends on but for addresses; None where this way is closed."""
-    return kind_of_plain(q, k, v, *scalars) if alone() and are_plain(q, k, v) else None
+    plain = alone() and (are_plain(q, k, v) or are_plain_on_cpu(q, k, v))
+    return kind_of_plain(q, k, v, *scalars) if plain else None
 
 
 def kind_of_plain(q: Tensor, k: Tensor, v: Tensor, *scalars: Any) -> tuple:
@@ -163,12 +185,11 @@ class PlainAttention(torch.autograd.Function):
     def backward(ctx, do, dlse):
         q, k, v, o, lse = ctx.saved_tensors
         of_forward = ctx.replay
+        short = dlse is None and not torch.is_grad_enabled() and alone()
+        if do is not None and short and type(of_forward) is OneCall and are_plain_on_cpu(do):
+            return *cpu.plain_backward(do, q, k, v, o, lse, of_forward.options), None
         rest = (None, o, lse, *of_forward.options[1:], False)
-        if (
-            (do is None or dlse is not None)
-            or torch.is_grad_enabled()
-            or not (alone() and are_plain(do, q, k, v, o, lse))
-        ):
+        if do is None or not (short and are_plain(do, q, k, v, o, lse)):
             do = o.new_zeros(()).expand(o.shape) if do is None else do
             dq, dk, dv, _ = call("attention_backward", do, dlse, q, k, v, *rest)
             return dq, dk, dv, None
@@ -201,6 +222,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, kind: tuple) -> Sequence[Tensor] 
 
 def remembered_attention(q: Tensor, k: Tensor, v: Tensor, kind: tuple, options: Options) -> Any:
     """The op's (o, lse), the long way; recorded for the next call of this kind."""
+    if ops.backend(q, v) is cpu:
+        as_given = (q.shape, k.shape, v.shape) == kind[:3]
+        if as_given and cpu.in_one_call(q, k, v, options):
+            remember(REPLAYS, kind, OneCall(options))
+        return call("attention", q, k, v, *options)
     outputs, replay = record(lambda: call("attention", q, k, v, *options), (q, k, v))
     if replay is not None:
         replay.options = options
@@ -223,15 +249,13 @@ def attention_in_forward_mode(
     level = torch._C._functorch.maybe_current_level()
     unwrap = torch._C._functorch._unwrap_for_grad
     x = [unwrap(y, level) if isinstance(y, Tensor) else y for y in (q, k, v)]
-    if not are_plain(*x) or any(y.requires_grad for y in x):
+    if not are_plain(*x):
         return None
     t = [tangent_of(y) for y in (q, k, v)]
     if any(y is None for y in t):
         return None
     t = [unwrap(y, level) for y in t]
-    if not are_plain(*t) or any(y.requires_grad for y in t):
-        return None
-    if any(y.ndim != 4 or y.shape[0] != x[0].shape[0] for y in x):
+    if not are_plain(*t) or any(y.requires_grad for y in (*x, *t)):
         return None
     kind = (*(y.stride() for y in t), *(y.dtype for y in t), *kind_of_plain(*x, *scalars))
     layer = torch._C._functorch.pop_dynamic_layer_stack()
@@ -241,6 +265,8 @@ def attention_in_forward_mode(
             results = replay(*t, *x)
         else:
             names = ("is_causal", "scale", "precision", "deterministic")
+            if any(y.ndim != 4 or y.shape[0] != x[0].shape[0] for y in x):
+                return None
             whole(*x, **dict(zip(names, scalars, strict=True)))  # looks at the arguments
             dual = getattr(ops.backend(x[0], x[2]), "dual", None)
             if dual is None:

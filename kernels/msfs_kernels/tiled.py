@@ -57,7 +57,7 @@ def backward(
         logits = tile.logits()
         weights, kept = tile.weights(logits, lse), tile.drop()
         do_rows, k_keys = tile.of_queries(do), tile.of_keys(k)
-        tile.add_keys(grads.dv, times(weights, kept).mT @ do_rows)
+        tile.add_keys(grads.dv, tile.over_queries(times(weights, kept), do_rows))
         ds = centred(weights, times(do_rows @ tile.of_keys(v).mT, kept))
         if dlse is not None:
             ds.addcmul_(weights, tile.of_rows(dlse))
@@ -65,7 +65,7 @@ def backward(
             tile.add_bias(grads.dbias, ds)
         da = times(ds, logits.slope).mul_(options.scale)
         tile.put_queries(grads.dq, da @ k_keys)
-        tile.add_keys(grads.dk, da.mT @ tile.of_queries(q))
+        tile.add_keys(grads.dk, tile.over_queries(da, tile.of_queries(q)))
     return grads.result()
 
 

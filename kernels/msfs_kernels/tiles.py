@@ -116,6 +116,15 @@ class Tile:
         """scale * x.y for query-like x and key-like y of this tile."""
         return (x * self.options.scale) @ y.mT
 
+    def over_queries(self, x: Tensor, y: Tensor) -> Tensor:
+        """x^T y summed over the tile's queries, (b, g, s, D): each head of a group by itself first,
+        as the plain formula sums; one long sum of few keys would lose more digits.
+        """
+        if self.repeat == 1:
+            return x.mT @ y
+        by_head = (2, (self.repeat, -1))
+        return (x.unflatten(*by_head).mT @ y.unflatten(*by_head)).sum(2)
+
     def offsets(self) -> Tensor:
         """p - j, (t, s): how far key j lies behind query i."""
         device = self.q.device

@@ -26,6 +26,7 @@ Source: Wu and He 2018.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalOperand=false
 # pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
+# pyright: reportGeneralTypeIssues=false
 
 from typing import NamedTuple
 
@@ -38,9 +39,12 @@ from msfs_kernels import ahead
 from msfs_kernels.launching import INTERPRETED, Launch, launches_of
 
 MOST_PARTS = 256  # of the pixels of one image
-# Pixels and channels of a tile, warps. Sums want many bytes on their way at once.
+# Pixels and channels of a tile, warps; sums over all rows want many bytes on their way at once.
 TILE = {"BP": 32, "BC": 64, "num_warps": 4}
-SUMS_TILE = {"BP": 128, "BC": 64, "num_warps": 8}
+WIDE_TILE = {"BP": 32, "BC": 128, "num_warps": 4}
+DOUBLE_TILE = {"BP": 8, "BC": 128, "num_warps": 4}
+SUMS_TILE = {"BP": 32, "BC": 32, "num_warps": 2}
+ROWS_TILE = {"BP": 128, "BC": 64, "num_warps": 8}
 PARTS_TILE = {"BP": 16, "BC": 64, "num_warps": 4}
 PROGRAMS = 512  # about as many share a sum over all pixels of all images
 
@@ -70,27 +74,33 @@ def sums_kernel(
     BC: tl.constexpr,
 ):  # fmt: skip
     """Mean and squared deviations of each channel over PART pixels."""
-    part, b = tl.program_id(0), tl.program_id(2)
+    # From the end to the start: the end was written last and is in the cache, and what is read last
+    # is what `apply` begins with.
+    part = tl.num_programs(0) - 1 - tl.program_id(0)
+    b = tl.num_programs(2) - 1 - tl.program_id(2)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
-    stop = tl.minimum((part + 1) * PART, P)
-    count = 0.0
-    mean = tl.zeros([BC], tl.float32)
-    square = tl.zeros([BC], tl.float32)
-    for start in range(part * PART, stop, BP):
+    begin = part * PART
+    stop = tl.minimum(begin + PART, P)
+    pixels = begin + tl.arange(0, BP)
+    inside = (pixels < stop)[:, None]
+    added = load_shift(shift, given, b, c, C)[None, :]
+    tile = load_tile(x, b, pixels, c, P, C, batch_stride, row_stride) + added
+    # Distances from the mean of the first pixels are summed, over pixels once, after the loop:
+    # where the mean is far from 0, squares of x itself would lose its deviations.
+    near = tl.sum(tl.where(inside, tile, 0.0), 0) / tl.minimum(stop - begin, BP)
+    total = tl.where(inside, tile - near[None, :], 0.0)
+    square = total * total
+    for start in range(begin + BP, stop, BP):
         pixels = start + tl.arange(0, BP)
-        tile = load_tile(x, b, pixels, c, P, C, batch_stride, row_stride)
-        tile += load_shift(shift, given, b, c, C)[None, :]
-        inside = (pixels < stop)[:, None]
-        n = tl.minimum(stop - start, BP).to(tl.float32)
-        own = tl.sum(tl.where(inside, tile, 0.0), 0) / n
-        apart = tl.where(inside, tile - own[None, :], 0.0)
-        step = own - mean
-        mean += step * (n / (count + n))
-        square += tl.sum(apart * apart, 0) + step * step * (count * n / (count + n))
-        count += n
+        tile = load_tile(x, b, pixels, c, P, C, batch_stride, row_stride) + added
+        apart = tl.where((pixels < stop)[:, None], tile - near[None, :], 0.0)
+        total += apart
+        square += apart * apart
+    count = stop - begin
+    apart = tl.sum(total, 0) / count
     at = (b * tl.num_programs(0) + part) * C + c
-    tl.store(means + at, mean, mask=c < C)
-    tl.store(squares + at, square, mask=c < C)
+    tl.store(means + at, near + apart, mask=c < C)
+    tl.store(squares + at, tl.sum(square, 0) - count * apart * apart, mask=c < C)
 
 
 @triton.jit
@@ -144,8 +154,11 @@ def apply_kernel(
     b = tl.program_id(2)
     pixels = tl.program_id(0) * BP + tl.arange(0, BP)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
-    z, _ = normal_tile(x, shift, given, mean, rstd, b, pixels, c, P, C, G, batch_stride, row_stride)
-    z = z * load_channels(gain, c, C)[None, :] + load_channels(bias, c, C)[None, :]
+    tile = load_tile(x, b, pixels, c, P, C, batch_stride, row_stride)
+    group = b * G + c // (C // G)
+    center = tl.load(mean + group, mask=c < C, other=0.0) - load_shift(shift, given, b, c, C)
+    scale = tl.load(rstd + group, mask=c < C, other=0.0) * load_channels(gain, c, C)
+    z = (tile - center[None, :]) * scale[None, :] + load_channels(bias, c, C)[None, :]
     if silu:
         z = z * tl.sigmoid(z)
     at = (b.to(tl.int64) * P + pixels[:, None]) * C + c[None, :]
@@ -297,6 +310,33 @@ def parts_kernel(sums, out, PARTS, C, BP: tl.constexpr, BC: tl.constexpr):
 
 
 @triton.jit
+def double_kernel(x, y, N, W, C, BP: tl.constexpr, BC: tl.constexpr):
+    """Each of the N pixels of x four times in y: 2 x 2."""
+    rows = tl.program_id(0).to(tl.int64) * BP + tl.arange(0, BP)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    inside = (rows < N)[:, None] & (c < C)[None, :]
+    value = tl.load(x + rows[:, None] * C + c[None, :], mask=inside)
+    corner = rows // W * (4 * W) + rows % W * 2
+    for i in tl.static_range(4):
+        at = corner + i // 2 * (2 * W) + i % 2
+        tl.store(y + at[:, None] * C + c[None, :], value, mask=inside)
+
+
+@triton.jit
+def fold_kernel(y, x, N, W, C, BP: tl.constexpr, BC: tl.constexpr):
+    """The sums of 2 x 2 pixels of y: the gradient of `double_kernel`."""
+    rows = tl.program_id(0).to(tl.int64) * BP + tl.arange(0, BP)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    inside = (rows < N)[:, None] & (c < C)[None, :]
+    corner = rows // W * (4 * W) + rows % W * 2
+    total = tl.zeros([BP, BC], tl.float32)
+    for i in tl.static_range(4):
+        at = corner + i // 2 * (2 * W) + i % 2
+        total += tl.load(y + at[:, None] * C + c[None, :], mask=inside).to(tl.float32)
+    tl.store(x + rows[:, None] * C + c[None, :], total, mask=inside)
+
+
+@triton.jit
 def split_kernel(x, first, second, N, C, CUT, BP: tl.constexpr, BC: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * BP + tl.arange(0, BP)[:, None]
     c = (tl.program_id(1) * BC + tl.arange(0, BC))[None, :]
@@ -331,7 +371,7 @@ def parts_of(pixels: int) -> tuple[int, int]:
 def wide_tile(parts: int, channels: int) -> dict[str, int]:
     """The tile of a group, of few sizes: each is compiled, while a start waits."""
     rows, wide = triton.next_power_of_2(parts), triton.next_power_of_2(channels)
-    return {"ROWS": max(16, rows), "WIDE": max(128, wide)}
+    return {"ROWS": max(16, rows), "WIDE": 32 if wide <= 32 else max(128, wide)}
 
 
 def forward(
@@ -351,9 +391,9 @@ def forward(
     given = (sums[0], sums[1], *found, P, C, groups, parts, part, eps)
     Launch(combine_kernel, (B * groups,), given, wide_tile(parts, C // groups)).run()
     y = torch.empty_like(x, memory_format=torch.channels_last)
-    grid = (triton.cdiv(P, TILE["BP"]), triton.cdiv(C, TILE["BC"]), B)
+    grid = (triton.cdiv(P, WIDE_TILE["BP"]), triton.cdiv(C, WIDE_TILE["BC"]), B)
     given = (x, *added, gain, bias, mean, rstd, y, P, C, groups, *strides, int(silu))
-    Launch(apply_kernel, grid, given, TILE).run()
+    Launch(apply_kernel, grid, given, WIDE_TILE).run()
     return y, found
 
 
@@ -394,8 +434,8 @@ def residual(y: Tensor, bias: Tensor | None, x: Tensor | None) -> Tensor:
     """y + bias + x, in channels_last."""
     out, C = torch.empty_like(y, memory_format=torch.channels_last), y.shape[1]
     N = y.numel() // C
-    grid = (triton.cdiv(N, TILE["BP"]), triton.cdiv(C, TILE["BC"]))
-    Launch(residual_kernel, grid, (y, bias, x, out, N, C), TILE).run()
+    grid = (triton.cdiv(N, WIDE_TILE["BP"]), triton.cdiv(C, WIDE_TILE["BC"]))
+    Launch(residual_kernel, grid, (y, bias, x, out, N, C), WIDE_TILE).run()
     return out
 
 
@@ -407,12 +447,12 @@ def sums_of_channels(x: Tensor, dtype: torch.dtype) -> Tensor:
         x, image, row = rows_of(x.contiguous(memory_format=torch.channels_last))
     C = x.shape[1]
     N = x.numel() // C
-    columns = triton.cdiv(C, SUMS_TILE["BC"])
-    part = max(SUMS_TILE["BP"], triton.next_power_of_2(triton.cdiv(N * columns, PROGRAMS)))
+    columns = triton.cdiv(C, ROWS_TILE["BC"])
+    part = max(ROWS_TILE["BP"], triton.next_power_of_2(triton.cdiv(N * columns, PROGRAMS)))
     parts = triton.cdiv(N, part)
     sums = torch.empty((parts, C), dtype=torch.float32, device=x.device)
     out = torch.empty(C, dtype=dtype, device=x.device)
-    Launch(rows_kernel, (parts, columns), (x, sums, N, C, row, part), SUMS_TILE).run()
+    Launch(rows_kernel, (parts, columns), (x, sums, N, C, row, part), ROWS_TILE).run()
     Launch(parts_kernel, (columns,), (sums, out, parts, C), PARTS_TILE).run()
     return out
 
@@ -427,6 +467,29 @@ def split(x: Tensor, cut: int) -> tuple[Tensor, Tensor]:
     grid = (triton.cdiv(B * H * W, TILE["BP"]), triton.cdiv(C, TILE["BC"]))
     Launch(split_kernel, grid, (x, first, second, B * H * W, C, cut), TILE).run()
     return first, second
+
+
+def double(x: Tensor) -> Tensor:
+    """x in channels_last at twice the height and width, each pixel four times."""
+    B, C, H, W = x.shape
+    y = torch.empty(
+        (B, C, 2 * H, 2 * W), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    )
+    grid = (triton.cdiv(B * H * W, DOUBLE_TILE["BP"]), triton.cdiv(C, DOUBLE_TILE["BC"]))
+    Launch(double_kernel, grid, (x, y, B * H * W, W, C), DOUBLE_TILE).run()
+    return y
+
+
+def fold(y: Tensor) -> Tensor:
+    """Sums of 2 x 2 pixels of y in channels_last, of an even height and width."""
+    B, C, H, W = y.shape
+    x = torch.empty(
+        (B, C, H // 2, W // 2), dtype=y.dtype, device=y.device, memory_format=torch.channels_last
+    )
+    N = B * H * W // 4
+    grid = (triton.cdiv(N, DOUBLE_TILE["BP"]), triton.cdiv(C, DOUBLE_TILE["BC"]))
+    Launch(fold_kernel, grid, (y, x, N, W // 2, C), DOUBLE_TILE).run()
+    return x
 
 
 EXPECTED: set[tuple] = set()
@@ -448,7 +511,9 @@ def expect(
         y, found = forward(x, gain, bias, shift, groups, 1e-5, True)
         for other in (None, x):
             residual(y, bias, other)
+        double(y)
         if trained:
+            fold(y)
             backward(y, x, gain, bias, shift, found, True)
             sums_of_channels(y, bias.dtype)
             split(y, y.shape[1] // 2)

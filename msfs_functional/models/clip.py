@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from msfs_functional import random
 from msfs_functional.attention import Implementation
-from msfs_functional.layers import Activation, site_keys
+from msfs_functional.layers import Activation, Embedding, site_keys
 from msfs_functional.models import encoder
 from msfs_functional.models.encoder import EncoderConfig, Layer
 from msfs_functional.models.vit import ViT, ViTConfig, clip_vision, siglip_vision
@@ -72,8 +72,8 @@ class TextTower(nn.Module):
         super().__init__()
         self.config = config
         self.block = Block(lambda: Layer(config))
-        self.embedding = nn.Embedding(config.vocab, config.width)
-        self.positions = nn.Embedding(config.max_length, config.width)
+        self.embedding = Embedding(config.vocab, config.width)
+        self.positions = Embedding(config.max_length, config.width)
         self.blocks = nn.ModuleList(Layer(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width, config.norm_eps)
         if config.projection is not None:

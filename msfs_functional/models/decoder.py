@@ -22,14 +22,16 @@ from torch import Tensor, nn
 
 from msfs_functional import random
 from msfs_functional.attention import Implementation
-from msfs_functional.layers import site_keys
+from msfs_functional.layers import Embedding, site_keys
 from msfs_functional.models.decoder_block import (
     AttentionFn,
     BlockFn,
     Context,
+    Terms,
     attention_by,
     block,
     normalize,
+    whole,
     within,
 )
 from msfs_functional.models.decoder_config import (
@@ -51,7 +53,7 @@ from msfs_functional.params import (
     ones,
     zeros,
 )
-from msfs_functional.regions import region_of
+from msfs_functional.regions import active, region_of
 from msfs_functional.rotary import rotary_table
 
 __all__ = [
@@ -134,12 +136,12 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | Terms,
         key: Tensor | None,
         context: Context,
         cache: tuple[Tensor, Tensor] | None = None,
         around_block: Callable[[BlockFn], BlockFn] | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    ) -> tuple[Any, tuple[Tensor, Tensor] | None]:
         fn = (around_block or region_of)(self.fn)
         return fn(dict(self.named_parameters()), x, key, context, cache)
 
@@ -170,9 +172,9 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab, config.width)
+        self.embedding = Embedding(config.vocab, config.width)
         if config.positions == "learned":
-            self.positions = nn.Embedding(config.max_length, config.width)
+            self.positions = Embedding(config.max_length, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = Norm(config.width, config.norm_bias)
         if not config.tied:
@@ -202,21 +204,23 @@ class Decoder(nn.Module):
         Raises:
             ValueError: more tokens than max_length; both or neither of tokens and embeddings.
         """
-        x = self._inputs(tokens, embeddings)
+        x: Any = self._inputs(tokens, embeddings)
+        T = x.shape[-2]
         if positions is None:
-            positions = torch.arange(x.shape[-2], device=x.device)
+            positions = torch.arange(T, device=x.device)
 
         def mask(window: int | None) -> dict[str, Any]:
             others = {"segment_ids": segment_ids, "key_lengths": key_lengths}
-            if prefix_lengths is not None and window is not None and window < x.shape[-2]:
-                near = within(window, prefix_lengths, x.shape[-2])
+            if prefix_lengths is not None and window is not None and window < T:
+                near = within(window, prefix_lengths, T)
                 return {"bias": near if visible is None else near & visible, **others}
             same = {"is_causal": True, "prefix_lengths": prefix_lengths, "bias": visible}
             return {**same, **others}
 
         keys = site_keys(key, 1 + self.config.depth)
-        x = self._start(x, positions, keys.pop())
         contexts = self._contexts(x, positions, implementation, mask, None, False)
+        alone = around_block is None and active() is not None  # blocks compiled, each on its own
+        x = self._start(x, positions, keys.pop(), apart=alone)
         for i, layer in enumerate(self.blocks):
             context = contexts[self.config.window(i)]
             x, _ = layer(x, keys[i], context, around_block=around_block)
@@ -346,13 +350,19 @@ class Decoder(nn.Module):
             )
         return x
 
-    def _start(self, x: Tensor, positions: Tensor, key: Tensor | None) -> Tensor:
+    def _start(
+        self, x: Tensor, positions: Tensor, key: Tensor | None, *, apart: bool = False
+    ) -> Any:
+        """What goes into the first block: apart as two terms, where there are two."""
         if self.config.positions == "learned":
-            x = x + self.positions(positions)
+            place = self.positions(positions)
+            if apart and (key is None or self.config.dropout == 0):
+                return x, place.expand_as(x).contiguous()
+            x = x + place
         return random.dropout(key, x, self.config.dropout)
 
-    def _final(self, x: Tensor) -> Tensor:
-        return normalize(dict(self.norm.named_parameters("norm")), "norm", x, self.config)
+    def _final(self, x: Tensor | Terms) -> Tensor:
+        return normalize(dict(self.norm.named_parameters("norm")), "norm", whole(x), self.config)
 
     def _contexts(
         self,

@@ -7,7 +7,6 @@ Dimension key: B batch, T tokens, D width, H heads, G key heads, K head dim, F h
 length (tokens).
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
 
@@ -25,7 +24,8 @@ from msfs_functional.rotary import rotate
 
 AttentionFn = Callable[..., Tensor]  # (q, k, v, **options of `attention`) -> heads
 LinearFn = Callable[[Params, str, Tensor], Tensor]  # `linear`'s signature
-BlockFn = Callable[..., tuple[Tensor, tuple[Tensor, Tensor] | None]]  # `block`, its config bound
+Terms = tuple[Tensor, Tensor]  # of a sum that is still to be made
+BlockFn = Callable[..., tuple[Any, tuple[Tensor, Tensor] | None]]  # `block`, its config bound
 
 
 def linear(params: Params, name: str, x: Tensor) -> Tensor:
@@ -36,14 +36,26 @@ def linear(params: Params, name: str, x: Tensor) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def whole(x: Tensor | Terms) -> Tensor:
+    return x[0] + x[1] if isinstance(x, tuple) else x
+
+
 def unchanged(x: Tensor) -> Tensor:
     return x
 
 
+def bound(implementation: Any) -> AttentionFn:
+    """`attention` with the implementation bound: a function, as Dynamo takes no partial through
+    the vmap over an ensemble's members (torch 2.13)."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        return attention(q, k, v, implementation=implementation, **options)
+
+    return attend
+
+
 # One object for all calls: compiled code is guarded on which one it is.
-ATTENTIONS: dict[str, AttentionFn] = {
-    name: functools.partial(attention, implementation=name) for name in get_args(Implementation)
-}
+ATTENTIONS: dict[str, AttentionFn] = {name: bound(name) for name in get_args(Implementation)}
 
 
 def attention_by(implementation: str) -> AttentionFn:
@@ -189,37 +201,41 @@ def gains_in_matrices(params: Params, config: DecoderConfig) -> Params:
 
 def block(
     params: Params,
-    x: Float[Tensor, "B T D"],
+    x: Float[Tensor, "B T D"] | Terms,
     key: Int64[Tensor, "2"] | None,
     context: Context,
     cache: tuple[Tensor, Tensor] | None = None,
     *,
     config: DecoderConfig,
-) -> tuple[Float[Tensor, "B T D"], tuple[Tensor, Tensor] | None]:
+) -> tuple[Float[Tensor, "B T D"] | Terms, tuple[Tensor, Tensor] | None]:
     """One block: attention, then the feed-forward layer, each added to x.
 
     Args:
         params: of this block, named without "blocks.{i}.".
+        x: or two terms of it. The last addition is then left to who takes what is returned: a block
+            that is compiled alone adds while it norms, without another pass over memory.
         key: for dropout; None is none.
         context: see `Context`.
         cache: keys and values (B, G, L, K) of this block, or None.
 
     Returns:
-        The new x, and the cache with this call's tokens in it (None without one).
+        The new x (two terms of it, if x came so), and the cache with this call's tokens in it (None
+        without one).
     """
     keys = site_keys(key, 3)
     if config.fused and cache is None and context.enter is unchanged:
         params = gains_in_matrices(params, config)
 
-    def add(x: Tensor, y: Tensor, name: str, key: Tensor | None) -> Tensor:
+    def term(y: Tensor, name: str, key: Tensor | None) -> Tensor:
         if config.post_norm:
             y = normalize(params, f"{name}_post_norm", y, config)
-        return x + random.dropout(key, y, config.dropout)
+        return random.dropout(key, y, config.dropout)
 
-    y = normalize(params, "attention_norm", x, config)
+    before = whole(x)
+    y = normalize(params, "attention_norm", before, config)
     y, cache = attend(params, y, keys[0], context, cache, config)
-    x = add(x, y, "attention", keys[1])
-    y = normalize(params, "feed_forward_norm", x, config)
-    return add(
-        x, feed_forward(params, y, config, context.enter, context.leave), "feed_forward", keys[2]
-    ), cache
+    between = before + term(y, "attention", keys[1])
+    y = normalize(params, "feed_forward_norm", between, config)
+    y = feed_forward(params, y, config, context.enter, context.leave)
+    y = term(y, "feed_forward", keys[2])
+    return ((between, y) if isinstance(x, tuple) else between + y), cache

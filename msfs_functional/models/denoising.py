@@ -21,12 +21,18 @@ from msfs_functional.params import Params
 def check_call(
     config: Any,
     x: Float[Tensor, "B C H W"],
-    context: Float[Tensor, "B S X"] | None,
+    context: Float[Tensor, "N S X"] | None,
     classes: Int[Tensor, "B"] | None,
     interval: Float[Tensor, "B"] | None,
+    *,
+    several: bool = False,
 ) -> None:
     """Raises where a network was given a condition that its configuration has no use for, or not
-    one that it needs; where x or the context are of another size."""
+    one that it needs; where x or the context are of another size.
+
+    Args:
+        several: there may be a multiple of B contexts.
+    """
     for name, value in (("context", context), ("classes", classes), ("interval", interval)):
         wanted = getattr(config, name) not in (None, False)
         if wanted != (value is not None):
@@ -41,6 +47,13 @@ def check_call(
         )
     if x.ndim != 4 or x.shape[1] != config.channels:
         raise ValueError(f"x {tuple(x.shape)} must be (B, {config.channels}, H, W)")
+    if context is not None and (
+        len(context) % len(x) or (len(context) != len(x) and not several) or not len(context)
+    ):
+        rule = "a multiple of " if several else ""
+        raise ValueError(
+            f"context {tuple(context.shape)} must be for {rule}{len(x)} images: one for each"
+        )
 
 
 def time_embedding(
@@ -78,10 +91,10 @@ class TimeEmbedding(nn.Module):
         return self.down(F.silu(self.up(waves)))
 
 
-def lane(head_dim: int, x: Tensor) -> int:
+def lane(head_dim: int, x: Tensor, implementation: Implementation = "flash") -> int:
     """The width that a head gets in memory: on a GPU tiles are powers of two wide anyway, and heads
-    of 64 and 128 have the fastest kernels, which those of 40 and 80 have not."""
-    between = x.is_cuda and 32 < head_dim < 128
+    of 64 and 128 have the fastest kernels, which those of 40 and 80 have not. torch's own have."""
+    between = x.is_cuda and 32 < head_dim < 128 and implementation != "sdpa"
     return 1 << (head_dim - 1).bit_length() if between else head_dim
 
 
@@ -96,7 +109,8 @@ def attend(
 ) -> Float[Tensor, "B T D"]:
     """Multi-head attention of x to itself, or to a memory, with the matrices of that name."""
     width = params[f"{name}.q.weight"].shape[0] // heads
-    more = lane(width, x) - width  # zeros beside each head: products and gradients are the same
+    # Zeros beside each head: products and gradients are the same.
+    more = lane(width, x, implementation) - width
 
     def rows(part: str) -> Tensor:
         w = params[f"{name}.{part}"]

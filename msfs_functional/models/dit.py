@@ -28,6 +28,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from msfs_functional.attention import Implementation
+from msfs_functional.layers import Embedding
 from msfs_functional.models.convolutions import linear
 from msfs_functional.models.denoising import (
     AttentionWeights,
@@ -193,7 +194,7 @@ class DiT(nn.Module):
         if config.interval:
             self.interval = TimeEmbedding(WAVES, width)
         if config.classes is not None:
-            self.class_embedding = nn.Embedding(config.classes, width)
+            self.class_embedding = Embedding(config.classes, width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.modulation = nn.Linear(width, 2 * width)
         self.output = nn.Linear(width, patch**2 * (config.outputs or config.channels))

@@ -23,9 +23,9 @@ from msfs_functional import random
 from msfs_functional.attention import Implementation
 from msfs_functional.layers import (
     Activation,
+    Embedding,
     FeedForward,
     MultiHeadAttention,
-    lookup,
     sinusoidal_positions,
     site_keys,
 )
@@ -240,10 +240,10 @@ class Transformer(nn.Module):
         # has several names back as it was.
         self.tied = config.tie == "all"
         if self.tied:
-            self.embedding = nn.Embedding(vocab, width)
+            self.embedding = Embedding(vocab, width)
         else:
-            self.source_embedding = nn.Embedding(config.vocab, width)
-            self.target_embedding = nn.Embedding(vocab, width)
+            self.source_embedding = Embedding(config.vocab, width)
+            self.target_embedding = Embedding(vocab, width)
         depth, decoder_depth = config.depth, config.decoder_depth or config.depth
         self.encoder_block = Block(lambda: Layer(config, cross=False))
         self.decoder_block = Block(lambda: Layer(config, cross=True))
@@ -346,7 +346,7 @@ class Transformer(nn.Module):
                 "max_length"
             )
         embedding = self.embedding if self.tied else getattr(self, f"{side}_embedding")
-        x = lookup(embedding.weight, tokens)
+        x = embedding(tokens)
         scale = math.sqrt(config.width) if config.scale_embedding else 1.0
         return with_positions(
             x, position, key, scale=scale, layout=config.positions, dropout=config.dropout

@@ -24,11 +24,13 @@ Source: Rombach et al. 2022; Ho et al. 2020; Dhariwal and Nichol 2021.
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from msfs_functional.attention import Implementation
+from msfs_functional.layers import Embedding
 from msfs_functional.models.convolutions import (
     INITIALIZERS,
     Convolution,
@@ -154,19 +156,21 @@ def blocks(
     params: Params,
     x: Float[Tensor, "B D H W"],
     normed: Float[Tensor, "B D H W"],
-    context: Float[Tensor, "B S X"] | None,
-    context_lengths: Int[Tensor, "B"] | None = None,
+    context: Float[Tensor, "N S X"] | None,
+    context_lengths: Int[Tensor, "N"] | None = None,
     *,
     heads: int,
     depth: int,
     implementation: Implementation = "flash",
-) -> Float[Tensor, "B D H W"]:
-    """x plus what `depth` transformer blocks over its pixels, or attention alone, make of it."""
+) -> Float[Tensor, "N D H W"]:
+    """x plus what `depth` transformer blocks over its pixels, or attention alone, make of it; from
+    the first cross-attention on for each of N contexts, see `UNet`."""
     y = normed.flatten(2).transpose(1, 2)  # (B, T, D); a 1 x 1 convolution of pixels is linear, too
     if depth == 0:
         y = attend(params, "attention", y, None, heads, implementation)
         return x + y.transpose(1, 2).unflatten(-1, x.shape[-2:])
     y = linear(params, "project_in", y)
+    each = 1 if context is None else len(context) // len(x)
 
     def layer_norm(name: str) -> Tensor:
         gain, bias = params[f"{name}.weight"], params[f"{name}.bias"]
@@ -177,6 +181,7 @@ def blocks(
         inside = layer_norm(f"{at}.self_norm")
         y = y + attend(params, f"{at}.self_attention", inside, None, heads, implementation)
         if context is not None:
+            y = y if len(y) == len(context) else y.repeat(each, 1, 1)
             inside = layer_norm(f"{at}.cross_norm")
             name = f"{at}.cross_attention"
             y = y + attend(params, name, inside, context, heads, implementation, context_lengths)
@@ -186,6 +191,9 @@ def blocks(
         up, gate = (F.linear(inside, w, b) for w, b in zip(*halves, strict=True))
         y = y + linear(params, f"{at}.feed_forward.down", up * F.gelu(gate))
     y = linear(params, "project_out", y)
+    if each > 1:
+        y = (y.unflatten(0, (each, -1)) + x.flatten(2).transpose(1, 2)).flatten(0, 1)
+        return y.transpose(1, 2).unflatten(-1, x.shape[-2:])
     return x + y.transpose(1, 2).unflatten(-1, x.shape[-2:])
 
 
@@ -282,8 +290,18 @@ class Level(nn.Module):
             setattr(self, leave, Convolution(width, width, stride))
 
 
+def for_each(x: Tensor, count: int) -> Tensor:
+    """The examples of x over and over, until there are `count`."""
+    return x if len(x) == count else torch.cat([x] * (count // len(x)))  # which keeps its layout
+
+
 class UNet(nn.Module):
-    """The skeleton behind `unet`."""
+    """The skeleton behind `unet`.
+
+    Of N = R B contexts, image i goes with contexts i, B + i, .. and the prediction is that of the
+    images repeated R times. What the first cross-attention has not met yet is computed once: with
+    guidance, where a prompt and an empty one see the same image, 3% of Stable Diffusion's work.
+    """
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -295,7 +313,7 @@ class UNet(nn.Module):
         if config.interval:
             self.interval = TimeEmbedding(widths[0], time)
         if config.classes is not None:
-            self.class_embedding = nn.Embedding(config.classes, time)
+            self.class_embedding = Embedding(config.classes, time)
         last = len(widths) - 1
         left = [widths[0]]  # channels of what the way down leaves for the way up
         self.down = nn.ModuleList()
@@ -326,19 +344,19 @@ class UNet(nn.Module):
         self,
         x: Float[Tensor, "B C H W"],
         t: Float[Tensor, "B"],
-        context: Float[Tensor, "B S X"] | None = None,
+        context: Float[Tensor, "N S X"] | None = None,
         *,
-        context_lengths: Int[Tensor, "B"] | None = None,
+        context_lengths: Int[Tensor, "N"] | None = None,
         classes: Int[Tensor, "B"] | None = None,
         interval: Float[Tensor, "B"] | None = None,
         implementation: Implementation = "flash",
-    ) -> Float[Tensor, "B C H W"]:
+    ) -> Float[Tensor, "N _ H W"]:
         """The prediction for x at time t; what it predicts, training decides (`diffusion`).
 
         Args:
             x: any height and width; on a GPU all is computed in channels_last.
             t: in steps of a schedule of about a thousand: multiply a time in [0, 1] by 1000.
-            context: what the text encoder returned.
+            context: what the text encoder returned, for B images or for each R times (see above).
             context_lengths: tokens of the context that are not padding; default: all.
             classes: of a class-conditional model.
             interval: of a MeanFlow model, t - r in the unit of t.
@@ -347,7 +365,7 @@ class UNet(nn.Module):
             ValueError: an argument that the configuration has no use for, or that it needs.
         """
         config = self.config
-        check_call(config, x, context, classes, interval)
+        check_call(config, x, context, classes, interval, several=True)
         options = {"cosine_first": config.cosine_first, "dtype": x.dtype}
         options["frequency_shift"] = config.frequency_shift
         time = self.time(time_embedding(t, config.widths[0], **options))
@@ -360,7 +378,8 @@ class UNet(nn.Module):
 
         def run(level: Any, x: Tensor, skips: list[Tensor], joined: bool) -> Tensor:
             for i, layer in enumerate(level.resnets):
-                x = layer(x, time, skips.pop() if joined else None)
+                skip = for_each(skips.pop(), len(x)) if joined else None
+                x = layer(x, for_each(time, len(x)), skip)
                 if i < len(level.transformers):
                     x = level.transformers[i](x, *conditions)
                 if not joined:

@@ -22,7 +22,13 @@ from torch import Tensor, nn
 
 from msfs_functional import random
 from msfs_functional.attention import Implementation
-from msfs_functional.layers import FeedForward, MultiHeadAttention, sinusoidal_positions, site_keys
+from msfs_functional.layers import (
+    Embedding,
+    FeedForward,
+    MultiHeadAttention,
+    sinusoidal_positions,
+    site_keys,
+)
 from msfs_functional.models import encoder
 from msfs_functional.models.encoder import EncoderConfig, Layer, Rotary
 from msfs_functional.params import (
@@ -231,7 +237,7 @@ class ViT(nn.Module):
             self.class_token = nn.Parameter(torch.empty(width))
         if config.positions == "learned":
             rows, columns = config.grid
-            self.positions = nn.Embedding(config.class_token + rows * columns, width)
+            self.positions = Embedding(config.class_token + rows * columns, width)
         if config.pre_norm:
             self.pre_norm = nn.LayerNorm(width, config.norm_eps)
         self.blocks = nn.ModuleList(Layer(config) for _ in range(config.depth))

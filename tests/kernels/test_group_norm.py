@@ -69,6 +69,21 @@ def test_many_parts_of_an_image_give_the_statistics_of_the_whole(on_kernels):
     on_kernels(check_parts)
 
 
+def check_far_means():
+    """Means of 500 deviations, and one pixel, the first of its lane, far off."""
+    x = 1000 + image(1, 4, 20, 15)
+    x[:, 1:3, 0, 3] += 500
+    _, found = triton_group_norm.forward(x, x[0, :, 0, 0], x[0, :, 0, 1], None, 4, 1e-6, True)
+    pixels = x.double().flatten(2)
+    torch.testing.assert_close(found.mean.double(), pixels.mean(-1), rtol=1e-6, atol=0)
+    deviation = (pixels.var(-1, unbiased=False) + 1e-6).rsqrt()
+    torch.testing.assert_close(found.rstd.double(), deviation, rtol=1e-4, atol=0)
+
+
+def test_a_mean_far_from_zero_leaves_the_variance_right(on_kernels):
+    on_kernels(check_far_means)
+
+
 def check_second_derivatives():
     x = image(2, 4, 3, 3)
     gain, bias = x[0, :, 0, :2].detach().T  # neither side by side, as the time below
@@ -110,6 +125,25 @@ def check_joins():
 
 def test_a_join_gives_its_gradient_back_in_whole_pieces_and_a_residual_adds(on_kernels):
     on_kernels(check_joins)
+
+
+def check_doubles():
+    x = image(2, 70, 3, 5).requires_grad_()
+    dy = image(2, 70, 6, 10, seed=1)
+    plain = torch.nn.functional.interpolate(x, scale_factor=2.0, mode="nearest")
+    with by_kernels():
+        y = group_norm.double(x)
+        (dx,) = torch.autograd.grad(y, x, dy)
+        weight = image(2, 70, 6, 10, seed=2).requires_grad_()
+        (inner,) = torch.autograd.grad(group_norm.double(x), x, weight, create_graph=True)
+        (second,) = torch.autograd.grad(inner, weight, dx)
+    assert torch.equal(y, plain) and y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(dx, torch.autograd.grad(plain, x, dy)[0])
+    assert torch.equal(second, torch.nn.functional.interpolate(dx, scale_factor=2.0))
+
+
+def test_a_doubled_image_repeats_pixels_and_sums_their_gradients(on_kernels):
+    on_kernels(check_doubles)
 
 
 def check_passing():

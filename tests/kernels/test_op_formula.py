@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from msfs_kernels import cpu, flash_attention, tiled, tiles
+from msfs_kernels import cpu, flash_attention, ops, short, tiled, tiles
 from msfs_kernels.options import Options
 from textbook import attention_mask, textbook
 from torch import Tensor
@@ -297,6 +297,18 @@ def test_torchs_kernels_and_tiles_of_any_size_agree(problem, budget):
     assert max(map(worst, (o, lse, *grads), (o_tiled, lse_tiled, *grads_tiled))) < 1e-12
 
 
+def test_gradients_of_a_key_of_several_heads_are_as_exact_as_the_formulas():
+    for seed in range(0, 300, 3):
+        q, k, v = (
+            randn(h, t, 8, seed=seed + i, dtype=torch.float32)
+            for i, (h, t) in enumerate(((3, 33), (1, 1), (1, 1)))
+        )
+        want = outputs(textbook, F64, (q, k, v), {})
+        got, plain = (outputs(f, torch.float32, (q, k, v), {}) for f in (flash_attention, textbook))
+        for mine, theirs, truth in zip(got, plain, want, strict=True):
+            assert worst(mine, truth) <= 2 * max(worst(theirs, truth), 4 * 2**-23)
+
+
 def test_rows_of_few_keys_leave_derivatives_the_error_of_the_plain_formula():
     """Where two keys share a row, dP - rowsum(P dP) is a difference of near-equal numbers."""
 
@@ -361,6 +373,68 @@ def test_dropout_keeps_the_mean_and_is_a_function_of_its_key():
     kept = o[0, :, :, 0] * 64 * 0.7  # how many of 64 keys each query keeps
     assert torch.allclose(kept, kept.round(), atol=1e-3)
     torch.testing.assert_close(flash_attention(q, k, v, dropout=0.0), v)
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_kind_of_call_that_came_before_goes_a_short_way_to_the_same_bits(dtype, causal):
+    def wide(*shape, seed):  # heads beside each other in memory, a gap behind each
+        return randn(shape[0], shape[2], shape[1], 2 * shape[3], seed=seed, dtype=dtype)[
+            ..., : shape[3]
+        ].transpose(1, 2)
+
+    def results(x, do, **options):
+        leaves = [y.clone().requires_grad_() for y in x]
+        o, lse = flash_attention(*leaves, is_causal=causal, return_lse=True, **options)
+        first = torch.autograd.grad(o, leaves, do, retain_graph=True)
+        second = torch.autograd.grad(o.sin().sum() + lse.sum(), leaves, create_graph=True)
+        third = torch.autograd.grad(sum(y.sum() for y in second), leaves)
+        return *flash_attention(*x, is_causal=causal, return_lse=True), o, lse, *first, *third
+
+    short.REPLAYS.clear()
+    for kind, shape in enumerate(
+        ((2, 3, 5, 8), (1, 2, 1, 8), (3, 5, 8), (2, 1, 3, 5, 8), (2, 4, 33, 8))
+    ):
+        make = wide if len(shape) == 4 else randn
+        for seed in range(0, 9, 3):
+            x = [make(*shape, seed=seed + i) for i in range(3)]
+            x = [x[0], x[1][:, ::2], x[2][:, ::2]] if kind == 4 else x  # grouped heads
+            x = [x[0]] * 3 if seed == 0 and kind < 4 else x  # one in three places comes first
+            x, do = [y.to(dtype) for y in x], randn(*shape, seed=seed + 9, dtype=dtype)
+            do = do.sum().expand(shape) if kind == 0 else do  # what the gradient of a sum gets
+            got = results(x, do)
+            with mock.patch.object(short, "attention", lambda *_: None):
+                want = results(x, do)
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+            assert all(a.stride() == b.stride() for a, b in zip(got, want, strict=True))
+    assert short.REPLAYS and all(len(kind[0]) == 4 for kind in short.REPLAYS)
+
+
+def test_numbers_that_are_not_in_memory_as_they_read_reach_kernels_as_they_read():
+    class Watched:
+        def __getattr__(self, name):
+            def kernel(*args):
+                assert not any(isinstance(x, Tensor) and x.is_neg() for x in args)
+                return getattr(cpu, name)(*args)
+
+            return kernel
+
+    x = tuple(
+        torch.view_as_complex(randn(2, 2, 3, 4, 2, seed=i, dtype=torch.float32)).conj().imag
+        for i in range(3)
+    )
+    assert x[0].is_neg()
+    plain = tuple(y.resolve_neg() for y in x)
+
+    def results(x, do):
+        leaves = [y.detach().requires_grad_() for y in x]
+        o = flash_attention(*leaves)
+        grads = torch.autograd.grad(o, leaves, do)
+        return flash_attention(*x), *grads, *jvp(flash_attention, x, (do, do, do))
+
+    with mock.patch.object(ops, "backend", lambda q, v: Watched()):
+        got = results(x, x[1])
+    torch.testing.assert_close(got, results(plain, plain[1]))
 
 
 def test_results_have_tokens_before_heads_in_memory():

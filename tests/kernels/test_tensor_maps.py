@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from msfs_kernels import tensor_maps
+from msfs_kernels import driver_launch, tensor_maps
 
 
 @pytest.fixture
@@ -62,3 +62,24 @@ def test_other_maps_are_left_to_triton(change, meta):
     usual = described(torch.empty(1, 1, 64, 32, dtype=torch.float16))
     assert tensor_maps.is_known(usual, META)
     assert not tensor_maps.is_known(SimpleNamespace(**{**vars(usual), **change}), meta)
+
+
+def test_a_map_is_moved_when_its_tensor_lies_elsewhere_than_last_time(monkeypatch):
+    moved, launched, answers = [], [], [0, 0, 1, 0, 0]
+
+    def move(address, data):
+        moved.append(data)
+        return answers[len(moved) - 1]
+
+    monkeypatch.setattr(tensor_maps, "functions", lambda: (None, move))
+    monkeypatch.setattr(driver_launch, "driver", lambda: lambda *args: launched.append(args) or 0)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
+    compiled = SimpleNamespace(function=1, metadata=SimpleNamespace(num_warps=4, shared=0))
+    cells = [tensor_maps.unfilled(), tensor_maps.unfilled()]
+    launch = driver_launch.DriverLaunch(compiled, (1, 1, 1), cells, [0, 1])
+    x, y, z = (torch.empty(3) for _ in range(3))
+    at = torch.Tensor.data_ptr
+    taken = [launch.run(tensors) for tensors in ((x, y), (x, y), (x, z), (x, z), (y, z))]
+    assert taken == [True, True, False, True, True] and len(launched) == 4
+    assert moved == [at(x), at(y), at(z), at(z), at(y)]  # one that failed is moved again
