@@ -163,7 +163,7 @@ def compare_clip(config: Config, device: str) -> None:
 
 
 def show_memory(config: Config, device: str) -> None:
-    """A small pair of towers, eager; each step embeds chunk by chunk, with everybody as negatives."""
+    """A small pair of towers, eager; embeds chunk by chunk, with everybody as negatives."""
     sizes: dict[str, Any] = {"width": 384, "depth": 6, "heads": 6, "hidden": 1536}
     sizes["projection"] = 256
     if config.small:
