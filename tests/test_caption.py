@@ -125,6 +125,7 @@ def test_a_folder_trains_without_its_broken_images_which_are_named(tmp_path, cap
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "data/metadata.jsonl").write_text(lines)
     options = ["--data.name", tmp_path / "data", "--data.valid-share", 0.3, "--all.steps", 3]
+    options += ["--train.muon-projector", "--model.gain", "None"]
     recipe(*TINY, *options, "--model.tiles", 2, "--model.patch", 4, "--out", tmp_path)
     said = capsys.readouterr().out
     assert "8 images to train, 2 valid" in said
