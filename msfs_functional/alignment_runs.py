@@ -16,7 +16,7 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing import connection
@@ -141,18 +141,19 @@ def each_seed(seed_fn: SeedFn, config: Options, machine: configs.Machine, run: P
     cores = config.threads or len(os.sched_getaffinity(0))
     options = max(1, cores // workers), config.debug
     context = multiprocessing.get_context("spawn")
-    waiting, running, found = list(seeds), {}, {}
+    waiting, found = list(seeds), {}
+    running: dict[Any, tuple[int, Any]] = {}  # (seed, its process) by where its result arrives
     failure: BaseException | None = None
-    with _passed_on() as stopped:
+    with _passed_on(running) as stopped:
         while running or (waiting and failure is None):
             while waiting and len(running) < workers and failure is None:
                 seed = waiting.pop(0)
                 receiver, sender = context.Pipe(duplex=False)
                 call = (sender, *options, seed_fn, config, machine, seed, run)
                 process = context.Process(target=_worker, args=call, name=f"seed {seed}")
+                running[receiver] = seed, process
                 process.start()
                 sender.close()
-                running[receiver] = seed, process
             for receiver in connection.wait(list(running)):
                 seed, process = running.pop(receiver)
                 try:
@@ -171,8 +172,9 @@ def each_seed(seed_fn: SeedFn, config: Options, machine: configs.Machine, run: P
 
 
 @contextmanager
-def _passed_on() -> Iterator[list[int]]:
-    """SIGTERM goes on to the workers; Ctrl-C reaches them by itself, and this process waits.
+def _passed_on(running: Mapping[Any, tuple[int, Any]]) -> Iterator[list[int]]:
+    """SIGTERM goes on to the workers, and to no other child of this process; Ctrl-C reaches them by
+    itself, and this process waits.
 
     Yields the signals that came.
     """
@@ -180,7 +182,7 @@ def _passed_on() -> Iterator[list[int]]:
 
     def note(number: int, frame: Any) -> None:
         came.append(number)
-        for process in multiprocessing.active_children():
+        for _, process in list(running.values()):
             if process.pid is not None and number == signal.SIGTERM:
                 os.kill(process.pid, number)
 

@@ -462,9 +462,12 @@ def test_a_seed_that_is_ended_leaves_word_of_what_is_kept(monkeypatch, capsys):
     quick = multiprocessing.get_context("fork")
     monkeypatch.setattr(alignment_runs.multiprocessing, "get_context", lambda kind: quick)
     machine, options = configs.machine("cpu", None, None), Options(seeds=2, workers=2, threads=2)
+    other = quick.Process(target=time.sleep, args=(30,))  # a child that is no worker of the run
+    other.start()
     with pytest.raises(SystemExit) as ended:
         each_seed(ended_by_a_signal, replace(options, name="stopped"), machine, ROOT)
-    assert ended.value.code == 128 + signal.SIGTERM
+    assert ended.value.code == 128 + signal.SIGTERM and other.is_alive()
+    other.kill()
     assert "seed 0 was stopped between two checkpoints" in capsys.readouterr().out
     with pytest.raises(RuntimeError, match=r"ended with code -9; .*--resume goes on"):
         each_seed(ended_by_a_signal, options, machine, ROOT)
