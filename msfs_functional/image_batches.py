@@ -243,7 +243,7 @@ class Questions(Numbered):
         weights = np.array([self.weight(question) for question, _ in pairs])
         able = np.flatnonzero(weights)
         if 0 < len(able) < count:
-            shares = weights.cumsum() / weights.sum()
+            shares = weights.cumsum() / weights.cumsum()[-1]  # up to 1, which no draw reaches
             found += [pairs[i] for i in shares.searchsorted(draws[2 : 2 + count], side="right")]
         elif count > 0:
             keys = -np.log1p(-draws[2 : 2 + len(able)]) / weights[able]

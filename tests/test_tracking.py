@@ -4,6 +4,7 @@ import io
 import json
 import math
 import re
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -319,6 +320,7 @@ def test_tensorboard_gets_scalars_notes_and_pictures_and_forgets_dropped_steps(
             tracker.log(step, {"loss": float(step)}, tokens=10)
         tracker.note("a note")
         tracker.figure("curve", picture())
+    time.sleep(1)  # files are read in the order of their names: of seconds, then 10 before 9
     with quiet(tmp_path, every=1, tensorboard=True, step=2) as tracker:
         for step in range(3, 5):
             tracker.log(step, {"loss": step * 10.0}, tokens=10)
