@@ -140,6 +140,9 @@ def lookup(weight: Float[Tensor, "V D"], tokens: Int[Tensor, "..."]) -> Float[Te
 class Embedding(nn.Embedding):
     """nn.Embedding by `lookup`: what is no row is refused in an ensemble, too, and compiled."""
 
+    def __init__(self, rows: int, width: int):  # its other options (padding_idx, ...) are not here
+        super().__init__(rows, width)
+
     def forward(self, tokens: Int[Tensor, "..."]) -> Float[Tensor, "... D"]:  # pyright: ignore
         return lookup(self.weight, tokens)
 
