@@ -15,6 +15,9 @@ HEAD = """
 import dataclasses, errno, os, signal, sys, time
 from msfs_functional import errors
 
+# As a terminal starts it: what a script's shell starts behind & ignores Ctrl-C, and so do these.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     heads: int = 8
