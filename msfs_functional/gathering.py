@@ -45,6 +45,7 @@ from msfs_functional.meshes import DATA_AXES, active, axis_rank, axis_size, data
 from msfs_functional.params import Functional, Methods, Params, Rules
 from msfs_functional.sharding import Cuts, placements
 from msfs_functional.transforms import NAMESPACE, add_terms, value_and_grad
+from msfs_functional.transport import way
 
 Gather = tuple[tuple[str, int, int, str], ...]  # collectives as (kind, dim, size, group), in order
 LossFn = Callable[[Any, Any, Tensor], tuple[Tensor, dict[str, Tensor]]]
@@ -257,6 +258,7 @@ class Sharded(Functional):
         root: the same of those outside of blocks.
         units: those outside of blocks, then block by block; None where several axes cut one.
         outside: names of those outside of blocks: before the first block, and after it.
+        transport: as given.
         inner: the model of whole parameters, as tp cuts them; the same with blocks in shards.
     """
 
@@ -267,6 +269,7 @@ class Sharded(Functional):
     root: Plan
     units: tuple[overlap.Unit, ...] | None
     outside: tuple[tuple[str, ...], ...]
+    transport: overlap.Transport
     inner: tuple[Functional, Functional]
 
     def init(
@@ -324,8 +327,8 @@ class Sharded(Functional):
     def _overlapped(self, fn: Callable[..., Any], params: Params, call: tuple) -> Any:
         leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
         assert self.units is not None
-        dtypes = self.plan.dtype, self.plan.reduce_dtype
-        pipeline = overlap.Pipeline(leaves, self.units, self.outside, *dtypes)
+        how = self.plan.dtype, self.plan.reduce_dtype, self.transport
+        pipeline = overlap.Pipeline(leaves, self.units, self.outside, *how)
         with torch.enable_grad(), pipeline.running():
             value, aux = fn(leaves, *call)
             inputs = [pipeline.anchor, *leaves.values()]
@@ -349,6 +352,7 @@ def sharded(
     *,
     dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None,
+    transport: overlap.Transport = "collectives",
 ) -> Sharded:
     """The model whose params are DTensors on `mesh`; the loss that calls it does not change.
 
@@ -357,11 +361,19 @@ def sharded(
             that of the shards.
         reduce_dtype: in which gradients are added up over ranks; None: that of the shards, so that
             fp32 masters get fp32 sums.
+        transport: what parameters and gradients of an overlapped step travel by. "collectives":
+            those of the process groups. "exchange": gradients go in their own dtype from each rank
+            to each, which adds up what it got in `reduce_dtype`. "copies": that, and gathers, by
+            copies between the GPUs of one host (`peer_copies`).
 
     Raises:
         ValueError: rules that do not fit the model or the mesh (see `sharding.placements`); tp that
-            does not divide heads.
+            does not divide heads; copies between other devices than GPUs.
     """
+    if transport == "copies" and mesh.device_type != "cuda":
+        raise ValueError(
+            f'transport="copies" is for GPUs, the mesh is of {mesh.device_type}: leave it out'
+        )
     placed = placements(layout.rules, model.shapes, mesh)
     plan = functools.partial(Plan, dtype=dtype, reduce_dtype=reduce_dtype)
     steps = {
@@ -395,6 +407,7 @@ def sharded(
         root=plan({name: steps[name] for name in root}),
         units=units_of([root, *blocks], steps),
         outside=around(list(model.shapes), in_blocks),
+        transport=transport,
         inner=(
             Functional(**{**inherited, "shapes": parts}),
             Functional(**{**inherited, "shapes": mixed}),
@@ -414,8 +427,8 @@ def units_of(
 ) -> tuple[overlap.Unit, ...] | None:
     units = []
     for names in parts:
-        ways = {slot: overlap.way(steps[name]) for slot, name in names.items()}
-        known = {slot: way for slot, way in ways.items() if way is not None}
+        ways = {slot: way(steps[name]) for slot, name in names.items()}
+        known = {slot: own for slot, own in ways.items() if own is not None}
         if len(known) < len(ways):
             return None
         units.append(overlap.Unit(names, known))
