@@ -39,7 +39,7 @@ from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from msfs_functional import overlap, random, sharding
+from msfs_functional import overlap, peer_copies, random, sharding
 from msfs_functional.collectives import KINDS, chunk_bounds, collective, psum
 from msfs_functional.meshes import DATA_AXES, active, axis_rank, axis_size, data_rank
 from msfs_functional.params import Functional, Methods, Params, Rules
@@ -368,12 +368,12 @@ def sharded(
 
     Raises:
         ValueError: rules that do not fit the model or the mesh (see `sharding.placements`); tp that
-            does not divide heads; copies between other devices than GPUs.
+            does not divide heads; copies between other devices than the GPUs of one host.
     """
-    if transport == "copies" and mesh.device_type != "cuda":
-        raise ValueError(
-            f'transport="copies" is for GPUs, the mesh is of {mesh.device_type}: leave it out'
-        )
+    if transport == "copies":
+        holders = [mesh.get_group("dp_shard")]
+        if reason := peer_copies.why_not(holders, mesh.device_type):
+            raise ValueError(f'transport="copies", but {reason}, or take another transport')
     placed = placements(layout.rules, model.shapes, mesh)
     plan = functools.partial(Plan, dtype=dtype, reduce_dtype=reduce_dtype)
     steps = {

@@ -14,10 +14,12 @@ in two places by turns: who comes to the second sum knows that all are done with
 """
 
 import functools
-from collections.abc import Collection, Sequence
+import os
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric
 from torch import Tensor
 
@@ -71,6 +73,21 @@ def shared(group: str, dtype: torch.dtype, device: torch.device, sizes: tuple[in
     if key not in _kept or _kept[key].process_group is not pg(group):
         _kept[key] = Shared(group, dtype, device, sizes)
     return _kept[key]
+
+
+def why_not(groups: Iterable[dist.ProcessGroup], device: str) -> str | None:
+    """Why the ranks of these groups cannot see one another's memory; None if they can."""
+    if device != "cuda":
+        return f"it is for GPUs, the mesh is of {device}"
+    on_host = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    for group in groups:
+        hosts = {rank // on_host for rank in dist.get_process_group_ranks(group)}
+        if len(hosts) > 1:
+            return (
+                f"ranks that share parameters are on {len(hosts)} hosts: let dp_replicate span "
+                f"them, and dp_shard the GPUs of one"
+            )
+    return None
 
 
 def forget() -> None:

@@ -27,6 +27,7 @@ longest.
 
 import collections
 import functools
+import gzip
 import json
 import math
 import tempfile
@@ -80,6 +81,7 @@ class Config:
     paths: tuple[Path, ...] = ("functional", "launched", "fsdp2", "torch")
     recompute: bool = False  # blocks are recomputed in the backward pass
     trace: bool = False
+    traces: File | None = None  # folder to keep the traces in
     # multiprocessors that matrix products leave to communication, as many as NCCL takes
     # (NCCL_MAX_CTAS): products that want all of them wait for those that NCCL holds
     carve: int = 0
@@ -214,7 +216,7 @@ def run(path: Path, config: Config) -> str:
         f"{rate:8,.0f} tokens/s a rank  MFU {used:.1%}  {memory:5.1f} GiB\n"
         f"    losses (and gradient norms) of the first steps: {told}"
     )
-    return line + (f"\n{traced(once)}" if config.trace else "")
+    return line + (f"\n{traced(once, path, config.traces)}" if config.trace else "")
 
 
 def mean(loss: torch.Tensor) -> float:
@@ -228,7 +230,7 @@ def whole(norm: Any) -> float:
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
-def traced(once: Callable[[], Any]) -> str:
+def traced(once: Callable[[], Any], name: str, kept: File | None) -> str:
     """What the GPU did in two steps: how much of the communication was hidden, the top kernels."""
     kinds = torch.profiler.ProfilerActivity
     activities = [kinds.CUDA if torch.cuda.is_available() else kinds.CPU]
@@ -239,9 +241,10 @@ def traced(once: Callable[[], Any]) -> str:
     if torch.distributed.get_rank():
         return ""
     with tempfile.TemporaryDirectory() as folder:
-        path = File(folder) / "trace.json"
+        path = (kept or File(folder)) / f"trace-{name}.json.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
         profile.export_chrome_trace(str(path))
-        events = json.loads(path.read_bytes())["traceEvents"]
+        events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
     kernels = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     if not kernels:
         return "no kernels: nothing ran on a GPU"

@@ -392,8 +392,13 @@ def transports_agree():
 
     with pytest.MonkeyPatch.context() as patch:
         if DEVICE == "cpu":
-            with pytest.raises(ValueError, match="is for GPUs, the mesh is of cpu"):
+            with pytest.raises(
+                ValueError, match='"copies", but it is for GPUs, the mesh is of cpu'
+            ):
                 sharded(plain, DECODER, on, transport="copies")
+            patch.setenv("LOCAL_WORLD_SIZE", "1")
+            told = peer_copies.why_not([on.get_group("dp_shard")], "cuda")
+            assert told and told.startswith("ranks that share parameters are on 2 hosts"), told
             SeenByAll.folder = agreement.from_all(tempfile.mkdtemp())[0]
             SeenByAll.made = []
             patch.setattr(peer_copies, "symmetric", SeenByAll)
