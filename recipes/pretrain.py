@@ -262,8 +262,11 @@ def make_train_step(config: Config, model: Functional, optimizer: optim.Transfor
         dynamic=False,  # all batches have one shape
         gradient=gradient,
     )
-    one_gpu = str(config.device).startswith("cuda") and agreement.world() == 1
-    return graphed(step) if one_gpu and config.train.compile else step
+    graph = config.train.graph
+    if graph is None:
+        one_gpu = str(config.device).startswith("cuda") and agreement.world() == 1
+        graph = one_gpu and config.train.compile
+    return graphed(step) if graph else step
 
 
 def train(config: Config, watchdog: Watchdog) -> None:

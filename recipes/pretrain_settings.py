@@ -98,6 +98,8 @@ class Train:
     eval_every: int = 500  # validation loss and a checkpoint [steps]
     keep: int = 2  # checkpoints to keep besides the best
     compile: bool | None = None  # compile the step; None: on a GPU
+    # replay a compiled step as one CUDA graph, collectives included; None: on a single GPU
+    graph: bool | None = None
     # steps to trace with torch's profiler, after three others; leaves trace-<rank>.json.gz
     profile: int = 0
 
