@@ -196,6 +196,11 @@ def checked(config: Config) -> Config:
     machine = configs.machine(config.device, config.dtype, config.train.compile)
     if machine.note:
         print(f"note: {machine.note}", file=sys.stderr)
+    if config.train.graph and not ("cuda" in machine.device and machine.compile):
+        raise ValueError(
+            f"--train.graph replays a compiled step on a GPU, this one is on {machine.device}, "
+            f"{'compiled' if machine.compile else 'not compiled'}: leave it out"
+        )
     if config.threads:
         torch.set_num_threads(config.threads)
     kind = "bpe" if config.data.files or config.data.stream else "words"
