@@ -43,6 +43,8 @@ class Shared:
     ):
         self.group, self.process_group = group, pg(group)
         self.rank, self.size = group_rank(group), group_size(group)
+        # Nothing here is sent to all at once; torch would set up NVLink's multicast all the same.
+        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
         self.others = [(self.rank + i) % self.size for i in range(1, self.size)]
         self.laid, *self.received = (
             symmetric.empty(n, dtype=dtype, device=device) for n in (sizes[0], sizes[1], sizes[1])
