@@ -25,7 +25,7 @@ import functools
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import msfs_kernels.sharding  # noqa: F401, forward mode over DTensors
 import optree
@@ -258,7 +258,7 @@ class Sharded(Functional):
         root: the same of those outside of blocks.
         units: those outside of blocks, then block by block; None where several axes cut one.
         outside: names of those outside of blocks: before the first block, and after it.
-        transport: as given.
+        transport: what an overlapped step's parameters and gradients travel by.
         inner: the model of whole parameters, as tp cuts them; the same with blocks in shards.
     """
 
@@ -352,7 +352,7 @@ def sharded(
     *,
     dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None,
-    transport: overlap.Transport = "collectives",
+    transport: overlap.Transport | Literal["auto"] = "auto",
 ) -> Sharded:
     """The model whose params are DTensors on `mesh`; the loss that calls it does not change.
 
@@ -361,19 +361,15 @@ def sharded(
             that of the shards.
         reduce_dtype: in which gradients are added up over ranks; None: that of the shards, so that
             fp32 masters get fp32 sums.
-        transport: what parameters and gradients of an overlapped step travel by. "collectives":
-            those of the process groups. "exchange": gradients go in their own dtype from each rank
-            to each, which adds up what it got in `reduce_dtype`. "copies": that, and gathers, by
-            copies between the GPUs of one host (`peer_copies`).
+        transport: what parameters and gradients of an overlapped step travel by. "copies": copies
+            between the GPUs of one host (`peer_copies`), which leave multiprocessors alone;
+            gradients go in their own dtype then. "collectives": those of the process groups.
+            "auto": copies if all GPUs that share a parameter can, else collectives.
 
     Raises:
         ValueError: rules that do not fit the model or the mesh (see `sharding.placements`); tp that
             does not divide heads; copies between other devices than the GPUs of one host.
     """
-    if transport == "copies":
-        holders = [mesh.get_group("dp_shard")]
-        if reason := peer_copies.why_not(holders, mesh.device_type):
-            raise ValueError(f'transport="copies", but {reason}, or take another transport')
     placed = placements(layout.rules, model.shapes, mesh)
     plan = functools.partial(Plan, dtype=dtype, reduce_dtype=reduce_dtype)
     steps = {
@@ -396,6 +392,13 @@ def sharded(
     root = {name: name for name in model.shapes if name not in in_blocks}
     inherited = {f.name: getattr(model, f.name) for f in fields(Functional)}
     inherited |= {"skeleton": skeleton, "_methods": Methods(skeleton)}
+    units = units_of([root, *blocks], steps)
+    groups = {own.group for unit in units or () for own in unit.ways.values() if own.group}
+    why_not = peer_copies.why_not(sorted(groups), mesh.device_type)
+    if transport == "copies" and why_not:
+        raise ValueError(f'transport="copies": {why_not}; or take transport="auto"')
+    if transport == "auto":
+        transport = "collectives" if why_not or not groups else "copies"
     parts = {n: tp_shape(shape, placed[n], active(mesh)) for n, shape in model.shapes.items()}
     mixed = {n: model.shapes[n] if n in in_blocks else part for n, part in parts.items()}
     return Sharded(
@@ -405,7 +408,7 @@ def sharded(
         placements=placed,
         plan=plan(steps),
         root=plan({name: steps[name] for name in root}),
-        units=units_of([root, *blocks], steps),
+        units=units,
         outside=around(list(model.shapes), in_blocks),
         transport=transport,
         inner=(

@@ -36,7 +36,7 @@ from torch.distributed.tensor import DTensor
 from msfs_functional.collectives import chunk_bounds
 from msfs_functional.params import Params
 from msfs_functional.peer_copies import PeerCopies
-from msfs_functional.transport import Collectives, Exchange, Term, Way, Whole, side_by_side
+from msfs_functional.transport import Collectives, Term, Way, Whole, side_by_side
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Use:
     places: dict[int, str] = field(default_factory=dict)  # {address of a whole one: name inside}
 
 
-Transport = Literal["collectives", "exchange", "copies"]
+Transport = Literal["copies", "collectives"]
 AT_ONCE = 2**62  # above the numbers of all nodes that a process can make
 _active: ContextVar["Pipeline | None"] = ContextVar("pipeline", default=None)
 
@@ -94,7 +94,7 @@ class Pipeline:
             of an output matrix are there long before those of an embedding.
         dtype: of whole parameters; None: that of the shards.
         reduce_dtype: in which gradients are summed; None: that of the shards.
-        transport: what parameters and gradients travel by.
+        transport: what parameters and gradients travel by (see `gathering.sharded`).
     """
 
     def __init__(
@@ -120,8 +120,8 @@ class Pipeline:
         self.transport = self._transport(transport)
 
     def _transport(self, kind: Transport) -> Collectives:
-        if kind != "copies":
-            return Exchange() if kind == "exchange" else Collectives()
+        if kind == "collectives":
+            return Collectives()
         wholes = [
             self._to_gather(name, unit.ways[inside], torch.device("meta"))
             for unit in self.units
@@ -129,7 +129,8 @@ class Pipeline:
         ]
         outside, *blocks = self.units
         sums = [*(outside.part(names) for names in self.outside), *blocks]
-        return PeerCopies(wholes, self.device, [unit.names.values() for unit in sums])
+        names = [[unit.names.values() for unit in units] for units in (self.units, sums)]
+        return PeerCopies(wholes, self.device, *names)
 
     def _to_gather(self, name: str, way: Way, device: torch.device) -> Whole:
         shard = self.shards[name]

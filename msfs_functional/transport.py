@@ -120,31 +120,6 @@ class Collectives:
         pg(group).reduce_scatter_tensor_coalesced([x.out for x in terms], into).wait()
 
 
-class Exchange(Collectives):
-    """Sums without a wide gradient on the way: each rank is sent its chunk of every other's
-    gradient in the dtype that it has, and adds them up in the dtype of the sum.
-
-    A bfloat16 gradient that is summed in float32 travels as half the bytes, is never cast whole,
-    and the sum is the same but for its order.
-    """
-
-    def scatter(self, group: str, terms: Sequence[Term]) -> None:
-        into = in_chunks(terms, [x.out.dtype if x.grad is None else x.grad.dtype for x in terms])
-        got = [torch.empty_like(x) for x in into]
-        process_group, device = pg(group), into[0].device
-        if device.type == "cuda":  # one launch
-            process_group._start_coalescing(device)
-            for out, x in zip(got, into, strict=True):
-                process_group.alltoall_base(out, x, [], [])
-            process_group._end_coalescing(device).wait()
-        else:
-            for out, x in zip(got, into, strict=True):
-                process_group.alltoall_base(out, x, [], []).wait()
-        for term, x in zip(terms, got, strict=True):
-            parts = x.view(term.way.parts, *term.out.shape)
-            torch.sum(parts, 0, dtype=term.out.dtype, out=term.out)
-
-
 def side_by_side(
     shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device
 ) -> list[Tensor]:

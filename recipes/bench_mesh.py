@@ -9,11 +9,11 @@ Each path trains the same decoder on the same random tokens: bf16 products, fp32
 of gradients, fused linear and cross-entropy, AdamW, blocks recomputed if asked; tp also cuts tokens
 and vocabulary, cp cuts the sequences.
 
-    functional   blocks compiled once for all; gathers and sums beside them (`overlap`); on GPUs the
-                 whole step, collectives included, is one CUDA graph
-    exchange     the same, but gradients travel in bf16, and each rank adds up what it got in fp32
-    copies       the same, and all of it by copies between the GPUs of a host (`peer_copies`)
-    launched     the same without the CUDA graph
+    functional   blocks compiled once for all; gathers and sums beside them (`overlap`), by copies
+                 between the GPUs of a host (`peer_copies`); on GPUs the whole step, communication
+                 included, is one CUDA graph
+    collectives  the same, gathers and sums by NCCL
+    launched     functional without the CUDA graph
     fsdp2        fully_shard with every block compiled, behind the same step (`fsdp`)
     torch        the same module in a loop of torch's own: clip_grad_norm_, fused AdamW
     whole        the functional loss as one graph of Inductor's, which reorders collectives
@@ -56,8 +56,8 @@ from msfs_functional.train import init_state, make_step
 from msfs_functional.transforms import remat
 from msfs_functional.vocabulary_parallel import sharded_linear_cross_entropy
 
-Path = Literal["functional", "exchange", "copies", "launched", "fsdp2", "torch", "whole"]
-BY_REGIONS = ("functional", "exchange", "copies", "launched")
+Path = Literal["functional", "collectives", "launched", "fsdp2", "torch", "whole"]
+BY_REGIONS = ("functional", "collectives", "launched")
 PEAK = 989e12  # of an H100 or H200 in bfloat16 [FLOP/s]
 RATE = 3e-5  # learning rate: at a larger one rounding alone drives the paths apart in ten steps
 
@@ -78,13 +78,10 @@ class Config:
     length: int = 4096  # tokens of a sequence, at most the preset's max_length
     batch: int = 2  # sequences of a data rank
     steps: int = 10  # timed, after three others
-    paths: tuple[Path, ...] = ("functional", "launched", "fsdp2", "torch")
+    paths: tuple[Path, ...] = ("functional", "collectives", "launched", "fsdp2", "torch")
     recompute: bool = False  # blocks are recomputed in the backward pass
     trace: bool = False
     traces: File | None = None  # folder to keep the traces in
-    # multiprocessors that matrix products leave to communication, as many as NCCL takes
-    # (NCCL_MAX_CTAS): products that want all of them wait for those that NCCL holds
-    carve: int = 0
     compile: bool = True
     mesh: Mesh = field(default_factory=Mesh)
     debug: bool = False
@@ -146,7 +143,7 @@ def build(path: Path, config: Config, on: Any) -> tuple[Any, models.DecoderConfi
         with torch.device("meta"):
             plain = replace(plain, skeleton=WithLoss(sizes))
     given: dict[str, Any] = {"dtype": torch.bfloat16, "reduce_dtype": torch.float32}
-    if path in ("exchange", "copies"):
+    if path == "collectives":
         given["transport"] = path
     model: Any = make(plain, DECODER_BY_TOKENS, on, **given)
     if make is fully_sharded and config.compile:
@@ -307,7 +304,6 @@ def union(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def main(config: Config) -> None:
     mesh(config.mesh.dp_replicate, config.mesh.dp_shard, config.mesh.tp, config.mesh.cp)
-    torch._C._set_sm_carveout_experimental(config.carve or None)
     first, begin = not torch.distributed.get_rank(), time.perf_counter()
     if config.compile:
         prepare_compiler()

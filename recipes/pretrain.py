@@ -289,7 +289,8 @@ def train(config: Config, watchdog: Watchdog) -> None:
         share = meshes.data_rank(on)
         layout = DECODER_BY_TOKENS if config.mesh.sequence else DECODER
         dtype = getattr(torch, str(config.dtype))
-        model = sharded(plain, layout, on, dtype=dtype, reduce_dtype=torch.float32)
+        how: Any = {"reduce_dtype": torch.float32, "transport": config.mesh.transport}
+        model = sharded(plain, layout, on, dtype=dtype, **how)
     with agreement.together():
         stream = make_batches(config, corpus, tokenizer, share)
         if saved:

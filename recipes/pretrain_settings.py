@@ -114,6 +114,9 @@ class Mesh:
     cp: int = 1  # processes that share the tokens of each row and attend around a ring
     # processes that share layers hold parts of the tokens between them; tp must divide the length
     sequence: bool = True
+    # what parameters and gradients travel by; auto: copies between the GPUs of one host where they
+    # can see one another's memory, else collectives (NCCL, gloo)
+    transport: Literal["auto", "copies", "collectives"] = "auto"
     timeout: float = 600.0  # the run ends when nothing has happened for so long [s]
 
 

@@ -377,39 +377,42 @@ class SeenByAll:
 
 
 def transports_agree():
-    """By exchange and by copies: equal to collectives, of shards of uneven sizes too."""
+    """Copies between ranks give what collectives give, of shards of uneven sizes too."""
     config, on = dataclasses.replace(UNNORMED, depth=3, tied=False), mesh(dp_shard=2)
     plain, call = decoder(config), (share(batches(1)[0], on), random.key(0))
 
-    def gradient(transport, dtype, times=1):
-        model = sharded(plain, DECODER, on, dtype=dtype)
-        model = dataclasses.replace(model, transport=transport)
+    def gradient(transport, dtype, steps):
+        model = sharded(plain, DECODER, on, dtype=dtype, transport=transport)
+        assert model.transport == transport
         loss_fn, params = gathered(functools.partial(next_token, model), model), model.init(0)
-        for _ in range(times):
+        for _ in range(steps):
             (loss, _), grads = model.gradient(loss_fn, params, [call])
-            params["norm.weight"] = params["norm.weight"] * 1.5  # others lay something new
+            params = {name: p - grads[name] for name, p in params.items()}
         return loss, grads
 
     with pytest.MonkeyPatch.context() as patch:
         if DEVICE == "cpu":
-            with pytest.raises(
-                ValueError, match='"copies", but it is for GPUs, the mesh is of cpu'
-            ):
+            with pytest.raises(ValueError, match=r'"copies": copies are for GPUs, .* of cpu'):
                 sharded(plain, DECODER, on, transport="copies")
-            patch.setenv("LOCAL_WORLD_SIZE", "1")
-            told = peer_copies.why_not([on.get_group("dp_shard")], "cuda")
-            assert told and told.startswith("ranks that share parameters are on 2 hosts"), told
+            assert sharded(plain, DECODER, on).transport == "collectives"
+            group = on.get_group("dp_shard").group_name
+            patch.setattr(peer_copies, "sees", lambda a, b: False)
+            for ranks, said in ((2, "GPU 0 cannot reach the memory of GPU 1"), (1, "on 2 hosts")):
+                patch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+                assert said in (peer_copies.why_not([group], "cuda") or "")
+            patch.setattr(peer_copies, "why_not", lambda groups, device: None)
             SeenByAll.folder = agreement.from_all(tempfile.mkdtemp())[0]
             SeenByAll.made = []
             patch.setattr(peer_copies, "symmetric", SeenByAll)
             patch.setattr(SeenByAll, "rendezvous", SeenByAll, raising=False)
+        else:
+            patch.setenv("LOCAL_WORLD_SIZE", "2")
         for dtype in (None, torch.bfloat16):
-            want = gradient("collectives", dtype, times=2)
-            for transport in ("exchange", "copies"):
-                loss, grads = gradient(transport, dtype, times=2)
-                assert torch.equal(loss, want[0])
-                for name, g in grads.items():  # of two ranks there is one order of adding
-                    assert torch.equal(g.to_local(), want[1][name].to_local()), name
+            (loss, grads), want = (gradient(t, dtype, 2) for t in ("copies", "collectives"))
+            assert torch.equal(loss, want[0])
+            for name, g in grads.items():  # of two ranks there is one order of adding
+                assert torch.equal(g.to_local(), want[1][name].to_local()), name
+    assert peer_copies.shared_bytes() > 0
     peer_copies.forget()
 
 
