@@ -16,7 +16,8 @@ While a block computes, the parameters of the next one are gathered, each straig
 that the block will read, on a stream of their own; after the block they are forgotten, and gathered
 again in the backward pass one block ahead. Gradients of whole parameters are cast, summed over
 ranks and scattered on another stream while the block before computes its own. What is saved for the
-backward pass of whole parameters is their place only.
+backward pass of whole parameters is their place only. By what they travel is another file's matter:
+collectives (`transport`) or copies between the GPUs of a host (`peer_copies`).
 
 On a CPU, where there are no streams, the same happens in the same order.
 """
