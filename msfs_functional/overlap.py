@@ -240,9 +240,7 @@ class Pipeline:
         use.whole = None
         ways = [use.unit.ways[inside] for inside in use.unit.names]
         shards = [self.shards[name] for name in use.unit.names.values()]
-        parts = [way.part(shard) for way, shard in zip(ways, shards, strict=True)]
-        kinds = {self.reduce_dtype or shard.dtype for shard in shards}
-        outs = side_by_side(parts, functools.reduce(torch.promote_types, kinds), self.device)
+        outs = self._room(shards, ways)
         terms = []
         for out, g, shard, way in zip(outs, grads, shards, ways, strict=True):
             g = g.movedim(way.dim, 0) if g is not None and way.group else g
@@ -257,6 +255,16 @@ class Pipeline:
                 start, stop = chunk_bounds(way.size, way.parts, way.rank)
                 out = out.narrow(0, 0, stop - start).movedim(0, way.dim)
             self.grads.setdefault(name, []).append(out)
+
+    def _room(self, shards: Sequence[Tensor], ways: Sequence[Way]) -> list[Tensor]:
+        """For this rank's parts of sums; those of one group lie side by side."""
+        kinds = {self.reduce_dtype or shard.dtype for shard in shards}
+        dtype, outs = functools.reduce(torch.promote_types, kinds), {}
+        for group in {way.group for way in ways}:
+            those = [i for i, way in enumerate(ways) if way.group == group]
+            parts = [ways[i].part(shards[i]) for i in those]
+            outs |= dict(zip(those, side_by_side(parts, dtype, self.device), strict=True))
+        return [outs[i] for i in range(len(ways))]
 
     def _settle(self) -> None:
         """From here on the last sum is done, and what it read may be overwritten."""

@@ -14,6 +14,7 @@ with the first, and may lay the third where that was.
 
 import functools
 import os
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
@@ -129,7 +130,7 @@ class PeerCopies(Collectives):
         sums: Sequence[Collection[str]],
     ):
         self.memory: dict[str, Shared] = {}
-        self.gathered = self.summed = 0
+        self.turns: Counter[tuple[str, int]] = Counter()  # by group and channel
         for group, some in by_group(wholes).items():
             of = {x.name: x.chunk(0).numel() for x in some}
             laid, part = (
@@ -143,10 +144,10 @@ class PeerCopies(Collectives):
     def gather(self, wholes: Sequence[Whole]) -> None:
         if rest := [x for x in wholes if x.way.group is None]:
             torch._foreach_copy_([x.out for x in rest], [x.shard for x in rest])
-        place, first = self.gathered % 2, not self.gathered
         for group, some in by_group(wholes).items():
-            memory = self.memory[group]
-            if first:  # all are done with the step before
+            memory, turn = self.memory[group], self._turn(group, GATHERS)
+            place = turn % 2
+            if turn == 0:  # all are done with the step before
                 memory.barrier(GATHERS)
             shards = [x.shard for x in some]
             mine = chunks_of(memory.of(memory.rank, place), some)
@@ -157,11 +158,14 @@ class PeerCopies(Collectives):
                 theirs = chunks_of(memory.of(rank, place), some)
                 for x, chunk in zip(some, theirs, strict=True):
                     x.chunk(rank).copy_(chunk)
-        self.gathered += 1
+
+    def _turn(self, group: str, channel: int) -> int:
+        """How many gathers or sums of the group this step had before."""
+        self.turns[group, channel] += 1
+        return self.turns[group, channel] - 1
 
     def scatter(self, group: str, terms: Sequence[Term]) -> None:
-        memory, place = self.memory[group], 2 + self.summed % 2
-        self.summed += 1
+        memory, place = self.memory[group], 2 + self._turn(group, SUMS) % 2
         starts, total = places([x.out.numel() for x in terms])
         grads = in_chunks(terms, [memory.places[place].dtype] * len(terms))
 

@@ -85,7 +85,7 @@ class Whole(NamedTuple):
 class Term(NamedTuple):
     """A gradient that is to be summed."""
 
-    out: Tensor  # what becomes of it on this rank: of the shape `way.part`, laid `side_by_side`
+    out: Tensor  # what becomes of it on this rank, `way.part`; those of a group lie `side_by_side`
     grad: Tensor | None  # of the whole parameter, `dim` first; None: zero
     shape: tuple[int, ...]  # of the whole, chunks of one size
     way: Way

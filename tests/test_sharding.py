@@ -4,6 +4,7 @@ test_ranks.py runs the claims of TWO and FOUR on as many ranks.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import re
@@ -28,6 +29,7 @@ from msfs_functional import (
     peer_copies,
     random,
     sharding,
+    transport,
 )
 from msfs_functional import vocabulary_parallel as vocabulary
 from msfs_functional.attention import attention
@@ -366,54 +368,81 @@ class SeenByAll:
 
     def __init__(self, x, group):
         self.number = [x is y for y in SeenByAll.made].index(True)
+        self.group = transport.pg(group)
         self.barrier(0)
 
     def barrier(self, channel):
-        dist.barrier()
+        dist.barrier(self.group)
 
     def get_buffer(self, rank, shape, dtype):
-        path = self.file(self.number, rank)
+        path = self.file(self.number, dist.get_global_rank(self.group, rank))
         return torch.from_file(path, shared=True, size=shape.numel(), dtype=dtype)
 
 
-def transports_agree():
-    """Copies between ranks give what collectives give, of shards of uneven sizes too."""
-    config, on = dataclasses.replace(UNNORMED, depth=3, tied=False), mesh(dp_shard=2)
-    plain, call = decoder(config), (share(batches(1)[0], on), random.key(0))
-
-    def gradient(transport, dtype, steps):
-        model = sharded(plain, DECODER, on, dtype=dtype, transport=transport)
-        assert model.transport == transport
-        loss_fn, params = gathered(functools.partial(next_token, model), model), model.init(0)
-        for _ in range(steps):
-            (loss, _), grads = model.gradient(loss_fn, params, [call])
-            params = {name: p - grads[name] for name, p in params.items()}
-        return loss, grads
-
+@contextlib.contextmanager
+def memory_that_all_see():
+    """Copies between ranks work; on CPUs, too."""
     with pytest.MonkeyPatch.context() as patch:
         if DEVICE == "cpu":
-            with pytest.raises(ValueError, match=r'"copies": copies are for GPUs, .* of cpu'):
-                sharded(plain, DECODER, on, transport="copies")
-            assert sharded(plain, DECODER, on).transport == "collectives"
-            group = on.get_group("dp_shard").group_name
-            patch.setattr(peer_copies, "sees", lambda a, b: False)
-            for ranks, said in ((2, "GPU 0 cannot reach the memory of GPU 1"), (1, "on 2 hosts")):
-                patch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-                assert said in (peer_copies.why_not([group], "cuda") or "")
             patch.setattr(peer_copies, "why_not", lambda groups, device: None)
             SeenByAll.folder = agreement.from_all(tempfile.mkdtemp())[0]
             SeenByAll.made = []
             patch.setattr(peer_copies, "symmetric", SeenByAll)
             patch.setattr(SeenByAll, "rendezvous", SeenByAll, raising=False)
         else:
-            patch.setenv("LOCAL_WORLD_SIZE", "2")
-        for dtype in (None, torch.bfloat16):
-            (loss, grads), want = (gradient(t, dtype, 2) for t in ("copies", "collectives"))
-            assert torch.equal(loss, want[0])
-            for name, g in grads.items():  # of two ranks there is one order of adding
-                assert torch.equal(g.to_local(), want[1][name].to_local()), name
+            patch.setenv("LOCAL_WORLD_SIZE", str(dist.get_world_size()))
+        yield
     assert peer_copies.shared_bytes() > 0
     peer_copies.forget()
+
+
+def equal_by_copies_and_by_collectives(layout, on, dtype):
+    """Two steps, bit for bit: two numbers have one order of adding."""
+    plain = decoder(dataclasses.replace(UNNORMED, depth=3, tied=False))
+    call = share(batches(1)[0], on), random.key(0)
+    found = {}
+    for how in ("copies", "collectives"):
+        model = sharded(plain, layout, on, dtype=dtype, transport=how)
+        loss_fn, params = gathered(functools.partial(next_token, model), model), model.init(0)
+        for _ in range(2):
+            found[how] = model.gradient(loss_fn, params, [call])
+            params = {name: p - found[how][1][name] for name, p in params.items()}
+    (mine, grads), (theirs, want) = found.values()
+    assert torch.equal(mine[0], theirs[0])
+    for name, g in grads.items():
+        assert torch.equal(g.to_local(), want[name].to_local()), name
+
+
+def copies_give_what_collectives_give():
+    """Of shards of uneven sizes too."""
+    on = mesh(dp_shard=2)
+    with memory_that_all_see():
+        for dtype in (None, torch.bfloat16):
+            equal_by_copies_and_by_collectives(DECODER, on, dtype)
+
+
+def copies_of_two_groups_give_what_collectives_give():
+    """Matrices of blocks are cut along one axis, the rest along another, but gains not at all."""
+    on = mesh(dp_replicate=2, dp_shard=2)
+    other: sharding.Cuts = {"dp_replicate": Shard(0)}
+    rules = [("norm", {}), (r"blocks.*weight$", {"dp_shard": Shard(0)}), ("", other)]
+    with memory_that_all_see():
+        layout = dataclasses.replace(DECODER, rules=rules)
+        equal_by_copies_and_by_collectives(layout, on, torch.bfloat16)
+
+
+def copies_are_refused_where_they_cannot_be():
+    on = mesh(dp_shard=2)
+    group = on.get_group("dp_shard").group_name
+    if DEVICE == "cpu":
+        with pytest.raises(ValueError, match=r'"copies": copies are for GPUs, .* of cpu'):
+            sharded(decoder(CONFIG), DECODER, on, transport="copies")
+        assert sharded(decoder(CONFIG), DECODER, on).transport == "collectives"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peer_copies, "sees", lambda a, b: False)
+        for ranks, said in ((2, "GPU 0 cannot reach the memory of GPU 1"), (1, "on 2 hosts")):
+            patch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+            assert said in (peer_copies.why_not([group], "cuda") or "")
 
 
 def products_in_bfloat16_are_summed_in_float32():
@@ -741,7 +770,8 @@ TWO = [
     accumulated_microbatches,
     overlapped_gathers_and_sums,
     gradients_of_the_output_are_summed_before_those_of_blocks,
-    transports_agree,
+    copies_give_what_collectives_give,
+    copies_are_refused_where_they_cannot_be,
     products_in_bfloat16_are_summed_in_float32,
     gradients_are_reduced_once_a_step,
     factored_optimizer,
@@ -759,7 +789,7 @@ TWO = [
 GPUS = [
     shards_are_cut_from_the_unsharded_init,
     overlapped_gathers_and_sums,
-    transports_agree,
+    copies_give_what_collectives_give,
     context_parallelism,
     vocabulary_parallel,
     sequence_parallel,
@@ -805,6 +835,7 @@ def context_and_other_parallelism():
 
 FOUR = [
     shards_of_four_equal_the_unsharded_init,
+    copies_of_two_groups_give_what_collectives_give,
     data_parallel_over_four,
     hybrid,
     tensor_and_data_parallel,
