@@ -204,7 +204,8 @@ def flow_loss(
     def u_fn(z: Tensor, r: Tensor, t: Tensor) -> Tensor:
         return predict(z.to(dtype), t, t - r).float()
 
-    return df.meanflow_loss(u_fn, x_0, eps, r, t, velocity=velocity), {}
+    found = df.meanflow_errors(u_fn, x_0, eps, r, t, velocity=velocity)
+    return df.meanflow_loss(found), {"squared": found.detach().mean() / x_0[0].numel()}
 
 
 def predict_of(model: Functional, params: Params, given: dict[str, Tensor]) -> Callable[..., Any]:
