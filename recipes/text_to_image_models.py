@@ -23,6 +23,9 @@ from msfs_functional.params import Functional, Params, cast
 from msfs_functional.words import Words
 
 
+MEANFLOW_TIME = 1.0  # what a MeanFlow network is told of a time in [0, 1] is this times it
+
+
 @dataclass(frozen=True)
 class About:
     """What a run knows of its data, so that it can be used without them."""
@@ -220,7 +223,10 @@ def predict_of(model: Functional, params: Params, given: dict[str, Tensor]) -> C
         options["classes"] = given["classes"]
 
     def predict(x: Tensor, t: Tensor, interval: Tensor | None = None) -> Tensor:
-        far = None if interval is None else 1000 * interval
-        return model.apply(params, "denoiser", x, 1000 * t, interval=far, **options)
+        if interval is None:
+            return model.apply(params, "denoiser", x, 1000 * t, **options)
+        # MeanFlow learns by the derivative by t, in which waves of 1000 t would drown all else.
+        times = {"interval": MEANFLOW_TIME * interval, **options}
+        return model.apply(params, "denoiser", x, MEANFLOW_TIME * t, **times)
 
     return predict
