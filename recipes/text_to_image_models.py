@@ -22,7 +22,6 @@ from msfs_functional.models.unet import UNetConfig, unet
 from msfs_functional.params import Functional, Params, cast
 from msfs_functional.words import Words
 
-
 MEANFLOW_TIME = 1.0  # what a MeanFlow network is told of a time in [0, 1] is this times it
 
 
