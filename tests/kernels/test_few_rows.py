@@ -99,12 +99,13 @@ def interpreted_linear(rows, K, N, norm, activation, gated, dtype):
     x, (gain, shift) = torch.randn(rows, K).to(dtype), torch.randn(2, K).to(dtype)
     w, b = torch.randn(2 * N if gated else N, K).to(dtype) / 8, torch.randn(2 * N).to(dtype)
     r = torch.randn(rows, N).to(dtype)
-    args: Any = (x, w, b[: len(w)], gain, shift if norm == "layer" else None, r, norm, 1e-5, 0.5)
-    exact: Any = [x.double() if isinstance(x, torch.Tensor) else x for x in args]
+    shift = shift if norm == "layer" else None
+    args = [x, w, b[: len(w)], gain, shift, r, norm, 1e-5, 0.5, activation, gated]
+    exact = [x.double() if isinstance(x, torch.Tensor) else x for x in args]
     return (
-        (triton_one_row if rows == 1 else triton_few_rows).linear(*args, activation, gated),
-        few_rows.plain_linear(*args, activation, gated),
-        few_rows.plain_linear(*exact, activation, gated),
+        (triton_one_row if rows == 1 else triton_few_rows).linear(*args),
+        few_rows.plain_linear(*args),
+        few_rows.plain_linear(*exact),
     )
 
 
