@@ -23,6 +23,8 @@ class Model:
     heads: int = 4
     hidden: int = 288  # width inside the feed-forward layers
     patch: int = 4  # [pixels]
+    # matrices of blocks begin as N(0, gain^2 / inputs); None: as N(0, 0.02^2)
+    gain: float | None = None
     embedding: int = 64  # dims of the common space; SigLIP's is the width
     vocabulary: int = 512  # most ids of the byte-level BPE [tokens]
     length: int = 16  # of a text, longer ones are cut [tokens]
