@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
-from pictured_settings import Pictured
+from pictured_settings import Pictured, check_pictured
 
 from msfs_functional import config as configs
 
@@ -85,8 +85,12 @@ def checked(config: Config) -> Config:
         ValueError: a number out of range, options that exclude each other.
     """
     configs.check_numbers(config, MAY_BE_ZERO)
-    if not 0 < config.data.valid_share < 1:
-        raise ValueError(f"--data.valid-share ({config.data.valid_share}) must be in (0, 1)")
+    check_pictured(config.data)
+    if config.mode != "classify" and (config.images or config.classes):
+        raise ValueError(
+            f"--images and --classes ({len(config.images)} and {len(config.classes)} given) go "
+            "with the mode classify, which must come first"
+        )
     if config.model.length < 2:
         raise ValueError(f"--model.length ({config.model.length}) must hold BOS and EOS: 2 or more")
     if config.loss == "softmax" and config.train.batch < 2:

@@ -192,6 +192,7 @@ TWO = [two_processes_softmax, two_processes_sigmoid]
         (["--data.valid-share", "1.0"], r"must be in \(0, 1\)"),
         (["--name", "a/b"], "plain name"),
         (["classify", "--name", "none"], "does not exist"),
+        (["--images", "a.png"], "go with the mode classify"),
     ],
 )
 def test_bad_options_say_value_rule_remedy(args, message, tmp_path, capsys):
