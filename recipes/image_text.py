@@ -476,6 +476,8 @@ def classify(config: Config) -> None:
     config = checked(config)
     if not config.images:
         raise ValueError("--images (none) must name the files to classify")
+    if not config.classes:
+        raise ValueError("--classes (none) must name what the images may show, one text a class")
     if config.published is not None:
         found = load_published(config)
         params = {name: p.to(config.device) for name, p in found.params.items()}
