@@ -70,7 +70,6 @@ from msfs_functional.clip_tokenizer import ClipTokenizer
 from msfs_functional.compiling import graphed
 from msfs_functional.contrastive import in_chunks, sigmoid_loss, softmax_loss
 from msfs_functional.data import Prefetch
-from msfs_functional.fan_in import by_fan_in
 from msfs_functional.gathering import Sharded, gathered, sharded
 from msfs_functional.image_batches import Pairs
 from msfs_functional.image_corpora import Pictured
@@ -159,7 +158,6 @@ def make_model(config: Config, tokenizer: Words) -> Functional:
         return clip(load_published(config).config)
     assert isinstance(tokenizer, Tokenizer)
     sizes = config.model
-    begun = lambda made: made if sizes.gain is None else by_fan_in(made, sizes.gain)  # noqa: E731
     common: dict[str, Any] = {"width": sizes.width, "heads": sizes.heads, "hidden": sizes.hidden}
     place = {"image": config.data.size, "patch": sizes.patch, "depth": sizes.depth}
     words: dict[str, Any] = {
@@ -181,12 +179,12 @@ def make_model(config: Config, tokenizer: Words) -> Functional:
         image = vit.siglip_vision(**common, **place)
         # At first all pairs look alike: then each is as likely as one of a batch (Zhai's 32k: -10).
         bias = -math.log(config.train.batch)
-        return begun(clip(CLIPConfig(image, text, scale=10.0, bias=bias)))
+        return clip(CLIPConfig(image, text, scale=10.0, bias=bias))
     # CLIP's own, x * sigmoid(1.702 x), is an approximation of gelu that takes longer on a CPU.
     common["activation"] = "gelu"
     text = TextConfig(**common, **words, eos=tokenizer.vocab_size, projection=sizes.embedding)
     image = vit.clip_vision(**common, **place, projection=sizes.embedding)
-    return begun(clip(CLIPConfig(image, text)))
+    return clip(CLIPConfig(image, text))
 
 
 def encode(tokenizer: Words, texts: Sequence[str], length: int) -> Tensor:
@@ -351,6 +349,11 @@ def train(config: Config) -> None:
             configs.check_free(run, overwrite=config.overwrite)
         splits = read_data(config)
         texts = [text for texts in splits.train.captions for text in texts]
+        if not texts:
+            raise ValueError(
+                f"--data.name {config.data.name} has no texts beside its images: name their column by "
+                "--data.text (questions and answers are for caption.py)"
+            )
         tokenizer = make_tokenizer(config, texts)
         plain = model = make_model(config, tokenizer)
     share = (0, 1)
@@ -366,7 +369,7 @@ def train(config: Config) -> None:
             splits.train,
             encode(tokenizer, texts, length),
             settings.batch,
-            grey=data.grey,
+            grey=data.grey or 0.0,
             colourless=encode(tokenizer, uncoloured, length) if data.grey else None,
             seed=data.seed,
             share=share,
