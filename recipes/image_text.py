@@ -351,8 +351,8 @@ def train(config: Config) -> None:
         texts = [text for texts in splits.train.captions for text in texts]
         if not texts:
             raise ValueError(
-                f"--data.name {config.data.name} has no texts beside its images: name their column by "
-                "--data.text (questions and answers are for caption.py)"
+                f"--data.name {config.data.name} has no texts beside its images: name their column "
+                "by --data.text (questions and answers are for caption.py)"
             )
         tokenizer = make_tokenizer(config, texts)
         plain = model = make_model(config, tokenizer)
