@@ -189,9 +189,11 @@ def test_a_fifth_of_rendered_pictures_is_grey_and_none_of_others():
 
 
 def test_questions_alone_teach_no_towers(tmp_path, capsys):
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    row = {"file_name": "a.png", "question": "what?", "answer": "nothing"}
-    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    for name in "abcd":
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    told = {"question": "what?", "answer": "nothing"}
+    rows = (json.dumps({"file_name": f"{name}.png", **told}) for name in "abcd")
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
     with pytest.raises(SystemExit):
         recipe(*TINY, "--data.name", tmp_path, "--out", tmp_path / "runs")
     assert "no texts beside its images" in capsys.readouterr().err
