@@ -195,7 +195,9 @@ def test_questions_alone_teach_no_towers(tmp_path, capsys):
     rows = (json.dumps({"file_name": f"{name}.png", **told}) for name in "abcd")
     (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
     with pytest.raises(SystemExit):
-        recipe(*TINY, "--data.name", tmp_path, "--out", tmp_path / "runs")
+        recipe(
+            *TINY, "--data.name", tmp_path, "--data.valid-share", 0.5, "--out", tmp_path / "runs"
+        )
     assert "no texts beside its images" in capsys.readouterr().err
 
 
