@@ -177,13 +177,17 @@ def plain_attention(
 def on_gpu_linear(x: Tensor, *args) -> Tensor:
     from msfs_kernels import triton_few_rows, triton_one_row
 
-    return (triton_one_row if x.shape[0] == 1 else triton_few_rows).linear(x, *args)
+    if x.shape[0] == 1:
+        return triton_one_row.linear(x, *args)[None]
+    return triton_few_rows.linear(x, *args)
 
 
 def on_gpu_attention(qkv: Tensor, *args) -> Tensor:
     from msfs_kernels import triton_few_rows, triton_one_row
 
-    return (triton_one_row if qkv.shape[0] == 1 else triton_few_rows).attend(qkv, *args)
+    if qkv.shape[0] == 1:
+        return triton_one_row.attend(qkv, *args)[None]
+    return triton_few_rows.attend(qkv, *args)
 
 
 def refuse_gradients(op):

@@ -201,7 +201,7 @@ def linear(
     """See `few_rows.rows_linear`."""
     rows, K = weight.shape
     N = rows // 2 if gated else rows
-    y = x.new_empty(1, N)
+    y = x.new_empty(N)
     KP = triton.next_power_of_2(K)
     BN = 1 if KP > 2048 else 2 if N < 8192 else 4
     extra = {"launch_pdl": True} if (soon := early(x.device.index or 0)) else {}
@@ -218,7 +218,7 @@ def attend(
 ) -> Tensor:  # fmt: skip
     """See `few_rows.rows_attention`."""
     _, G, L, D = keys.shape
-    out = qkv.new_empty(1, heads * D)
+    out = qkv.new_empty(heads * D)
     extra = {"launch_pdl": True} if (soon := early(qkv.device.index or 0)) else {}
     scale_log2 = scale if softcap else scale * LOG2E
     attention_kernel[(heads,)](

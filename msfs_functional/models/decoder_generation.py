@@ -88,14 +88,14 @@ def language_model(
 
     Args:
         fast_rows: steps of at most so many rows by `few_rows`, where the config allows; default:
-            with flash attention on a GPU, as many as it takes.
+            a single one, with flash attention on a GPU.
         aligned: logits through a copy of the output matrix that has a multiple of 16 rows, made
             anew by each prefill: a GPU's fast kernels write no rows that begin at odd addresses.
             Default: on a GPU, where the vocabulary is no such multiple.
     """
     some, config = params["norm.weight"], cast(Decoder, model.skeleton).config
     if fast_rows is None:
-        fast_rows = rows.MOST if implementation == "flash" and some.is_cuda else 0
+        fast_rows = 1 if implementation == "flash" and some.is_cuda else 0
     few, around = fast_rows, few_rows(config)
 
     def faster(count: int, length: int) -> Callable[[BlockFn], BlockFn] | None:

@@ -102,8 +102,9 @@ def interpreted_linear(rows, K, N, norm, activation, gated, dtype):
     shift = shift if norm == "layer" else None
     args = [x, w, b[: len(w)], gain, shift, r, norm, 1e-5, 0.5, activation, gated]
     exact = [x.double() if isinstance(x, torch.Tensor) else x for x in args]
+    linear = triton_one_row.linear if rows == 1 else triton_few_rows.linear
     return (
-        (triton_one_row if rows == 1 else triton_few_rows).linear(*args),
+        linear(*args).view(rows, -1),
         few_rows.plain_linear(*args),
         few_rows.plain_linear(*exact),
     )
@@ -126,7 +127,8 @@ def interpreted_attention(rows, heads, G, D, at, window, softcap, rotary):
     table = torch.randn(2, rows, D // 2) if rotary else (None, None)
     own, theirs = cache.clone(), cache.clone()
     rest: Any = ((at + 7 * torch.arange(rows)) % 96, *table, heads, 0.3, softcap, window)
-    got = (triton_one_row if rows == 1 else triton_few_rows).attend(qkv, own[0], own[1], *rest)
+    attend = triton_one_row.attend if rows == 1 else triton_few_rows.attend
+    got = attend(qkv, own[0], own[1], *rest).view(rows, -1)
     return (got, own), (few_rows.plain_attention(qkv, theirs[0], theirs[1], *rest), theirs)
 
 
