@@ -1,0 +1,319 @@
+"""The UNet for sampling: `unet`'s function, arranged for many calls with the same weights and prompt.
+
+    prepared = prepare(config, params)             # of the weights alone, once
+    memory = memory_of(config, prepared, context)  # of the prompts, once for all steps
+    y = predict(config, prepared, x, t, memory)    # unet(config).apply(params, x, t, context)
+
+The same sums, in another order, and without gradients:
+
+- Keys and values of the prompts are not computed again at each step; the time's shifts of all
+  ResNet blocks are one product, q, k and v one, up and gate one.
+- A convolution of an image whose pixels were doubled adds up the same pixels several times: by its
+  taps' sums it becomes four of 2 x 2 on the small image (`doubling`), 4 products where 9 were.
+- Between a feed-forward's last matrix and the projection out is no nonlinearity: one matrix.
+- What lies between products is one pass each, `msfs_kernels.image_passes`: joins are not written,
+  and norms find their sums made by who wrote the image. Nothing is compiled.
+
+`unet` is the definition, which trains and transforms; tests hold the two equal.
+
+Dimension key: B images, N contexts, H height, W width, C channels, T pixels, S context tokens,
+X width of the context, K head dim.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from msfs_kernels import image_passes as passes
+from torch import Tensor
+
+from msfs_functional.attention import Implementation, attention
+from msfs_functional.models.convolutions import linear
+from msfs_functional.models.denoising import check_call, lane, time_embedding
+from msfs_functional.models.unet import UNetConfig
+from msfs_functional.params import Params
+
+Memory = dict[str, Float[Tensor, "N S 2 heads K"]]
+
+
+class Image(NamedTuple):
+    """(B, H, W, C), and its sums for the norm after it."""
+
+    x: Tensor
+    sums: passes.Sums
+
+
+def suits(config: UNetConfig) -> bool:
+    """Whether this arrangement is of that UNet: a text-conditioned one, as Stable Diffusion's."""
+    return (
+        config.context is not None
+        and config.classes is None
+        and not config.interval
+        and not config.scale_shift
+    )
+
+
+def resnet_names(config: UNetConfig) -> list[str]:
+    last = len(config.widths) - 1
+    down = [f"down.{i}.resnets.{j}" for i in range(last + 1) for j in range(config.depth)]
+    middle = [f"middle.resnets.{j}" for j in range(2 if config.middle_attention else 1)]
+    up = [f"up.{i}.resnets.{j}" for i in range(last + 1) for j in range(config.depth + 1)]
+    return down + middle + up
+
+
+def transformer_heads(config: UNetConfig) -> dict[str, int]:
+    """Names of the transformers, in order, and their heads."""
+    found, last = {}, len(config.widths) - 1
+    for i in range(last + 1):
+        count = config.depth if config.attention[i] else 0
+        found |= {f"down.{i}.transformers.{j}": config.heads[i] for j in range(count)}
+    if config.middle_attention:
+        found["middle.transformers.0"] = config.heads[-1]
+    for i in range(last, -1, -1):
+        count = config.depth + 1 if config.attention[i] else 0
+        found |= {f"up.{last - i}.transformers.{j}": config.heads[i] for j in range(count)}
+    return found
+
+
+def doubling(weight: Float[Tensor, "O I 3 3"]) -> Float[Tensor, "4*O I 2 2"]:
+    """The kernel that does on an image what a 3 x 3 kernel does on it with every pixel doubled.
+
+    Along one side, taps w0 w1 w2 at pixel 2 i + p of the doubled image meet these of the small one:
+
+        p = 0    i - 1: w0         i: w1 + w2
+        p = 1        i: w0 + w1    i + 1: w2
+
+    So each of the 2 x 2 pixels (p, q) in place of one wants a kernel of 2 x 2; `interleave` puts
+    phase 2 p + q where it belongs.
+    """
+    taps = weight.new_tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]]).double()
+    phases = torch.einsum("pak,qbl,oikl->pqoiab", taps, taps, weight.double())
+    return phases.flatten(0, 2).to(weight.dtype)
+
+
+def padded(weight: Tensor, heads: int, width: int) -> Tensor:
+    """Rows of each head, zeros added up to `width` (`denoising.lane`)."""
+    weight = weight.unflatten(0, (heads, -1))
+    return F.pad(weight, (0, 0, 0, width - weight.shape[1])).flatten(0, 1)
+
+
+@torch.no_grad()
+def prepare(
+    config: UNetConfig, params: Params, implementation: Implementation = "flash"
+) -> Params:
+    """What `predict` reads, of the parameters of `unet(config)`; sums of them are made in float64.
+
+    Raises:
+        ValueError: a configuration that `suits` does not know.
+    """
+    if not suits(config):
+        raise ValueError(
+            f"{config} is no plain text-conditioned UNet: take unet(config).apply, which knows all"
+        )
+    made, names = dict(params), resnet_names(config)
+    bias = [params[f"{name}.time.bias"] + params[f"{name}.conv_in.bias"] for name in names]
+    made["shifts.weight"] = torch.cat([params[f"{name}.time.weight"] for name in names])
+    made["shifts.bias"] = torch.cat(bias)
+    for name in names:
+        if f"{name}.skip.weight" in params:
+            made[f"{name}.conv_out.bias"] = params[f"{name}.conv_out.bias"] + params[f"{name}.skip.bias"]
+    for name in [name for name in params if name.endswith(".enlarge.weight")]:
+        weight = doubling(params[name]).contiguous(memory_format=torch.channels_last)
+        made[name.replace("weight", "doubling")] = weight
+    for transformer, heads in transformer_heads(config).items():
+        width = params[f"{transformer}.norm.weight"].shape[0] // heads
+        lanes = lane(width, params[f"{transformer}.norm.weight"], implementation)
+        for i in range(config.transformer_depth):
+            block = f"{transformer}.blocks.{i}"
+            for which, joined in (("self", "qkv"), ("cross", "kv")):
+                name = f"{block}.{which}_attention"
+                rows = {p: padded(params[f"{name}.{p}.weight"], heads, lanes) for p in "qkv"}
+                made[f"{name}.{joined}.weight"] = torch.cat([rows[part] for part in joined])
+                made[f"{name}.q.weight"] = rows["q"]
+                columns = padded(params[f"{name}.o.weight"].T, heads, lanes)
+                made[f"{name}.o.weight"] = columns.T.contiguous()
+        last = f"{transformer}.blocks.{config.transformer_depth - 1}.feed_forward.down"
+        out = params[f"{transformer}.project_out.weight"].flatten(1).double()
+        both = torch.cat([out, out @ params[f"{last}.weight"].double()], 1)
+        bias = params[f"{transformer}.project_out.bias"] + out @ params[f"{last}.bias"].double()
+        dtype = params[f"{last}.weight"].dtype
+        made[f"{transformer}.out.weight"] = both.to(dtype)
+        made[f"{transformer}.out.bias"] = bias.to(dtype)
+    return made
+
+
+@torch.no_grad()
+def memory_of(
+    config: UNetConfig, prepared: Params, context: Float[Tensor, "N S X"]
+) -> Memory:
+    """Keys and values of N contexts in each cross-attention."""
+    memory = {}
+    for transformer, heads in transformer_heads(config).items():
+        for i in range(config.transformer_depth):
+            name = f"{transformer}.blocks.{i}.cross_attention"
+            both = linear(prepared, f"{name}.kv", context)
+            memory[name] = both.unflatten(-1, (2, heads, -1))
+    return memory
+
+
+def convolve(
+    weight: Tensor, x: Float[Tensor, "B H W C"], *, stride: int = 1, padding: int = 1
+) -> Float[Tensor, "B _ _ _"]:
+    y = F.conv2d(x.permute(0, 3, 1, 2), weight, stride=stride, padding=padding)
+    return y.permute(0, 2, 3, 1).contiguous()
+
+
+def normalized(
+    params: Params,
+    name: str,
+    images: Sequence[Image],
+    groups: int,
+    eps: float,
+    *,
+    shift: Tensor | None = None,
+    silu: bool = True,
+) -> Tensor:
+    """silu(GroupNorm(x + shift)) of images joined."""
+    gain, bias = params[f"{name}.weight"], params[f"{name}.bias"]
+    sums = [image.sums for image in images]
+    scale, offset = passes.affine(sums, gain, bias, shift, groups, eps)
+    return passes.scaled([image.x for image in images], scale, offset, silu=silu)
+
+
+def resnet(
+    params: Params, name: str, images: Sequence[Image], shift: Tensor, groups: int, eps: float
+) -> Image:
+    """`convolutions.resnet` of images joined; shift holds the bias of conv_in, too."""
+    y = normalized(params, f"{name}.norm_in", images, groups, eps)
+    y = convolve(params[f"{name}.conv_in.weight"], y)
+    image = Image(y, passes.sums_of(y))
+    y = normalized(params, f"{name}.norm_out", [image], groups, eps, shift=shift)
+    y = convolve(params[f"{name}.conv_out.weight"], y)
+    bias, skip = params[f"{name}.conv_out.bias"], params.get(f"{name}.skip.weight")
+    if skip is None:
+        return Image(*passes.add(y, bias, images[0].x))
+    widths = [image.x.shape[-1] for image in images]
+    for (x, _), part in zip(images, skip.flatten(1).split(widths, 1), strict=True):
+        for some in y.flatten(1, 2).split(len(x)):  # of fewer images each goes to several
+            some.flatten(0, 1).addmm_(x.flatten(0, 2), part.T)
+    return Image(*passes.add(y, bias))
+
+
+def transformer(
+    params: Params,
+    name: str,
+    image: Image,
+    memory: Memory,
+    heads: int,
+    config: UNetConfig,
+    implementation: Implementation,
+) -> Image:
+    """`unet.blocks` behind its norm; from the first cross-attention on for each context."""
+    x, _ = image
+    C, eps, scale = x.shape[-1], 1e-5, (x.shape[-1] // heads) ** -0.5
+    T = x.shape[1] * x.shape[2]
+    normed = normalized(params, f"{name}.norm", [image], config.groups, 1e-6, silu=False)
+    y = linear(params, f"{name}.project_in", normed.flatten(0, 2))
+
+    def norm(block: str, which: str) -> tuple[Tensor, Tensor]:
+        return params[f"{block}.{which}_norm.weight"], params[f"{block}.{which}_norm.bias"]
+
+    def attend(at: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        out = attention(q, k, v, scale=scale, implementation=implementation)
+        return linear(params, f"{at}.o", out.transpose(1, 2).flatten(2).flatten(0, 1))
+
+    y, inside = passes.add_norm(y, None, *norm(f"{name}.blocks.0", "self"), eps)
+    wide = y
+    for i in range(config.transformer_depth):
+        block = f"{name}.blocks.{i}"
+        at = f"{block}.self_attention"
+        qkv = linear(params, f"{at}.qkv", inside).unflatten(-1, (3, heads, -1))
+        q, k, v = qkv.unflatten(0, (-1, T)).unbind(2)
+        y, inside = passes.add_norm(y, attend(at, q, k, v), *norm(block, "cross"), eps)
+        at = f"{block}.cross_attention"
+        k, v = memory[at].unbind(2)
+        q = linear(params, f"{at}.q", inside).unflatten(-1, (heads, -1)).unflatten(0, (-1, T))
+        more = attend(at, passes.repeated(q, len(k)), k, v)
+        wide = more.new_empty(len(more), 5 * C)  # y beside the feed-forward's hidden layer
+        y, inside = passes.add_norm(y, more, *norm(block, "feed_forward"), eps, wide[:, :C])
+        passes.geglu(linear(params, f"{block}.feed_forward.up_gate", inside), wide[:, C:])
+        if i + 1 < config.transformer_depth:
+            more = linear(params, f"{block}.feed_forward.down", wide[:, C:])
+            y, inside = passes.add_norm(
+                y.contiguous(), more, *norm(f"{name}.blocks.{i + 1}", "self"), eps
+            )
+    y = F.linear(wide, params[f"{name}.out.weight"]).view(-1, *x.shape[1:])
+    return Image(*passes.add(y, params[f"{name}.out.bias"], x))
+
+
+def enlarge(params: Params, name: str, x: Tensor, like: Tensor) -> Image:
+    """x at the height and width of `like`, each pixel repeated, and its convolution."""
+    bias, size = params[f"{name}.bias"], like.shape[1:3]
+    if size == (2 * x.shape[1], 2 * x.shape[2]):
+        return Image(*passes.interleave(convolve(params[f"{name}.doubling"], x), bias))
+    x = F.interpolate(x.permute(0, 3, 1, 2), size, mode="nearest").permute(0, 2, 3, 1)
+    return Image(*passes.add(convolve(params[f"{name}.weight"], x), bias))
+
+
+@torch.no_grad()
+def predict(
+    config: UNetConfig,
+    params: Params,
+    x: Float[Tensor, "B C H W"],
+    t: Float[Tensor, "B"],
+    memory: Memory,
+    implementation: Implementation = "flash",
+) -> Float[Tensor, "N C H W"]:
+    """The prediction of `unet(config).apply` for x at time t and the contexts of `memory`.
+
+    Args:
+        params: of `prepare`, for the same implementation.
+        memory: of B contexts, or of several times as many (`unet.UNet`).
+
+    Raises:
+        ValueError: an x of other channels.
+    """
+    sizes = {"cosine_first": config.cosine_first, "frequency_shift": config.frequency_shift}
+    time = time_embedding(t, config.widths[0], dtype=x.dtype, **sizes)
+    time = F.silu(linear(params, "time.down", F.silu(linear(params, "time.up", time))))
+    names = resnet_names(config)
+    widths = [params[f"{name}.norm_out.weight"].shape[0] for name in names]
+    shifts = dict(zip(names, linear(params, "shifts", time).split(widths, -1), strict=True))
+    heads, options = transformer_heads(config), (config.groups, config.norm_eps)
+    skips: list[Image] = []
+
+    def run(level: str, image: Image, count: int, *, joined: bool, leaves: bool) -> Image:
+        for i in range(count):
+            images = [image, skips.pop()] if joined else [image]
+            name = f"{level}.resnets.{i}"
+            image = resnet(params, name, images, shifts[name], *options)
+            name = f"{level}.transformers.{i}"
+            if name in heads:
+                given = (memory, heads[name], config, implementation)
+                image = transformer(params, name, image, *given)
+            if leaves:
+                skips.append(image)
+        return image
+
+    y = convolve(params["input.weight"], x.permute(0, 2, 3, 1).contiguous())
+    image = Image(*passes.add(y, params["input.bias"]))
+    skips.append(image)
+    last = len(config.widths) - 1
+    for i in range(last + 1):
+        image = run(f"down.{i}", image, config.depth, joined=False, leaves=True)
+        if i < last:
+            y = convolve(params[f"down.{i}.shrink.weight"], image.x, stride=2)
+            image = Image(*passes.add(y, params[f"down.{i}.shrink.bias"]))
+            skips.append(image)
+    count = 2 if config.middle_attention else 1
+    image = run("middle", image, count, joined=False, leaves=False)
+    for i in range(last + 1):
+        image = run(f"up.{i}", image, config.depth + 1, joined=True, leaves=False)
+        if i < last:
+            image = enlarge(params, f"up.{i}.enlarge", image.x, skips[-1].x)
+    y = normalized(params, "output_norm", [image], *options)
+    y = convolve(params["output.weight"], y)
+    return (y + params["output.bias"]).permute(0, 3, 1, 2)
