@@ -88,9 +88,7 @@ def interleave(y: Tensor, bias: Tensor) -> tuple[Tensor, Sums]:
         return triton_image_passes.add(y, bias, None, doubled=True)
     B, H, W, C = y.shape[0], y.shape[1] - 1, y.shape[2] - 1, y.shape[3] // 4
     phases = y.unflatten(-1, (2, 2, C))
-    rows = [
-        torch.stack([phases[:, p : H + p, q : W + q, p, q] for q in (0, 1)], 3) for p in (0, 1)
-    ]
+    rows = [torch.stack([phases[:, p : H + p, q : W + q, p, q] for q in (0, 1)], 3) for p in (0, 1)]
     out = torch.stack(rows, 2).reshape(B, 2 * H, 2 * W, C) + bias
     return out, sums_of(out)
 

@@ -100,9 +100,7 @@ def affine_kernel(
     c = g * size + k
     there = (parts < PARTS) & own[None, :]
     n = tl.where(there, tl.minimum(P - parts * PART, PART).to(tl.float32), 0.0)
-    mean = load_two(
-        means, more_means, b, parts, c[None, :], there, C1, C, PARTS, FIRST, SECOND
-    )
+    mean = load_two(means, more_means, b, parts, c[None, :], there, C1, C, PARTS, FIRST, SECOND)
     square = load_two(
         squares, more_squares, b, parts, c[None, :], there, C1, C, PARTS, FIRST, SECOND
     )

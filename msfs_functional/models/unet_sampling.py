@@ -1,27 +1,21 @@
-"""The UNet for sampling: `unet`'s function, arranged for many calls with the same weights and prompt.
+"""The UNet for sampling: `unet`'s function, arranged for many calls with the same prompts.
 
     prepared = prepare(config, params)             # of the weights alone, once
     memory = memory_of(config, prepared, context)  # of the prompts, once for all steps
     y = predict(config, prepared, x, t, memory)    # unet(config).apply(params, x, t, context)
 
-The same sums, in another order, and without gradients:
+The same sums, in another order, and without gradients. To what `arranged` says of blocks it adds:
 
 - Keys and values of the prompts are not computed again at each step; the time's shifts of all
   ResNet blocks are one product, q, k and v one, up and gate one.
-- A convolution of an image whose pixels were doubled adds up the same pixels several times: by its
-  taps' sums it becomes four of 2 x 2 on the small image (`doubling`), 4 products where 9 were.
 - Between a feed-forward's last matrix and the projection out is no nonlinearity: one matrix.
-- What lies between products is one pass each, `msfs_kernels.image_passes`: joins are not written,
-  and norms find their sums made by who wrote the image. Nothing is compiled.
+- What lies between products is one pass each, and nothing is compiled.
 
 `unet` is the definition, which trains and transforms; tests hold the two equal.
 
 Dimension key: B images, N contexts, H height, W width, C channels, T pixels, S context tokens,
 X width of the context, K head dim.
 """
-
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,19 +24,14 @@ from msfs_kernels import image_passes as passes
 from torch import Tensor
 
 from msfs_functional.attention import Implementation, attention
+from msfs_functional.models import arranged
+from msfs_functional.models.arranged import Image, convolve, enlarge, normalized, resnet
 from msfs_functional.models.convolutions import linear
-from msfs_functional.models.denoising import check_call, lane, time_embedding
+from msfs_functional.models.denoising import lane, time_embedding
 from msfs_functional.models.unet import UNetConfig
 from msfs_functional.params import Params
 
 Memory = dict[str, Float[Tensor, "N S 2 heads K"]]
-
-
-class Image(NamedTuple):
-    """(B, H, W, C), and its sums for the norm after it."""
-
-    x: Tensor
-    sums: passes.Sums
 
 
 def suits(config: UNetConfig) -> bool:
@@ -77,22 +66,6 @@ def transformer_heads(config: UNetConfig) -> dict[str, int]:
     return found
 
 
-def doubling(weight: Float[Tensor, "O I 3 3"]) -> Float[Tensor, "4*O I 2 2"]:
-    """The kernel that does on an image what a 3 x 3 kernel does on it with every pixel doubled.
-
-    Along one side, taps w0 w1 w2 at pixel 2 i + p of the doubled image meet these of the small one:
-
-        p = 0    i - 1: w0         i: w1 + w2
-        p = 1        i: w0 + w1    i + 1: w2
-
-    So each of the 2 x 2 pixels (p, q) in place of one wants a kernel of 2 x 2; `interleave` puts
-    phase 2 p + q where it belongs.
-    """
-    taps = weight.new_tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]]).double()
-    phases = torch.einsum("pak,qbl,oikl->pqoiab", taps, taps, weight.double())
-    return phases.flatten(0, 2).to(weight.dtype)
-
-
 def padded(weight: Tensor, heads: int, width: int) -> Tensor:
     """Rows of each head, zeros added up to `width` (`denoising.lane`)."""
     weight = weight.unflatten(0, (heads, -1))
@@ -100,9 +73,7 @@ def padded(weight: Tensor, heads: int, width: int) -> Tensor:
 
 
 @torch.no_grad()
-def prepare(
-    config: UNetConfig, params: Params, implementation: Implementation = "flash"
-) -> Params:
+def prepare(config: UNetConfig, params: Params, implementation: Implementation = "flash") -> Params:
     """What `predict` reads, of the parameters of `unet(config)`; sums of them are made in float64.
 
     Raises:
@@ -112,16 +83,10 @@ def prepare(
         raise ValueError(
             f"{config} is no plain text-conditioned UNet: take unet(config).apply, which knows all"
         )
-    made, names = dict(params), resnet_names(config)
+    made, names = params | arranged.merged(params), resnet_names(config)
     bias = [params[f"{name}.time.bias"] + params[f"{name}.conv_in.bias"] for name in names]
     made["shifts.weight"] = torch.cat([params[f"{name}.time.weight"] for name in names])
     made["shifts.bias"] = torch.cat(bias)
-    for name in names:
-        if f"{name}.skip.weight" in params:
-            made[f"{name}.conv_out.bias"] = params[f"{name}.conv_out.bias"] + params[f"{name}.skip.bias"]
-    for name in [name for name in params if name.endswith(".enlarge.weight")]:
-        weight = doubling(params[name]).contiguous(memory_format=torch.channels_last)
-        made[name.replace("weight", "doubling")] = weight
     for transformer, heads in transformer_heads(config).items():
         width = params[f"{transformer}.norm.weight"].shape[0] // heads
         lanes = lane(width, params[f"{transformer}.norm.weight"], implementation)
@@ -145,9 +110,7 @@ def prepare(
 
 
 @torch.no_grad()
-def memory_of(
-    config: UNetConfig, prepared: Params, context: Float[Tensor, "N S X"]
-) -> Memory:
+def memory_of(config: UNetConfig, prepared: Params, context: Float[Tensor, "N S X"]) -> Memory:
     """Keys and values of N contexts in each cross-attention."""
     memory = {}
     for transformer, heads in transformer_heads(config).items():
@@ -156,49 +119,6 @@ def memory_of(
             both = linear(prepared, f"{name}.kv", context)
             memory[name] = both.unflatten(-1, (2, heads, -1))
     return memory
-
-
-def convolve(
-    weight: Tensor, x: Float[Tensor, "B H W C"], *, stride: int = 1, padding: int = 1
-) -> Float[Tensor, "B _ _ _"]:
-    y = F.conv2d(x.permute(0, 3, 1, 2), weight, stride=stride, padding=padding)
-    return y.permute(0, 2, 3, 1).contiguous()
-
-
-def normalized(
-    params: Params,
-    name: str,
-    images: Sequence[Image],
-    groups: int,
-    eps: float,
-    *,
-    shift: Tensor | None = None,
-    silu: bool = True,
-) -> Tensor:
-    """silu(GroupNorm(x + shift)) of images joined."""
-    gain, bias = params[f"{name}.weight"], params[f"{name}.bias"]
-    sums = [image.sums for image in images]
-    scale, offset = passes.affine(sums, gain, bias, shift, groups, eps)
-    return passes.scaled([image.x for image in images], scale, offset, silu=silu)
-
-
-def resnet(
-    params: Params, name: str, images: Sequence[Image], shift: Tensor, groups: int, eps: float
-) -> Image:
-    """`convolutions.resnet` of images joined; shift holds the bias of conv_in, too."""
-    y = normalized(params, f"{name}.norm_in", images, groups, eps)
-    y = convolve(params[f"{name}.conv_in.weight"], y)
-    image = Image(y, passes.sums_of(y))
-    y = normalized(params, f"{name}.norm_out", [image], groups, eps, shift=shift)
-    y = convolve(params[f"{name}.conv_out.weight"], y)
-    bias, skip = params[f"{name}.conv_out.bias"], params.get(f"{name}.skip.weight")
-    if skip is None:
-        return Image(*passes.add(y, bias, images[0].x))
-    widths = [image.x.shape[-1] for image in images]
-    for (x, _), part in zip(images, skip.flatten(1).split(widths, 1), strict=True):
-        for some in y.flatten(1, 2).split(len(x)):  # of fewer images each goes to several
-            some.flatten(0, 1).addmm_(x.flatten(0, 2), part.T)
-    return Image(*passes.add(y, bias))
 
 
 def transformer(
@@ -247,15 +167,6 @@ def transformer(
             )
     y = F.linear(wide, params[f"{name}.out.weight"]).view(-1, *x.shape[1:])
     return Image(*passes.add(y, params[f"{name}.out.bias"], x))
-
-
-def enlarge(params: Params, name: str, x: Tensor, like: Tensor) -> Image:
-    """x at the height and width of `like`, each pixel repeated, and its convolution."""
-    bias, size = params[f"{name}.bias"], like.shape[1:3]
-    if size == (2 * x.shape[1], 2 * x.shape[2]):
-        return Image(*passes.interleave(convolve(params[f"{name}.doubling"], x), bias))
-    x = F.interpolate(x.permute(0, 3, 1, 2), size, mode="nearest").permute(0, 2, 3, 1)
-    return Image(*passes.add(convolve(params[f"{name}.weight"], x), bias))
 
 
 @torch.no_grad()
@@ -313,7 +224,7 @@ def predict(
     for i in range(last + 1):
         image = run(f"up.{i}", image, config.depth + 1, joined=True, leaves=False)
         if i < last:
-            image = enlarge(params, f"up.{i}.enlarge", image.x, skips[-1].x)
+            image = enlarge(params, f"up.{i}.enlarge", image.x, skips[-1].x.shape[1:3])
     y = normalized(params, "output_norm", [image], *options)
     y = convolve(params["output.weight"], y)
     return (y + params["output.bias"]).permute(0, 3, 1, 2)

@@ -75,7 +75,9 @@ def normed(sizes, groups, shifts, added, phases):
         (((12, 5, 4),), 3, 0, False, True),
     ),
 )
-def test_norms_by_sums_that_were_left_are_the_formula_s(on_kernels, sizes, groups, shifts, added, phases):  # fmt: skip
+def test_norms_by_sums_that_were_left_are_the_formula_s(
+    on_kernels, sizes, groups, shifts, added, phases
+):
     on_kernels(normed, sizes, groups, shifts, added, phases)
 
 
