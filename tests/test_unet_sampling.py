@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from msfs_kernels import doubled
 
 from msfs_functional import random, stable_diffusion
 from msfs_functional.models import arranged, decoder_sampling, unet_sampling
@@ -78,7 +79,7 @@ def test_arranged_decoder_is_the_decoder(mixed):
 
 def test_doubled_pixels_are_convolved_as_four_windows_of_two():
     x, weight = some(2, 3, 5, 4, seed=0).double(), some(6, 3, 3, 3, seed=1).double()
-    params = {"up.bias": some(6, seed=2).double(), "up.doubling": arranged.doubling(weight)}
+    params = {"up.bias": some(6, seed=2).double(), "up.doubling": doubled.kernel(weight)}
     image, _ = arranged.enlarge(params, "up", x.permute(0, 2, 3, 1).contiguous(), (10, 8))
     expected = F.conv2d(x.repeat_interleave(2, 2).repeat_interleave(2, 3), weight, padding=1)
     expected = expected + params["up.bias"][:, None, None]

@@ -4,8 +4,8 @@
     image = resnet(params, "down.0.resnets.0", [image, skip], shift, groups, eps)
 
 - Norms find their sums made, and joins are never written (`msfs_kernels.image_passes`).
-- A convolution of an image whose pixels were doubled adds up the same pixels several times: by its
-  taps' sums it becomes four of 2 x 2 on the small image (`doubling`), 4 products where 9 were.
+- A convolution of an image whose pixels were doubled is one of 2 x 2 on the small image, whose
+  kernel is made once (`msfs_kernels.doubled`).
 
 Parameters are named by their whole path. `merged` makes those that are sums of others.
 
@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from msfs_kernels import doubled
 from msfs_kernels import image_passes as passes
 from torch import Tensor
 
@@ -31,22 +32,6 @@ class Image(NamedTuple):
     sums: passes.Sums
 
 
-def doubling(weight: Float[Tensor, "O I 3 3"]) -> Float[Tensor, "4*O I 2 2"]:
-    """The kernel that does on an image what a 3 x 3 kernel does on it with every pixel doubled.
-
-    Along one side, taps w0 w1 w2 at pixel 2 i + p of the doubled image meet these of the small one:
-
-        p = 0    i - 1: w0         i: w1 + w2
-        p = 1        i: w0 + w1    i + 1: w2
-
-    So each of the 2 x 2 pixels (p, q) in place of one wants a kernel of 2 x 2; `interleave` puts
-    phase 2 p + q where it belongs.
-    """
-    taps = weight.new_tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]]).double()
-    phases = torch.einsum("pak,qbl,oikl->pqoiab", taps, taps, weight.double())
-    return phases.flatten(0, 2).to(weight.dtype)
-
-
 def merged(params: Params) -> Params:
     """What the blocks here read beside the parameters themselves."""
     made = {}
@@ -55,7 +40,7 @@ def merged(params: Params) -> Params:
             out = name.replace("skip", "conv_out")
             made[out] = params[out] + params[name]
         if name.endswith(".enlarge.weight"):
-            weight = doubling(params[name]).contiguous(memory_format=torch.channels_last)
+            weight = doubled.kernel(params[name]).contiguous(memory_format=torch.channels_last)
             made[name.replace("weight", "doubling")] = weight
     return made
 
