@@ -27,7 +27,7 @@ SCALED_TILE = {"BP": 32, "BC": 128, "num_warps": 4}
 GEGLU_TILE = {"BR": 8, "BF": 256, "num_warps": 4}
 
 
-@triton.jit(do_not_specialize=["PART"])
+@triton.jit(do_not_specialize=["W", "IMAGES", "PART"])
 def add_kernel(
     y, bias, x, out, means, squares, P, C, W, IMAGES, PART, DOUBLED: tl.constexpr,
     BP: tl.constexpr, BC: tl.constexpr,
