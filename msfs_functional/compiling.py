@@ -23,6 +23,7 @@ S = TypeVar("S")
 def inductor_options() -> dict[str, Any]:
     """What differs from Inductor's defaults in a training step."""
     from msfs_functional.epilogues import InTurn, ReluInProducts
+    from msfs_functional.gelu_in_products import GeluInProducts
     from msfs_functional.joined_gradients import GradientsSideBySide
     from msfs_functional.member_layers import MemberLayers
     from msfs_functional.member_sums import MemberSums
@@ -32,10 +33,13 @@ def inductor_options() -> dict[str, Any]:
     passes = (
         ReluInProducts(), MemberLayers(), GradientsSideBySide(), TransposedProducts(), MemberSums()
     )  # fmt: skip
+    if "gelu" in os.environ.get("MSFS_TRY", ""):
+        passes = (*passes, GeluInProducts())
     return {
         # Left on, a layer norm's gradients over input and weights share one kernel that sums in two
         # orders: on an H200, for 32,768 rows of 512, 176 microseconds where two kernels take 81.
         "triton.mix_order_reduction": False,
+        **({"combo_kernels": True} if "combo" in os.environ.get("MSFS_TRY", "") else {}),
         "joint_custom_pre_pass": InTurn(*passes),
         "post_grad_custom_pre_pass": TanhAsSigmoid(),
     }

@@ -1,4 +1,4 @@
-"""Matrix products by cuBLASLt with what torch has no name for: a GELU, or its derivative, at the end.
+"""Matrix products by cuBLASLt with what torch has no name for: a GELU or its derivative at the end.
 
 torch's own products go through the same library; this file calls the copy that torch has loaded,
 through its C interface. Matrices are row-major here and column-major there, so that
@@ -17,10 +17,11 @@ from torch import Tensor
 
 TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}  # cudaDataType
 COMPUTE_32F = 68  # products and sums in float32
-TRANSA, TRANSB, EPILOGUE, BIAS, AUX, AUX_LD, BIAS_TYPE = 3, 4, 7, 8, 11, 12, 26  # of a product
+TRANSA, TRANSB, EPILOGUE, BIAS, AUX, AUX_LD = 3, 4, 7, 8, 11, 12  # of a product
 WORKSPACE = 1  # of a preference
 WORKSPACE_BYTES = 32 * 2**20
 PLAIN, GELU, DGELU = 1, 32 | 128, 64 | 128  # epilogues; the latter two with a matrix beside `out`
+GELU_BIAS = GELU | 4
 
 
 class Heuristic(ctypes.Structure):
@@ -136,16 +137,24 @@ def make_plan(a: Tensor, b: Tensor, out: Tensor, epilogue: int, count: int = 1) 
 
 
 def run(
-    plan: Plan, a: Tensor, b: Tensor, out: Tensor, beside: Tensor | None = None, choice: int = 0
+    plan: Plan,
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    beside: Tensor | None = None,
+    bias: Tensor | None = None,
+    choice: int = 0,
 ) -> None:
     """out = epilogue(a b), on the current stream.
 
     Args:
         beside: what an epilogue writes (GELU: a b itself) or reads (DGELU: what GELU was taken of).
+        bias: (N,), which GELU_BIAS adds first.
     """
     lt, chosen = library(), plan.choices[choice]
-    if beside is not None:
-        set_attribute(lt, plan.product, AUX, ctypes.c_void_p(beside.data_ptr()))
+    for name, x in ((AUX, beside), (BIAS, bias)):
+        if x is not None:
+            set_attribute(lt, plan.product, name, ctypes.c_void_p(x.data_ptr()))
     space = torch.empty(chosen.workspace, dtype=torch.uint8, device=a.device)
     one, zero = ctypes.c_float(1), ctypes.c_float(0)
     place = ctypes.c_void_p(out.data_ptr())

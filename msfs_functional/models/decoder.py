@@ -12,17 +12,19 @@ Dimension key: B batch, T tokens, D width, G key heads, K head dim, V vocabulary
 
 import functools
 import math
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Int64
+from msfs_kernels.sum_norm import sum_norm
 from torch import Tensor, nn
 
 from msfs_functional import random
 from msfs_functional.attention import Implementation
-from msfs_functional.layers import Embedding, site_keys
+from msfs_functional.layers import Embedding, on_gpu_alone, site_keys
 from msfs_functional.models.decoder_block import (
     AttentionFn,
     BlockFn,
@@ -30,6 +32,7 @@ from msfs_functional.models.decoder_block import (
     Terms,
     attention_by,
     block,
+    gain_of,
     normalize,
     whole,
     within,
@@ -362,7 +365,16 @@ class Decoder(nn.Module):
         return random.dropout(key, x, self.config.dropout)
 
     def _final(self, x: Tensor | Terms) -> Tensor:
-        return normalize(dict(self.norm.named_parameters("norm")), "norm", whole(x), self.config)
+        config, gain = self.config, self.norm.weight
+        if (
+            isinstance(x, tuple)
+            and not config.norm_bias
+            and on_gpu_alone(*x, gain)
+            and "norm" in os.environ.get("MSFS_TRY", "")
+        ):
+            gain = gain_of(gain, config) if config.norm_offset else gain
+            return sum_norm(*x, gain, config.norm_eps, config.norm == "layer")
+        return normalize(dict(self.norm.named_parameters("norm")), "norm", whole(x), config)
 
     def _contexts(
         self,
