@@ -1,6 +1,6 @@
 """The norm of a sum of two terms, and its gradient, one pass over memory each.
 
-    x = a + b        y = (x - m) r g        m = mean(x) (RMSNorm: 0), r = (mean((x - m)^2) + eps)^(-1/2)
+    x = a + b     y = (x - m) r g     m = mean(x) (RMSNorm: 0), r = 1 / sqrt(mean((x - m)^2) + eps)
 
 Apart, the addition, the norm, and in the backward the gradients of input and gain would each read x
 again. x itself is never written; sums are in float32.
