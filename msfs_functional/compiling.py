@@ -33,6 +33,10 @@ def inductor_options() -> dict[str, Any]:
     passes = (
         ReluInProducts(), MemberLayers(), GradientsSideBySide(), TransposedProducts(), MemberSums()
     )  # fmt: skip
+    if "gains" in os.environ.get("MSFS_TRY", ""):
+        from msfs_functional.gains_at_once import GainsAtOnce
+
+        passes = (*passes, GainsAtOnce())
     if "gelu" in os.environ.get("MSFS_TRY", ""):
         passes = (*passes, GeluInProducts())
     return {
