@@ -27,6 +27,7 @@ def inductor_options() -> dict[str, Any]:
     from msfs_functional.joined_gradients import GradientsSideBySide
     from msfs_functional.member_layers import MemberLayers
     from msfs_functional.member_sums import MemberSums
+    from msfs_functional.searched_products import SearchedProducts
     from msfs_functional.tanh_as_sigmoid import TanhAsSigmoid
     from msfs_functional.transposed_products import TransposedProducts
 
@@ -45,7 +46,10 @@ def inductor_options() -> dict[str, Any]:
         "triton.mix_order_reduction": False,
         **({"combo_kernels": True} if "combo" in os.environ.get("MSFS_TRY", "") else {}),
         "joint_custom_pre_pass": InTurn(*passes),
-        "post_grad_custom_pre_pass": TanhAsSigmoid(),
+        "post_grad_custom_pre_pass": InTurn(
+            TanhAsSigmoid(),
+            *([SearchedProducts()] if "search" in os.environ.get("MSFS_TRY", "") else []),
+        ),
     }
 
 

@@ -10,7 +10,9 @@ whose factors change places. Source: NVIDIA, cuBLAS 13, "cublasLt API".
 
 import ctypes
 import functools
-from typing import Any, NamedTuple
+import os
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ COMPUTE_32F = 68  # products and sums in float32
 TRANSA, TRANSB, EPILOGUE, BIAS, AUX, AUX_LD = 3, 4, 7, 8, 11, 12  # of a product
 WORKSPACE = 1  # of a preference
 WORKSPACE_BYTES = 32 * 2**20
+REPEATS, MARGIN = 4, 1.02  # of measuring
 PLAIN, GELU, DGELU = 1, 32 | 128, 64 | 128  # epilogues; the latter two with a matrix beside `out`
 GELU_BIAS = GELU | 4
 
@@ -53,12 +56,14 @@ def check(status: int, what: str) -> None:
         raise RuntimeError(f"cuBLASLt: {what} returned status {status}")
 
 
-class Plan(NamedTuple):
+@dataclass
+class Plan:
     """A product of one shape, ready to be called."""
 
     product: Any  # cublasLtMatmulDesc_t
     layouts: tuple[Any, Any, Any]  # of b, a and out, as cuBLASLt sees them
     choices: tuple[Heuristic, ...]  # algorithms, the most promising first
+    chosen: int | None = None  # which of them was the fastest; None: not measured yet
 
 
 def transposed(x: Tensor) -> bool:
@@ -101,7 +106,7 @@ def handle_of(device: torch.device) -> Any:
         return ctypes.c_void_p(torch.cuda.current_blas_handle())
 
 
-def make_plan(a: Tensor, b: Tensor, out: Tensor, epilogue: int, count: int = 1) -> Plan | None:
+def make_plan(a: Tensor, b: Tensor, out: Tensor, epilogue: int, count: int = 8) -> Plan | None:
     """The product of matrices that lie like these; None where cuBLASLt knows none."""
     lt = library()
     if lt is None:
@@ -143,14 +148,19 @@ def run(
     out: Tensor,
     beside: Tensor | None = None,
     bias: Tensor | None = None,
-    choice: int = 0,
+    choice: int | None = None,
 ) -> None:
     """out = epilogue(a b), on the current stream.
 
     Args:
         beside: what an epilogue writes (GELU: a b itself) or reads (DGELU: what GELU was taken of).
         bias: (N,), which GELU_BIAS adds first.
+        choice: of the plan's algorithms; default: the fastest, which the first call measures.
     """
+    if choice is None and plan.chosen is None and not torch.cuda.is_current_stream_capturing():
+        plan.chosen = fastest(plan, a, b, out, beside, bias)
+    if choice is None:
+        choice = plan.chosen or 0
     lt, chosen = library(), plan.choices[choice]
     for name, x in ((AUX, beside), (BIAS, bias)):
         if x is not None:
@@ -177,3 +187,42 @@ def run(
         ctypes.c_void_p(torch.cuda.current_stream(a.device).cuda_stream),
     )
     check(status, "a product")
+
+
+def fastest(plan: Plan, *tensors: Tensor | None) -> int:
+    """The first of the plan's algorithms that is at most MARGIN slower than the best: what they are
+    asked in is their order, so that it is the same one each time unless they are very close."""
+    times = []
+    for choice in range(len(plan.choices)):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for i in range(1 + REPEATS):
+            if i == 1:
+                start.record()
+            run(plan, *tensors, choice=choice)  # pyright: ignore[reportArgumentType]
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / REPEATS)
+    if os.environ.get("MSFS_SAY"):
+        said = " ".join(
+            f"{1e3 * t:.0f}:{config(one)}" for t, one in zip(times, plan.choices, strict=True)
+        )
+        shapes = [(tuple(x.shape), x.stride()) for x in tensors[:2] if x is not None]
+        print(f"cuBLASLt {shapes} {said}", flush=True)
+    return next(i for i, time in enumerate(times) if time <= MARGIN * min(times))
+
+
+def config(one: Heuristic) -> str:
+    """tile/stages/split/swizzle/custom/inner/cluster of an algorithm"""
+    lt, found = library(), []
+    for name in (1, 6, 2, 4, 5, 7, 8):
+        value, size = ctypes.c_uint32(0), ctypes.c_size_t(0)
+        width = 2 if name in (7, 8) else 4
+        lt.cublasLtMatmulAlgoConfigGetAttribute(
+            ctypes.byref(one.algorithm),
+            name,
+            ctypes.byref(value),
+            ctypes.c_size_t(width),
+            ctypes.byref(size),
+        )
+        found.append(str(value.value))
+    return "/".join(found)

@@ -10,15 +10,12 @@ the formulas.
 Dimension key: M rows, K inner, N columns. Source: Hendrycks and Gimpel 2016, section 2.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import cublaslt
-
-PLANS: dict[Any, Any] = {}  # by how the matrices lie; None where cuBLASLt has no such product
+from .product import planned
 
 
 @torch.library.custom_op("msfs_kernels::product_gelu", mutates_args=())
@@ -66,29 +63,3 @@ def product_gelu_gradient(a: Tensor, b: Tensor, h: Tensor) -> Tensor:
 @product_gelu_gradient.register_fake
 def _(a: Tensor, b: Tensor, h: Tensor) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[1])
-
-
-def planned(a: Tensor, b: Tensor, epilogue: int) -> Any:
-    """cuBLASLt's plan for matrices that lie like these, or None."""
-    if not fits(a, b):
-        return None
-    key = a.device, a.dtype, epilogue, a.shape, a.stride(), b.shape, b.stride()
-    if key not in PLANS:
-        out = a.new_empty(a.shape[0], b.shape[1])
-        PLANS[key] = cublaslt.make_plan(a, b, out, epilogue)
-    return PLANS[key]
-
-
-def fits(a: Tensor, b: Tensor) -> bool:
-    """16 bits on Hopper, rows of whole 16 bytes at such addresses, and something to do."""
-    if not a.is_cuda or a.itemsize != 2 or a.numel() == 0 or b.numel() == 0:
-        return False
-    if torch.cuda.get_device_capability(a.device)[0] != 9 or b.shape[1] % 8:
-        return False
-    return all(
-        1 in x.stride()
-        and max(x.stride()) % 8 == 0
-        and max(x.stride()) >= min(x.shape)
-        and x.data_ptr() % 16 == 0
-        for x in (a, b)
-    )

@@ -73,20 +73,25 @@ def joint_kernel(found, out, parts, n, D, CHUNK: tl.constexpr, COLUMNS: tl.const
     began = (tl.load(found + start - 1, mask=chunk > 0, other=-1) != token) | (
         tl.load(found + start) != token
     )
-    k = chunk + 1
-    on = began & (tl.load(found + k * CHUNK) == token)
-    if on:
-        total = tl.load(
-            parts + (chunk.to(tl.int64) * 2 + 1) * D + column, mask=column < D, other=0.0
-        )
-        while on:
-            total += tl.load(parts + k.to(tl.int64) * 2 * D + column, mask=column < D, other=0.0)
-            k += 1
-            # The token goes on beyond chunk k - 1 if k begins with it.
-            on = tl.load(found + k * CHUNK, mask=k * CHUNK < n, other=-1) == token
-        tl.store(
-            out + token.to(tl.int64) * D + column, total.to(out.dtype.element_ty), mask=column < D
-        )
+    low = start + CHUNK
+    if began & (tl.load(found + low) == token):
+        # The token's items end before `low`, found by halving what is left.
+        high = n
+        for _ in range(32):
+            inside = low < high
+            middle = (low + high) // 2
+            here = tl.load(found + middle, mask=inside, other=0)
+            up = inside & (here <= token)
+            high = tl.where(inside & (here > token), middle, high)
+            low = tl.where(up, middle + 1, low)
+        part = parts + (chunk.to(tl.int64) * 2 + 1) * D + column
+        total = tl.load(part, mask=column < D, other=0.0)
+        part += D
+        for _ in range(chunk + 1, (low - 1) // CHUNK + 1):
+            total += tl.load(part, mask=column < D, other=0.0)
+            part += 2 * D
+        to = out + token.to(tl.int64) * D + column
+        tl.store(to, total.to(out.dtype.element_ty), mask=column < D)
 
 
 def plan_chunks(grad: Tensor, found: Tensor, order: Tensor, out: Tensor, parts: Tensor) -> Launch:

@@ -1,4 +1,4 @@
-"""The Triton kernels of `scaled_columns`: whole rows, several at a time, of one matrix or the other."""
+"""The Triton kernels of `scaled_columns`: whole rows, several at a time, of either matrix."""
 
 # Device functions are Python to pyright: tiles, constants and pointers have no types of theirs.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
