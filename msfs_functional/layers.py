@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Int64
+from msfs_kernels import ahead
+from msfs_kernels.embedding_gradient import embedding_gradient
 from torch import Tensor, nn
 
 from msfs_functional import random
@@ -131,12 +133,12 @@ class _SortedLookup(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, tokens: Tensor) -> Tensor:  # pyright: ignore
         ctx.save_for_backward(tokens)
         ctx.rows = weight.shape[0]
-        return F.embedding(tokens, weight)
+        rows = F.embedding(tokens, weight)
+        ahead.expect(embedding_gradient, (rows.flatten(0, -2), tokens.flatten(), ctx.rows))
+        return rows
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
-        from msfs_kernels.embedding_gradient import embedding_gradient
-
         (tokens,), rows = ctx.saved_tensors, ctx.rows
         if torch.is_grad_enabled():  # it is differentiated itself
             return torch.ops.aten.embedding_dense_backward(grad, tokens, rows, -1, False), None

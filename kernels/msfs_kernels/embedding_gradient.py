@@ -30,9 +30,7 @@ def embedding_gradient(grad: Tensor, tokens: Tensor, rows: int) -> Tensor:
         return out
     found, order = torch.sort(tokens.to(torch.int32), stable=True)
     parts = torch.empty(-(-n // CHUNK), 2, D, dtype=torch.float32, device=grad.device)
-    plans = [plan_chunks(grad.contiguous(), found, order, out, parts)]
+    plan_chunks(grad.contiguous(), found, order, out, parts).run()
     if len(parts) > 1:
-        plans.append(plan_joints(found, out, parts))
-    for plan in plans:
-        plan.kernel[plan.grid](*plan.args, **plan.constants)
+        plan_joints(found, out, parts).run()
     return out

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import ahead
+
 PROGRAMS = 528  # of the backward, at most: each adds up the gain's gradient over its rows
 
 
@@ -26,41 +28,56 @@ def formula(a: Tensor, b: Tensor, gain: Tensor, eps: float, centred: bool) -> Te
     return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * gain.to(wide)).to(a.dtype)
 
 
+def forward(a: Tensor, b: Tensor, gain: Tensor, eps: float, centred: bool) -> tuple[Tensor, Tensor]:
+    """y, and (2, n) float32: means (unless centred is false) and 1 / deviations."""
+    from .triton_sum_norm import plan_forward
+
+    y = torch.empty_like(a, memory_format=torch.contiguous_format)
+    moments = torch.empty(2, a.numel() // a.shape[-1], dtype=torch.float32, device=a.device)
+    plan_forward(a.contiguous(), b.contiguous(), gain.contiguous(), y, moments, eps, centred).run()
+    return y, moments
+
+
+def backward(
+    dy: Tensor, a: Tensor, b: Tensor, gain: Tensor, moments: Tensor, centred: bool
+) -> tuple[Tensor, Tensor]:
+    """What flows back to a, which is that to b, and (P, D), whose sum over P flows to the gain."""
+    from .triton_sum_norm import plan_backward
+
+    dx = torch.empty_like(a, memory_format=torch.contiguous_format)
+    blocks = min(PROGRAMS, moments.shape[1])
+    sums = torch.empty(blocks, a.shape[-1], dtype=torch.float32, device=a.device)
+    given = dy.contiguous(), a.contiguous(), b.contiguous(), gain.contiguous()
+    plan_backward(*given, moments, dx, sums, centred).run()
+    return dx, sums
+
+
 class SumNorm(torch.autograd.Function):
     @staticmethod
     def forward(  # pyright: ignore
         ctx: Any, a: Tensor, b: Tensor, gain: Tensor, eps: float, centred: bool
     ) -> Tensor:
-        from .triton_sum_norm import plan_forward
-
-        a, b = a.contiguous(), b.contiguous()
-        y = torch.empty_like(a)
-        moments = torch.empty(2, a.numel() // a.shape[-1], dtype=torch.float32, device=a.device)
-        plan = plan_forward(a, b, gain.contiguous(), y, moments, eps, centred)
-        plan.kernel[plan.grid](*plan.args, **plan.constants)
+        y, moments = forward(a, b, gain, eps, centred)
         ctx.save_for_backward(a, b, gain, moments)
         ctx.options = eps, centred
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        from .triton_sum_norm import plan_backward
-
-        a, b, gain, moments = ctx.saved_tensors
+        *inputs, moments = ctx.saved_tensors
         if torch.is_grad_enabled():  # it is differentiated itself
-            inputs = [
-                x.detach().requires_grad_() if not x.requires_grad else x for x in (a, b, gain)
-            ]
+            inputs = [x if x.requires_grad else x.detach().requires_grad_() for x in inputs]
             y = formula(*inputs, *ctx.options)
             return *torch.autograd.grad(y, inputs, dy, create_graph=True), None, None
-        dx = torch.empty_like(a)
-        blocks = min(PROGRAMS, moments.shape[1])
-        sums = torch.empty(blocks, a.shape[-1], dtype=torch.float32, device=a.device)
-        plan = plan_backward(
-            dy.contiguous(), a, b, gain.contiguous(), moments, dx, sums, ctx.options[1]
-        )
-        plan.kernel[plan.grid](*plan.args, **plan.constants)
-        return dx, dx, sums.sum(0).to(gain.dtype), None, None
+        dx, sums = backward(dy, *inputs, moments, ctx.options[1])
+        return dx, dx, sums.sum(0).to(inputs[2].dtype), None, None
+
+
+def expect(x: Tensor, gain: Tensor, eps: float, centred: bool) -> None:
+    """Has the kernels compiled for terms like x, beside what else is to be compiled."""
+    ahead.expect(forward, (x, x, gain, eps, centred))
+    moments = torch.empty(2, x.numel() // x.shape[-1], dtype=torch.float32, device=x.device)
+    ahead.expect(backward, (x, x, x, gain, moments, centred))
 
 
 def sum_norm(a: Tensor, b: Tensor, gain: Tensor, eps: float, centred: bool) -> Tensor:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Int64
-from msfs_kernels.sum_norm import sum_norm
+from msfs_kernels import sum_norm
 from torch import Tensor, nn
 
 from msfs_functional import random
@@ -224,6 +224,8 @@ class Decoder(nn.Module):
         contexts = self._contexts(x, positions, implementation, mask, None, False)
         alone = around_block is None and active() is not None  # blocks compiled, each on its own
         x = self._start(x, positions, keys.pop(), apart=alone)
+        if self._sums_in_norm(x):
+            sum_norm.expect(x[0], *self._last_norm())
         for i, layer in enumerate(self.blocks):
             context = contexts[self.config.window(i)]
             x, _ = layer(x, keys[i], context, around_block=around_block)
@@ -365,16 +367,24 @@ class Decoder(nn.Module):
         return random.dropout(key, x, self.config.dropout)
 
     def _final(self, x: Tensor | Terms) -> Tensor:
-        config, gain = self.config, self.norm.weight
-        if (
+        if self._sums_in_norm(x):
+            return sum_norm.sum_norm(*x, *self._last_norm())
+        params = dict(self.norm.named_parameters("norm"))
+        return normalize(params, "norm", whole(x), self.config)
+
+    def _sums_in_norm(self, x: Tensor | Terms) -> bool:
+        """Whether a kernel adds the terms of x while it norms them."""
+        terms = (
             isinstance(x, tuple)
-            and not config.norm_bias
-            and on_gpu_alone(*x, gain)
+            and not self.config.norm_bias
             and "norm" in os.environ.get("MSFS_TRY", "")
-        ):
-            gain = gain_of(gain, config) if config.norm_offset else gain
-            return sum_norm(*x, gain, config.norm_eps, config.norm == "layer")
-        return normalize(dict(self.norm.named_parameters("norm")), "norm", whole(x), config)
+        )
+        return terms and on_gpu_alone(*x, self.norm.weight)
+
+    def _last_norm(self) -> tuple[Tensor, float, bool]:
+        config, gain = self.config, self.norm.weight
+        gain = gain_of(gain, config) if config.norm_offset else gain
+        return gain, config.norm_eps, config.norm == "layer"
 
     def _contexts(
         self,
