@@ -23,33 +23,24 @@ S = TypeVar("S")
 def inductor_options() -> dict[str, Any]:
     """What differs from Inductor's defaults in a training step."""
     from msfs_functional.epilogues import InTurn, ReluInProducts
+    from msfs_functional.gains_at_once import GainsAtOnce
     from msfs_functional.gelu_in_products import GeluInProducts
     from msfs_functional.joined_gradients import GradientsSideBySide
     from msfs_functional.member_layers import MemberLayers
     from msfs_functional.member_sums import MemberSums
-    from msfs_functional.searched_products import SearchedProducts
     from msfs_functional.tanh_as_sigmoid import TanhAsSigmoid
     from msfs_functional.transposed_products import TransposedProducts
 
     passes = (
-        ReluInProducts(), MemberLayers(), GradientsSideBySide(), TransposedProducts(), MemberSums()
+        ReluInProducts(), MemberLayers(), GradientsSideBySide(), TransposedProducts(), MemberSums(),
+        GainsAtOnce(), GeluInProducts(),
     )  # fmt: skip
-    if "gains" in os.environ.get("MSFS_TRY", ""):
-        from msfs_functional.gains_at_once import GainsAtOnce
-
-        passes = (*passes, GainsAtOnce())
-    if "gelu" in os.environ.get("MSFS_TRY", ""):
-        passes = (*passes, GeluInProducts())
     return {
         # Left on, a layer norm's gradients over input and weights share one kernel that sums in two
         # orders: on an H200, for 32,768 rows of 512, 176 microseconds where two kernels take 81.
         "triton.mix_order_reduction": False,
-        **({"combo_kernels": True} if "combo" in os.environ.get("MSFS_TRY", "") else {}),
         "joint_custom_pre_pass": InTurn(*passes),
-        "post_grad_custom_pre_pass": InTurn(
-            TanhAsSigmoid(),
-            *([SearchedProducts()] if "search" in os.environ.get("MSFS_TRY", "") else []),
-        ),
+        "post_grad_custom_pre_pass": TanhAsSigmoid(),
     }
 
 

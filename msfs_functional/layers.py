@@ -7,7 +7,6 @@ Dimension key: ... batch dims, T queries, S keys, D width, H heads, K head dim, 
 """
 
 import math
-import os
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -170,12 +169,7 @@ def lookup(weight: Float[Tensor, "V D"], tokens: Int[Tensor, "..."]) -> Float[Te
     """
     compiling = torch.compiler.is_compiling()
     if not compiling and not mapped():
-        if (
-            weight.requires_grad
-            and tokens.ndim
-            and on_gpu_alone(weight)
-            and "embed" in os.environ.get("MSFS_TRY", "")
-        ):
+        if weight.requires_grad and tokens.ndim and on_gpu_alone(weight):
             rows: Any = _SortedLookup.apply(weight, tokens)
             return rows
         return F.embedding(tokens, weight)

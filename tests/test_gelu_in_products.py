@@ -4,6 +4,7 @@ without a bias; what is not the pattern stays."""
 import pytest
 import torch
 import torch.nn.functional as F
+from msfs_kernels import cublaslt
 from msfs_kernels import gelu_product as kernel
 from torch._inductor.custom_graph_pass import get_hash_for_files
 
@@ -127,7 +128,7 @@ def test_on_a_gpu_the_epilogues_are_as_exact_as_separate_kernels(bias):
         make = lambda *s: torch.randn(s, generator=generator).to("cuda", dtype)  # noqa: E731, B023
         a, w, v, vector = make(272, 64), make(128, 64), make(64, 128), make(128)
         vector = vector if bias else None
-        assert kernel.planned(a, w.T, kernel.cublaslt.GELU) is not None
+        assert kernel.planned(a, w.T, cublaslt.GELU) is not None
         for b in (w.T, v):
             h, y = kernel.product_gelu(a, b, vector)
             dh = kernel.product_gelu_gradient(a, b, h)
@@ -144,3 +145,14 @@ def test_on_a_gpu_the_epilogues_are_as_exact_as_separate_kernels(bias):
                 (h, y, dh), plain, (exact_h, exact_y, exact_dh), strict=True
             ):
                 assert (mine - truth).abs().max() <= 2 * (theirs - truth).abs().max()
+
+
+def test_which_way_a_matrix_lies_and_where():
+    x = torch.empty(4, 6)
+    assert not cublaslt.transposed(x) and cublaslt.transposed(x.T)
+    assert not cublaslt.transposed(x[:, :3]) and cublaslt.transposed(x[:, :3].T)
+    with pytest.raises(ValueError, match="copy it"):
+        cublaslt.transposed(x[:, ::2])
+    flat = torch.empty(512, dtype=torch.uint8)
+    flat = flat[-flat.data_ptr() % 256 :]
+    assert [cublaslt.alignment(flat[i:]) for i in (0, 2, 16, 64)] == [256, 2, 16, 64]

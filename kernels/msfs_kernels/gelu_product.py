@@ -10,12 +10,16 @@ the formulas.
 Dimension key: M rows, K inner, N columns. Source: Hendrycks and Gimpel 2016, section 2.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import cublaslt
-from .product import planned
+
+MOST = 1024  # plans that are kept
+PLANS: dict[Any, cublaslt.Plan | None] = {}  # by epilogue and how the matrices lie
 
 
 @torch.library.custom_op("msfs_kernels::product_gelu", mutates_args=())
@@ -29,7 +33,7 @@ def product_gelu(a: Tensor, b: Tensor, bias: Tensor | None) -> tuple[Tensor, Ten
     """
     epilogue = cublaslt.GELU if bias is None else cublaslt.GELU_BIAS
     plan, h = planned(a, b, epilogue), a.new_empty(a.shape[0], b.shape[1])
-    if plan is not None and (bias is None or bias.is_contiguous()):
+    if plan is not None and (bias is None or whole_and_aligned(bias)):
         y = torch.empty_like(h)
         cublaslt.run(plan, a, b, y, h, bias)
         return h, y
@@ -53,7 +57,7 @@ def product_gelu_gradient(a: Tensor, b: Tensor, h: Tensor) -> Tensor:
         h: (M, N), of a's dtype.
     """
     plan = planned(a, b, cublaslt.DGELU)
-    if plan is not None and h.is_contiguous():
+    if plan is not None and whole_and_aligned(h):
         out = torch.empty_like(h)
         cublaslt.run(plan, a, b, out, h)
         return out
@@ -63,3 +67,36 @@ def product_gelu_gradient(a: Tensor, b: Tensor, h: Tensor) -> Tensor:
 @product_gelu_gradient.register_fake
 def _(a: Tensor, b: Tensor, h: Tensor) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[1])
+
+
+def planned(a: Tensor, b: Tensor, epilogue: int) -> cublaslt.Plan | None:
+    """cuBLASLt's plan for matrices that lie like these, or None."""
+    if not fits(a, b):
+        return None
+    ways = [(x.shape, x.stride(), cublaslt.alignment(x)) for x in (a, b)]
+    key = a.device, a.dtype, epilogue, *ways
+    if key not in PLANS:
+        if len(PLANS) == MOST:
+            PLANS.clear()
+        out = a.new_empty(a.shape[0], b.shape[1])
+        PLANS[key] = cublaslt.make_plan(a, b, out, epilogue)
+    return PLANS[key]
+
+
+def whole_and_aligned(x: Tensor) -> bool:
+    return x.is_contiguous() and cublaslt.alignment(x) >= 16
+
+
+def fits(a: Tensor, b: Tensor) -> bool:
+    """16 bits on Hopper, rows of whole 16 bytes at such addresses, and something to do."""
+    if not a.is_cuda or a.dtype not in cublaslt.TYPES or a.numel() == 0 or b.numel() == 0:
+        return False
+    if torch.cuda.get_device_capability(a.device)[0] != 9 or b.shape[1] % 8:
+        return False
+    return all(
+        1 in x.stride()
+        and max(x.stride()) % 8 == 0
+        and max(x.stride()) >= min(x.shape)
+        and cublaslt.alignment(x) >= 16
+        for x in (a, b)
+    )

@@ -24,14 +24,11 @@ Dimension key: M independent losses (members of an ensemble, mapped examples), N
 V vocabulary. Source of the chunking: Hsu et al. 2024 (Liger kernel), section 3.2.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from .product import product
 
 LIBRARY = torch.library.Library("msfs_kernels", "FRAGMENT")
 OPS = torch.ops.msfs_kernels
@@ -99,8 +96,6 @@ def chunks(hidden: Tensor, vocab: int) -> Iterator[slice]:
 
 def times(a: Tensor, b: Tensor) -> Tensor:
     """Batched a b; a single problem as the plain product, which is faster."""
-    if a.is_cuda and a.shape[0] == 1 and "search" in os.environ.get("MSFS_TRY", ""):
-        return product(a[0], b[0])[None]
     return (a[0] @ b[0])[None] if a.shape[0] == 1 else a @ b
 
 

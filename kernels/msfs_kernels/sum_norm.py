@@ -64,13 +64,13 @@ class SumNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        *inputs, moments = ctx.saved_tensors
+        a, b, gain, moments = ctx.saved_tensors
         if torch.is_grad_enabled():  # it is differentiated itself
-            inputs = [x if x.requires_grad else x.detach().requires_grad_() for x in inputs]
-            y = formula(*inputs, *ctx.options)
-            return *torch.autograd.grad(y, inputs, dy, create_graph=True), None, None
-        dx, sums = backward(dy, *inputs, moments, ctx.options[1])
-        return dx, dx, sums.sum(0).to(inputs[2].dtype), None, None
+            given = [x if x.requires_grad else x.detach().requires_grad_() for x in (a, b, gain)]
+            y = formula(given[0], given[1], given[2], *ctx.options)
+            return *torch.autograd.grad(y, given, dy, create_graph=True), None, None
+        dx, sums = backward(dy, a, b, gain, moments, ctx.options[1])
+        return dx, dx, sums.sum(0).to(gain.dtype), None, None
 
 
 def expect(x: Tensor, gain: Tensor, eps: float, centred: bool) -> None:

@@ -12,7 +12,6 @@ Dimension key: B batch, T tokens, D width, G key heads, K head dim, V vocabulary
 
 import functools
 import math
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -224,7 +223,7 @@ class Decoder(nn.Module):
         contexts = self._contexts(x, positions, implementation, mask, None, False)
         alone = around_block is None and active() is not None  # blocks compiled, each on its own
         x = self._start(x, positions, keys.pop(), apart=alone)
-        if self._sums_in_norm(x):
+        if isinstance(x, tuple) and self._adds_in_norm(x):
             sum_norm.expect(x[0], *self._last_norm())
         for i, layer in enumerate(self.blocks):
             context = contexts[self.config.window(i)]
@@ -367,19 +366,13 @@ class Decoder(nn.Module):
         return random.dropout(key, x, self.config.dropout)
 
     def _final(self, x: Tensor | Terms) -> Tensor:
-        if self._sums_in_norm(x):
-            return sum_norm.sum_norm(*x, *self._last_norm())
-        params = dict(self.norm.named_parameters("norm"))
-        return normalize(params, "norm", whole(x), self.config)
+        if isinstance(x, tuple) and self._adds_in_norm(x):
+            return sum_norm.sum_norm(x[0], x[1], *self._last_norm())
+        return normalize(dict(self.norm.named_parameters("norm")), "norm", whole(x), self.config)
 
-    def _sums_in_norm(self, x: Tensor | Terms) -> bool:
-        """Whether a kernel adds the terms of x while it norms them."""
-        terms = (
-            isinstance(x, tuple)
-            and not self.config.norm_bias
-            and "norm" in os.environ.get("MSFS_TRY", "")
-        )
-        return terms and on_gpu_alone(*x, self.norm.weight)
+    def _adds_in_norm(self, x: Terms) -> bool:
+        """Whether one kernel adds the terms of x and norms the sum."""
+        return not self.config.norm_bias and on_gpu_alone(*x, self.norm.weight)
 
     def _last_norm(self) -> tuple[Tensor, float, bool]:
         config, gain = self.config, self.norm.weight
