@@ -329,15 +329,18 @@ def draw(folder: Path) -> None:
             raise ValueError(f"no {path}: run bench_cifar.py {side} first")
         report = json.loads(path.read_text())
         seconds, fid = ([point[name] for point in report["curve"]] for name in ("seconds", "fid"))
-        how = "" if report["compiled"] else ", not compiled"
+        how = ", compiled" if report["compiled"] else ", eager"
         axes.plot(seconds, fid, "o-", label=f"{side}{how}: {fid[-1]:.2f}")
         grids.append(Image.open(folder / f"{side}.png").convert("RGB"))
     axes.set(xlabel="seconds of training, compiling included", yscale="log")
+    axes.set_yticks([1, 2, 5, 10, 20, 50], minor=False)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
     axes.set_ylabel(f"Frechet distance, {report['curve'][-1]['samples']:,} samples")
     about = f"{report['pictures']:,} pictures, {report['held_out']:,} others to compare with"
-    axes.set_title(f"{about}, one {report['card']}\n{report['features']}", fontsize=8)
+    axes.set_title(f"{about}, one {report['card']} each\n{report['features']}", fontsize=8)
     axes.legend()
-    figure.savefig(folder / "curve.png", dpi=100)
+    figure.savefig(folder / "curve.png", dpi=90)
     width, height = grids[0].size[0], min(128, grids[0].size[1])
     whole = Image.new("RGB", (width, 2 * height + 8), "white")
     for i, grid in enumerate(grids):
@@ -410,8 +413,8 @@ def main(config: Config) -> None:
             told = "  ".join(f"{name} {value:.5g}" for name, value in row.items())
             print(f"{config.side}  {told}", flush=True)
             (config.out / f"{config.side}.json").write_text(json.dumps(report, indent=1))
-        grid = images.grid(made[: 8 * len(names)], len(names))
-        images.save_png(grid, config.out / f"{config.side}.png")
+            grid = images.grid(made[: 8 * len(names)], len(names))
+            images.save_png(grid, config.out / f"{config.side}.png")
 
 
 if __name__ == "__main__":
