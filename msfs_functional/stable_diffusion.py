@@ -2,6 +2,7 @@
 
 model = load(folder)                              # diffusers' layout
 model = load_file("v1-5.safetensors", tokenizer)  # one file in the original layout
+save(folder, model)                               # in diffusers' layout
 images = text_to_image(model, ["a cat on the moon"], random.key(0))    # uint8 (B, H, W, 3)
 
 prompts -> token ids -> text tower -> context
@@ -10,6 +11,7 @@ image -> latents and noise -> the last steps of the same      (strength; repaint
 """
 
 import functools
+import json
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -50,6 +52,7 @@ from msfs_functional.published_process import (
     Spacing,
     read_process,
     steps_of,
+    write_process,
 )
 from msfs_functional.regions import Regions
 from msfs_functional.replay import replayed
@@ -137,6 +140,41 @@ def load_file(
         0 if open_clip else words.end,
     )
     return place(model, dtype, device)
+
+
+def save(folder: str | Path, model: StableDiffusion) -> None:
+    """Writes a folder that `load` and diffusers' StableDiffusionPipeline.from_pretrained read.
+
+    It has no safety checker, as a model that was never published with one.
+
+    Raises:
+        ValueError: the folder holds something already.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} must be a new or an empty folder: name another")
+    diffusers_format.save_unet(folder / "unet", *model.unet)
+    diffusers_format.save_autoencoder(folder / "vae", *model.autoencoder)
+    config, params = model.text
+    vision_format.save(folder / "text_encoder", config, params)
+    model.tokenizer.save(folder / "tokenizer", length=config.max_length, pad=model.pad)
+    process = write_process(model.process)
+    (folder / "scheduler").mkdir()
+    text = json.dumps(process, indent=2) + "\n"
+    (folder / "scheduler" / "scheduler_config.json").write_text(text, encoding="utf-8")
+    index: dict[str, Any] = {
+        "_class_name": "StableDiffusionPipeline",
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "scheduler": ["diffusers", process["_class_name"]],
+        "safety_checker": [None, None],
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+    }
+    text = json.dumps(index, indent=2) + "\n"
+    (folder / "model_index.json").write_text(text, encoding="utf-8")
 
 
 def place(

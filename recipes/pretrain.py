@@ -262,8 +262,11 @@ def make_train_step(config: Config, model: Functional, optimizer: optim.Transfor
         dynamic=False,  # all batches have one shape
         gradient=gradient,
     )
-    one_gpu = str(config.device).startswith("cuda") and agreement.world() == 1
-    return graphed(step) if one_gpu and config.train.compile else step
+    graph = config.train.graph
+    if graph is None:
+        one_gpu = str(config.device).startswith("cuda") and agreement.world() == 1
+        graph = one_gpu and config.train.compile
+    return graphed(step) if graph else step
 
 
 def train(config: Config, watchdog: Watchdog) -> None:
@@ -286,7 +289,8 @@ def train(config: Config, watchdog: Watchdog) -> None:
         share = meshes.data_rank(on)
         layout = DECODER_BY_TOKENS if config.mesh.sequence else DECODER
         dtype = getattr(torch, str(config.dtype))
-        model = sharded(plain, layout, on, dtype=dtype, reduce_dtype=torch.float32)
+        how: Any = {"reduce_dtype": torch.float32, "transport": config.mesh.transport}
+        model = sharded(plain, layout, on, dtype=dtype, **how)
     with agreement.together():
         stream = make_batches(config, corpus, tokenizer, share)
         if saved:

@@ -7,10 +7,12 @@ import collections
 import dataclasses
 import functools
 import re
+import tempfile
 
 import optree
 import pytest
 import torch
+import torch.distributed as dist
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from ranks import DEVICE, mesh
 from torch._dynamo.backends.common import aot_autograd
@@ -23,6 +25,7 @@ from msfs_functional import (
     context_parallel,
     optim,
     overlap,
+    peer_copies,
     random,
     sharding,
 )
@@ -343,6 +346,74 @@ def gradients_of_the_output_are_summed_before_those_of_blocks():
         model.gradient(loss_fn, model.init(0), [call])
     blocks = [{f"blocks.{i}"} for i in reversed(range(config.depth))]
     assert seen == [{"norm", "output"}, *blocks, {"embedding"}], seen
+
+
+class SeenByAll:
+    """torch's symmetric memory for CPUs: files that the ranks of this machine map."""
+
+    folder = ""
+
+    @staticmethod
+    def empty(n, dtype, device):
+        """Known by its number: all ranks make the same in the same order."""
+        path = SeenByAll.file(len(SeenByAll.made), dist.get_rank())
+        SeenByAll.made.append(torch.from_file(path, shared=True, size=n, dtype=dtype).fill_(0.25))
+        return SeenByAll.made[-1]
+
+    @staticmethod
+    def file(number, rank):
+        return f"{SeenByAll.folder}/{number}.{rank}"
+
+    def __init__(self, x, group):
+        self.number = [x is y for y in SeenByAll.made].index(True)
+        self.barrier(0)
+
+    def barrier(self, channel):
+        dist.barrier()
+
+    def get_buffer(self, rank, shape, dtype):
+        path = self.file(self.number, rank)
+        return torch.from_file(path, shared=True, size=shape.numel(), dtype=dtype)
+
+
+def transports_agree():
+    """Copies between ranks give what collectives give, of shards of uneven sizes too."""
+    config, on = dataclasses.replace(UNNORMED, depth=3, tied=False), mesh(dp_shard=2)
+    plain, call = decoder(config), (share(batches(1)[0], on), random.key(0))
+
+    def gradient(transport, dtype, steps):
+        model = sharded(plain, DECODER, on, dtype=dtype, transport=transport)
+        assert model.transport == transport
+        loss_fn, params = gathered(functools.partial(next_token, model), model), model.init(0)
+        for _ in range(steps):
+            (loss, _), grads = model.gradient(loss_fn, params, [call])
+            params = {name: p - grads[name] for name, p in params.items()}
+        return loss, grads
+
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE == "cpu":
+            with pytest.raises(ValueError, match=r'"copies": copies are for GPUs, .* of cpu'):
+                sharded(plain, DECODER, on, transport="copies")
+            assert sharded(plain, DECODER, on).transport == "collectives"
+            group = on.get_group("dp_shard").group_name
+            patch.setattr(peer_copies, "sees", lambda a, b: False)
+            for ranks, said in ((2, "GPU 0 cannot reach the memory of GPU 1"), (1, "on 2 hosts")):
+                patch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+                assert said in (peer_copies.why_not([group], "cuda") or "")
+            patch.setattr(peer_copies, "why_not", lambda groups, device: None)
+            SeenByAll.folder = agreement.from_all(tempfile.mkdtemp())[0]
+            SeenByAll.made = []
+            patch.setattr(peer_copies, "symmetric", SeenByAll)
+            patch.setattr(SeenByAll, "rendezvous", SeenByAll, raising=False)
+        else:
+            patch.setenv("LOCAL_WORLD_SIZE", "2")
+        for dtype in (None, torch.bfloat16):
+            (loss, grads), want = (gradient(t, dtype, 2) for t in ("copies", "collectives"))
+            assert torch.equal(loss, want[0])
+            for name, g in grads.items():  # of two ranks there is one order of adding
+                assert torch.equal(g.to_local(), want[1][name].to_local()), name
+    assert peer_copies.shared_bytes() > 0
+    peer_copies.forget()
 
 
 def products_in_bfloat16_are_summed_in_float32():
@@ -670,6 +741,7 @@ TWO = [
     accumulated_microbatches,
     overlapped_gathers_and_sums,
     gradients_of_the_output_are_summed_before_those_of_blocks,
+    transports_agree,
     products_in_bfloat16_are_summed_in_float32,
     gradients_are_reduced_once_a_step,
     factored_optimizer,
@@ -687,6 +759,7 @@ TWO = [
 GPUS = [
     shards_are_cut_from_the_unsharded_init,
     overlapped_gathers_and_sums,
+    transports_agree,
     context_parallelism,
     vocabulary_parallel,
     sequence_parallel,
