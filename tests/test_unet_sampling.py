@@ -1,5 +1,7 @@
 """The arrangements for sampling: the numbers of the networks that they arrange."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -92,18 +94,21 @@ def test_configurations_that_are_not_arranged_are_refused():
         unet_sampling.prepare(config, {})
 
 
-def test_images_of_an_arranged_model_are_the_model_s_and_see_new_parameters(monkeypatch):
-    config = UNETS["two levels"]
+def tiny_model(config: UNetConfig) -> stable_diffusion.StableDiffusion:
     decoder = AutoencoderConfig(widths=(8, 16), depth=1, groups=4)
-    nothing = None
-    model = stable_diffusion.StableDiffusion(
+    nothing: Any = None
+    return stable_diffusion.StableDiffusion(
         (config, trained(unet(config))),
         (decoder, trained(autoencoder(decoder))),
-        nothing,  # pyright: ignore[reportArgumentType]
-        nothing,  # pyright: ignore[reportArgumentType]
+        (nothing, {}),
+        nothing,
         stable_diffusion.read_process({"beta_schedule": "scaled_linear"}),
         0,
     )
+
+
+def test_images_of_an_arranged_model_are_the_model_s_and_see_new_parameters(monkeypatch):
+    model = tiny_model(UNETS["two levels"])
     given = (model, some(2, 5, 12, seed=1), some(2, 5, 12, seed=2), random.key(0))
 
     def both() -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,3 +125,21 @@ def test_images_of_an_arranged_model_are_the_model_s_and_see_new_parameters(monk
             value.mul_(0.8)
     second, found = both()
     assert (second - found).abs().max() <= 1 and (first - second).abs().max() > 5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ("flash", "sdpa"))
+def test_a_gpu_draws_the_same_images_arranged_recorded_and_replayed(implementation):
+    config = UNetConfig(
+        widths=(80, 160), depth=1, attention=(True, True), heads=(2, 2), context=24, groups=8
+    )
+    model = stable_diffusion.place(tiny_model(config), torch.float32, "cuda")
+    prompts, negative = some(3, 7, 24, seed=1).cuda(), some(3, 7, 24, seed=2).cuda()
+    options: Any = {"steps": 3, "height": 32, "width": 32, "implementation": implementation}
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        for these, those in ((prompts, negative), (negative, prompts)):
+            given = (model, these, those, random.key(0))
+            plain = stable_diffusion.images_of(*given, **options).int()
+            for _ in range(2):
+                found = stable_diffusion.images_of(*given, **options, compile=True).int()
+                assert (found - plain).abs().max() <= 1
