@@ -158,8 +158,8 @@ EASY_VQA_CPU = replace(
     model=replace(
         EASY_VQA.model, width=96, hidden=288, depth=3, decoder_width=64, decoder_hidden=192
     ),
-    all=Stage(2400),
-    train=replace(EASY_VQA.train, images=32, eval_every=1200),
+    all=Stage(3200),
+    train=replace(EASY_VQA.train, images=32, eval_every=1600),
 )
 PRESETS = {
     "default": Config(),
