@@ -491,6 +491,9 @@ def run(config: Config) -> None:
     trained = train(config, data) if config.mode == "train" else load(config)
     if trained is not None:
         evaluate(config, trained, data)
+    else:
+        go_on = launching.resume_command("recipes/text_to_image.py", folder_of(config))
+        say(f"stopped after stage {config.until}; go on with: {go_on} --until denoiser")
     curves(config)
     say(f"{time.perf_counter() - begin:.0f} seconds; everything is in {folder_of(config)}")
 
