@@ -18,6 +18,7 @@ from msfs_functional.generation import (
     Sampling,
     Settings,
     Text,
+    first_largest,
     right_padded,
 )
 from msfs_functional.models import llama2c, pretrained
@@ -52,6 +53,16 @@ def first_new_pair(tokens: list[int]) -> int:
     """Where two tokens follow each other that did not do so before, some way into the row."""
     pairs = list(itertools.pairwise(tokens))
     return next(t for t in range(3, len(pairs)) if pairs[t] not in pairs[:t])
+
+
+@pytest.mark.parametrize("V", [5, 1024, 1025, 2100])
+def test_the_first_of_the_largest_is_found_wherever_it_is(V):
+    x = torch.randint(4, (40, V)).float()
+    x[0], x[1, -1], x[2, V // 2] = -torch.inf, 9.0, torch.nan
+    x[3, :-1], x[4, 1:] = -torch.inf, 0.0
+    found = first_largest(x)
+    assert torch.equal(found, x.argmax(-1))
+    assert torch.equal(torch.vmap(first_largest)(x), found)
 
 
 def test_greedy_tokens_and_logps_are_those_of_the_full_forward():
