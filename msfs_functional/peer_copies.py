@@ -32,8 +32,8 @@ _kept: dict[Any, "Shared"] = {}
 
 
 class Shared:
-    """Memory of a group's ranks in which each sees the others': a place for what is laid and two for
-    what is received.
+    """Memory of a group's ranks in which each sees the others': a place for what is laid and two
+    for what is received.
 
     Args:
         sizes: elements of a rank's shards, and of what it gets in one sum at most.
