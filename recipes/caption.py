@@ -111,7 +111,7 @@ def read_data(config: Config) -> Splits:
     data, test = config.data, config.test
     if data.name == "shapes":
         how: dict[str, Any] = {"size": data.size, "held_out": shapes.PAIRS[data.held_out]}
-        train, _ = corpora.shapes_world(data.seed, data.count, **how)
+        train, _ = corpora.shapes_world(data.seed, data.count, lessons=data.lessons, **how)
         kinds: tuple[shapes.Split, ...] = ("valid", "unseen")
         made = (corpora.shapes_world(data.seed, test, kind, **how)[0] for kind in kinds)
         return Splits(train, dict(zip(kinds, made, strict=True)))

@@ -19,6 +19,7 @@ class Data(Pictured):
 
     question: str | None = None  # column of questions; None: what it is usually called
     answer: str | None = None  # column of answers, the same
+    lessons: bool = False  # shapes: more to learn from, see `shapes.lessons`
     flips: bool = False  # turn and mirror training images at random: not where left and up matter
     shift: int = 0  # move training images at random by at most so much [pixels]
     tint: float = 0.0  # scale each colour of training images at random by at most so much
@@ -43,7 +44,9 @@ class Model:
     gain: float | None = 0.5
     qk_norm: bool = False  # RMSNorm of each head's queries and keys, in the decoder
     vocabulary: int = 512  # most ids of the byte-level BPE [tokens]
-    length: int = 160  # tokens of a packed row; no sample may be longer
+    # tokens of a packed row; no sample may be longer (an image of the default and its four questions
+    # fit into 80)
+    length: int = 160
     # implementation of attention; None: flash on a GPU, sdpa on a CPU
     attention: Literal["flash", "sdpa", "reference"] | None = None
     # tiles along a side that a large image is cut into, beside a thumbnail; 1: the image alone
@@ -134,8 +137,8 @@ GPU = Config(
         decoder_hidden=384,
         gain=None,  # 0.5 learns relations sooner, but takes more unseen pairs for seen ones
     ),
-    all=Stage(2800),
-    train=Train(images=128, eval_every=1400),
+    all=Stage(4500),
+    train=Train(images=128, eval_every=1500),
 )
 # Half as wide a circle covers 2 pixels at 32 x 32: its kind is only seen at full size.
 EASY_VQA = replace(
