@@ -44,9 +44,7 @@ class Model:
     gain: float | None = 0.5
     qk_norm: bool = False  # RMSNorm of each head's queries and keys, in the decoder
     vocabulary: int = 512  # most ids of the byte-level BPE [tokens]
-    # tokens of a packed row; no sample may be longer (an image of the default and its four questions
-    # fit into 80)
-    length: int = 160
+    length: int = 160  # tokens of a packed row; no sample may be longer
     # implementation of attention; None: flash on a GPU, sdpa on a CPU
     attention: Literal["flash", "sdpa", "reference"] | None = None
     # tiles along a side that a large image is cut into, beside a thumbnail; 1: the image alone
