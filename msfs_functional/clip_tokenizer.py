@@ -116,6 +116,26 @@ class ClipTokenizer:
         texts = self._backend.decode_batch([[int(i) for i in row] for row in ids])
         return [text.replace("</w>", " ").strip() for text in texts]
 
+    def save(self, folder: str | Path, *, length: int = 77, pad: int | None = None) -> None:
+        """Writes a folder that `load`, transformers and diffusers read: vocabulary, merges, marks.
+
+        Args:
+            length: tokens of the context.
+            pad: id that fills up short rows; default: the end mark.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        model = json.loads(self._backend.to_str())["model"]
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+        filling = self._backend.id_to_token(self.end if pad is None else pad)
+        marks = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": filling}
+        settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, **marks}
+        files = {"vocab.json": self._backend.get_vocab(), "special_tokens_map.json": marks}
+        for name, content in (files | {"tokenizer_config.json": settings}).items():
+            (folder / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+        text = "\n".join(["#version: 0.2", *merges]) + "\n"
+        (folder / "merges.txt").write_text(text, encoding="utf-8")
+
     def to_json(self) -> str:
         """The whole tokenizer in the format of the `tokenizers` library, a tokenizer.json."""
         return json.dumps(json.loads(self._backend.to_str()), ensure_ascii=False)

@@ -23,6 +23,8 @@ S = TypeVar("S")
 def inductor_options() -> dict[str, Any]:
     """What differs from Inductor's defaults in a training step."""
     from msfs_functional.epilogues import InTurn, ReluInProducts
+    from msfs_functional.gains_at_once import GainsAtOnce
+    from msfs_functional.gelu_in_products import GeluInProducts
     from msfs_functional.joined_gradients import GradientsSideBySide
     from msfs_functional.member_layers import MemberLayers
     from msfs_functional.member_sums import MemberSums
@@ -30,7 +32,8 @@ def inductor_options() -> dict[str, Any]:
     from msfs_functional.transposed_products import TransposedProducts
 
     passes = (
-        ReluInProducts(), MemberLayers(), GradientsSideBySide(), TransposedProducts(), MemberSums()
+        ReluInProducts(), MemberLayers(), GradientsSideBySide(), TransposedProducts(), MemberSums(),
+        GainsAtOnce(), GeluInProducts(),
     )  # fmt: skip
     return {
         # Left on, a layer norm's gradients over input and weights share one kernel that sums in two

@@ -239,7 +239,7 @@ def meanflow_times(
     return torch.where(random.bernoulli(share_key, share, (batch,)), r, t), t
 
 
-def meanflow_loss(
+def meanflow_errors(
     model_fn: Callable[[Tensor, Tensor, Tensor], Tensor],
     x_0: Float[Tensor, "B ..."],
     eps: Float[Tensor, "B ..."],
@@ -247,10 +247,9 @@ def meanflow_loss(
     t: Float[Tensor, "B"],
     *,
     velocity: Float[Tensor, "B ..."] | None = None,
-    power: float = 1.0,
-    c: float = 1e-3,
-) -> Float[Tensor, ""]:
-    """MeanFlow: the network's u is the mean velocity from t to r, so one step makes a sample.
+) -> Float[Tensor, "B"]:
+    """MeanFlow: the network's u is the mean velocity from t to r, so one step makes a sample; the
+    squared error of each example's u, summed over its numbers.
 
     u (z, r, t) = v - (t - r) d/dt u (z, r, t) along the flow, dz/dt = v = eps - x_0: one `jvp`
     with tangents (v, 0, 1). The right-hand side is held fixed. With r = t it is flow matching.
@@ -259,7 +258,6 @@ def meanflow_loss(
         model_fn: (z (B, ...), r (B,), t (B,)) -> u (B, ...); its operations need forward rules.
         velocity: v; default: eps - x_0. With w (eps - x_0) + (1 - w) u(z, t, t) of the network
             without a condition, the samples come out guided by w in one call a step.
-        power, c: each squared error is divided by (itself + c) ** power, held fixed; 0 is plain.
 
     Source: Geng et al. 2025, algorithm 1; equation 19 (velocity).
     """
@@ -268,8 +266,19 @@ def meanflow_loss(
     tangents = (v, torch.zeros_like(r), torch.ones_like(t))
     u, du_dt = jvp(model_fn, (z, r, t), tangents)[:2]
     fixed = v - per_example(t - r, v) * du_dt.detach()
-    error = (u - fixed).square().flatten(1).sum(1)
-    return (error / (error.detach() + c) ** power).mean()
+    return (u - fixed).square().flatten(1).sum(1)
+
+
+def meanflow_loss(
+    errors: Float[Tensor, "B"], *, power: float = 1.0, c: float = 1e-3
+) -> Float[Tensor, ""]:
+    """`meanflow_errors`, each divided by (itself + c) ** power, held fixed; power 0 is plain.
+
+    With power 1 the loss is about 1 however well the network does: look at the errors.
+
+    Source: Geng et al. 2025, equation 22.
+    """
+    return (errors / (errors.detach() + c) ** power).mean()
 
 
 def _check_target(target: str) -> None:

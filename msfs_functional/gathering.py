@@ -25,7 +25,7 @@ import functools
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import msfs_kernels.sharding  # noqa: F401, forward mode over DTensors
 import optree
@@ -39,12 +39,13 @@ from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from msfs_functional import overlap, random, sharding
+from msfs_functional import overlap, peer_copies, random, sharding
 from msfs_functional.collectives import KINDS, chunk_bounds, collective, psum
 from msfs_functional.meshes import DATA_AXES, active, axis_rank, axis_size, data_rank
 from msfs_functional.params import Functional, Methods, Params, Rules
 from msfs_functional.sharding import Cuts, placements
 from msfs_functional.transforms import NAMESPACE, add_terms, value_and_grad
+from msfs_functional.transport import way
 
 Gather = tuple[tuple[str, int, int, str], ...]  # collectives as (kind, dim, size, group), in order
 LossFn = Callable[[Any, Any, Tensor], tuple[Tensor, dict[str, Tensor]]]
@@ -257,6 +258,7 @@ class Sharded(Functional):
         root: the same of those outside of blocks.
         units: those outside of blocks, then block by block; None where several axes cut one.
         outside: names of those outside of blocks: before the first block, and after it.
+        transport: what an overlapped step's parameters and gradients travel by.
         inner: the model of whole parameters, as tp cuts them; the same with blocks in shards.
     """
 
@@ -267,6 +269,7 @@ class Sharded(Functional):
     root: Plan
     units: tuple[overlap.Unit, ...] | None
     outside: tuple[tuple[str, ...], ...]
+    transport: overlap.Transport
     inner: tuple[Functional, Functional]
 
     def init(
@@ -324,8 +327,8 @@ class Sharded(Functional):
     def _overlapped(self, fn: Callable[..., Any], params: Params, call: tuple) -> Any:
         leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
         assert self.units is not None
-        dtypes = self.plan.dtype, self.plan.reduce_dtype
-        pipeline = overlap.Pipeline(leaves, self.units, self.outside, *dtypes)
+        how = self.plan.dtype, self.plan.reduce_dtype, self.transport
+        pipeline = overlap.Pipeline(leaves, self.units, self.outside, *how)
         with torch.enable_grad(), pipeline.running():
             value, aux = fn(leaves, *call)
             inputs = [pipeline.anchor, *leaves.values()]
@@ -349,6 +352,7 @@ def sharded(
     *,
     dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None,
+    transport: overlap.Transport | Literal["auto"] = "auto",
 ) -> Sharded:
     """The model whose params are DTensors on `mesh`; the loss that calls it does not change.
 
@@ -357,10 +361,14 @@ def sharded(
             that of the shards.
         reduce_dtype: in which gradients are added up over ranks; None: that of the shards, so that
             fp32 masters get fp32 sums.
+        transport: what parameters and gradients of an overlapped step travel by. "copies": copies
+            between the GPUs of one host (`peer_copies`), which leave multiprocessors alone;
+            gradients go in their own dtype then. "collectives": those of the process groups.
+            "auto": copies if all GPUs that share a parameter can, else collectives.
 
     Raises:
         ValueError: rules that do not fit the model or the mesh (see `sharding.placements`); tp that
-            does not divide heads.
+            does not divide heads; copies between other devices than the GPUs of one host.
     """
     placed = placements(layout.rules, model.shapes, mesh)
     plan = functools.partial(Plan, dtype=dtype, reduce_dtype=reduce_dtype)
@@ -384,6 +392,13 @@ def sharded(
     root = {name: name for name in model.shapes if name not in in_blocks}
     inherited = {f.name: getattr(model, f.name) for f in fields(Functional)}
     inherited |= {"skeleton": skeleton, "_methods": Methods(skeleton)}
+    units = units_of([root, *blocks], steps)
+    groups = {own.group for unit in units or () for own in unit.ways.values() if own.group}
+    why_not = peer_copies.why_not(sorted(groups), mesh.device_type)
+    if transport == "copies" and why_not:
+        raise ValueError(f'transport="copies": {why_not}; or take transport="auto"')
+    if transport == "auto":
+        transport = "collectives" if why_not or not groups else "copies"
     parts = {n: tp_shape(shape, placed[n], active(mesh)) for n, shape in model.shapes.items()}
     mixed = {n: model.shapes[n] if n in in_blocks else part for n, part in parts.items()}
     return Sharded(
@@ -393,8 +408,9 @@ def sharded(
         placements=placed,
         plan=plan(steps),
         root=plan({name: steps[name] for name in root}),
-        units=units_of([root, *blocks], steps),
+        units=units,
         outside=around(list(model.shapes), in_blocks),
+        transport=transport,
         inner=(
             Functional(**{**inherited, "shapes": parts}),
             Functional(**{**inherited, "shapes": mixed}),
@@ -414,8 +430,8 @@ def units_of(
 ) -> tuple[overlap.Unit, ...] | None:
     units = []
     for names in parts:
-        ways = {slot: overlap.way(steps[name]) for slot, name in names.items()}
-        known = {slot: way for slot, way in ways.items() if way is not None}
+        ways = {slot: way(steps[name]) for slot, name in names.items()}
+        known = {slot: own for slot, own in ways.items() if own is not None}
         if len(known) < len(ways):
             return None
         units.append(overlap.Unit(names, known))

@@ -14,6 +14,7 @@ Dimension key: B prompts, N = B * samples rows, T prompt tokens, M new tokens at
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -39,6 +40,7 @@ from msfs_functional.regions import Regions, region
 Prompts = Sequence[Sequence[int]] | Int64[Tensor, "B T"]
 TextFn = Callable[[list[int]], str]  # ids -> text, a tokenizer's decode
 STRIDE = 8  # tokens of one launch on a GPU, where nobody looks in between
+PART = 256  # logits that are looked through at once
 BUCKET = 64  # compiled prompts, outputs and caches have lengths that are multiples of it
 
 
@@ -89,7 +91,7 @@ class Sampling:
     ) -> Int64[Tensor, "N"]:
         """Token number `count` of each row, from the row's own key."""
         if self.temperature == 0:
-            return logits.argmax(-1)
+            return first_largest(logits)
 
         def one(key: Tensor, logits: Tensor) -> Tensor:
             return random.categorical(random.fold_in(key, count), logits)
@@ -98,6 +100,19 @@ class Sampling:
 
 
 GREEDY = Sampling(temperature=0.0)
+
+
+def first_largest(x: Float[Tensor, "... V"]) -> Int64[Tensor, "..."]:
+    """x.argmax(-1), the first of equal ones, of which a GPU does parts side by side.
+
+    A compiled argmax is one program for each row: of 50,000 numbers it takes 14 microseconds.
+    """
+    if x.shape[-1] <= 4 * PART:
+        return x.argmax(-1)
+    parts = F.pad(x, (0, -x.shape[-1] % PART), value=-math.inf).unflatten(-1, (-1, PART))
+    part = parts.amax(-1).argmax(-1, keepdim=True)
+    inner = parts.take_along_dim(part[..., None], -2)[..., 0, :].argmax(-1)
+    return part[..., 0] * PART + inner
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ each would take longer than the copies.
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import optree
@@ -85,6 +86,26 @@ def memory_plan(params: Params, kinds: Kinds | None, lead: int) -> list[str]:
 
 def compiled(update: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(fresh(update), fullgraph=True, dynamic=False)
+
+
+@contextmanager
+def beside() -> Iterator[Callable[[], AbstractContextManager[Any]]]:
+    """Work that a CUDA graph runs beside the rest of what is recorded inside of this:
+
+        with beside() as aside:
+            with aside():
+                ...  # on another stream, after all that was recorded before
+            ...      # at the same time
+
+    What is not being recorded goes in turn: launched one by one, it would gain nothing.
+    """
+    if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
+        yield nullcontext
+        return
+    main, other = torch.cuda.current_stream(), torch.cuda.Stream()
+    other.wait_stream(main)
+    yield lambda: torch.cuda.stream(other)
+    main.wait_stream(other)
 
 
 class Leafwise:
@@ -170,12 +191,15 @@ class Leafwise:
         own, common = ([leaves[i] for i in where] for where in self.shared[:2])
         some = [grads[name] for name in self.one_of_each]
         common = self.update_shared(own, common, some, scale, finite)
-        for names in self.groups:
-            after = self._update(names, leaves, grads, scale, finite)
-            if not self.donate:
-                where = [self.places[name].own for name in names]
-                for i, value in zip(itertools.chain(*where), after, strict=True):
-                    results[i] = value.view(leaves[i].shape)
+        with beside() as aside:
+            for names in self.groups:
+                few = self.donate and self.kind_of[names[0]] in self.few
+                with aside() if few else nullcontext():
+                    after = self._update(names, leaves, grads, scale, finite)
+                if not self.donate:
+                    where = [self.places[name].own for name in names]
+                    for i, value in zip(itertools.chain(*where), after, strict=True):
+                        results[i] = value.view(leaves[i].shape)
         for i, value in zip(self.shared.common, common, strict=True):
             results[i] = leaves[i].copy_(value) if self.donate else value
         after_all: Any = optree.tree_unflatten(spec, results)

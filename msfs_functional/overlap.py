@@ -16,7 +16,8 @@ While a block computes, the parameters of the next one are gathered, each straig
 that the block will read, on a stream of their own; after the block they are forgotten, and gathered
 again in the backward pass one block ahead. Gradients of whole parameters are cast, summed over
 ranks and scattered on another stream while the block before computes its own. What is saved for the
-backward pass of whole parameters is their place only.
+backward pass of whole parameters is their place only. By what they travel is another file's matter:
+collectives (`transport`) or copies between the GPUs of a host (`peer_copies`).
 
 On a CPU, where there are no streams, the same happens in the same order.
 """
@@ -26,55 +27,17 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
 
-from msfs_functional.collectives import chunk_bounds, group_rank, group_size
+from msfs_functional.collectives import chunk_bounds
 from msfs_functional.params import Params
-
-Steps = tuple[tuple[str, int, int, str], ...]  # collectives as (kind, dim, size, group), in order
-
-
-class Way(NamedTuple):
-    """How one parameter becomes whole and how its gradient comes back.
-
-    A shard is a chunk, along `dim`, of what the group's ranks hold together; None: it is whole.
-    """
-
-    group: str | None
-    dim: int
-    size: int  # of the whole along dim
-    parts: int
-    rank: int
-    sums: tuple[str, ...]  # groups over which gradients of shards are added up
-
-    @property
-    def each(self) -> int:
-        """Elements along dim of every chunk but the last ones."""
-        return -(-self.size // self.parts)
-
-    def padded(self, local: Tensor) -> tuple[int, ...]:
-        """The shape, `dim` first, of the whole with all chunks of one size."""
-        rest = list(local.shape)
-        first = rest.pop(self.dim) if rest else 1
-        return (self.each * self.parts if self.group else first, *rest)
-
-
-def way(steps: Steps) -> Way | None:
-    """The way that these steps are; None where more than one axis cuts the parameter."""
-    gathers = [step for step in steps if step[0] == "all_gather"]
-    sums = tuple(group for kind, _, _, group in steps if kind == "pvary")
-    if len(gathers) > 1:
-        return None
-    if not gathers:
-        return Way(None, 0, 0, 1, 0, sums)
-    [(_, dim, size, group)] = gathers
-    return Way(group, dim, size, group_size(group), group_rank(group), sums)
+from msfs_functional.peer_copies import PeerCopies
+from msfs_functional.transport import Collectives, Term, Way, Whole, side_by_side
 
 
 @dataclass(frozen=True)
@@ -100,6 +63,7 @@ class Use:
     places: dict[int, str] = field(default_factory=dict)  # {address of a whole one: name inside}
 
 
+Transport = Literal["copies", "collectives"]
 AT_ONCE = 2**62  # above the numbers of all nodes that a process can make
 _active: ContextVar["Pipeline | None"] = ContextVar("pipeline", default=None)
 
@@ -131,6 +95,7 @@ class Pipeline:
             of an output matrix are there long before those of an embedding.
         dtype: of whole parameters; None: that of the shards.
         reduce_dtype: in which gradients are summed; None: that of the shards.
+        transport: what parameters and gradients travel by (see `gathering.sharded`).
     """
 
     def __init__(
@@ -140,6 +105,7 @@ class Pipeline:
         outside: Sequence[Sequence[str]],
         dtype: torch.dtype | None,
         reduce_dtype: torch.dtype | None,
+        transport: Transport = "collectives",
     ):
         self.params, self.units, self.outside = params, units, outside
         self.dtype, self.reduce_dtype = dtype, reduce_dtype
@@ -152,6 +118,25 @@ class Pipeline:
         self.ahead: dict[int, Use] = {}  # gathered before they were called, by place of the unit
         self.grads: dict[str, list[Tensor]] = {}  # of shards, by name of the parameter
         self.summing: tuple[Any, Any] | None = None  # what a sum reads, until it is done
+        self.transport = self._transport(transport)
+
+    def _transport(self, kind: Transport) -> Collectives:
+        if kind == "collectives":
+            return Collectives()
+        wholes = [
+            self._to_gather(name, unit.ways[inside], torch.device("meta"))
+            for unit in self.units
+            for inside, name in unit.names.items()
+        ]
+        outside, *blocks = self.units
+        sums = [*(outside.part(names) for names in self.outside), *blocks]
+        names = [[unit.names.values() for unit in units] for units in (self.units, sums)]
+        return PeerCopies(wholes, self.device, *names)
+
+    def _to_gather(self, name: str, way: Way, device: torch.device) -> Whole:
+        shard = self.shards[name]
+        out = torch.empty(way.padded(shard), dtype=self.dtype or shard.dtype, device=device)
+        return Whole(name, out, shard.movedim(way.dim, 0) if way.group else shard, way)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -209,7 +194,7 @@ class Pipeline:
         taken: Params = {}
         for use in uses:
             assert use.whole is not None
-            out: Any = Whole.apply(self.anchor, self, use)
+            out: Any = Taken.apply(self.anchor, self, use)
             taken |= dict(zip(use.whole, out, strict=True))
             # The engine takes the node that was made last first: these stood at the very beginning,
             # but shall be summed as soon as their gradients are there.
@@ -231,26 +216,17 @@ class Pipeline:
     @torch.no_grad()
     def _gather(self, use: Use) -> None:
         """Starts to make the unit's parameters whole."""
-        whole, copies, collectives = {}, [], {}
+        whole, wholes = {}, []
         for inside, name in use.unit.names.items():
-            shard, way = self.shards[name], use.unit.ways[inside]
-            x = torch.empty(way.padded(shard), dtype=self.dtype or shard.dtype, device=shard.device)
-            rows = shard.movedim(way.dim, 0) if way.group else shard
-            own = x
-            if way.group:
-                own = x.narrow(0, way.rank * way.each, way.each)
-                collectives.setdefault(way.group, []).append((x, own))
-                own = own.narrow(0, 0, rows.shape[0])
-            copies.append((own, rows))
+            way = use.unit.ways[inside]
+            wholes.append(self._to_gather(name, way, self.device))
+            x = wholes[-1].out
             # A view only where it must be: compiled code guards on the base of a view, too.
             if way.group and len(x) > way.size:
                 x = x.narrow(0, 0, way.size)
             whole[inside] = x.movedim(0, way.dim) if way.dim else x
         with self._beside(self.gathers):
-            torch._foreach_copy_([x for x, _ in copies], [rows for _, rows in copies])
-            for group, pairs in collectives.items():
-                outs, ins = [x for x, _ in pairs], [own for _, own in pairs]
-                pg(group).allgather_into_tensor_coalesced(outs, ins).wait()
+            self.transport.gather(wholes)
             use.arrived = event(self.gathers)
         use.whole = whole
 
@@ -262,52 +238,33 @@ class Pipeline:
     def _sum(self, use: Use, grads: Sequence[Tensor | None]) -> None:
         """Starts to add up the gradients of the unit's whole parameters over ranks."""
         use.whole = None
-        outs, copies, scatters, sums = {}, [], {}, {}
-        with contextlib.ExitStack() as beside:
-            kinds = {n: self.reduce_dtype or self.shards[n].dtype for n in use.unit.names.values()}
-            for inside, name in use.unit.names.items():
-                shard, way = self.shards[name], use.unit.ways[inside]
-                padded = way.padded(shard)
-                shape = (way.each, *padded[1:]) if way.group else shard.shape
-                outs[inside] = torch.empty(shape, dtype=kinds[name], device=shard.device)
-            beside.enter_context(self._beside(self.sums))
-            for (inside, name), g in zip(use.unit.names.items(), grads, strict=True):
-                out, way = outs[inside], use.unit.ways[inside]
-                if g is None:
-                    g = torch.zeros((), dtype=kinds[name], device=out.device)
-                elif way.group:
-                    g = g.movedim(way.dim, 0)
-                if not way.group:
-                    copies.append((out, g.expand(out.shape)))
-                else:
-                    padded = way.padded(self.shards[name])
-                    if g.dtype == kinds[name] and g.shape == padded and g.is_contiguous():
-                        into = g
-                    else:
-                        make = torch.empty if padded[0] == way.size else torch.zeros
-                        into = make(padded, dtype=kinds[name], device=out.device)
-                        own = into.narrow(0, 0, way.size)
-                        copies.append((own, g.expand(own.shape)))
-                    scatters.setdefault(way.group, []).append((out, into))
-                for group in way.sums:
-                    sums.setdefault(group, []).append(out)
-            if copies:
-                torch._foreach_copy_([x for x, _ in copies], [g for _, g in copies])
-            for group, pairs in scatters.items():
-                to, into = [x for x, _ in pairs], [x for _, x in pairs]
-                pg(group).reduce_scatter_tensor_coalesced(to, into).wait()
-            for group, tensors in sums.items():
-                options = dist.AllreduceCoalescedOptions()
-                pg(group).allreduce_coalesced(tensors, options).wait()
+        ways = [use.unit.ways[inside] for inside in use.unit.names]
+        shards = [self.shards[name] for name in use.unit.names.values()]
+        outs = self._room(shards, ways)
+        terms = []
+        for out, g, shard, way in zip(outs, grads, shards, ways, strict=True):
+            g = g.movedim(way.dim, 0) if g is not None and way.group else g
+            terms.append(Term(out, g, way.padded(shard), way))
+        with self._beside(self.sums):
+            self.transport.sum(terms)
             done = event(self.sums)
         self._settle()
         self.summing = (grads, done)
-        for inside, name in use.unit.names.items():
-            way, shard, out = use.unit.ways[inside], self.shards[name], outs[inside]
+        for name, way, out in zip(use.unit.names.values(), ways, outs, strict=True):
             if way.group:
                 start, stop = chunk_bounds(way.size, way.parts, way.rank)
                 out = out.narrow(0, 0, stop - start).movedim(0, way.dim)
             self.grads.setdefault(name, []).append(out)
+
+    def _room(self, shards: Sequence[Tensor], ways: Sequence[Way]) -> list[Tensor]:
+        """For this rank's parts of sums; those of one group lie side by side."""
+        kinds = {self.reduce_dtype or shard.dtype for shard in shards}
+        dtype, outs = functools.reduce(torch.promote_types, kinds), {}
+        for group in {way.group for way in ways}:
+            those = [i for i, way in enumerate(ways) if way.group == group]
+            parts = [ways[i].part(shards[i]) for i in those]
+            outs |= dict(zip(those, side_by_side(parts, dtype, self.device), strict=True))
+        return [outs[i] for i in range(len(ways))]
 
     def _settle(self) -> None:
         """From here on the last sum is done, and what it read may be overwritten."""
@@ -336,7 +293,7 @@ class Pipeline:
             yield
 
 
-class Whole(torch.autograd.Function):
+class Taken(torch.autograd.Function):
     """Whole parameters into the graph; their gradients out of it, on their way to be summed."""
 
     @staticmethod
@@ -351,10 +308,6 @@ class Whole(torch.autograd.Function):
         with torch.no_grad():
             ctx.pipeline._sum(ctx.use, grads)
         return None, None, None
-
-
-def pg(group: str) -> Any:
-    return dist.distributed_c10d._resolve_process_group(group)  # pyright: ignore
 
 
 def event(stream: Any) -> Any:

@@ -1,12 +1,15 @@
 """How a published denoiser was trained, and the steps at which samplers walk it.
 
 process = read_process(json)                       # of a folder's scheduler_config.json
+json = write_process(process)                      # for diffusers
 denoise_fn, grid, coordinates = steps_of(denoise_fn, process, "dpmpp_2m", 30, "karras")
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -45,11 +48,13 @@ def read_process(hub: dict[str, Any]) -> Process:
         "squaredcos_cap_v2": lambda: ns.cosine(steps),
         "sigmoid": lambda: ns.sigmoid(steps, start, end),
     }
-    if name not in schedules or hub.get("trained_betas") is not None:
-        raise ValueError(
-            f"beta_schedule ({name!r}) must be one of {list(schedules)}, without trained_betas"
-        )
-    alpha_bar = schedules[name]()
+    betas = hub.get("trained_betas")
+    if betas is None and name not in schedules:
+        raise ValueError(f"beta_schedule ({name!r}) must be one of {list(schedules)}")
+    if betas is None:
+        alpha_bar = schedules[name]()
+    else:
+        alpha_bar = torch.cumprod(1 - torch.tensor(betas, dtype=torch.float64), 0)
     if hub.get("rescale_betas_zero_snr", False):
         alpha_bar = ns.zero_terminal_snr(alpha_bar)
     target = hub.get("prediction_type", "epsilon")
@@ -63,6 +68,45 @@ def read_process(hub: dict[str, Any]) -> Process:
         1.0 if hub.get("set_alpha_to_one", True) else float(alpha_bar[0]),
         hub.get("clip_sample_range", 1.0) if hub.get("clip_sample", False) else None,
     )
+
+
+def write_process(process: Process) -> dict[str, Any]:
+    """A scheduler_config.json that diffusers and `read_process` read as this process.
+
+    A schedule that is none of the usual ones is written as its betas.
+
+    Raises:
+        ValueError: a process whose last step ends elsewhere than at data or at step 0.
+    """
+    steps, alpha_bar, first = len(process.alpha_bar), process.alpha_bar, float(process.alpha_bar[0])
+    if process.final not in (1.0, first):
+        raise ValueError(f"final ({process.final}) must be 1 or alpha_bar of step 0 ({first})")
+    hub: dict[str, Any] = {
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": steps,
+        "prediction_type": {target: name for name, target in TARGETS.items()}[process.target],
+        "timestep_spacing": process.spacing,
+        "steps_offset": process.offset,
+        "set_alpha_to_one": process.final == 1.0,
+        "clip_sample": process.clip is not None,
+    }
+    if process.spacing == "karras":
+        hub["_class_name"] = "DPMSolverMultistepScheduler"
+        hub |= {"timestep_spacing": "leading", "use_karras_sigmas": True}
+    if process.clip is not None:
+        hub["clip_sample_range"] = process.clip
+    usual = {
+        "linear": (ns.linear(steps), 1e-4, 0.02),
+        "scaled_linear": (ns.scaled_linear(steps), 0.00085, 0.012),
+        "squaredcos_cap_v2": (ns.cosine(steps), 1e-4, 0.02),
+    }
+    for (name, (plain, start, end)), zero in itertools.product(usual.items(), (False, True)):
+        whole = ns.zero_terminal_snr(plain) if zero else plain
+        if torch.equal(whole, alpha_bar):
+            options = {"beta_schedule": name, "rescale_betas_zero_snr": zero}
+            return hub | options | {"beta_start": start, "beta_end": end}
+    before = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
+    return hub | {"trained_betas": (1 - alpha_bar / before).tolist()}
 
 
 def steps_of(

@@ -2,6 +2,7 @@
 
 model = load(folder)                              # diffusers' layout
 model = load_file("v1-5.safetensors", tokenizer)  # one file in the original layout
+save(folder, model)                               # in diffusers' layout
 images = text_to_image(model, ["a cat on the moon"], random.key(0))    # uint8 (B, H, W, 3)
 
 prompts -> token ids -> text tower -> context
@@ -10,6 +11,7 @@ image -> latents and noise -> the last steps of the same      (strength; repaint
 """
 
 import functools
+import json
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,7 +33,13 @@ from msfs_functional.guidance import (
     image_to_image,
     inpaint,
 )
-from msfs_functional.models import diffusers_format, single_file, vision_format
+from msfs_functional.models import (
+    decoder_sampling,
+    diffusers_format,
+    single_file,
+    unet_sampling,
+    vision_format,
+)
 from msfs_functional.models.autoencoder import AutoencoderConfig, autoencoder
 from msfs_functional.models.clip import TextConfig, text_tower
 from msfs_functional.models.convolutions import channels_last, stored_channels_last
@@ -44,6 +52,7 @@ from msfs_functional.published_process import (
     Spacing,
     read_process,
     steps_of,
+    write_process,
 )
 from msfs_functional.regions import Regions
 from msfs_functional.replay import replayed
@@ -133,6 +142,41 @@ def load_file(
     return place(model, dtype, device)
 
 
+def save(folder: str | Path, model: StableDiffusion) -> None:
+    """Writes a folder that `load` and diffusers' StableDiffusionPipeline.from_pretrained read.
+
+    It has no safety checker, as a model that was never published with one.
+
+    Raises:
+        ValueError: the folder holds something already.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} must be a new or an empty folder: name another")
+    diffusers_format.save_unet(folder / "unet", *model.unet)
+    diffusers_format.save_autoencoder(folder / "vae", *model.autoencoder)
+    config, params = model.text
+    vision_format.save(folder / "text_encoder", config, params)
+    model.tokenizer.save(folder / "tokenizer", length=config.max_length, pad=model.pad)
+    process = write_process(model.process)
+    (folder / "scheduler").mkdir()
+    text = json.dumps(process, indent=2) + "\n"
+    (folder / "scheduler" / "scheduler_config.json").write_text(text, encoding="utf-8")
+    index: dict[str, Any] = {
+        "_class_name": "StableDiffusionPipeline",
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "scheduler": ["diffusers", process["_class_name"]],
+        "safety_checker": [None, None],
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+    }
+    text = json.dumps(index, indent=2) + "\n"
+    (folder / "model_index.json").write_text(text, encoding="utf-8")
+
+
 def place(
     model: StableDiffusion, dtype: torch.dtype, device: torch.device | str
 ) -> StableDiffusion:
@@ -212,6 +256,53 @@ def _images_fn(config: AutoencoderConfig, implementation: Implementation, compil
     return _compiled(images) if compile else images
 
 
+class Arranged(NamedTuple):
+    """A model's UNet and decoder for sampling."""
+
+    source: tuple[Params, Params]  # kept, so that no others come to lie there
+    unet: Params
+    decoder: Params
+    predict: Callable[..., Tensor]  # (unet, x, t, memory) -> prediction, one CUDA graph
+    images: Callable[..., Tensor]  # (decoder, latents) -> images
+
+
+_ARRANGED: dict[Any, Arranged] = {}  # the last model's: a second copy of most of its weights
+
+
+def _arranges(model: StableDiffusion, compile: bool) -> bool:
+    """Whether many images are to be made on a GPU, by a UNet that `unet_sampling` knows, of
+    parameters that count how often they were written into."""
+    (config, params), (_, decoder_params) = model.unet, model.autoencoder
+    every = (*params.values(), *decoder_params.values())
+    counted = not any(x.is_inference() for x in every)
+    return compile and every[0].is_cuda and unet_sampling.suits(config) and counted
+
+
+def arrangement(model: StableDiffusion, implementation: Implementation) -> Arranged:
+    """The model as `unet_sampling` and `decoder_sampling` arrange it; made again when a parameter
+    has been written into."""
+    (config, params), (decoder_config, decoder_params) = model.unet, model.autoencoder
+    every = (*params.values(), *decoder_params.values())
+    key = config, decoder_config, implementation, *((x.data_ptr(), x._version) for x in every)
+    if key not in _ARRANGED:
+
+        def predict(params: Params, x: Tensor, t: Tensor, memory: Any) -> Tensor:
+            return unet_sampling.predict(config, params, x, t, memory, implementation)
+
+        def images(params: Params, latents: Tensor) -> Tensor:
+            return decoder_sampling.images(decoder_config, params, latents, implementation)
+
+        _ARRANGED.clear()
+        _ARRANGED[key] = Arranged(
+            (params, decoder_params),
+            unet_sampling.prepare(config, params, implementation),
+            decoder_sampling.prepare(decoder_params),
+            replayed(_compiled(predict)),
+            _compiled(images),
+        )
+    return _ARRANGED[key]
+
+
 def _check_image(
     image: Tensor | None, repaint: Tensor | None, size: tuple[int, int], count: int
 ) -> None:
@@ -265,9 +356,9 @@ def images_of(
         repaint: True where the image is painted anew; all other pixels come out as they are.
         spacing: of the steps; default: the published scheduler's. "karras" falls as EDM's sigmas
             between the schedule's ends, for samplers over sigma.
-        compile: blocks of UNet and decoder, once for each shape: a minute, which pays for many
-            images on a GPU, where a call of the UNet then is one CUDA graph. The fastest
-            convolutions are searched, too, which may round otherwise from run to run.
+        compile: for many images. On a GPU UNet and decoder are arranged for sampling, a call of
+            the UNet is one CUDA graph, and the fastest convolutions are searched, which takes some
+            seconds and may round otherwise from run to run. On a CPU blocks are compiled.
 
     Raises:
         ValueError: a size that the autoencoder cannot make; steps, guidance, rescale, interval or
@@ -282,13 +373,23 @@ def images_of(
         )
     _check_image(image, repaint, (height, width), len(context))
     some, process = next(iter(unet_params.values())), model.process
-    predict_fn = _predict_fn(unet_config, implementation, compile)
+    conditions: list[Any] = [context, negative]
+    if _arranges(model, compile):
+        found = arrangement(model, implementation)
+        predict_fn, unet_params = found.predict, found.unet
+        images_fn, decoder_params = found.images, found.decoder
+        memory_fn = functools.partial(unet_sampling.memory_of, unet_config, unet_params)
+        conditions = [memory_fn(each) for each in conditions]
+    else:
+        predict_fn = _predict_fn(unet_config, implementation, compile)
+        images_fn, decoder_params = _images_fn(config, implementation, compile), params
 
-    def predict(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        return predict_fn(unet_params, x.to(some.dtype), t, context).float()
+    def predict(x: Tensor, t: Tensor, condition: Any) -> Tensor:
+        return predict_fn(unet_params, x.to(some.dtype), t, condition).float()
 
     options: dict[str, Any] = {"rescale": rescale, "interval": interval, "repeat": False}
-    guided_fn = classifier_free_guidance(predict, context, negative, guidance, **options)
+    prompts, negatives = conditions
+    guided_fn = classifier_free_guidance(predict, prompts, negatives, guidance, **options)
     denoise_fn = denoiser(
         *(guided_fn, ns.variance_preserving, process.target),
         alpha_bar=process.alpha_bar.to(some.device),  # once, not at every step
@@ -315,7 +416,7 @@ def images_of(
             cells = F.max_pool2d(repaint[:, None].float(), config.factor)  # a pixel opens its cell
             denoise_fn = inpaint(denoise_fn, known, 1 - cells.to(some.device))
     latents = getattr(samplers, sampler)(denoise_fn, x, grid, step_keys)
-    images = _images_fn(config, implementation, compile)(params, latents.to(some.dtype))
+    images = images_fn(decoder_params, latents.to(some.dtype))
     images = ((images.float() + 1) / 2).clamp(0, 1)
     images = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
     if image is None or repaint is None:

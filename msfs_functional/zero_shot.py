@@ -43,12 +43,14 @@ def class_vectors(
         batch: texts at a time.
 
     Raises:
-        ValueError: no classes, a class twice, no templates, one without {}.
+        ValueError: no classes, an empty name, a class twice, no templates, one without {}.
 
     Source: Radford et al. 2021, section 3.1.4.
     """
     if isinstance(names, str) or not names:
         raise ValueError(f"names ({names!r}) must be a list with one text a class, at least one")
+    if not all(name.strip() for name in names):
+        raise ValueError(f"classes {list(names)[:8]} hold an empty name: a class needs a text")
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"classes {twice[:4]} are named more than once: drop the copies")

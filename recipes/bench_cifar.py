@@ -1,43 +1,48 @@
-"""How good CIFAR-10 looks after a fixed time of training on one GPU, ours beside diffusers.
+"""How good CIFAR-10 looks after eight minutes of one GPU, ours beside diffusers.
 
-    python recipes/bench_cifar.py both --data cifar10:DIR --weights resnet56-4bfd9763.th
-    python recipes/bench_cifar.py ours ...         # or diffusers: one side, on a card of its own
-    python recipes/bench_cifar.py curve            # draws OUT/curve.png of what both left in OUT
+    python recipes/bench_cifar.py ours --data cifar10:DIR --weights resnet56-4bfd9763.th
+    python recipes/bench_cifar.py diffusers ...    # the other side, with the same options
+    python recipes/bench_cifar.py both ...         # on two GPUs at once, on one in turn
+    python recipes/bench_cifar.py draw             # OUT/curve.png and samples.png of what they left
 
 DIR holds the training set's zips or its folder train/. Both sides train a class-conditional UNet of
 the shape of DDPM's (widths 128, 256, 256, 256, two ResNet blocks a level, attention at 16 x 16, 36M
 parameters) on flips, with batches of 256, bf16 compute, channels_last and a moving average, for
---seconds after the first step, which compiles; looks at samples on the way are not counted. `both`
-runs them on one card: they compile beside one another, then train and are scored in turn.
+--seconds in all: the first step, which compiles, is part of them. Imports, reading the data and
+looks at samples on the way are not.
 
     ours        EDM's preconditioning and noise levels; blocks compiled once, one CUDA graph a step;
-                AdamW 8e-4, falling at the end, average 0.999; 18 Heun steps (35 calls)
-    diffusers   UNet2DModel compiled, DDPMScheduler's linear betas, eps, the plain loop and the
-                settings of their unconditional script (AdamW 1e-4, cosine, EMAModel); 50 DDIM steps
+                AdamW 8e-4, falling over the last third, average 0.999; 18 Heun steps (35 calls)
+    diffusers   UNet2DModel compiled whole by torch.compile (--no-peer-compile: eager, as in their
+                script), DDPMScheduler's linear betas, eps, a plain loop; AdamW 4e-4 (DDPM's 2e-4
+                for 128 pictures, twice for 256), all else of their unconditional script: its
+                betas, cosine, EMAModel with a warm-up; 50 DDIM steps
 
-Then --samples samples, classes in turn, are compared with all training pictures: Frechet and kernel
-distance, precision and recall over the 64 features of a ResNet-56 (not Inception's: the figures
-compare with each other only). With --no-peer-compile diffusers' side trains eagerly, as in their
-script, and before ours, which still compiles. Writes OUT/<side>.json with the curve of what 2,000
-samples gave on the way, and OUT/<side>.png (samples, a column a class).
+--held-out pictures, evenly taken, are kept from training. --samples samples, classes in turn, are
+compared with them: Frechet and kernel distance, precision and recall over the 64 features of a
+ResNet-56 (not Inception's: the figures compare with each other only). fid_train is the distance to
+the pictures of training, real_fid that of the pictures held out to those of training.
+
+Writes OUT/<side>.json with the curve of what --look samples gave on the way, and OUT/<side>.png
+(samples, a column a class), after each look anew.
 """
 
+import copy
 import json
 import math
+import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 import tyro
-from measuring import here, synchronize, taking_turns
+from measuring import synchronize
 from torch import Tensor
 
 from msfs_functional import diffusion as df
@@ -57,27 +62,32 @@ SIDES = ("ours", "diffusers")
 
 @dataclass(frozen=True)
 class Config:
-    side: tyro.conf.Positional[Literal["both", "ours", "diffusers", "curve"]]
+    side: tyro.conf.Positional[Literal["both", "ours", "diffusers", "draw"]]
     data: str = "cifar10:data/cifar10"
     """cifar10:DIR, mnist:DIR, or a folder of pictures in one folder a class"""
     weights: Path | None = None
     """of the ResNet whose features are compared; None: a classifier of the data, trained first"""
-    seconds: float = 395.0
-    """of training after the first step, looks at samples not counted"""
+    seconds: float = 480.0
+    """of training and the compiling before it; looks at samples are not counted"""
     batch: int = 256
     """pictures a step"""
+    held_out: int = 5000
+    """pictures that training does not see, with which samples are compared"""
     samples: int = 10_000
+    """at the end"""
+    look: int = 1000
+    """samples at each point of the curve"""
     curve: int = 4
     """points before the last, evenly in time"""
     graph: bool = True
     """ours: replay the training step as one CUDA graph"""
     peer_compile: bool = True
-    """diffusers: compile the UNet, which takes two minutes; their script does not"""
+    """diffusers: compile the UNet; their script does not"""
+    peer_rate: float = 4e-4
+    """diffusers: peak learning rate; their script has 1e-4 for batches of 16"""
     seed: int = 0
     small: bool = False
     """sizes that a CPU manages, eager: to see that it works"""
-    turns: Path | None = None
-    """a process of `both`: the folder where it waits for its turn"""
     out: Path = Path("runs/bench_cifar")
     debug: bool = False
     """show tracebacks"""
@@ -120,7 +130,8 @@ def our_side(config: Config, data: image_sets.ImageSet, device: str):
 
     left = torch.ones((), device=device)  # of the rate, which falls over the last third of the time
     optimizer = optim.adamw(lambda count: 8e-4 * left * ((count + 1) / 200).clamp(max=1), b2=0.99)
-    params = stored_channels_last(model.init(config.seed, device=device))
+    start = stored_channels_last(model.init(config.seed, device=device))
+    params = {name: x.clone() for name, x in start.items()}
     key, batch_key = random.split(random.key(config.seed, device=device))
     state = init_state(params, optimizer, key, ema_decay=0.999)
     how: Any = False if config.small else "regions"
@@ -142,8 +153,10 @@ def our_side(config: Config, data: image_sets.ImageSet, device: str):
     @torch.no_grad()
     def sample(first: int, classes: Tensor) -> Tensor:
         assert state.ema is not None
+        # Without what is left in it of the parameters before the first step.
+        left_of_start = 0.999 ** int(state.step - state.skipped)
         for name, value in state.ema.items():
-            average[name].copy_(value)
+            average[name].copy_(torch.lerp(value, start[name], left_of_start / (left_of_start - 1)))
         ours = channels_last(average)
         denoise_fn = denoise_fn_of(lambda *given: graph(ours, *given), classes)
         grid = ns.karras_sigmas(4 if config.small else 18)
@@ -176,10 +189,19 @@ def their_side(config: Config, data: image_sets.ImageSet, device: str):
         num_class_embeds=len(data.classes),
     )
     model = model.to(device, memory_format=torch.channels_last)
-    average: Any = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True, foreach=True)
+    average: Any = EMAModel(
+        model.parameters(),
+        decay=0.9999,
+        use_ema_warmup=True,
+        inv_gamma=1.0,
+        power=0.75,
+        foreach=True,
+    )
     scheduler: Any = diffusers.DDPMScheduler(1000)
     options: dict[str, Any] = {"betas": (0.95, 0.999), "weight_decay": 1e-6, "eps": 1e-8}
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=device == "cuda", **options)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), config.peer_rate, fused=device == "cuda", **options
+    )
     net = torch.compile(model) if config.peer_compile and not config.small else model
     assert data.labels is not None
     labels = data.labels
@@ -197,27 +219,30 @@ def their_side(config: Config, data: image_sets.ImageSet, device: str):
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        rate = 1e-4 * min((count + 1) / 500, 1.0) * 0.5 * (1 + math.cos(math.pi * done))
+        rate = config.peer_rate * min((count + 1) / 500, 1.0)
+        rate *= 0.5 * (1 + math.cos(math.pi * done))
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
         average.step(model.parameters())
         return loss.detach()
 
+    dtype = torch.float32 if config.small else torch.bfloat16
+    drawer = copy.deepcopy(model).to(dtype)  # holds the average; autocast would take twice as long
+
     @torch.no_grad()
     def sample(first: int, classes: Tensor) -> Tensor:
-        average.store(model.parameters())
-        average.copy_to(model.parameters())
+        for own, mean in zip(drawer.parameters(), average.shadow_params, strict=True):
+            own.copy_(mean)
         ddim: Any = diffusers.DDIMScheduler.from_config(scheduler.config)
         ddim.set_timesteps(4 if config.small else 50)
         generator = torch.Generator(device).manual_seed(first)
         shape = (len(classes), *data.pictures.shape[1:])
         x = torch.randn(shape, device=device, generator=generator)
-        with torch.autocast(device, torch.bfloat16, enabled=not config.small):
-            for t in ddim.timesteps:
-                y = model(x, t.to(device).expand(len(x)), classes, return_dict=False)[0]
-                x = ddim.step(y.float(), t, x).prev_sample
-        average.restore(model.parameters())
+        for t in ddim.timesteps:
+            given = x.to(dtype, memory_format=torch.channels_last)
+            y = drawer(given, t.to(device).expand(len(x)), classes, return_dict=False)[0]
+            x = ddim.step(y.float(), t, x).prev_sample
         return to_bytes(x)
 
     return step, sample
@@ -227,10 +252,11 @@ def to_bytes(x: Tensor) -> Tensor:
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def samples_of(sample: SampleFn, count: int, classes: int, device: str) -> Tensor:
+def samples_of(sample: SampleFn, start: int, stop: int, classes: int, device: str) -> Tensor:
+    """Samples number start to stop."""
     parts = []
-    for first in range(0, count, 1000):
-        labels = torch.arange(first, min(first + 1000, count), device=device) % classes
+    for first in range(start, stop, 1000):
+        labels = torch.arange(first, min(first + 1000, stop), device=device) % classes
         parts.append(sample(first, labels))
     return torch.cat(parts)
 
@@ -239,77 +265,100 @@ class Point(NamedTuple):
     """Of the curve: what training had done when the samples were drawn."""
 
     first_step: float  # seconds, compiling included
-    seconds: float  # of training since
+    seconds: float  # of training, the first step included
     steps: int
     loss: float
 
 
 def training(config: Config, step: StepFn) -> Iterator[Point]:
     """Trains, and stops at each point of the curve and at the end; what is done between two of
-    them is not counted as training."""
+    them is not counted as training.
+
+    Raises:
+        ValueError: the first step took all of the time.
+    """
     begin = time.perf_counter()
     loss = float(step(0, 0.0))
     synchronize()
-    first, spent, count, turn = time.perf_counter() - begin, 0.0, 1, nullcontext()
-    if config.turns is not None:
-        turn = taking_turns(config.turns, config.side, SIDES if config.peer_compile else ())
-    with turn:
-        for i in range(1, config.curve + 2):
-            until = config.seconds * i / (config.curve + 1)
-            begin = time.perf_counter()
-            while spent + time.perf_counter() - begin < until:
-                done = min((spent + time.perf_counter() - begin) / config.seconds, 1.0)
-                losses = [step(count + j, done) for j in range(2 if config.small else 20)]
-                count += len(losses)
-                loss = float(torch.stack(losses).mean())  # waits for the device
-            spent += time.perf_counter() - begin
+    first = spent = time.perf_counter() - begin
+    if first >= config.seconds:
+        raise ValueError(f"--seconds ({config.seconds:g}) must exceed the first step's {first:.0f}")
+    print(f"{config.side}  first step after {first:.1f} s", flush=True)
+    count = 1
+    for i in range(1, config.curve + 2):
+        until = config.seconds * i / (config.curve + 1)
+        begin, before = time.perf_counter() - spent, count
+        while (spent := time.perf_counter() - begin) < until:
+            done = (spent - first) / (config.seconds - first)
+            losses = [step(count + j, done) for j in range(2 if config.small else 10)]
+            count += len(losses)
+            loss = float(torch.stack(losses).mean())  # waits for the device
+        if count > before:
             yield Point(first, spent, count, loss)
 
 
 def both(config: Config) -> None:
-    """Each side in a process of its own, on the same card."""
-    failed = []
-    with tempfile.TemporaryDirectory() as folder:
-        running = {}
-        for side in SIDES:
-            given = [side if word == "both" else word for word in sys.argv]
-            running[side] = subprocess.Popen([sys.executable, *given, "--turns", folder])
-        while running:
-            for side in [side for side, process in running.items() if process.poll() is not None]:
-                here(Path(folder), side)  # or the other one would wait
-                failed += [side] if running.pop(side).returncode else []
-            time.sleep(0.1)
-    if failed:
+    """Each side in a process of its own: on a card of its own, where there are two."""
+    cards = torch.cuda.device_count()
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    for i, side in enumerate(SIDES):
+        given = [side if word == "both" else word for word in sys.argv]
+        # A number counts those that this process sees, whose names may be others.
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        own = {"CUDA_VISIBLE_DEVICES": seen[i] if len(seen) > i and seen[i] else str(i)}
+        env = os.environ | (own if cards >= len(SIDES) else {})
+        running[side] = subprocess.Popen([sys.executable, *given], env=env)
+        if cards < len(SIDES):
+            running[side].wait()
+    if failed := [side for side, process in running.items() if process.wait()]:
         raise ValueError(f"{failed} failed: their messages are above")
-    draw_curve(config.out)
+    draw(config.out)
 
 
-def draw_curve(folder: Path) -> None:
-    """Frechet distance against seconds of both sides."""
+def draw(folder: Path) -> None:
+    """curve.png: Frechet distance against seconds of both sides; samples.png: rows of ours above
+    rows of diffusers'."""
     import matplotlib.pyplot as plt
+    from PIL import Image
 
     figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
+    grids = []
     for side in SIDES:
         path = folder / f"{side}.json"
         if not path.is_file():
             raise ValueError(f"no {path}: run bench_cifar.py {side} first")
         report = json.loads(path.read_text())
         seconds, fid = ([point[name] for point in report["curve"]] for name in ("seconds", "fid"))
-        how = "" if report["compiled"] else ", not compiled"
+        how = ", compiled" if report["compiled"] else ", eager"
         axes.plot(seconds, fid, "o-", label=f"{side}{how}: {fid[-1]:.2f}")
-    axes.set(xlabel="seconds of training", ylabel="Frechet distance", yscale="log")
-    about = f"{report['pictures']:,} pictures of CIFAR-10, one {report['card']}"
-    axes.set_title(f"{about}\n{report['features']}", fontsize=8)
+        grids.append(Image.open(folder / f"{side}.png").convert("RGB"))
+    axes.set(xlabel="seconds of training, compiling included", yscale="log")
+    axes.set_yticks([1, 2, 5, 10, 20, 50], minor=False)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
+    axes.set_ylabel(f"Frechet distance, {report['curve'][-1]['samples']:,} samples")
+    about = f"{report['pictures']:,} pictures, {report['held_out']:,} others to compare with"
+    axes.set_title(f"{about}, one {report['card']} each\n{report['features']}", fontsize=8)
     axes.legend()
-    figure.savefig(folder / "curve.png", dpi=120)
+    figure.savefig(folder / "curve.png", dpi=90)
+    width, height = grids[0].size[0], min(128, grids[0].size[1])
+    whole = Image.new("RGB", (width, 2 * height + 8), "white")
+    for i, grid in enumerate(grids):
+        whole.paste(grid.crop((0, 0, width, height)), (0, i * (height + 8)))
+    whole.quantize(256).save(folder / "samples.png", optimize=True)
 
 
 def main(config: Config) -> None:
-    if config.side == "curve":
-        draw_curve(config.out)
+    if config.side == "draw":
+        draw(config.out)
         return
     if not config.small and not torch.cuda.is_available():
         raise ValueError("no GPU is here: --small shows on a CPU that it works")
+    if config.look > config.samples or config.held_out < 100:
+        raise ValueError(
+            f"--look ({config.look}) must not exceed --samples ({config.samples}), and --held-out "
+            f"({config.held_out}) must be at least 100"
+        )
     if config.side == "both":
         both(config)
         return
@@ -319,45 +368,53 @@ def main(config: Config) -> None:
     if data.labels is None:
         raise ValueError(f"--data ({config.data}) must have classes: one folder for each")
     pictures = data.pictures.expand(-1, 3, -1, -1).contiguous().to(device)
-    data = replace(data, pictures=pictures, labels=data.labels.to(device))
+    labels, names = data.labels.to(device), data.classes
+    kept = torch.ones(len(pictures), dtype=torch.bool, device=device)
+    kept[fidelity.evenly(len(pictures), min(config.held_out, len(pictures) // 5)).to(device)] = (
+        False
+    )
+    data = image_sets.ImageSet(pictures[kept], labels=labels[kept], classes=names)
     if config.weights is not None:
         extractor = features.cifar_resnet(config.weights, device=device)
     else:
-        targets = F.one_hot(data.labels, len(data.classes)).float()  # pyright: ignore
-        extractor = features.trained(pictures, targets, "classes")
-    real = fidelity.features_of(pictures, extractor.feature_fn)
-    print(f"{config.side} on one {card}, torch {torch.__version__}, {len(data):,} pictures")
-    print(f"features: {extractor.name}", flush=True)
+        targets = F.one_hot(labels[kept], len(names)).float()
+        extractor = features.trained(data.pictures, targets, "classes")
+    real = fidelity.features_of(pictures[~kept], extractor.feature_fn)
+    learnt = fidelity.features_of(data.pictures, extractor.feature_fn)
+    report: dict[str, Any] = {"side": config.side, "card": card, "torch": torch.__version__}
+    report |= {"pictures": len(data), "held_out": len(real), "features": extractor.name}
+    report |= {"compiled": config.side == "ours" or config.peer_compile}
+    report |= {"real_fid": fidelity.frechet_distance(learnt, real)}
+    print("  ".join(f"{name} {value}" for name, value in report.items()), flush=True)
     build = our_side if config.side == "ours" else their_side
     step, sample = build(config, data, device)
+    config.out.mkdir(parents=True, exist_ok=True)
+
     curve: list[dict[str, float]] = []
     for point in training(config, step):
-        last = len(curve) == config.curve
-        many = config.samples if last else min(2000, config.samples)
-        begin = time.perf_counter()
-        made = samples_of(sample, many, len(data.classes), device)
-        fake = fidelity.features_of(made, extractor.feature_fn)
-        row: dict[str, float] = {
-            **point._asdict(),
-            "pictures": point.steps * config.batch,
-            "samples": many,
-        }
-        row |= {"fid": fidelity.frechet_distance(real, fake)}
-        if last:
-            row |= fidelity.scores(real, fake, random.key(0))
-        row["evaluation_seconds"] = time.perf_counter() - begin
-        curve.append(row)
-        figures = "  ".join(f"{name} {value:.5g}" for name, value in row.items())
-        print(f"{config.side}  {figures}", flush=True)
-        config.out.mkdir(parents=True, exist_ok=True)
-        report: dict[str, Any] = {"side": config.side, "card": card, "pictures": len(data)}
-        report |= {"compiled": config.side == "ours" or config.peer_compile}
-        report |= {"features": extractor.name, "curve": curve}
-        (config.out / f"{config.side}.json").write_text(json.dumps(report, indent=1))
-        columns = len(data.classes)
-        images.save_png(
-            images.grid(made[: 8 * columns], columns), config.out / f"{config.side}.png"
-        )
+        made = pictures[:0]
+        last = point.seconds >= config.seconds
+        # The curve's last point is written before the samples that take longer are drawn.
+        for stop in sorted({config.look, config.samples}) if last else [config.look]:
+            begin = time.perf_counter()
+            more = samples_of(sample, len(made), stop, len(names), device)
+            made = torch.cat([made, more])
+            fake = fidelity.features_of(made, extractor.feature_fn)
+            row: dict[str, float] = {**point._asdict(), "pictures": point.steps * config.batch}
+            row |= {"samples": len(made), "fid": fidelity.frechet_distance(real, fake)}
+            row |= {"fid_train": fidelity.frechet_distance(learnt, fake)}
+            if stop == config.look:
+                curve.append(row)
+                report["curve"] = curve
+            if stop == config.samples:
+                row |= fidelity.scores(real, fake, random.key(0))
+                report["final"] = row
+            row["evaluation_seconds"] = time.perf_counter() - begin
+            told = "  ".join(f"{name} {value:.5g}" for name, value in row.items())
+            print(f"{config.side}  {told}", flush=True)
+            (config.out / f"{config.side}.json").write_text(json.dumps(report, indent=1))
+            grid = images.grid(made[: 8 * len(names)], len(names))
+            images.save_png(grid, config.out / f"{config.side}.png")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ squared error of eps; diffusers' UNet runs under bf16 autocast, compiled whole, 
 Ours compiles one block of each shape (--compile regions) or the whole loss (--compile whole). Both
 run in channels_last. With --apart each side is a process of its own: all compile at the same time,
 then take turns on the GPU to be timed. Sampling: diffusers' pipeline with compiled UNet and
-decoder, DPM-Solver++ 2M. Caches of compiled code are new and empty folders, so that the first step
-is a first one.
+decoder, DPM-Solver++ 2M; ours is arranged for it (`models/unet_sampling.py`) and needs no compiler.
+Caches of compiled code are new and empty folders, so that the first step is a first one.
 
 `--small` shows on a CPU that all of it works; its figures mean nothing.
 """

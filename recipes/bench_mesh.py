@@ -9,9 +9,11 @@ Each path trains the same decoder on the same random tokens: bf16 products, fp32
 of gradients, fused linear and cross-entropy, AdamW, blocks recomputed if asked; tp also cuts tokens
 and vocabulary, cp cuts the sequences.
 
-    functional   blocks compiled once for all; gathers and sums beside them (`overlap`); on GPUs the
-                 whole step, collectives included, is one CUDA graph
-    launched     the same without the CUDA graph
+    functional   blocks compiled once for all; gathers and sums beside them (`overlap`), by copies
+                 between the GPUs of a host (`peer_copies`); on GPUs the whole step, communication
+                 included, is one CUDA graph
+    collectives  the same, gathers and sums by NCCL
+    launched     functional without the CUDA graph
     fsdp2        fully_shard with every block compiled, behind the same step (`fsdp`)
     torch        the same module in a loop of torch's own: clip_grad_norm_, fused AdamW
     whole        the functional loss as one graph of Inductor's, which reorders collectives
@@ -25,6 +27,7 @@ longest.
 
 import collections
 import functools
+import gzip
 import json
 import math
 import tempfile
@@ -40,7 +43,7 @@ import tyro
 from measuring import fresh, measure, synchronize
 from torch.distributed.tensor import DTensor
 
-from msfs_functional import context_parallel, errors, optim, random
+from msfs_functional import context_parallel, errors, optim, peer_copies, random
 from msfs_functional.compiling import graphed, prepare_compiler
 from msfs_functional.fsdp import fully_sharded
 from msfs_functional.gathering import gathered, sharded
@@ -53,7 +56,8 @@ from msfs_functional.train import init_state, make_step
 from msfs_functional.transforms import remat
 from msfs_functional.vocabulary_parallel import sharded_linear_cross_entropy
 
-Path = Literal["functional", "launched", "fsdp2", "torch", "whole"]
+Path = Literal["functional", "collectives", "launched", "fsdp2", "torch", "whole"]
+BY_REGIONS = ("functional", "collectives", "launched")
 PEAK = 989e12  # of an H100 or H200 in bfloat16 [FLOP/s]
 RATE = 3e-5  # learning rate: at a larger one rounding alone drives the paths apart in ten steps
 
@@ -74,12 +78,10 @@ class Config:
     length: int = 4096  # tokens of a sequence, at most the preset's max_length
     batch: int = 2  # sequences of a data rank
     steps: int = 10  # timed, after three others
-    paths: tuple[Path, ...] = ("functional", "launched", "fsdp2", "torch")
+    paths: tuple[Path, ...] = ("functional", "collectives", "launched", "fsdp2", "torch")
     recompute: bool = False  # blocks are recomputed in the backward pass
     trace: bool = False
-    # multiprocessors that matrix products leave to communication, as many as NCCL takes
-    # (NCCL_MAX_CTAS): products that want all of them wait for those that NCCL holds
-    carve: int = 0
+    traces: File | None = None  # folder to keep the traces in
     compile: bool = True
     mesh: Mesh = field(default_factory=Mesh)
     debug: bool = False
@@ -140,9 +142,10 @@ def build(path: Path, config: Config, on: Any) -> tuple[Any, models.DecoderConfi
         make = fully_sharded
         with torch.device("meta"):
             plain = replace(plain, skeleton=WithLoss(sizes))
-    model: Any = make(
-        plain, DECODER_BY_TOKENS, on, dtype=torch.bfloat16, reduce_dtype=torch.float32
-    )
+    given: dict[str, Any] = {"dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+    if path == "collectives":
+        given["transport"] = path
+    model: Any = make(plain, DECODER_BY_TOKENS, on, **given)
     if make is fully_sharded and config.compile:
         for block in model.module.blocks:
             block.compile()
@@ -152,11 +155,11 @@ def build(path: Path, config: Config, on: Any) -> tuple[Any, models.DecoderConfi
 def our_step(path: Path, config: Config, model: Any, on: Any, batch: Any) -> Callable[[], Any]:
     optimizer = optim.adamw(RATE)
     state = init_state(model.init(0), optimizer, random.key(0))
-    compile = config.compile and ("regions" if path in ("functional", "launched") else True)
+    compile = config.compile and ("regions" if path in BY_REGIONS else True)
     gradient = None if path == "whole" else model.gradient
     loss_fn = make_loss(config, path, model, on)
     step = make_step(loss_fn, optimizer, clip_norm=1.0, compile=compile, gradient=gradient)
-    if path == "functional" and torch.cuda.is_available():
+    if path in BY_REGIONS and path != "launched" and torch.cuda.is_available():
         step = graphed(step)
 
     def once() -> Any:
@@ -204,12 +207,13 @@ def run(path: Path, config: Config) -> str:
     shares = axis_size(on, "tp") * axis_size(on, "cp")
     rate = config.batch * sizes.max_length / found.seconds / shares
     used = rate * flops_per_token(sizes, model.shapes) / PEAK
+    memory = found.memory + peer_copies.shared_bytes() / 2**30
     line = (
         f"{path:10} first step {found.first:5.1f} s  {1e3 * found.seconds:7.1f} ms  "
-        f"{rate:8,.0f} tokens/s a rank  MFU {used:.1%}  {found.memory:5.1f} GiB\n"
+        f"{rate:8,.0f} tokens/s a rank  MFU {used:.1%}  {memory:5.1f} GiB\n"
         f"    losses (and gradient norms) of the first steps: {told}"
     )
-    return line + (f"\n{traced(once)}" if config.trace else "")
+    return line + (f"\n{traced(once, path, config.traces)}" if config.trace else "")
 
 
 def mean(loss: torch.Tensor) -> float:
@@ -223,7 +227,7 @@ def whole(norm: Any) -> float:
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
-def traced(once: Callable[[], Any]) -> str:
+def traced(once: Callable[[], Any], name: str, kept: File | None) -> str:
     """What the GPU did in two steps: how much of the communication was hidden, the top kernels."""
     kinds = torch.profiler.ProfilerActivity
     activities = [kinds.CUDA if torch.cuda.is_available() else kinds.CPU]
@@ -234,23 +238,28 @@ def traced(once: Callable[[], Any]) -> str:
     if torch.distributed.get_rank():
         return ""
     with tempfile.TemporaryDirectory() as folder:
-        path = File(folder) / "trace.json"
+        path = (kept or File(folder)) / f"trace-{name}.json.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
         profile.export_chrome_trace(str(path))
-        events = json.loads(path.read_bytes())["traceEvents"]
+        events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
     kernels = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     if not kernels:
         return "no kernels: nothing ran on a GPU"
-    spans = [(e["ts"], e["ts"] + e["dur"], "nccl" in e["name"]) for e in kernels]
+    begin = min(e["ts"] for e in kernels)
+    spans = [(e["ts"] - begin, e["ts"] - begin + e["dur"], talks(e)) for e in kernels]
     talk, work = (union([s[:2] for s in spans if s[2] == yes]) for yes in (True, False))
     all_of_it = union([s[:2] for s in spans])
     length = lambda found: sum(b - a for a, b in found) / 2e3  # noqa: E731  [ms a step]
     hidden = length(talk) + length(work) - length(all_of_it)
-    whole = (max(b for _, b, _ in spans) - min(a for a, *_ in spans)) / 2e3
+    whole = max(b for _, b, _ in spans) / 2e3
     lines = [
         f"    a step of {whole:.1f} ms: computation {length(work):.1f} ms, communication "
         f"{length(talk):.1f} ms, {hidden / max(length(talk), 1e-9):.0%} of it hidden, "
         f"idle {whole - length(all_of_it):.1f} ms"
     ]
+    bare = sorted(without(talk, work), key=lambda s: s[0] - s[1])[:8]
+    at = ", ".join(f"{(b - a) / 1e3:.2f} at {a / 1e3:.1f}" for a, b in sorted(bare))
+    lines.append(f"    longest communication of two steps with nothing beside it [ms]: {at}")
     times, counts = collections.Counter(), collections.Counter()
     for e in kernels:
         times[e["name"]] += e["dur"] / 2e3
@@ -258,6 +267,28 @@ def traced(once: Callable[[], Any]) -> str:
     for name, ms in times.most_common(22):
         lines.append(f"    {ms:7.2f} ms {counts[name] / 2:6.1f} x {name[:90]}")
     return "\n".join(lines)
+
+
+def talks(event: dict[str, Any]) -> bool:
+    """Whether it is communication: NCCL's kernels, copies between GPUs and waits for them."""
+    name = event["name"]
+    return "nccl" in name or "barrier" in name or event["cat"] == "gpu_memcpy"
+
+
+def without(
+    spans: list[tuple[float, float]], others: list[tuple[float, float]]
+) -> list[tuple[float, float]]:
+    """The parts of `spans` in which none of `others` is; both as `union` makes them."""
+    found = []
+    for a, b in spans:
+        for c, d in others:
+            if c < b and d > a:
+                if a < c:
+                    found.append((a, c))
+                a = max(a, d)
+        if a < b:
+            found.append((a, b))
+    return found
 
 
 def union(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -273,7 +304,6 @@ def union(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def main(config: Config) -> None:
     mesh(config.mesh.dp_replicate, config.mesh.dp_shard, config.mesh.tp, config.mesh.cp)
-    torch._C._set_sm_carveout_experimental(config.carve or None)
     first, begin = not torch.distributed.get_rank(), time.perf_counter()
     if config.compile:
         prepare_compiler()
@@ -295,6 +325,7 @@ def main(config: Config) -> None:
             line = run(path, config)
         if first:
             print(line, flush=True)
+        peer_copies.forget()
         fresh()
     torch.distributed.destroy_process_group()
 

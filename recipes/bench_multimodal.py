@@ -15,6 +15,7 @@ within the time. Caches of compiled code are off, so that the first step is a fi
 import gc
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -46,6 +47,7 @@ from msfs_functional.models.vlm import (
 )
 from msfs_functional.models.vlm_format import read_llava
 from msfs_functional.params import Params, cast
+from msfs_functional.regions import Regions
 from msfs_functional.train import init_state, make_step
 from msfs_functional.updates import in_place
 
@@ -62,7 +64,7 @@ class Config:
     warmup: int = 5
     """steps before, compiling included"""
     compile: Literal["regions", "whole"] = "whole"
-    """ours: one block of each shape, or the loss as one graph"""
+    """ours: one block of each shape, or the loss, and an answer's step, as one graph"""
     graph: bool = False
     """ours: replay the training step as one CUDA graph"""
     sides: tuple[Literal["ours", "transformers"], ...] = ("ours", "transformers")
@@ -301,13 +303,20 @@ def compare_answers(config: Config, device: str) -> None:
     def our_answers() -> Callable[[], object]:
         model = vlm(ours)
         params = cast(model.init(0, device=device), dtype)
-        generate = Generator(language_model(ours, params, fused=True))
+        regions = Regions(dynamic=False) if config.compile == "regions" else None
+        how: Any = None if config.small else "regions" if regions else True
+        generate = Generator(language_model(ours, params, fused=True), compile=how)
         settings = Settings(new, sampling=GREEDY)
 
         def encode(params: Params, pixels: Tensor) -> Tensor:
             return model.apply(params, pixels, method="image_tokens")
 
-        encoder: Any = encode if config.small else torch.compile(encode, dynamic=False)
+        def in_regions(params: Params, pixels: Tensor) -> Tensor:
+            with regions.compiled() if regions and not config.small else nullcontext():
+                return encode(params, pixels)
+
+        whole = not (config.small or regions)
+        encoder: Any = torch.compile(encode, dynamic=False) if whole else in_regions
 
         @torch.no_grad()
         def run() -> object:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
-from pictured_settings import Pictured
+from pictured_settings import Pictured, check_pictured
 
 from msfs_functional import config as configs
 
@@ -159,8 +159,8 @@ EASY_VQA_CPU = replace(
     model=replace(
         EASY_VQA.model, width=96, hidden=288, depth=3, decoder_width=64, decoder_hidden=192
     ),
-    all=Stage(1600),
-    train=replace(EASY_VQA.train, images=32, eval_every=800),
+    all=Stage(3200),
+    train=replace(EASY_VQA.train, images=32, eval_every=1600),
 )
 PRESETS = {
     "default": Config(),
@@ -177,8 +177,15 @@ def checked(config: Config) -> Config:
         ValueError: a number out of range, options that exclude each other.
     """
     configs.check_numbers(replace(config, mesh=Mesh(dp_shard=1)), MAY_BE_ZERO)
-    if not 0 < config.data.valid_share < 1:
-        raise ValueError(f"--data.valid-share ({config.data.valid_share}) must be in (0, 1)")
+    check_pictured(config.data)
+    if config.mode == "train" and (config.ask or config.published):
+        raise ValueError(
+            f"--ask {config.ask} and --published ({config.published}) go with --chat IMAGE"
+        )
+    if config.data.size % config.model.tiles:
+        raise ValueError(
+            f"--model.tiles ({config.model.tiles}) must divide --data.size ({config.data.size})"
+        )
     if config.all.steps < 1:
         raise ValueError(f"--all.steps ({config.all.steps}) must be at least 1")
     config = configs.settled(config, "caption")

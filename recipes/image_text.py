@@ -349,6 +349,11 @@ def train(config: Config) -> None:
             configs.check_free(run, overwrite=config.overwrite)
         splits = read_data(config)
         texts = [text for texts in splits.train.captions for text in texts]
+        if not texts:
+            raise ValueError(
+                f"--data.name {config.data.name} has no texts beside its images: name their column "
+                "by --data.text (questions and answers are for caption.py)"
+            )
         tokenizer = make_tokenizer(config, texts)
         plain = model = make_model(config, tokenizer)
     share = (0, 1)
@@ -364,7 +369,7 @@ def train(config: Config) -> None:
             splits.train,
             encode(tokenizer, texts, length),
             settings.batch,
-            grey=data.grey,
+            grey=data.grey or 0.0,
             colourless=encode(tokenizer, uncoloured, length) if data.grey else None,
             seed=data.seed,
             share=share,
@@ -474,6 +479,8 @@ def classify(config: Config) -> None:
     config = checked(config)
     if not config.images:
         raise ValueError("--images (none) must name the files to classify")
+    if not config.classes:
+        raise ValueError("--classes (none) must name what the images may show, one text a class")
     if config.published is not None:
         found = load_published(config)
         params = {name: p.to(config.device) for name, p in found.params.items()}

@@ -1,16 +1,25 @@
 """Options of image_text.py: a dataclass for each part of a run, and what is refused."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import tyro
-from pictured_settings import Pictured
+from pictured_settings import Pictured, check_pictured
 
 from msfs_functional import config as configs
 
 MAY_BE_ZERO = ("seed", "warmup", "chunk")
+
+
+@dataclass(frozen=True)
+class Data(Pictured):
+    """Where images and texts come from."""
+
+    # share of training images that are shown in grey, with texts that speak of no colours, so that
+    # shapes are learned apart from colours; None: 0.2 of rendered shapes, none of other images
+    grey: float | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,7 @@ class Config:
     templates: tuple[str, ...] = ()
     test: int = 1000  # images that retrieval and zero-shot are measured on, at most
     debug: bool = False  # show tracebacks
-    data: Pictured = field(default_factory=Pictured)
+    data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     train: Train = field(default_factory=Train)
 
@@ -83,8 +92,15 @@ def checked(config: Config) -> Config:
         ValueError: a number out of range, options that exclude each other.
     """
     configs.check_numbers(config, MAY_BE_ZERO)
-    if not 0 < config.data.valid_share < 1:
-        raise ValueError(f"--data.valid-share ({config.data.valid_share}) must be in (0, 1)")
+    if config.data.grey is None:
+        grey = 0.2 if config.data.name == "shapes" else 0.0
+        config = replace(config, data=replace(config.data, grey=grey))
+    check_pictured(config.data)
+    if config.mode != "classify" and (config.images or config.classes):
+        raise ValueError(
+            f"--images and --classes ({len(config.images)} and {len(config.classes)} given) go "
+            "with the mode classify, which must come first"
+        )
     if config.model.length < 2:
         raise ValueError(f"--model.length ({config.model.length}) must hold BOS and EOS: 2 or more")
     if config.loss == "softmax" and config.train.batch < 2:
@@ -95,7 +111,7 @@ def checked(config: Config) -> Config:
 def command_line(args: Sequence[str], description: str) -> Config:
     """The settings that `args` make of the defaults, or of those that a run has kept."""
     if args[:1] == ["classify"] and configs.option(args, "--published"):  # of no run
-        data, model = Pictured(size=224), Model(length=77)
+        data, model = Data(size=224), Model(length=77)
         start = Config(mode="classify", name="published", data=data, model=model)
     else:
         start = configs.starting_point(args, {"default": Config()}, modes=("classify", "export"))

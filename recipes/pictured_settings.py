@@ -1,5 +1,6 @@
 """Options of where images with texts come from, which image_text.py and caption.py share."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,3 +31,21 @@ class Pictured:
     # finds words of colours in texts
     coloured: str = r"\b(colou?r|red|green|blue|yellow|purple|white|black|gr[ae]y|teal|brown)\b"
     seed: int = 0  # of shapes, questions, splits and of the order, not of the model
+
+
+def check_pictured(data: Pictured) -> None:
+    """Refuses shares that are none, and patterns that cannot be read.
+
+    Raises:
+        ValueError: as said.
+    """
+    if not 0 < data.valid_share < 1:
+        raise ValueError(f"--data.valid-share ({data.valid_share}) must be in (0, 1)")
+    if data.grey > 1:
+        raise ValueError(f"--data.grey ({data.grey}) is a share of the images: at most 1")
+    try:
+        re.compile(data.coloured)
+    except re.error as error:
+        raise ValueError(
+            f"--data.coloured ({data.coloured!r}) must be a regular expression: {error}"
+        ) from error

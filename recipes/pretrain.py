@@ -34,6 +34,10 @@ Several processes: the same step, its parameters in shards over a mesh of these 
             $(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1):29500 --max-restarts 3 \
             recipes/pretrain.py --mesh.dp-shard 16 --name big'
 
+Between the GPUs of one host parameters and gradients travel by copies (--mesh.transport). On a single
+GPU a step is replayed as one CUDA graph, on several with --train.graph True: it then waits for no
+host, which a small model's step, or one on a slow host, mostly does.
+
 Checkpoints hold all that the run is, are written in the background by all processes, and are read
 by any number of them in any mesh: --resume --name big goes on, with other degrees if they are
 given. The same degrees give the same bits as a run that never stopped, others what another order
@@ -262,8 +266,11 @@ def make_train_step(config: Config, model: Functional, optimizer: optim.Transfor
         dynamic=False,  # all batches have one shape
         gradient=gradient,
     )
-    one_gpu = str(config.device).startswith("cuda") and agreement.world() == 1
-    return graphed(step) if one_gpu and config.train.compile else step
+    graph = config.train.graph
+    if graph is None:
+        one_gpu = str(config.device).startswith("cuda") and agreement.world() == 1
+        graph = one_gpu and config.train.compile
+    return graphed(step) if graph else step
 
 
 def train(config: Config, watchdog: Watchdog) -> None:
@@ -286,7 +293,8 @@ def train(config: Config, watchdog: Watchdog) -> None:
         share = meshes.data_rank(on)
         layout = DECODER_BY_TOKENS if config.mesh.sequence else DECODER
         dtype = getattr(torch, str(config.dtype))
-        model = sharded(plain, layout, on, dtype=dtype, reduce_dtype=torch.float32)
+        how: Any = {"reduce_dtype": torch.float32, "transport": config.mesh.transport}
+        model = sharded(plain, layout, on, dtype=dtype, **how)
     with agreement.together():
         stream = make_batches(config, corpus, tokenizer, share)
         if saved:

@@ -98,6 +98,8 @@ class Train:
     eval_every: int = 500  # validation loss and a checkpoint [steps]
     keep: int = 2  # checkpoints to keep besides the best
     compile: bool | None = None  # compile the step; None: on a GPU
+    # replay a compiled step as one CUDA graph, collectives included; None: on a single GPU
+    graph: bool | None = None
     # steps to trace with torch's profiler, after three others; leaves trace-<rank>.json.gz
     profile: int = 0
 
@@ -112,6 +114,9 @@ class Mesh:
     cp: int = 1  # processes that share the tokens of each row and attend around a ring
     # processes that share layers hold parts of the tokens between them; tp must divide the length
     sequence: bool = True
+    # what parameters and gradients travel by; auto: copies between the GPUs of one host where they
+    # can see one another's memory, else collectives (NCCL, gloo)
+    transport: Literal["auto", "copies", "collectives"] = "auto"
     timeout: float = 600.0  # the run ends when nothing has happened for so long [s]
 
 
@@ -194,6 +199,11 @@ def checked(config: Config) -> Config:
     machine = configs.machine(config.device, config.dtype, config.train.compile)
     if machine.note:
         print(f"note: {machine.note}", file=sys.stderr)
+    if config.train.graph and not ("cuda" in machine.device and machine.compile):
+        raise ValueError(
+            f"--train.graph replays a compiled step on a GPU, this one is on {machine.device}, "
+            f"{'compiled' if machine.compile else 'not compiled'}: leave it out"
+        )
     if config.threads:
         torch.set_num_threads(config.threads)
     kind = "bpe" if config.data.files or config.data.stream else "words"

@@ -12,6 +12,8 @@ this project's UNet, autoencoder and text tower; image i is a pure function of t
     python recipes/stable_diffusion.py --folder F --image cat.png --mask white-on-black.png \\
         --strength 1 --prompts "a cat with a hat"
 
+    python recipes/stable_diffusion.py --file F.ckpt --tokenizer T --save FOLDER # for diffusers
+
 Writes OUT/000.png, OUT/001.png, ... in the order of the prompts.
 """
 
@@ -70,6 +72,8 @@ class Config:
     compile: bool = False
     """Minutes at the start, for many images on a GPU."""
     out: Path = Path("runs/stable_diffusion")
+    save: Path | None = None
+    """Also write the model there, in diffusers' layout."""
     debug: bool = False
     """Show where an error came from."""
 
@@ -113,6 +117,9 @@ def given(config: Config) -> dict[str, Any]:
 def main(config: Config) -> None:
     start_from = given(config)
     model = load(config)
+    if config.save is not None:
+        sd.save(config.save, model)
+        print(f"{config.save}  the model, for diffusers")
     start = time.perf_counter()
     made = sd.text_to_image(
         model,

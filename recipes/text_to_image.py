@@ -453,6 +453,14 @@ def extractor_of(config: Config, data: image_sets.ImageSet) -> features.Extracto
     return features.trained(data.pictures.to(device), targets.to(device), what)
 
 
+def check_extractor(config: Config, data: image_sets.ImageSet) -> None:
+    """Tries a published extractor before hours of training that it should measure."""
+    if config.measured and config.features != "trained":
+        extractor = extractor_of(config, data)
+        assert extractor is not None
+        extractor.feature_fn(data.pictures[:2].to(str(config.device)))
+
+
 def curves(config: Config) -> None:
     """Leaves the losses of both stages as a picture."""
     for stage in ("autoencoder", "denoiser"):
@@ -479,6 +487,7 @@ def run(config: Config) -> None:
             configs.new_run(folder_of(config), config, overwrite=config.overwrite)
     with agreement.together():
         data = read_data(config)
+        check_extractor(config, data)
     trained = train(config, data) if config.mode == "train" else load(config)
     if trained is not None:
         evaluate(config, trained, data)

@@ -22,6 +22,8 @@ from msfs_functional.models.unet import UNetConfig, unet
 from msfs_functional.params import Functional, Params, cast
 from msfs_functional.words import Words
 
+MEANFLOW_TIME = 1.0  # what a MeanFlow network is told of a time in [0, 1] is this times it
+
 
 @dataclass(frozen=True)
 class About:
@@ -204,7 +206,8 @@ def flow_loss(
     def u_fn(z: Tensor, r: Tensor, t: Tensor) -> Tensor:
         return predict(z.to(dtype), t, t - r).float()
 
-    return df.meanflow_loss(u_fn, x_0, eps, r, t, velocity=velocity), {}
+    found = df.meanflow_errors(u_fn, x_0, eps, r, t, velocity=velocity)
+    return df.meanflow_loss(found), {"squared": found.detach().mean() / x_0[0].numel()}
 
 
 def predict_of(model: Functional, params: Params, given: dict[str, Tensor]) -> Callable[..., Any]:
@@ -219,7 +222,10 @@ def predict_of(model: Functional, params: Params, given: dict[str, Tensor]) -> C
         options["classes"] = given["classes"]
 
     def predict(x: Tensor, t: Tensor, interval: Tensor | None = None) -> Tensor:
-        far = None if interval is None else 1000 * interval
-        return model.apply(params, "denoiser", x, 1000 * t, interval=far, **options)
+        if interval is None:
+            return model.apply(params, "denoiser", x, 1000 * t, **options)
+        # MeanFlow learns by the derivative by t, in which waves of 1000 t would drown all else.
+        times = {"interval": MEANFLOW_TIME * interval, **options}
+        return model.apply(params, "denoiser", x, MEANFLOW_TIME * t, **times)
 
     return predict

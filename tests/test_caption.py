@@ -162,6 +162,10 @@ TWO = [two_processes]
         (["--name", "a/b"], "plain name"),
         (["--vision", "nowhere"], "nowhere"),
         (["chat"], "--chat"),
+        (["--ask", "what?"], "go with --chat"),
+        (["--data.grey", 2.0], r"--data.grey \(2.0\) is a share"),
+        (["--data.coloured", "(red"], "must be a regular expression"),
+        (["--model.tiles", 3], r"--model.tiles \(3\) must divide"),
     ],
 )
 def test_bad_options_say_value_rule_remedy(args, message, tmp_path, capsys, trained):

@@ -268,6 +268,7 @@ def nothing(texts):
     ("call", "message"),
     [
         (lambda: class_vectors(nothing, []), r"names \(\[\]\) must be a list"),
+        (lambda: class_vectors(nothing, ["a", " "]), "hold an empty name"),
         (lambda: class_vectors(nothing, "cat"), "names .'cat'. must be a list"),
         (lambda: class_vectors(nothing, ["a", "b", "a"]), r"\['a'\] are named more than once"),
         (lambda: class_vectors(nothing, ["a"], []), "templates"),

@@ -513,7 +513,8 @@ def test_meanflow_target_by_hand():
     def model_fn(z: Tensor, r: Tensor, t: Tensor) -> Tensor:
         return a * z + b * t[:, None]
 
-    loss = df.meanflow_loss(model_fn, x_0, eps, r.double(), t.double(), power=0.0)
+    errors = df.meanflow_errors(model_fn, x_0, eps, r.double(), t.double())
+    loss = df.meanflow_loss(errors, power=0.0)
     z, v = 0.4 * x_0 + 0.6 * eps, eps - x_0
     residual = 0.3 * z + b * 0.6 - v + 0.6 * (0.3 * v + b)
     torch.testing.assert_close(loss, residual.square().sum(1).mean(), rtol=1e-6, atol=0)
@@ -530,13 +531,21 @@ def test_meanflow_takes_a_guided_velocity():
         return 2 * z + t[:, None]
 
     def loss(velocity: Tensor | None) -> Tensor:
-        return df.meanflow_loss(model_fn, x_0, eps, r, t, velocity=velocity, power=0.0)
+        return df.meanflow_errors(model_fn, x_0, eps, r, t, velocity=velocity).mean()
 
     assert torch.equal(loss(None), loss(v))
     z = df.add_noise(x_0, eps, ns.rectified_flow(t))
     fixed = 3 * v - (t - r)[:, None] * (2 * 3 * v + 1)  # du/dt along dz/dt = 3 v
     expected = (model_fn(z, r, t) - fixed).square().sum(1).mean()
     torch.testing.assert_close(loss(3 * v), expected)
+
+
+def test_meanflow_loss_weighs_each_error_by_itself_held_fixed():
+    errors = torch.tensor([0.5, 8.0], requires_grad=True)
+    loss = df.meanflow_loss(errors, power=0.5, c=0.5)
+    assert loss.item() == pytest.approx((0.5 / 1 + 8 / 8.5**0.5) / 2)
+    (grad,) = torch.autograd.grad(loss, errors)
+    torch.testing.assert_close(grad, torch.tensor([1.0, 8.5**-0.5]) / 2)
 
 
 def test_exact_mean_velocity_has_no_meanflow_loss_and_samples_in_one_step():
@@ -548,7 +557,8 @@ def test_exact_mean_velocity_has_no_meanflow_loss_and_samples_in_one_step():
         return (z - point) / t[:, None]
 
     r, t = df.meanflow_times(KEY, 5, share=1.0)
-    loss = df.meanflow_loss(model_fn, point.expand(5, 3), eps, r.double(), t.double())
+    errors = df.meanflow_errors(model_fn, point.expand(5, 3), eps, r.double(), t.double())
+    loss = df.meanflow_loss(errors)
     assert loss.item() == pytest.approx(0, abs=1e-12)
     torch.testing.assert_close(samplers.meanflow_sample(model_fn, eps), point.expand(5, 3))
     assert bool((r < t).all())
@@ -570,7 +580,7 @@ def test_meanflow_and_likelihood_go_through_flash_attention():
             out = attention(q, k, v, implementation=implementation)
             return out.transpose(-3, -2).flatten(-2)
 
-        losses.append(df.meanflow_loss(model_fn, x_0, eps, r, t))
+        losses.append(df.meanflow_loss(df.meanflow_errors(model_fn, x_0, eps, r, t)))
         grads.append(torch.autograd.grad(losses[-1], weight)[0])
         sigmas = torch.tensor([2.0, 1.0], dtype=torch.float64)
         with torch.no_grad():

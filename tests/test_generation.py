@@ -18,6 +18,7 @@ from msfs_functional.generation import (
     Sampling,
     Settings,
     Text,
+    first_largest,
     right_padded,
 )
 from msfs_functional.models import llama2c, pretrained
@@ -52,6 +53,16 @@ def first_new_pair(tokens: list[int]) -> int:
     """Where two tokens follow each other that did not do so before, some way into the row."""
     pairs = list(itertools.pairwise(tokens))
     return next(t for t in range(3, len(pairs)) if pairs[t] not in pairs[:t])
+
+
+@pytest.mark.parametrize("V", [5, 1024, 1025, 2100])
+def test_the_first_of_the_largest_is_found_wherever_it_is(V):
+    x = torch.randint(4, (40, V)).float()
+    x[0], x[1, -1], x[2, V // 2] = -torch.inf, 9.0, torch.nan
+    x[3, :-1], x[4, 1:] = -torch.inf, 0.0
+    found = first_largest(x)
+    assert torch.equal(found, x.argmax(-1))
+    assert torch.equal(torch.vmap(first_largest)(x), found)
 
 
 def test_greedy_tokens_and_logps_are_those_of_the_full_forward():
@@ -210,7 +221,7 @@ def test_greedy_tokens_equal_transformers_generate():
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "neither"])
-def test_a_single_row_by_fewer_launches_gives_the_same(kind, fused):
+def test_few_rows_by_fewer_launches_give_the_same(kind, fused):
     sizes = {"width": 16, "depth": 2, "heads": 4, "max_length": 64}
     config = {
         "llama": DecoderConfig(37, kv_heads=2, hidden=24, windows=(5, None), **sizes),
@@ -224,9 +235,9 @@ def test_a_single_row_by_fewer_launches_gives_the_same(kind, fused):
     }
     if fused:
         model, params = decoder(replace(config, fused=True)), fuse(params)
-    fast = Generator(language_model(model, params, fast_row=True))
+    fast = Generator(language_model(model, params, fast_rows=8))
     plain = Generator(language_model(model, params))
-    for prompts in (PROMPTS[:1], PROMPTS[1:]):  # the latter are two rows, which it leaves alone
+    for prompts in (PROMPTS[:1], PROMPTS):
         out, expected = (g(prompts, Settings(20, GREEDY)) for g in (fast, plain))
         assert torch.equal(out.tokens, expected.tokens) and out.logps.unique().numel() > 9
         torch.testing.assert_close(out.logps, expected.logps)

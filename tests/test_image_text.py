@@ -102,7 +102,7 @@ def test_images_get_the_class_whose_name_lies_nearest(trained, tmp_path, capsys)
     assert "red circle" in said and sum(shares) in (99, 100, 101) and shares[0] >= shares[1]
     with pytest.raises(SystemExit):
         recipe(*run)
-    assert "must be a list with one text a class" in capsys.readouterr().err
+    assert "--classes (none) must name" in capsys.readouterr().err
 
 
 def test_what_is_exported_is_what_transformers_loads(trained):
@@ -183,6 +183,24 @@ def equal_one_process(out: Path) -> None:
 TWO = [two_processes_softmax, two_processes_sigmoid]
 
 
+def test_a_fifth_of_rendered_pictures_is_grey_and_none_of_others():
+    asked = lambda *args: image_text.checked(image_text.command_line(args)).data.grey  # noqa: E731
+    assert (asked(), asked("--data.name", "folder"), asked("--data.grey", "0.1")) == (0.2, 0.0, 0.1)
+
+
+def test_questions_alone_teach_no_towers(tmp_path, capsys):
+    for name in "abcd":
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    told = {"question": "what?", "answer": "nothing"}
+    rows = (json.dumps({"file_name": f"{name}.png", **told}) for name in "abcd")
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    with pytest.raises(SystemExit):
+        recipe(
+            *TINY, "--data.name", tmp_path, "--data.valid-share", 0.5, "--out", tmp_path / "runs"
+        )
+    assert "no texts beside its images" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -192,6 +210,7 @@ TWO = [two_processes_softmax, two_processes_sigmoid]
         (["--data.valid-share", "1.0"], r"must be in \(0, 1\)"),
         (["--name", "a/b"], "plain name"),
         (["classify", "--name", "none"], "does not exist"),
+        (["--images", "a.png"], "go with the mode classify"),
     ],
 )
 def test_bad_options_say_value_rule_remedy(args, message, tmp_path, capsys):

@@ -216,6 +216,7 @@ def test_two_processes_train_what_one_does(tmp_path, monkeypatch):
         ("--mesh.tp 3", r"--mesh.tp \(3\) must divide --data.length \(200\)"),
         ("--mesh.cp 3", r"twice --mesh.cp \(2 x 3\) must divide --data.length \(200\)"),
         ("--mesh.cp 2 --model.attention sdpa", "a ring attends by flash"),
+        ("--train.graph True", "this one is on cpu, not compiled: leave it out"),
         ("--mesh.timeout 0", r"--mesh.timeout \(0.0\) must be positive"),
         ("--model.heads 3", r"heads \(3\) must divide width"),
         ("--vocabulary.kind bpe --vocabulary.size 100", r"vocab_size \(100\) must exceed 260"),

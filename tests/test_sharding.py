@@ -4,13 +4,16 @@ test_ranks.py runs the claims of TWO and FOUR on as many ranks.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import re
+import tempfile
 
 import optree
 import pytest
 import torch
+import torch.distributed as dist
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from ranks import DEVICE, mesh
 from torch._dynamo.backends.common import aot_autograd
@@ -23,8 +26,10 @@ from msfs_functional import (
     context_parallel,
     optim,
     overlap,
+    peer_copies,
     random,
     sharding,
+    transport,
 )
 from msfs_functional import vocabulary_parallel as vocabulary
 from msfs_functional.attention import attention
@@ -343,6 +348,101 @@ def gradients_of_the_output_are_summed_before_those_of_blocks():
         model.gradient(loss_fn, model.init(0), [call])
     blocks = [{f"blocks.{i}"} for i in reversed(range(config.depth))]
     assert seen == [{"norm", "output"}, *blocks, {"embedding"}], seen
+
+
+class SeenByAll:
+    """torch's symmetric memory for CPUs: files that the ranks of this machine map."""
+
+    folder = ""
+
+    @staticmethod
+    def empty(n, dtype, device):
+        """Known by its number: all ranks make the same in the same order."""
+        path = SeenByAll.file(len(SeenByAll.made), dist.get_rank())
+        SeenByAll.made.append(torch.from_file(path, shared=True, size=n, dtype=dtype).fill_(0.25))
+        return SeenByAll.made[-1]
+
+    @staticmethod
+    def file(number, rank):
+        return f"{SeenByAll.folder}/{number}.{rank}"
+
+    def __init__(self, x, group):
+        self.number = [x is y for y in SeenByAll.made].index(True)
+        self.group = transport.pg(group)
+        self.barrier(0)
+
+    def barrier(self, channel):
+        dist.barrier(self.group)
+
+    def get_buffer(self, rank, shape, dtype):
+        path = self.file(self.number, dist.get_global_rank(self.group, rank))
+        return torch.from_file(path, shared=True, size=shape.numel(), dtype=dtype)
+
+
+@contextlib.contextmanager
+def memory_that_all_see():
+    """Copies between ranks work; on CPUs, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE == "cpu":
+            patch.setattr(peer_copies, "why_not", lambda groups, device: None)
+            SeenByAll.folder = agreement.from_all(tempfile.mkdtemp())[0]
+            SeenByAll.made = []
+            patch.setattr(peer_copies, "symmetric", SeenByAll)
+            patch.setattr(SeenByAll, "rendezvous", SeenByAll, raising=False)
+        else:
+            patch.setenv("LOCAL_WORLD_SIZE", str(dist.get_world_size()))
+        yield
+    assert peer_copies.shared_bytes() > 0
+    peer_copies.forget()
+
+
+def equal_by_copies_and_by_collectives(layout, on, dtype):
+    """Two steps, bit for bit: two numbers have one order of adding."""
+    plain = decoder(dataclasses.replace(UNNORMED, depth=3, tied=False))
+    call = share(batches(1)[0], on), random.key(0)
+    found = {}
+    for how in ("copies", "collectives"):
+        model = sharded(plain, layout, on, dtype=dtype, transport=how)
+        loss_fn, params = gathered(functools.partial(next_token, model), model), model.init(0)
+        for _ in range(2):
+            found[how] = model.gradient(loss_fn, params, [call])
+            params = {name: p - found[how][1][name] for name, p in params.items()}
+    (mine, grads), (theirs, want) = found.values()
+    assert torch.equal(mine[0], theirs[0])
+    for name, g in grads.items():
+        assert torch.equal(g.to_local(), want[name].to_local()), name
+
+
+def copies_give_what_collectives_give():
+    """Of shards of uneven sizes too."""
+    on = mesh(dp_shard=2)
+    with memory_that_all_see():
+        for dtype in (None, torch.bfloat16):
+            equal_by_copies_and_by_collectives(DECODER, on, dtype)
+
+
+def copies_of_two_groups_give_what_collectives_give():
+    """Matrices of blocks are cut along one axis, the rest along another, but gains not at all."""
+    on = mesh(dp_replicate=2, dp_shard=2)
+    other: sharding.Cuts = {"dp_replicate": Shard(0)}
+    rules = [("norm", {}), (r"blocks.*weight$", {"dp_shard": Shard(0)}), ("", other)]
+    with memory_that_all_see():
+        layout = dataclasses.replace(DECODER, rules=rules)
+        equal_by_copies_and_by_collectives(layout, on, torch.bfloat16)
+
+
+def copies_are_refused_where_they_cannot_be():
+    on = mesh(dp_shard=2)
+    group = on.get_group("dp_shard").group_name
+    if DEVICE == "cpu":
+        with pytest.raises(ValueError, match=r'"copies": copies are for GPUs, .* of cpu'):
+            sharded(decoder(CONFIG), DECODER, on, transport="copies")
+        assert sharded(decoder(CONFIG), DECODER, on).transport == "collectives"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peer_copies, "sees", lambda a, b: False)
+        for ranks, said in ((2, "GPU 0 cannot reach the memory of GPU 1"), (1, "on 2 hosts")):
+            patch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+            assert said in (peer_copies.why_not([group], "cuda") or "")
 
 
 def products_in_bfloat16_are_summed_in_float32():
@@ -670,6 +770,8 @@ TWO = [
     accumulated_microbatches,
     overlapped_gathers_and_sums,
     gradients_of_the_output_are_summed_before_those_of_blocks,
+    copies_give_what_collectives_give,
+    copies_are_refused_where_they_cannot_be,
     products_in_bfloat16_are_summed_in_float32,
     gradients_are_reduced_once_a_step,
     factored_optimizer,
@@ -687,6 +789,7 @@ TWO = [
 GPUS = [
     shards_are_cut_from_the_unsharded_init,
     overlapped_gathers_and_sums,
+    copies_give_what_collectives_give,
     context_parallelism,
     vocabulary_parallel,
     sequence_parallel,
@@ -732,6 +835,7 @@ def context_and_other_parallelism():
 
 FOUR = [
     shards_of_four_equal_the_unsharded_init,
+    copies_of_two_groups_give_what_collectives_give,
     data_parallel_over_four,
     hybrid,
     tensor_and_data_parallel,

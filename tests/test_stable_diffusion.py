@@ -4,6 +4,7 @@ import json
 import runpy
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -22,6 +23,7 @@ from msfs_functional.models import diffusers_format, single_file
 from msfs_functional.models.autoencoder import autoencoder
 from msfs_functional.models.clip import text_tower
 from msfs_functional.models.unet import UNetConfig, unet
+from msfs_functional.published_process import Process, read_process, write_process
 
 KEY = random.key(11)
 PROMPTS = ["a red cat", "two dogs"]
@@ -315,6 +317,53 @@ def test_shapes_of_the_original_layout_show_the_configuration(linear):
 
 
 @torch.no_grad()
+def test_a_saved_model_is_one_of_diffusers_again(folder, model, tmp_path):
+    stable_diffusion.save(tmp_path / "saved", model)
+    again = stable_diffusion.load(tmp_path / "saved")
+    for part in ("unet", "autoencoder", "text"):
+        (config, params), (config_again, params_again) = getattr(model, part), getattr(again, part)
+        assert config == config_again and params.keys() == params_again.keys()
+        assert all(torch.equal(params[name], params_again[name]) for name in params)
+    assert again.tokenizer.encode(PROMPTS) == model.tokenizer.encode(PROMPTS)
+    assert again.pad == model.pad and torch.equal(again.process.alpha_bar, model.process.alpha_bar)
+    blank = {"alpha_bar": torch.zeros(0)}
+    assert repr(replace(again.process, **blank)) == repr(replace(model.process, **blank))
+    first, second = (
+        diffusers.StableDiffusionPipeline.from_pretrained(path, safety_checker=None)
+        for path in (folder, tmp_path / "saved")
+    )
+    for part in ("unet", "vae", "text_encoder"):
+        weights, found = getattr(first, part).state_dict(), getattr(second, part).state_dict()
+        assert all(torch.equal(weights[name], found[name]) for name in weights)
+    ids, found = (
+        pipe.tokenizer(PROMPTS, padding="max_length").input_ids for pipe in (first, second)
+    )
+    assert ids == found
+    assert torch.equal(first.scheduler.alphas_cumprod, second.scheduler.alphas_cumprod)
+    with pytest.raises(ValueError, match="must be a new or an empty folder"):
+        stable_diffusion.save(tmp_path / "saved", model)
+
+
+@pytest.mark.parametrize("target", ["eps", "v"])
+def test_processes_are_written_as_they_are_read(target):
+    odd = ns.sigmoid(50, 0.001, 0.3)
+    for process in (
+        Process(ns.scaled_linear(), target, final=float(ns.scaled_linear()[0])),
+        Process(ns.zero_terminal_snr(ns.scaled_linear()), "v", "trailing", 0),
+        Process(ns.cosine(100), target, "karras", clip=1.5),
+        Process(odd, target),
+    ):
+        hub = write_process(process)
+        again = read_process(hub)
+        torch.testing.assert_close(again.alpha_bar, process.alpha_bar, rtol=1e-12, atol=1e-15)
+        blank = {"alpha_bar": torch.zeros(0), "final": 1.0}
+        assert repr(replace(again, **blank)) == repr(replace(process, **blank))
+        assert again.final == pytest.approx(process.final, rel=1e-12)
+        theirs = getattr(diffusers, hub["_class_name"]).from_config(hub)
+        expected = process.alpha_bar.float().clamp(min=1e-7 if process.spacing == "karras" else 0)
+        torch.testing.assert_close(theirs.alphas_cumprod, expected, rtol=2e-4, atol=1e-6)
+
+
 def test_version_2_s_text_tower_is_openclip_s_without_its_last_block():
     """Written out from transformers' CLIP by diffusers' own naming, backwards."""
     torch.manual_seed(0)

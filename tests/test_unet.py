@@ -284,7 +284,7 @@ def test_meanflow_trains_a_unet():
             return model.apply(params, z, 1000 * t, context, **options)
 
         r, t = torch.tensor([0.2, 0.5]).double(), torch.tensor([0.9, 0.5]).double()
-        return df.meanflow_loss(model_fn, x, x.flip(-1), r, t)
+        return df.meanflow_loss(df.meanflow_errors(model_fn, x, x.flip(-1), r, t))
 
     names = ["down.0.transformers.0.blocks.0.self_attention.q.weight", "interval.up.weight"]
     grads = []

@@ -91,11 +91,10 @@ def descriptor(x: Tensor, rows: int) -> TensorDescriptor:
 
 
 def multiprocessors(x: Tensor) -> int:
-    """Those of x's device, but for what torch's products leave to others (`bench_mesh --carve`)."""
+    """Those of x's device."""
     if not x.is_cuda:
         return 132
-    left = torch._C._get_sm_carveout_experimental() or 0
-    return torch.cuda.get_device_properties(x.device).multi_processor_count - left
+    return torch.cuda.get_device_properties(x.device).multi_processor_count
 
 
 def balanced_wave(blocks: int, programs: int) -> int:

@@ -1,4 +1,4 @@
-"""Triton kernels of `one_row`: one token, one layer.
+"""Triton kernels of `few_rows` for a single row: one token, one layer.
 
 Launches follow each other within microseconds, so each starts before its predecessor has ended
 (programmatic dependent launch, Hopper and later): it loads its part of the matrix, which nobody
@@ -22,6 +22,7 @@ from msfs_kernels.launching import INTERPRETED
 from msfs_kernels.triton_common import LOG2E
 
 LONGEST = 4096  # numbers of a matrix row that are held at once
+HELD = 2**15  # numbers of keys and values that a program holds at once
 
 
 @triton.jit
@@ -111,12 +112,33 @@ def linear_kernel(
 
 
 @triton.jit
+def capped(scores, softcap, CAPPED: tl.constexpr):
+    """Scores in powers of two; with a cap they come in powers of e."""
+    if CAPPED:
+        scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0) * 1.4426950408889634
+    return scores
+
+
+@triton.jit
+def cached(at, places, halves, j, end, within):
+    """Keys or values j < end of one head, in two halves of their dims."""
+    mask = (j < end)[:, None] & within[None]
+    first = tl.load(at + places, mask=mask, other=0.0)
+    return first, tl.load(at + places + halves, mask=mask, other=0.0)
+
+
+@triton.jit
 def attention_kernel(
     qkv, keys, values, position, cosines, sines, out, H, G, L, scale_log2, softcap, window,
     D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, CAPPED: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One head. Head dims are held as two halves, which rotary positions pair."""
+    """One head. Head dims are held as two halves, which rotary positions pair.
+
+    The first BN keys and values are loaded before the predecessor ends. It may be the launch that
+    writes the key of the token before this one, which is therefore loaded after it; all before that
+    had ended when the predecessor began, as an attention lets others start only then.
+    """
     head = tl.program_id(0)
     group = H // G
     kv_head = head // group
@@ -124,9 +146,18 @@ def attention_kernel(
     d = tl.arange(0, DP)
     within = d < HALF
     at = tl.load(position).to(tl.int32)
+    base = kv_head.to(tl.int64) * L * D
+    low = 0
+    if window > 0:
+        low = tl.maximum(at - window + 1, 0)
+    end = at - 1
+    j = low + tl.arange(0, BN)
+    places = base + j[:, None].to(tl.int64) * D + d[None]
+    t1, t2 = cached(keys, places, HALF, j, end, within)
+    u1, u2 = cached(values, places, HALF, j, end, within)
     if EARLY:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     q_at = qkv + head * D + d
     k_at = qkv + (H + kv_head) * D + d
     v_at = qkv + (H + G + kv_head) * D + d
@@ -136,6 +167,13 @@ def attention_kernel(
     k2 = tl.load(k_at + HALF, mask=within, other=0.0).to(tl.float32)
     v1 = tl.load(v_at, mask=within, other=0.0)
     v2 = tl.load(v_at + HALF, mask=within, other=0.0)
+    before = end >= low
+    there = d < tl.where(before, HALF, 0)
+    last = base + tl.maximum(end, 0).to(tl.int64) * D + d
+    p1 = tl.load(keys + last, mask=there, other=0.0).to(tl.float32)
+    p2 = tl.load(keys + last + HALF, mask=there, other=0.0).to(tl.float32)
+    w1 = tl.load(values + last, mask=there, other=0.0).to(tl.float32)
+    w2 = tl.load(values + last + HALF, mask=there, other=0.0).to(tl.float32)
     if cosines is not None:
         c = tl.load(cosines + d, mask=within, other=0.0)
         s = tl.load(sines + d, mask=within, other=0.0)
@@ -144,7 +182,6 @@ def attention_kernel(
     kind = keys.dtype.element_ty
     q1, q2 = q1.to(kind).to(tl.float32), q2.to(kind).to(tl.float32)
     k1, k2, v1, v2 = k1.to(kind), k2.to(kind), v1.to(kind), v2.to(kind)
-    base = kv_head.to(tl.int64) * L * D
     if head % group == 0:
         here = base + at.to(tl.int64) * D + d
         tl.store(keys + here, k1, mask=within)
@@ -153,36 +190,30 @@ def attention_kernel(
         tl.store(values + here + HALF, v2, mask=within)
 
     # The token's own key and value come from registers, those before it from memory.
-    own = (tl.sum(q1 * k1.to(tl.float32)) + tl.sum(q2 * k2.to(tl.float32))) * scale_log2
-    if CAPPED:
-        own = softcap * (2.0 * tl.sigmoid(2.0 * own / softcap) - 1.0) * 1.4426950408889634
-    top = own
-    total = 1.0
-    o1 = v1.to(tl.float32)
-    o2 = v2.to(tl.float32)
-    low = 0
-    if window > 0:
-        low = tl.maximum(at - window + 1, 0)
-    for start in range(low, at, BN):
-        j = start + tl.arange(0, BN)
-        seen = j < at
-        places = base + j[:, None].to(tl.int64) * D + d[None]
-        mask = seen[:, None] & within[None]
-        t1 = tl.load(keys + places, mask=mask, other=0.0).to(tl.float32)
-        t2 = tl.load(keys + places + HALF, mask=mask, other=0.0).to(tl.float32)
-        scores = (tl.sum(t1 * q1[None], 1) + tl.sum(t2 * q2[None], 1)) * scale_log2
-        if CAPPED:
-            scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
-            scores *= 1.4426950408889634
-        scores = tl.where(seen, scores, float("-inf"))
+    own = tl.sum(q1 * k1.to(tl.float32) + q2 * k2.to(tl.float32)) * scale_log2
+    own = capped(own, softcap, CAPPED)
+    previous = capped(tl.sum(q1 * p1 + q2 * p2) * scale_log2, softcap, CAPPED)
+    previous = tl.where(before, previous, float("-inf"))
+    top = tl.maximum(own, previous)
+    weight, more = tl.exp2(own - top), tl.exp2(previous - top)
+    total = weight + more
+    o1 = weight * v1.to(tl.float32) + more * w1
+    o2 = weight * v2.to(tl.float32) + more * w2
+    for start in range(low, end, BN):
+        if start > low:
+            j = start + tl.arange(0, BN)
+            places = base + j[:, None].to(tl.int64) * D + d[None]
+            t1, t2 = cached(keys, places, HALF, j, end, within)
+            u1, u2 = cached(values, places, HALF, j, end, within)
+        products = t1.to(tl.float32) * q1[None] + t2.to(tl.float32) * q2[None]
+        scores = capped(tl.sum(products, 1) * scale_log2, softcap, CAPPED)
+        scores = tl.where(j < end, scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 0))
         weights = tl.exp2(scores - higher)
         fade = tl.exp2(top - higher)
         total = total * fade + tl.sum(weights, 0)
-        t1 = tl.load(values + places, mask=mask, other=0.0).to(tl.float32)
-        t2 = tl.load(values + places + HALF, mask=mask, other=0.0).to(tl.float32)
-        o1 = o1 * fade + tl.sum(weights[:, None] * t1, 0)
-        o2 = o2 * fade + tl.sum(weights[:, None] * t2, 0)
+        o1 = o1 * fade + tl.sum(weights[:, None] * u1.to(tl.float32), 0)
+        o2 = o2 * fade + tl.sum(weights[:, None] * u2.to(tl.float32), 0)
         top = higher
     tl.store(out + head * D + d, (o1 / total).to(out.dtype.element_ty), mask=within)
     tl.store(out + head * D + HALF + d, (o2 / total).to(out.dtype.element_ty), mask=within)
@@ -198,7 +229,7 @@ def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None, shift: Tensor | None,
     residual: Tensor | None, norm: str, eps: float, offset: float, activation: str, gated: bool,
 ) -> Tensor:  # fmt: skip
-    """See `one_row.row_linear`."""
+    """See `few_rows.rows_linear`."""
     rows, K = weight.shape
     N = rows // 2 if gated else rows
     y = x.new_empty(N)
@@ -216,14 +247,15 @@ def attend(
     qkv: Tensor, keys: Tensor, values: Tensor, position: Tensor, cosines: Tensor | None,
     sines: Tensor | None, heads: int, scale: float, softcap: float, window: int,
 ) -> Tensor:  # fmt: skip
-    """See `one_row.row_attention`."""
+    """See `few_rows.rows_attention`."""
     _, G, L, D = keys.shape
     out = qkv.new_empty(heads * D)
     extra = {"launch_pdl": True} if (soon := early(qkv.device.index or 0)) else {}
     scale_log2 = scale if softcap else scale * LOG2E
+    halves = triton.next_power_of_2(D // 2)
+    keys_at_once = max(16, HELD // (4 * halves))
     attention_kernel[(heads,)](
         qkv, keys, values, position, cosines, sines, out, heads, G, L, scale_log2, softcap,
-        window, D, triton.next_power_of_2(D // 2), 64 if D <= 128 else 32, bool(softcap), soon,
-        num_warps=4, **extra,
+        window, D, halves, keys_at_once, bool(softcap), soon, num_warps=8, **extra,
     )  # fmt: skip
     return out

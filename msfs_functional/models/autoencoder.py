@@ -27,9 +27,9 @@ from msfs_functional.attention import Implementation, attention
 from msfs_functional.models.convolutions import (
     INITIALIZERS,
     Convolution,
+    Enlarging,
     Norm,
     Resnet,
-    double,
     for_kernels,
     group_norm,
     linear,
@@ -156,7 +156,7 @@ class Level(nn.Module):
         if leave == "shrink":  # padded on the right and at the bottom alone
             self.shrink = nn.Conv2d(width, width, 3, stride=2)
         elif leave == "enlarge":
-            self.enlarge = Convolution(width, width)
+            self.enlarge = Enlarging(width)
 
 
 class Half(nn.Module):
@@ -202,7 +202,7 @@ class Half(nn.Module):
             for layer in level.resnets:
                 x = layer(x)
             if hasattr(level, "enlarge"):
-                x = level.enlarge(double(x))
+                x = level.enlarge(x, [2 * side for side in x.shape[-2:]])
         norm: Params = dict(self.output_norm.named_parameters("norm"))
         return group_norm(norm, "norm", x, config.groups, config.norm_eps, silu=True)
 

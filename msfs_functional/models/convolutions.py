@@ -12,6 +12,7 @@ import math
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from msfs_kernels import doubled
 from msfs_kernels import group_norm as fused
 from torch import Tensor, nn
 
@@ -63,6 +64,22 @@ def convolve(
     if x.is_cuda and own is not None:  # cuDNN adds it slowly
         return fused.residual(F.conv2d(x, weight, stride=stride, padding=padding), own)
     return F.conv2d(x, weight, own, stride, padding)
+
+
+def convolve_enlarged(
+    params: Params, name: str, x: Float[Tensor, "B C _ _"], size: tuple[int, ...]
+) -> Float[Tensor, "B _ H W"]:
+    """The 3 x 3 convolution of that name of x at this height and width, its pixels repeated.
+
+    At twice the size it adds up the same pixels several times; on a GPU it is one of 2 x 2 of x
+    itself then (`msfs_kernels.doubled`).
+    """
+    weight, bias = params[f"{name}.weight"], params[f"{name}.bias"]
+    if tuple(size) != (2 * x.shape[-2], 2 * x.shape[-1]):
+        return convolve(params, name, F.interpolate(x, tuple(size), mode="nearest"))
+    if not fused.fused(x, weight):
+        return convolve(params, name, fused.double(x))
+    return doubled.interleave(F.conv2d(x, doubled.kernel(weight), padding=1), bias)
 
 
 def linear(params: Params, name: str, x: Float[Tensor, "... C"]) -> Float[Tensor, "... _"]:
@@ -166,6 +183,17 @@ class Convolution(nn.Conv2d):
         return convolve(params, "conv", input, stride=self.stride[0])
 
 
+class Enlarging(nn.Conv2d):
+    """A 3 x 3 convolution of an image at a larger size, pixels repeated: `convolve_enlarged`."""
+
+    def __init__(self, width: int):
+        super().__init__(width, width, 3, padding=1)
+
+    def forward(self, input: Tensor, size: tuple[int, ...]) -> Tensor:
+        params = {"conv.weight": self.weight, "conv.bias": self.bias}
+        return convolve_enlarged(params, "conv", input, size)
+
+
 class Resnet(nn.Module):
     """Holds a ResNet block's parameters; its forward is `resnet`.
 
@@ -196,17 +224,3 @@ class Resnet(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
         return resnet(dict(self.named_parameters()), x, time, skip, **self.options)
-
-
-def double(x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C 2*H 2*W"]:
-    """x at twice the height and width, each pixel repeated."""
-    return fused.double(x)
-
-
-def enlarge(
-    x: Float[Tensor, "B C _ _"], like: Float[Tensor, "B _ H W"]
-) -> Float[Tensor, "B C H W"]:
-    """x at the height and width of `like`, each pixel repeated."""
-    if like.shape[-2] == 2 * x.shape[-2] and like.shape[-1] == 2 * x.shape[-1]:
-        return double(x)
-    return F.interpolate(x, (like.shape[-2], like.shape[-1]), mode="nearest")

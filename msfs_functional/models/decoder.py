@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Int64
+from msfs_kernels import sum_norm
 from torch import Tensor, nn
 
 from msfs_functional import random
 from msfs_functional.attention import Implementation
-from msfs_functional.layers import Embedding, site_keys
+from msfs_functional.layers import Embedding, on_gpu_alone, site_keys
 from msfs_functional.models.decoder_block import (
     AttentionFn,
     BlockFn,
@@ -30,6 +31,7 @@ from msfs_functional.models.decoder_block import (
     Terms,
     attention_by,
     block,
+    gain_of,
     normalize,
     whole,
     within,
@@ -221,6 +223,8 @@ class Decoder(nn.Module):
         contexts = self._contexts(x, positions, implementation, mask, None, False)
         alone = around_block is None and active() is not None  # blocks compiled, each on its own
         x = self._start(x, positions, keys.pop(), apart=alone)
+        if isinstance(x, tuple) and self._adds_in_norm(x):
+            sum_norm.expect(x[0], *self._last_norm())
         for i, layer in enumerate(self.blocks):
             context = contexts[self.config.window(i)]
             x, _ = layer(x, keys[i], context, around_block=around_block)
@@ -362,7 +366,18 @@ class Decoder(nn.Module):
         return random.dropout(key, x, self.config.dropout)
 
     def _final(self, x: Tensor | Terms) -> Tensor:
+        if isinstance(x, tuple) and self._adds_in_norm(x):
+            return sum_norm.sum_norm(x[0], x[1], *self._last_norm())
         return normalize(dict(self.norm.named_parameters("norm")), "norm", whole(x), self.config)
+
+    def _adds_in_norm(self, x: Terms) -> bool:
+        """Whether one kernel adds the terms of x and norms the sum."""
+        return not self.config.norm_bias and on_gpu_alone(*x, self.norm.weight)
+
+    def _last_norm(self) -> tuple[Tensor, float, bool]:
+        config, gain = self.config, self.norm.weight
+        gain = gain_of(gain, config) if config.norm_offset else gain
+        return gain, config.norm_eps, config.norm == "layer"
 
     def _contexts(
         self,

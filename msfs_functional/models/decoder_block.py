@@ -110,8 +110,9 @@ def normalize(
 
     Source: Zhang and Sennrich 2019; Ba et al. 2016.
     """
-    weight = params.get(f"{name}.weight")
-    gain = None if weight is None else gain_of(weight, config)  # None: in the matrix that follows
+    gain = weight = params.get(f"{name}.weight")  # None: in the matrix that follows
+    if weight is not None and (config.norm_offset or weight.dtype != x.dtype):
+        gain = gain_of(weight, config)
     if config.norm == "layer" and not name.endswith(("q_norm", "k_norm")):
         gain = None if gain is None else gain.to(x.dtype)
         return F.layer_norm(x, x.shape[-1:], gain, params.get(f"{name}.bias"), config.norm_eps)

@@ -20,9 +20,10 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from msfs_kernels.group_norm import double
 from torch import Tensor, nn
 
-from msfs_functional.models.convolutions import Norm, convolve, double, group_norm
+from msfs_functional.models.convolutions import Norm, convolve, group_norm
 from msfs_functional.models.weight_files import read_tensors, take
 from msfs_functional.params import Functional, Params, functional, kaiming_uniform, ones, zeros
 from msfs_functional.regions import region_of

@@ -34,9 +34,9 @@ from msfs_functional.layers import Embedding
 from msfs_functional.models.convolutions import (
     INITIALIZERS,
     Convolution,
+    Enlarging,
     Norm,
     Resnet,
-    enlarge,
     for_kernels,
     group_norm,
     linear,
@@ -285,9 +285,10 @@ class Level(nn.Module):
         self.transformers = nn.ModuleList(
             Transformer(width, heads, config, region=region) for _ in range(transformers)
         )
-        if leave is not None:
-            stride = 2 if leave == "shrink" else 1
-            setattr(self, leave, Convolution(width, width, stride))
+        if leave == "shrink":
+            self.shrink = Convolution(width, width, 2)
+        elif leave == "enlarge":
+            self.enlarge = Enlarging(width)
 
 
 def for_each(x: Tensor, count: int) -> Tensor:
@@ -397,7 +398,7 @@ class UNet(nn.Module):
         for level in cast(Any, self.up):
             x = run(level, x, skips, True)
             if hasattr(level, "enlarge"):
-                x = level.enlarge(enlarge(x, skips[-1]))
+                x = level.enlarge(x, skips[-1].shape[-2:])
         norm: Params = dict(self.output_norm.named_parameters("norm"))
         x = group_norm(norm, "norm", x, config.groups, config.norm_eps, silu=True)
         return self.output(x)

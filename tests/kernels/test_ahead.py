@@ -94,4 +94,4 @@ def test_the_first_norm_of_a_network_asks_for_all_its_kernels(monkeypatch):
     x, gain = torch.zeros(1, 8, 2, 2).contiguous(memory_format=torch.channels_last), torch.ones(8)
     for trained in (False, True, True):
         triton_group_norm.expect(x, gain, gain, None, 2, trained)
-    assert [len(launches) for launches in asked] == [6, 13]
+    assert [len(launches) for launches in asked] == [7, 15]
