@@ -161,7 +161,7 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Functional:
         width=sizes.decoder_width,
         depth=sizes.decoder_depth,
         qk_norm=sizes.qk_norm,
-        max_length=max(sizes.length, 256),
+        max_length=max(sizes.length or 0, 256),
         heads=sizes.heads,
         hidden=sizes.decoder_hidden,
     )
