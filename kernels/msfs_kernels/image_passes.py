@@ -8,7 +8,7 @@ norm after it does not read it once more:
     scale, offset = affine([sums], gain, bias, shift, groups, eps)       GroupNorm of x + shift ..
     y = scaled([x], scale, offset, silu=True)    .. is silu(x scale + offset)
     total, normed = add_norm(y, more, gain, bias, eps)                   y + more, its LayerNorm
-    geglu_product(x, weight, bias, out)          up * gelu(gate) of a product's halves
+    geglu(x, out)                                up * gelu(gate) of both halves
 
 `affine` and `scaled` take two images as the channels of one: joins are never written. Of fewer
 images than B, all are repeated.
@@ -171,20 +171,3 @@ def geglu(x: Tensor, out: Tensor) -> None:
         return triton_image_passes.geglu(x, out)
     up, gate = x.chunk(2, -1)
     out.copy_(up * F.gelu(gate))
-
-
-def geglu_product(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
-    """`geglu` of the product x weight' + bias, into out.
-
-    Args:
-        x: (M, K).
-        weight, bias: (2 F, K) and (2 F,), up's over gate's.
-        out: (M, F) of any distance between rows.
-    """
-    if fused(x):
-        from . import triton_geglu
-
-        if triton_geglu.suits(x, weight, out):
-            triton_geglu.plan(x, weight, bias, out).run()
-            return
-    geglu(F.linear(x, weight, bias), out)

@@ -159,9 +159,7 @@ def transformer(
         more = attend(at, passes.repeated(q, len(k)), k, v)
         wide = more.new_empty(len(more), 5 * C)  # y beside the feed-forward's hidden layer
         y, inside = passes.add_norm(y, more, *norm(block, "feed_forward"), eps, wide[:, :C])
-        at = f"{block}.feed_forward.up_gate"
-        given = params[f"{at}.weight"], params[f"{at}.bias"], wide[:, C:]
-        passes.geglu_product(inside, *given)
+        passes.geglu(linear(params, f"{block}.feed_forward.up_gate", inside), wide[:, C:])
         if i + 1 < config.transformer_depth:
             more = linear(params, f"{block}.feed_forward.down", wide[:, C:])
             y, inside = passes.add_norm(

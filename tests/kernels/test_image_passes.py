@@ -10,7 +10,7 @@ import torch.nn.functional as F
 pytest.importorskip("triton")
 
 from msfs_kernels import image_passes as passes
-from msfs_kernels import triton_geglu, triton_group_norm
+from msfs_kernels import triton_group_norm
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -120,18 +120,3 @@ def check_rows():
 
 def test_rows_are_the_formula_s(on_kernels):
     on_kernels(check_rows)
-
-
-def check_geglu_product():
-    """In 16 bits, whose products are exact in float32: only the result is rounded."""
-    shapes = ((150, 80), (256, 80), (256,))
-    x, w, b = ((some(*shape, seed=i) / 8).half() for i, shape in enumerate(shapes))
-    out = x.new_zeros(150, 131)
-    triton_geglu.plan(x, w, b, out[:, 3:]).run()
-    up, gate = F.linear(x.double(), w.double(), b.double()).chunk(2, -1)
-    torch.testing.assert_close(out[:, 3:], (up * F.gelu(gate)).half(), rtol=1e-3, atol=1e-3)
-    assert not out[:, :3].any()
-
-
-def test_product_with_geglu_is_the_formula(on_kernels):
-    on_kernels(check_geglu_product)
