@@ -34,9 +34,9 @@ Several processes: the same step, its parameters in shards over a mesh of these 
             $(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1):29500 --max-restarts 3 \
             recipes/pretrain.py --mesh.dp-shard 16 --name big'
 
-Between the GPUs of one host parameters and gradients travel by copies (--mesh.transport). On a single
-GPU a step is replayed as one CUDA graph, on several with --train.graph True: it then waits for no
-host, which a small model's step, or one on a slow host, mostly does.
+Between the GPUs of one host parameters and gradients travel by copies (--mesh.transport). On a
+single GPU a step is replayed as one CUDA graph, on several with --train.graph True: it then waits
+for no host, which a small model's step, or one on a slow host, mostly does.
 
 Checkpoints hold all that the run is, are written in the background by all processes, and are read
 by any number of them in any mesh: --resume --name big goes on, with other degrees if they are

@@ -6,7 +6,7 @@
     python recipes/text_to_image.py sample --prompts "a small red circle above a large blue square"
     python recipes/text_to_image.py evaluate             # the newest run again
     torchrun --nproc-per-node 4 recipes/text_to_image.py --mesh.dp-shard 4
-    python recipes/text_to_image.py --objective meanflow # pictures in one step
+    python recipes/text_to_image.py --objective meanflow --sample-steps 1    # or a few
 
     --data.source mnist:DIR | cifar10:DIR | FOLDER | HUB-NAME [--data.caption COLUMN]
 
@@ -491,6 +491,9 @@ def run(config: Config) -> None:
     trained = train(config, data) if config.mode == "train" else load(config)
     if trained is not None:
         evaluate(config, trained, data)
+    else:
+        go_on = launching.resume_command("recipes/text_to_image.py", folder_of(config))
+        say(f"stopped after stage {config.until}; go on with: {go_on} --until denoiser")
     curves(config)
     say(f"{time.perf_counter() - begin:.0f} seconds; everything is in {folder_of(config)}")
 

@@ -150,6 +150,12 @@ def checked(config: Config) -> Config:
         )
     if config.data.source == "shapes" and config.data.size != shapes.SIDE:
         raise ValueError(f"--data.size ({config.data.size}) must be {shapes.SIDE} for shapes")
+    if config.coder == "kl" and not config.latents:
+        raise ValueError(
+            "--coder kl makes latents, which --no-latents leaves out: give one of them"
+        )
+    if config.lpips and config.coder != "kl":
+        raise ValueError("--lpips is a loss of --coder kl: add it, or leave --lpips out")
     if config.coder == "kl" and config.pixels % 4:
         raise ValueError(f"--pixels ({config.pixels}) must be a multiple of 4: groups of a norm")
     if config.features == "resnet" and config.weights is None:

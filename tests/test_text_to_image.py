@@ -172,6 +172,9 @@ def as_on_one_process(tmp_path: Path) -> None:
         ({"data": settings.Data(size=64)}, r"--data.size \(64\) must be 32 for shapes"),
         ({"data": settings.Data(source="mnist:/nowhere")}, "no train-images-idx3-ubyte.gz"),
         ({"features": "resnet"}, "needs --weights"),
+        ({"features": "resnet", "weights": Path("/nowhere"), "measured": 8}, "no file /nowhere"),
+        ({"coder": "kl", "latents": False}, "give one of them"),
+        ({"lpips": (Path("vgg"),)}, "is a loss of --coder kl"),
     ),
 )
 def test_bad_options_are_named(options, message, tmp_path):

@@ -16,7 +16,7 @@ ELEMENTS, WARPS = 4096, 4  # of a program at a time
 def rows_scaled(w, g, out, first, N, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row, column = first + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     inside = (row < N)[:, None] & (column < K)[None, :]
-    at = row[:, None] * K + column[None, :]
+    at = row.to(tl.int64)[:, None] * K + column[None, :]
     scale = tl.load(g + column, mask=column < K, other=0.0).to(tl.float32)
     x = tl.load(w + at, mask=inside, other=0.0).to(tl.float32) * scale[None, :]
     tl.store(out + at, x.to(out.dtype.element_ty), mask=inside)
@@ -42,7 +42,7 @@ def rows_back(d, w, g, out, sums, N, K, ROWS: tl.constexpr, COLUMNS: tl.constexp
     for first in range(tl.program_id(0) * ROWS, N, tl.num_programs(0) * ROWS):
         row = first + tl.arange(0, ROWS)
         inside = (row < N)[:, None] & (column < K)[None, :]
-        at = row[:, None] * K + column[None, :]
+        at = row.to(tl.int64)[:, None] * K + column[None, :]
         grad = tl.load(d + at, mask=inside, other=0.0).to(tl.float32)
         total += tl.sum(grad * tl.load(w + at, mask=inside, other=0.0).to(tl.float32), 0)
         tl.store(out + at, (grad * scale[None, :]).to(out.dtype.element_ty), mask=inside)
