@@ -9,6 +9,7 @@ what one process would have taken.
 Dimension key: B images of a batch, T tokens of a text, C channels, h w height and width in pixels.
 """
 
+import itertools
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -136,7 +137,7 @@ class Questions(Numbered):
         size: images of a batch, over all processes.
         questions: of each image in a batch; its caption counts as one.
         turns: of them share the image's tokens, without seeing each other.
-        length: tokens of a row; no sample may be longer.
+        length: tokens of a row; no sample may be longer. None: of the longest that may be drawn.
         tiles: along a side of an image, see `cut_tiles`.
         mix: how often a question is drawn, by the first regex that is found in it; default: all
             alike. The caption is asked for with `DESCRIBE`.
@@ -157,7 +158,7 @@ class Questions(Numbered):
         *,
         questions: int = 8,
         turns: int = 8,
-        length: int = 240,
+        length: int | None = 240,
         tiles: int = 1,
         mix: Mix = (),
         flips: bool = False,
@@ -170,7 +171,7 @@ class Questions(Numbered):
     ):
         super().__init__(len(data), size, seed, share)
         self.data, self.model = data, model
-        self.questions, self.turns, self.length, self.tiles = questions, turns, length, tiles
+        self.questions, self.turns, self.tiles = questions, turns, tiles
         self.mix, self.flips, self.shift, self.tint = mix, flips, shift, tint
         self.grey, self.coloured = grey, re.compile(coloured)
         texts = texts_of(data)
@@ -179,6 +180,7 @@ class Questions(Numbered):
         self.speaks: dict[str, bool] = {}  # of colours, texts so far
         most = max(map(len, data.questions), default=0)
         self.draws = LOOKS + 2 + max(most, questions)  # random numbers for each image
+        self.length = self.longest() if length is None else length
 
     def batch(self, number: int) -> dict[str, Tensor]:
         """What `pack_samples` gives, and pictures of 8 bits, tiles of one after another."""
@@ -208,6 +210,29 @@ class Questions(Numbered):
             "pictures": cut_tiles(pictures, self.tiles),
         }
 
+    def longest(self) -> int:
+        """Tokens of the longest sample: an image with as many turns as share it, the longest ones.
+
+        Raises:
+            ValueError: more than the decoder takes.
+        """
+        size = {text: len(ids) for text, ids in self.ids.items()}
+        count, most = min(self.turns, self.questions), 0
+        for image, grey in itertools.product(range(len(self.data)), {False, self.grey > 0}):
+            captions, pairs = self.told(image, grey)
+            turns = sorted(size[question] + size[answer] for question, answer in pairs)
+            if 0 < len(turns) < count:  # then some are asked twice
+                turns = [turns[-1]] * count
+            turns += [size[DESCRIBE] + size[text] for text in captions]
+            most = max(most, sum(sorted(turns)[-count:]) + 2 * count)
+        length = self.model.tokens_per_image * (1 if self.tiles == 1 else 1 + self.tiles**2) + most
+        if length > self.model.decoder.max_length:
+            raise ValueError(
+                f"a sample may have {length} tokens, the decoder takes "
+                f"{self.model.decoder.max_length}: give a length, fewer turns or shorter texts"
+            )
+        return length
+
     def weight(self, question: str) -> float:
         """How often this question is drawn, beside others."""
         if question not in self.weights:
@@ -221,6 +246,14 @@ class Questions(Numbered):
             self.speaks[text] = self.coloured.search(text) is not None
         return self.speaks[text]
 
+    def told(self, image: int, grey: bool) -> tuple[list[str], list[tuple[str, str]]]:
+        """Captions and questions that may be drawn of an image; in grey none speak of colours."""
+        captions, pairs = self.data.captions[image], self.data.questions[image]
+        if grey:
+            captions = [text for text in captions if not self.colours(text)]
+            pairs = [pair for pair in pairs if not any(map(self.colours, pair))]
+        return captions, [pair for pair in pairs if self.weight(pair[0])]
+
     def asked(
         self, image: int, draws: Float[np.ndarray, "U"], grey: bool = False
     ) -> list[tuple[str, str]]:
@@ -232,22 +265,18 @@ class Questions(Numbered):
         Args:
             draws: uniform numbers in [0, 1), at least 2 and one for each question of the image.
         """
-        captions, pairs = self.data.captions[image], self.data.questions[image]
-        if grey:
-            captions = [text for text in captions if not self.colours(text)]
-            pairs = [pair for pair in pairs if not any(map(self.colours, pair))]
+        captions, pairs = self.told(image, grey)
         found = []
         if captions and draws[0] < self.weight(DESCRIBE):
             found.append((DESCRIBE, captions[int(draws[1] * len(captions))]))
         count = self.questions - len(found)
         weights = np.array([self.weight(question) for question, _ in pairs])
-        able = np.flatnonzero(weights)
-        if 0 < len(able) < count:
+        if 0 < len(pairs) < count:
             shares = weights.cumsum() / weights.cumsum()[-1]  # up to 1, which no draw reaches
             found += [pairs[i] for i in shares.searchsorted(draws[2 : 2 + count], side="right")]
         elif count > 0:
-            keys = -np.log1p(-draws[2 : 2 + len(able)]) / weights[able]
-            found += [pairs[i] for i in able[keys.argsort()[:count]]]
+            keys = -np.log1p(-draws[2 : 2 + len(pairs)]) / weights
+            found += [pairs[i] for i in keys.argsort()[:count]]
         return found
 
     def moved(

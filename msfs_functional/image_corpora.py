@@ -111,6 +111,7 @@ def shapes_world(
     *,
     size: int = shapes.SIDE,
     held_out: shapes.Pairs = shapes.HELD_OUT,
+    lessons: bool = False,
     scene_filter: Callable[[shapes.Scene], bool] | None = None,
 ) -> tuple[Pictured, list[shapes.Scene]]:
     """`count` rendered scenes with their captions and all questions, and the scenes themselves.
@@ -118,6 +119,8 @@ def shapes_world(
     Args:
         size: of a side, in pixels.
         held_out: pairs of colour and kind that only the split "unseen" has.
+        lessons: to learn from: `shapes.lessons` are asked, too, and of two captions that which
+            begins with the upper or left shape is the only one, so that no word is left to chance.
         scene_filter: keeps only scenes for which it is true, until there are `count`.
     """
     found = shapes.scenes(seed, count, split, held_out)
@@ -132,7 +135,11 @@ def shapes_world(
         [torch.from_numpy(shapes.render(scene, size)).permute(2, 0, 1) for scene in found]
     )
     asked = [shapes.questions(scene, seed + i, held_out) for i, scene in enumerate(found)]
-    return Pictured(images, [shapes.captions(scene) for scene in found], asked), found
+    captions = [shapes.captions(scene) for scene in found]
+    if lessons:
+        asked = [[*some, *shapes.lessons(scene)] for some, scene in zip(asked, found, strict=True)]
+        captions = [[shapes.caption(shapes.in_order(scene))] for scene in found]
+    return Pictured(images, captions, asked), found
 
 
 def is_easy_vqa(folder: Path) -> bool:

@@ -130,8 +130,7 @@ class Pipeline:
         ]
         outside, *blocks = self.units
         sums = [*(outside.part(names) for names in self.outside), *blocks]
-        names = [[unit.names.values() for unit in units] for units in (self.units, sums)]
-        return PeerCopies(wholes, self.device, *names)
+        return PeerCopies(wholes, self.device, [unit.names.values() for unit in sums])
 
     def _to_gather(self, name: str, way: Way, device: torch.device) -> Whole:
         shard = self.shards[name]

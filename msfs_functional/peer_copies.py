@@ -7,9 +7,9 @@ one that wants all of them takes a second turn for a few tiles. Here ranks see o
     gather    lay the shards, in the dtype of the products | all have | copy the others' shards
     sum       copy each chunk of the gradient to its rank  | all have | add up what came, in order
 
-A gradient travels in the dtype that it has, and is added up in that of the sums. What is laid and
-what is received lies in two places by turns: who comes to the second gather knows that all are done
-with the first, and may lay the third where that was.
+What is laid in the forward pass stays for the backward. A gradient travels in the dtype that it
+has, and is added up in that of the sums. What is received lies in two places by turns: who comes to
+the second sum knows that all are done with the first, and may send the third where that was.
 """
 
 import functools
@@ -27,16 +27,16 @@ from msfs_functional.collectives import group_rank, group_size
 from msfs_functional.transport import Collectives, Term, Whole, by_group, in_chunks, pg, places
 
 GATHERS, SUMS = 0, 1  # channels of barriers: two streams wait apart
+LAID, RECEIVED = 0, (1, 2)  # places in memory
 _kept: dict[Any, "Shared"] = {}
 
 
 class Shared:
-    """Memory of a group's ranks in which each sees the others': two places for what is laid (0, 1)
-    and two for what is received (2, 3).
+    """Memory of a group's ranks in which each sees the others': a place for what is laid and two
+    for what is received.
 
     Args:
-        sizes: elements of a rank's shards that are gathered together, and of what it gets in one
-            sum, at most.
+        sizes: elements of a rank's shards, and of what it gets in one sum at most.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Shared:
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
         self.places, self.handles = [], []
         try:
-            for n in (sizes[0], sizes[0], sizes[1], sizes[1]):
+            for n in (sizes[0], sizes[1], sizes[1]):
                 self.places.append(symmetric.empty(n, dtype=dtype, device=device))
                 handle: Any = symmetric.rendezvous(self.places[-1], group)  # pyright: ignore
                 self.handles.append(handle)
@@ -118,54 +118,55 @@ class PeerCopies(Collectives):
     Args:
         wholes: one for each parameter of the model; of `out` only shape and dtype are looked at.
         device: where the memory is to be.
-        gathers, sums: names of the parameters that are gathered together, and of those whose
-            gradients are summed together, set by set.
+        sums: names of the parameters whose gradients are summed together, set by set.
     """
 
     def __init__(
-        self,
-        wholes: Sequence[Whole],
-        device: torch.device,
-        gathers: Sequence[Collection[str]],
-        sums: Sequence[Collection[str]],
+        self, wholes: Sequence[Whole], device: torch.device, sums: Sequence[Collection[str]]
     ):
         self.memory: dict[str, Shared] = {}
-        self.turns: Counter[tuple[str, int]] = Counter()  # by group and channel
+        self.starts: dict[str, int] = {}  # where a parameter's chunk is laid
+        self.here: dict[str, set[str]] = {}  # by group: parameters that all ranks have laid
+        self.summed: Counter[str] = Counter()  # by group: sums so far
         for group, some in by_group(wholes).items():
             of = {x.name: x.chunk(0).numel() for x in some}
-            laid, part = (
-                max(places([of[name] for name in names if name in of])[1] for names in sets)
-                for sets in (gathers, sums)
-            )
+            starts, laid = places(list(of.values()))
+            self.starts |= dict(zip(of, starts, strict=True))
+            received = max(places([of[name] for name in names if name in of])[1] for names in sums)
             dtype = functools.reduce(torch.promote_types, (x.out.dtype for x in some))
-            sizes = laid, part * group_size(group)
-            self.memory[group] = shared(group, dtype, device, sizes)
+            sizes = laid, received * group_size(group)
+            self.memory[group], self.here[group] = shared(group, dtype, device, sizes), set()
 
     def gather(self, wholes: Sequence[Whole]) -> None:
         if rest := [x for x in wholes if x.way.group is None]:
             torch._foreach_copy_([x.out for x in rest], [x.shard for x in rest])
         for group, some in by_group(wholes).items():
-            memory, turn = self.memory[group], self._turn(group, GATHERS)
-            place = turn % 2
-            if turn == 0:  # all are done with the step before
+            memory, here = self.memory[group], self.here[group]
+            mine = self._laid(memory.of(memory.rank, LAID), some)
+            if not here:  # all are done with the step before
                 memory.barrier(GATHERS)
-            shards = [x.shard for x in some]
-            mine = chunks_of(memory.of(memory.rank, place), some)
-            mine = [x[: len(shard)] for x, shard in zip(mine, shards, strict=True)]
-            torch._foreach_copy_([*mine, *(x.own for x in some)], [*shards, *shards])
-            memory.barrier(GATHERS)
+            if new := [i for i, x in enumerate(some) if x.name not in here]:
+                shards = [some[i].shard for i in new]
+                into = [mine[i][: len(x)] for i, x in zip(new, shards, strict=True)]
+                torch._foreach_copy_(into, shards)
+                memory.barrier(GATHERS)
+                here.update(some[i].name for i in new)
+            torch._foreach_copy_([x.chunk(memory.rank) for x in some], mine)
             for rank in memory.others:
-                theirs = chunks_of(memory.of(rank, place), some)
+                theirs = self._laid(memory.of(rank, LAID), some)
                 for x, chunk in zip(some, theirs, strict=True):
                     x.chunk(rank).copy_(chunk)
 
-    def _turn(self, group: str, channel: int) -> int:
-        """How many gathers or sums of the group this step had before."""
-        self.turns[group, channel] += 1
-        return self.turns[group, channel] - 1
+    def _laid(self, laid: Tensor, wholes: Sequence[Whole]) -> list[Tensor]:
+        """A rank's chunks of these parameters, in the memory where it lays them."""
+        shapes = [x.chunk(0).shape for x in wholes]
+        starts = [self.starts[x.name] for x in wholes]
+        pairs = zip(starts, shapes, strict=True)
+        return [laid[start : start + shape.numel()].view(shape) for start, shape in pairs]
 
     def scatter(self, group: str, terms: Sequence[Term]) -> None:
-        memory, place = self.memory[group], 2 + self._turn(group, SUMS) % 2
+        memory, place = self.memory[group], RECEIVED[self.summed[group] % 2]
+        self.summed[group] += 1
         starts, total = places([x.out.numel() for x in terms])
         grads = in_chunks(terms, [memory.places[place].dtype] * len(terms))
 
@@ -187,11 +188,3 @@ class PeerCopies(Collectives):
         rows = memory.places[place][: memory.size * total].view(memory.size, total)
         added = terms[0].out.as_strided((total,), (1,))  # all of them, side by side
         torch.sum(rows, 0, dtype=added.dtype, out=added)
-
-
-def chunks_of(laid: Tensor, wholes: Sequence[Whole]) -> list[Tensor]:
-    """A rank's chunks of these parameters, in the memory where it has laid them."""
-    shapes = [x.chunk(0).shape for x in wholes]
-    starts, _ = places([shape.numel() for shape in shapes])
-    pairs = zip(starts, shapes, strict=True)
-    return [laid[start : start + shape.numel()].view(shape) for start, shape in pairs]

@@ -45,6 +45,7 @@ import tyro
 from measuring import synchronize
 from torch import Tensor
 
+from msfs_functional import config as configs
 from msfs_functional import diffusion as df
 from msfs_functional import errors, features, fidelity, image_sets, images, optim, random, samplers
 from msfs_functional import noise_schedules as ns
@@ -352,13 +353,13 @@ def main(config: Config) -> None:
     if config.side == "draw":
         draw(config.out)
         return
+    configs.check_numbers(config, ("seed", "curve"))
     if not config.small and not torch.cuda.is_available():
         raise ValueError("no GPU is here: --small shows on a CPU that it works")
-    if config.look > config.samples or config.held_out < 100:
-        raise ValueError(
-            f"--look ({config.look}) must not exceed --samples ({config.samples}), and --held-out "
-            f"({config.held_out}) must be at least 100"
-        )
+    if config.look > config.samples:
+        raise ValueError(f"--look ({config.look}) must not exceed --samples ({config.samples})")
+    if config.held_out < 100:
+        raise ValueError(f"--held-out ({config.held_out}) must be at least 100: 64 features differ")
     if config.side == "both":
         both(config)
         return

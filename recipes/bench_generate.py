@@ -143,17 +143,32 @@ def compare_speed(
 def compare_tokens(
     config: Config, theirs: Any, prompts: dict[int, Tensor], result: dict[str, Any]
 ) -> None:
-    """Prints how many rows are equal in float32."""
+    """Prints how many rows are equal in float32, and how near the choice was where others part."""
     torch.compiler.reset()
     ours, peer = our_generate(theirs, config, torch.float32), their_generate(theirs, config)
     for batch, tokens in prompts.items():
-        equal = ours(tokens) == peer(tokens)
+        mine, its = ours(tokens), peer(tokens)
+        equal = mine == its
         result["met"] &= bool(equal.all())
         print(
             f"float32, batch {batch}: {int(equal.all(1).sum())} of {batch} rows have equal tokens, "
             f"{equal.float().mean():.2%} of all tokens",
             flush=True,
         )
+        for row in (~equal.all(1)).nonzero()[:, 0].tolist():
+            at = int((~equal[row]).nonzero()[0, 0])
+            before = torch.cat([tokens[row], its[row, :at]])
+            print(f"  row {row} parts at token {at}: {nearness(theirs, before)}", flush=True)
+
+
+@torch.no_grad()
+def nearness(theirs: Any, tokens: Tensor) -> str:
+    """How far apart the two largest logits after these tokens are, in units of float32."""
+    first, second = theirs(tokens[None]).logits[0, -1].topk(2).values.tolist()
+    apart = (first - second) / (torch.finfo(torch.float32).eps * abs(first))
+    return (
+        f"transformers' two largest logits are {first:.6f} and {second:.6f}, {apart:.1f} eps apart"
+    )
 
 
 def profile(run: Callable[[], object], device: str) -> None:

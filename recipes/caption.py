@@ -111,7 +111,7 @@ def read_data(config: Config) -> Splits:
     data, test = config.data, config.test
     if data.name == "shapes":
         how: dict[str, Any] = {"size": data.size, "held_out": shapes.PAIRS[data.held_out]}
-        train, _ = corpora.shapes_world(data.seed, data.count, **how)
+        train, _ = corpora.shapes_world(data.seed, data.count, lessons=data.lessons, **how)
         kinds: tuple[shapes.Split, ...] = ("valid", "unseen")
         made = (corpora.shapes_world(data.seed, test, kind, **how)[0] for kind in kinds)
         return Splits(train, dict(zip(kinds, made, strict=True)))
@@ -161,7 +161,7 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Functional:
         width=sizes.decoder_width,
         depth=sizes.decoder_depth,
         qk_norm=sizes.qk_norm,
-        max_length=max(sizes.length, 256),
+        max_length=max(sizes.length or 0, 256),
         heads=sizes.heads,
         hidden=sizes.decoder_hidden,
     )

@@ -19,6 +19,7 @@ class Data(Pictured):
 
     question: str | None = None  # column of questions; None: what it is usually called
     answer: str | None = None  # column of answers, the same
+    lessons: bool = False  # shapes: more to learn from, see `shapes.lessons`
     flips: bool = False  # turn and mirror training images at random: not where left and up matter
     shift: int = 0  # move training images at random by at most so much [pixels]
     tint: float = 0.0  # scale each colour of training images at random by at most so much
@@ -43,7 +44,8 @@ class Model:
     gain: float | None = 0.5
     qk_norm: bool = False  # RMSNorm of each head's queries and keys, in the decoder
     vocabulary: int = 512  # most ids of the byte-level BPE [tokens]
-    length: int = 160  # tokens of a packed row; no sample may be longer
+    # tokens of a packed row; no sample may be longer; None: of the longest that may be drawn
+    length: int | None = None
     # implementation of attention; None: flash on a GPU, sdpa on a CPU
     attention: Literal["flash", "sdpa", "reference"] | None = None
     # tiles along a side that a large image is cut into, beside a thumbnail; 1: the image alone
@@ -115,11 +117,15 @@ class Config:
     vision: Path | None = None  # a run of image_text.py whose tower to begin with
     test: int = 250  # images whose questions are measured, at most, of each split
     debug: bool = False  # show tracebacks
-    data: Data = field(default_factory=Data)
+    data: Data = field(default_factory=lambda: Data(count=48_000, grey=0.1, lessons=True))
     model: Model = field(default_factory=Model)
     projector: Stage = field(default_factory=lambda: Stage(20, warmup=5))
-    all: Stage = field(default_factory=lambda: Stage(1600))
-    train: Train = field(default_factory=Train)
+    all: Stage = field(default_factory=lambda: Stage(1700))
+    train: Train = field(
+        default_factory=lambda: Train(
+            mix=(("^describe", 3.0), ("^is there", 2.0)), muon_projector=True, eval_every=850
+        )
+    )
     mesh: Mesh = field(default_factory=Mesh)
 
 
@@ -133,9 +139,10 @@ GPU = Config(
         decoder_width=128,
         decoder_hidden=384,
         gain=None,  # 0.5 learns relations sooner, but takes more unseen pairs for seen ones
+        length=160,
     ),
-    all=Stage(2800),
-    train=Train(images=128, eval_every=1400),
+    all=Stage(4500),
+    train=Train(images=128, eval_every=1500),
 )
 # Half as wide a circle covers 2 pixels at 32 x 32: its kind is only seen at full size.
 EASY_VQA = replace(

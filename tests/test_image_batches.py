@@ -55,6 +55,20 @@ def test_questions_are_drawn_by_the_weight_of_the_first_regex_that_fits():
     assert without(0, draws[0]) == []
 
 
+def test_rows_are_as_long_as_the_longest_sample_may_be():
+    options = {"questions": 3, "turns": 3, "grey": 0.5, "coloured": "red|blue"}
+    batches = questions(length=None, **options)
+    for _ in range(20):
+        next(batches)  # every sample fits
+    few = Pictured(DATA.images, [[] for _ in DATA.captions], [some[:1] for some in DATA.questions])
+    alone = questions(few, length=None, **options)  # the same of every image, asked three times
+    sizes = [sum(len(alone.ids[text]) for text in pair) for (pair,) in few.questions]
+    assert alone.length == alone.model.tokens_per_image + 3 * (max(sizes) + 2)
+    next(alone)
+    with pytest.raises(ValueError, match="the decoder takes"):
+        questions(length=None, questions=90, turns=90)
+
+
 def test_pictures_are_turned_and_shifted_inside_their_frame():
     moved = questions(flips=True, shift=2).moved
     picture = torch.arange(36, dtype=torch.uint8).reshape(1, 6, 6)

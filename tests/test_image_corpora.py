@@ -30,6 +30,16 @@ def test_the_shapes_world_keeps_combinations_and_their_names_from_training():
     assert any(name in question for question in asked for name in names)
 
 
+def test_lessons_come_to_the_questions_and_leave_one_caption():
+    plain, scenes = corpora.shapes_world(0, 20)
+    data, _ = corpora.shapes_world(0, 20, lessons=True)
+    for scene, few, more, captions in zip(
+        scenes, plain.questions, data.questions, data.captions, strict=True
+    ):
+        assert more == [*few, *shapes.lessons(scene)]
+        assert captions == [shapes.caption(shapes.in_order(scene))]
+
+
 def test_no_wording_of_a_question_gives_its_answer_away():
     """What is not there is asked for in every colour, as what is there."""
     data, _ = corpora.shapes_world(1, 600)

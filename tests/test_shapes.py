@@ -13,6 +13,7 @@ HAND = Scene(
     (Shape("small", "red", "circle", 16.0, 7.0), Shape("large", "blue", "square", 19.0, 22.0)),
     "above",
 )
+SEEN = ("colour", "size")
 
 
 def combinations(found: list[Scene]) -> set[tuple[str, str]]:
@@ -127,6 +128,31 @@ def test_questions_about_places_agree_with_the_scene():
     assert asked[f"is the {one.kind} above the {other.kind}?"] == "yes"
     assert asked[f"is the {other.kind} above the {one.kind}?"] == "no"
     assert asked[f"what shape is below the {one.kind}?"] == other.kind
+
+
+def test_lessons_say_of_each_shape_what_questions_ask():
+    for scene in shapes.scenes(7, 100):
+        asked, told = dict(shapes.questions(scene)), shapes.lessons(scene)
+        for question, answer in told:
+            name, *words = answer.split()
+            assert question == f"describe the {name}{' shape' if name in shapes.COLOURS else ''}."
+            if name in shapes.KINDS:
+                assert words[-2:] == [asked[f"what {what} is the {name}?"] for what in SEEN]
+                assert len(words) == 2 or asked.get(f"where is the {name}?", words[0]) == words[0]
+            else:
+                assert words[-2] == asked[f"what shape is {name}?"]
+                assert len(words) == 2 or asked[f"where is the {name} shape?"] == words[0]
+
+
+def test_a_scene_in_order_begins_with_the_upper_or_left_shape():
+    for scene in shapes.scenes(8, 50):
+        ordered = shapes.in_order(scene)
+        assert shapes.caption(ordered) in shapes.captions(scene)
+        if scene.relation is not None:
+            one, other = ordered.shapes
+            assert (one.x, one.y)[ordered.relation == "above"] < (
+                (other.x, other.y)[ordered.relation == "above"]
+            )
 
 
 def test_pictures_of_other_sizes_show_the_same():

@@ -184,8 +184,7 @@ def geglu_product(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
     if fused(x):
         from . import triton_geglu
 
-        tile = triton_geglu.tile_for(x, weight, out)
-        if tile is not None:
-            triton_geglu.plan(x, weight, bias, out, tile).run()
+        if triton_geglu.suits(x, weight, out):
+            triton_geglu.plan(x, weight, bias, out).run()
             return
     geglu(F.linear(x, weight, bias), out)

@@ -3,8 +3,8 @@
     out = (x U' + b) * gelu(x G' + c)      weight (2 F, K) is U over G, bias (2 F,) b over c
 
 A program makes a tile of both halves from the same rows of x, by the copy engine and the matrix
-units of Hopper. PERSISTENT programs go on to the next tile, SPECIAL ones give the copies to a warp
-of their own.
+units of Hopper; two programs fit on a multiprocessor, so that one multiplies while the other is in
+its epilogue.
 
 Dimension key: M rows, F hidden, K width.
 
@@ -17,25 +17,27 @@ Source: Shazeer 2020 (GEGLU).
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
 # pyright: reportGeneralTypeIssues=false
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from msfs_kernels.launching import INTERPRETED, Launch
+from msfs_kernels.launching import Launch
 from msfs_kernels.triton_image_passes import gelu
 
-# By K, where it is faster than cuBLAS and a pass.
-TILES: dict[int, dict[str, Any]] = {}
+# 3 to 9% faster than cuBLAS and a pass at widths of 320 to 1280 and 4096 rows and more (LOG.md).
+TILE = {"BM": 128, "BN": 64, "BK": 64, "num_stages": 3, "num_warps": 4}
+LEAST_ROWS, WIDTHS = 4096, (320, 1280)
 
 
 @triton.jit
-def geglu_tile(x, w, bias, out, tile, M, F, K, out_stride, BM: tl.constexpr, BN: tl.constexpr,
-               BK: tl.constexpr):  # fmt: skip
+def geglu_product_kernel(
+    x, w, bias, out, M, F, K, out_stride, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+):
+    """x, w are descriptors; F is a multiple of BN."""
     columns = tl.cdiv(F, BN)
+    tile = tl.program_id(0)
     row, f = tile // columns * BM, tile % columns * BN
     up = tl.zeros([BM, BN], tl.float32)
     gate = tl.zeros([BM, BN], tl.float32)
@@ -52,41 +54,27 @@ def geglu_tile(x, w, bias, out, tile, M, F, K, out_stride, BM: tl.constexpr, BN:
     tl.store(out + at, y, mask=(rows < M)[:, None] & (c < F)[None, :])
 
 
-@triton.jit
-def geglu_product_kernel(
-    x, w, bias, out, M, F, K, out_stride, tiles, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, PERSISTENT: tl.constexpr, SPECIAL: tl.constexpr,
-):  # fmt: skip
-    """x, w are descriptors; F is a multiple of BN."""
-    if PERSISTENT:
-        for tile in tl.range(
-            tl.program_id(0), tiles, tl.num_programs(0), flatten=SPECIAL, warp_specialize=SPECIAL
-        ):
-            geglu_tile(x, w, bias, out, tile, M, F, K, out_stride, BM, BN, BK)
-    else:
-        geglu_tile(x, w, bias, out, tl.program_id(0), M, F, K, out_stride, BM, BN, BK)
-
-
-def tile_for(x: Tensor, weight: Tensor, out: Tensor) -> dict[str, Any] | None:
-    """The tile if the kernel can do this work here, and is the faster way."""
-    tile = TILES.get(x.shape[1])
-    if tile is None or x.element_size() != 2 or (weight.shape[0] // 2) % tile["BN"]:
-        return None
-    here = INTERPRETED or torch.cuda.get_device_capability(x.device) == (9, 0)
-    aligned = all(t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 for t in (x, weight))
-    return tile if here and aligned and out.stride(1) == 1 else None
-
-
-def plan(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, tile: dict[str, Any]) -> Launch:
+def suits(x: Tensor, weight: Tensor, out: Tensor) -> bool:
+    """Whether the kernel can do this work here, and is the faster way."""
     (M, K), F = x.shape, weight.shape[0] // 2
-    BM, BN, BK = (tile[name] for name in ("BM", "BN", "BK"))
-    tiles = triton.cdiv(M, BM) * triton.cdiv(F, BN)
-    programs = tiles
-    if tile["PERSISTENT"] and x.is_cuda:
-        programs = min(tiles, torch.cuda.get_device_properties(x.device).multi_processor_count)
+    return (
+        x.element_size() == 2
+        and M >= LEAST_ROWS
+        and WIDTHS[0] <= K <= WIDTHS[1]
+        and F % TILE["BN"] == 0
+        and out.stride(1) == 1
+        and all(t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 for t in (x, weight))
+        and torch.cuda.get_device_capability(x.device) == (9, 0)
+    )
+
+
+def plan(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Launch:
+    (M, K), F = x.shape, weight.shape[0] // 2
+    BM, BN, BK = (TILE[name] for name in ("BM", "BN", "BK"))
     ahead = (
         TensorDescriptor.from_tensor(x, [BM, BK]),
         TensorDescriptor.from_tensor(weight, [BN, BK]),
     )
-    given = (*ahead, bias, out, M, F, K, out.stride(0), tiles)
-    return Launch(geglu_product_kernel, (programs,), given, tile)
+    tiles = triton.cdiv(M, BM) * triton.cdiv(F, BN)
+    given = (*ahead, bias, out, M, F, K, out.stride(0))
+    return Launch(geglu_product_kernel, (tiles,), given, TILE)

@@ -164,6 +164,36 @@ def captions(scene: Scene) -> list[str]:
     return [caption(scene), caption(turned)]
 
 
+def in_order(scene: Scene) -> Scene:
+    """The same scene, its upper or left shape first."""
+    if scene.relation in (None, "above", "left of"):
+        return scene
+    return Scene(scene.shapes[::-1], OPPOSITE[scene.relation])
+
+
+def lessons(scene: Scene) -> list[tuple[str, str]]:
+    """What is to be said of each shape that one word names, that word first: to learn from.
+
+        ("describe the circle.", "circle left red small")
+        ("describe the red shape.", "red left circle small")
+
+    Each word after the first is answered from the word that was just said. A question is answered
+    from its end, which has to look for the word that names the shape before it can look for the
+    shape itself: that takes a small model many more steps to find out.
+    """
+    told = []
+    relations = (None,) if scene.relation is None else (scene.relation, OPPOSITE[scene.relation])
+    for shape, relation in zip(scene.shapes, relations, strict=True):
+        side = () if relation is None else (SIDES[relation],)
+        if sum(other.kind == shape.kind for other in scene.shapes) == 1:
+            words = (shape.kind, *side, shape.colour, shape.size)
+            told.append((f"describe the {shape.kind}.", " ".join(words)))
+        if sum(other.colour == shape.colour for other in scene.shapes) == 1:
+            words = (shape.colour, *side, shape.kind, shape.size)
+            told.append((f"describe the {shape.colour} shape.", " ".join(words)))
+    return told
+
+
 def questions(scene: Scene, seed: int = 0, held_out: Pairs = HELD_OUT) -> list[tuple[str, str]]:
     """Everything that can be asked about a scene without ambiguity, with answers of one word.
 
