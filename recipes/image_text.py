@@ -417,7 +417,7 @@ def train(config: Config) -> None:
             save_every=settings.eval_every,
             keep=2,
             files={TOKENIZER: tokenizer.to_json(), configs.FILE: configs.to_json(config)},
-            tokens=lambda batch: len(batch["images"]),
+            tokens=lambda batch: (batch["ids"] != PAD).sum(),  # of texts
             evaluate=measured,
             evaluate_every=settings.eval_every,
         )

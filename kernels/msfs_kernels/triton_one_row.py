@@ -1,4 +1,4 @@
-"""Triton kernels of `few_rows` for a single row: one token, one layer.
+"""Triton kernels of `one_row`: one token, one layer.
 
 Launches follow each other within microseconds, so each starts before its predecessor has ended
 (programmatic dependent launch, Hopper and later): it loads its part of the matrix, which nobody
@@ -229,7 +229,7 @@ def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None, shift: Tensor | None,
     residual: Tensor | None, norm: str, eps: float, offset: float, activation: str, gated: bool,
 ) -> Tensor:  # fmt: skip
-    """See `few_rows.rows_linear`."""
+    """See `one_row.row_linear`."""
     rows, K = weight.shape
     N = rows // 2 if gated else rows
     y = x.new_empty(N)
@@ -247,7 +247,7 @@ def attend(
     qkv: Tensor, keys: Tensor, values: Tensor, position: Tensor, cosines: Tensor | None,
     sines: Tensor | None, heads: int, scale: float, softcap: float, window: int,
 ) -> Tensor:  # fmt: skip
-    """See `few_rows.rows_attention`."""
+    """See `one_row.row_attention`."""
     _, G, L, D = keys.shape
     out = qkv.new_empty(heads * D)
     extra = {"launch_pdl": True} if (soon := early(qkv.device.index or 0)) else {}

@@ -1,4 +1,4 @@
-"""The decoder as `generation` wants it: prefill, one step, and a fast way for few rows.
+"""The decoder as `generation` wants it: prefill, one step, and a fast way for a single row.
 
 Dimension key: B batch, T tokens, V vocabulary.
 """
@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from msfs_kernels import few_rows as rows
+from msfs_kernels import one_row as rows
 from torch import Tensor
 
 from msfs_functional.attention import Implementation
@@ -19,12 +19,10 @@ from msfs_functional.models.decoder_config import DecoderConfig
 from msfs_functional.params import Functional, Params
 
 ALIGNED = 16  # rows of logits begin at multiples of 32 bytes
-# Keys of a cache that one program of the fast way walks along; `attention` splits longer ones.
-LONGEST_WALK = 2048
 
 
-def few_rows(config: DecoderConfig) -> Callable[[BlockFn], BlockFn] | None:
-    """For `around_block`: the block for one new token of few sequences, in five launches.
+def one_row(config: DecoderConfig) -> Callable[[BlockFn], BlockFn] | None:
+    """For `around_block`: the block for one new token of one sequence, in five launches.
 
     The cache it is given is written IN PLACE. None for a config that it does not know (norms of
     heads or of what a sublayer adds).
@@ -42,7 +40,7 @@ def few_rows(config: DecoderConfig) -> Callable[[BlockFn], BlockFn] | None:
         if normed:
             gain, shift = params[f"{normed}.weight"], params.get(f"{normed}.bias")
             options |= {"gain": gain, "shift": shift, **norm}
-        return rows.rows_linear(x, params[f"{name}.weight"], params.get(f"{name}.bias"), **options)
+        return rows.row_linear(x, params[f"{name}.weight"], params.get(f"{name}.bias"), **options)
 
     def run(
         params: Params, x: Tensor, key: None, context: Context, cache: tuple[Tensor, Tensor]
@@ -50,7 +48,7 @@ def few_rows(config: DecoderConfig) -> Callable[[BlockFn], BlockFn] | None:
         assert context.slots is not None
         parts = ["qkv"] if config.fused else ["q", "k", "v"]
         parts = [product(params, f"attention.{part}", x, "attention_norm") for part in parts]
-        heads = rows.rows_attention(
+        heads = rows.row_attention(
             torch.cat(parts, -1) if len(parts) > 1 else parts[0],
             *cache,
             context.slots[:, 0],
@@ -79,7 +77,7 @@ def language_model(
     params: Params,
     *,
     implementation: Implementation | AttentionFn = "flash",
-    fast_rows: int | None = None,
+    fast_row: bool | None = None,
     aligned: bool | None = None,
 ) -> LanguageModel:
     """The model with these parameters in the form of module `generation`.
@@ -87,19 +85,16 @@ def language_model(
     Prefill takes `embeddings` and `prefix_lengths` as further inputs, see `Decoder.extend`.
 
     Args:
-        fast_rows: steps of at most so many rows by `few_rows`, where the config allows; default:
-            a single one, with flash attention on a GPU.
+        fast_row: steps of a single row by `one_row`, where the config allows; default: with flash
+            attention on a GPU.
         aligned: logits through a copy of the output matrix that has a multiple of 16 rows, made
             anew by each prefill: a GPU's fast kernels write no rows that begin at odd addresses.
             Default: on a GPU, where the vocabulary is no such multiple.
     """
     some, config = params["norm.weight"], cast(Decoder, model.skeleton).config
-    if fast_rows is None:
-        fast_rows = 1 if implementation == "flash" and some.is_cuda else 0
-    few, around = fast_rows, few_rows(config)
-
-    def faster(count: int, length: int) -> Callable[[BlockFn], BlockFn] | None:
-        return around if count <= few and (count == 1 or length <= LONGEST_WALK) else None
+    if fast_row is None:
+        fast_row = implementation == "flash" and some.is_cuda
+    around = one_row(config) if fast_row else None
 
     weight, vocab = output_weight(params), config.vocab
     if aligned is None:
@@ -130,15 +125,14 @@ def language_model(
         return logits(last), cache
 
     def step(tokens: Tensor, cache: Cache, positions: Tensor) -> tuple[Tensor, Cache]:
-        count = tokens.shape[0]
-        how = faster(count, cache.keys[0].shape[2])
-        options = {"implementation": implementation, "around_block": how}
+        fast = around is not None and tokens.shape[0] == 1
+        options = {"implementation": implementation, "around_block": around if fast else None}
         options["donate"] = True
         states, cache = model.apply(
             params, tokens[:, None], cache, positions, method="extend", **options
         )
-        if how is not None and count == 1 and config.logit_softcap is None:
-            return rows.rows_linear(states[:, 0], weight), cache
+        if fast and config.logit_softcap is None:
+            return rows.row_linear(states[:, 0], weight), cache
         return logits(states[:, 0]), cache
 
     return LanguageModel(init_cache, prefill, step, config.max_length, some.device)
