@@ -73,7 +73,7 @@ def test_opcheck(name, bias):
 
 def samples_of_other_ops() -> dict[str, tuple]:
     """Arguments of the library's other ops: gradients in one tensor, losses over a vocabulary, one
-    row of a decoder.
+    row of a decoder, what graphs are rewritten to.
     """
 
     def asked(*tensors):
@@ -94,6 +94,7 @@ def samples_of_other_ops() -> dict[str, tuple]:
     q, k = (randn(2, n, 3, 8, requires_grad=False) for n in (4, 2))
     rest = Options(causal=True, scale=0.3)[1:]
     o, lse = OPS.attention(q, k, k, None, *rest)
+    a, h, d = (randn(*n, requires_grad=False) for n in ((4, 12), (4, 8), (12, 8)))
     return {
         "attention_backward_joined": (o, None, q, k, k, None, o, lse, *rest),
         "linear_cross_entropy": (*asked(*x), *scalars, True),
@@ -102,11 +103,21 @@ def samples_of_other_ops() -> dict[str, tuple]:
         "linear_cross_entropy_second": detached((g, *t, *x, *scalars)),
         "row_linear": (row, w, b, gain, shift, residual, "layer", 1e-5, 0.0, "gelu", True),
         "row_attention": (qkv, *caches, torch.tensor([4]), *turns, 4, 0.3, 0.0, 0),
+        "product_gelu": (a, w, gain),
+        "product_gelu_gradient": (a, w, h),
+        "scaled_columns": (w, gain, w[:5], shift),
+        "scaled_columns_gradient": (d, w, gain, d[:5], w[:5], shift),
     }
 
 
 def test_the_other_ops_pass_opcheck_and_no_op_is_forgotten():
-    from msfs_kernels import joined_backward, linear_cross_entropy, one_row  # noqa: F401
+    from msfs_kernels import (  # noqa: F401
+        gelu_product,
+        joined_backward,
+        linear_cross_entropy,
+        one_row,
+        scaled_columns,
+    )
 
     others = samples_of_other_ops()
     for name, args in others.items():
