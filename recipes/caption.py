@@ -339,7 +339,7 @@ def train_stage(t: Training, name: str, params: Params) -> Params:
         flips=data.flips,
         shift=data.shift,
         tint=data.tint,
-        grey=data.grey,
+        grey=data.grey or 0.0,
         coloured=data.coloured,
         seed=data.seed,
         share=t.share,

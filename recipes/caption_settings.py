@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
-from pictured_settings import Pictured, check_pictured
+from pictured_settings import Pictured, settled
 
 from msfs_functional import config as configs
 
 MAY_BE_ZERO = ("seed", "warmup", "steps", "shift")
+GREY = 0.1  # of rendered pictures, where nothing else is said: chosen on the rehearsal pairs
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Config:
     vision: Path | None = None  # a run of image_text.py whose tower to begin with
     test: int = 250  # images whose questions are measured, at most, of each split
     debug: bool = False  # show tracebacks
-    data: Data = field(default_factory=lambda: Data(count=48_000, grey=0.1, lessons=True))
+    data: Data = field(default_factory=lambda: Data(count=48_000, lessons=True))
     model: Model = field(default_factory=Model)
     projector: Stage = field(default_factory=lambda: Stage(20, warmup=5))
     all: Stage = field(default_factory=lambda: Stage(1700))
@@ -183,7 +184,7 @@ def checked(config: Config) -> Config:
         ValueError: a number out of range, options that exclude each other.
     """
     configs.check_numbers(replace(config, mesh=Mesh(dp_shard=1)), MAY_BE_ZERO)
-    check_pictured(config.data)
+    config = replace(config, data=settled(config.data, GREY))
     if config.mode == "train" and (config.ask or config.published):
         raise ValueError(
             f"--ask {config.ask} and --published ({config.published}) go with --chat IMAGE"

@@ -6,20 +6,12 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
-from pictured_settings import Pictured, check_pictured
+from pictured_settings import Pictured, settled
 
 from msfs_functional import config as configs
 
 MAY_BE_ZERO = ("seed", "warmup", "chunk")
-
-
-@dataclass(frozen=True)
-class Data(Pictured):
-    """Where images and texts come from."""
-
-    # share of training images that are shown in grey, with texts that speak of no colours, so that
-    # shapes are learned apart from colours; None: 0.2 of rendered shapes, none of other images
-    grey: float | None = None
+GREY = 0.2  # of rendered pictures, where nothing else is said: chosen on the rehearsal pairs
 
 
 @dataclass(frozen=True)
@@ -80,7 +72,7 @@ class Config:
     templates: tuple[str, ...] = ()
     test: int = 1000  # images that retrieval and zero-shot are measured on, at most
     debug: bool = False  # show tracebacks
-    data: Data = field(default_factory=Data)
+    data: Pictured = field(default_factory=Pictured)
     model: Model = field(default_factory=Model)
     train: Train = field(default_factory=Train)
 
@@ -92,10 +84,7 @@ def checked(config: Config) -> Config:
         ValueError: a number out of range, options that exclude each other.
     """
     configs.check_numbers(config, MAY_BE_ZERO)
-    if config.data.grey is None:
-        grey = 0.2 if config.data.name == "shapes" else 0.0
-        config = replace(config, data=replace(config.data, grey=grey))
-    check_pictured(config.data)
+    config = replace(config, data=settled(config.data, GREY))
     if config.mode != "classify" and (config.images or config.classes):
         raise ValueError(
             f"--images and --classes ({len(config.images)} and {len(config.classes)} given) go "
@@ -111,7 +100,7 @@ def checked(config: Config) -> Config:
 def command_line(args: Sequence[str], description: str) -> Config:
     """The settings that `args` make of the defaults, or of those that a run has kept."""
     if args[:1] == ["classify"] and configs.option(args, "--published"):  # of no run
-        data, model = Data(size=224), Model(length=77)
+        data, model = Pictured(size=224), Model(length=77)
         start = Config(mode="classify", name="published", data=data, model=model)
     else:
         start = configs.starting_point(args, {"default": Config()}, modes=("classify", "export"))

@@ -1,8 +1,8 @@
 """Options of where images with texts come from, which image_text.py and caption.py share."""
 
 import re
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
 
 
 @dataclass(frozen=True)
@@ -25,23 +25,26 @@ class Pictured:
     # training than those of what is reported; of easy-VQA it holds out training images
     held_out: Literal["reported", "rehearsal"] = "reported"
     size: int = 32  # of a side [pixels]
-    # share of training images that are shown in grey, with texts that speak of no colours: shapes
-    # are learned apart from colours
-    grey: float = 0.0
+    # share of training images that are shown in grey, with texts that speak of no colours, so that
+    # shapes are learned apart from colours; None: the recipe's of rendered shapes, none of others
+    grey: float | None = None
     # finds words of colours in texts
     coloured: str = r"\b(colou?r|red|green|blue|yellow|purple|white|black|gr[ae]y|teal|brown)\b"
     seed: int = 0  # of shapes, questions, splits and of the order, not of the model
 
 
-def check_pictured(data: Pictured) -> None:
-    """Refuses shares that are none, and patterns that cannot be read.
+D = TypeVar("D", bound=Pictured)
+
+
+def settled(data: D, grey: float) -> D:
+    """The options with the share of grey pictures filled in: `grey` of rendered shapes.
 
     Raises:
-        ValueError: as said.
+        ValueError: shares that are none, patterns that cannot be read.
     """
     if not 0 < data.valid_share < 1:
         raise ValueError(f"--data.valid-share ({data.valid_share}) must be in (0, 1)")
-    if data.grey > 1:
+    if data.grey is not None and data.grey > 1:
         raise ValueError(f"--data.grey ({data.grey}) is a share of the images: at most 1")
     try:
         re.compile(data.coloured)
@@ -49,3 +52,6 @@ def check_pictured(data: Pictured) -> None:
         raise ValueError(
             f"--data.coloured ({data.coloured!r}) must be a regular expression: {error}"
         ) from error
+    if data.grey is None:
+        data = replace(data, grey=grey if data.name == "shapes" else 0.0)
+    return data

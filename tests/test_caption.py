@@ -175,3 +175,9 @@ def test_bad_options_say_value_rule_remedy(args, message, tmp_path, capsys, trai
         recipe(*args, *place) if on_a_run else recipe(*TINY, *args, *place)
     assert ended.value.code == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_tenth_of_rendered_pictures_is_grey_and_none_of_others():
+    asked = lambda *args: caption.checked(caption.command_line(args)).data.grey  # noqa: E731
+    assert (asked(), asked("--data.name", "folder"), asked("--data.grey", "0.3")) == (0.1, 0.0, 0.3)
+    assert asked("--preset", "easy_vqa", "--data.name", "easy_vqa") == 0
