@@ -22,8 +22,6 @@ from msfs_functional.models.unet import UNetConfig, unet
 from msfs_functional.params import Functional, Params, cast
 from msfs_functional.words import Words
 
-MEANFLOW_TIME = 1.0  # what a MeanFlow network is told of a time in [0, 1] is this times it
-
 
 @dataclass(frozen=True)
 class About:
@@ -225,7 +223,6 @@ def predict_of(model: Functional, params: Params, given: dict[str, Tensor]) -> C
         if interval is None:
             return model.apply(params, "denoiser", x, 1000 * t, **options)
         # MeanFlow learns by the derivative by t, in which waves of 1000 t would drown all else.
-        times = {"interval": MEANFLOW_TIME * interval, **options}
-        return model.apply(params, "denoiser", x, MEANFLOW_TIME * t, **times)
+        return model.apply(params, "denoiser", x, t, interval=interval, **options)
 
     return predict
