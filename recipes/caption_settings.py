@@ -121,10 +121,10 @@ class Config:
     data: Data = field(default_factory=lambda: Data(count=48_000, lessons=True))
     model: Model = field(default_factory=Model)
     projector: Stage = field(default_factory=lambda: Stage(20, warmup=5))
-    all: Stage = field(default_factory=lambda: Stage(1700))
+    all: Stage = field(default_factory=lambda: Stage(1550))
     train: Train = field(
         default_factory=lambda: Train(
-            mix=(("^describe", 3.0), ("^is there", 2.0)), muon_projector=True, eval_every=850
+            mix=(("^describe", 3.0), ("^is there", 2.0)), muon_projector=True, eval_every=775
         )
     )
     mesh: Mesh = field(default_factory=Mesh)
