@@ -3,32 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._inductor.custom_graph_pass import get_hash_for_files
+from graph_passes import Watched
 
 from msfs_functional.compiling import inductor_options
-from msfs_functional.epilogues import InTurn
 from msfs_functional.gains_at_once import GainsAtOnce
 from msfs_functional.models.decoder import DecoderConfig
 from msfs_functional.models.decoder_block import gains_in_matrices
 
 OPS = torch.ops.msfs_kernels
 CONFIG = DecoderConfig(vocab=8, width=16, heads=2, hidden=32, depth=1, fused=True)
-
-
-class Watched(GainsAtOnce):
-    """Notes what ops the graphs have after the pass."""
-
-    def __init__(self):
-        super().__init__(everywhere=True)
-        self.calls: list = []
-
-    def uuid(self):
-        return get_hash_for_files((__file__,), str(id(self)))
-
-    def __call__(self, graph):
-        super().__call__(graph)
-        graph.lint()
-        self.calls += [node.target for node in graph.nodes if node.op == "call_function"]
 
 
 def layers(params, x):
@@ -63,8 +46,8 @@ def test_the_rewritten_graph_is_the_formula(offset):
             params = {n: v + 0.5 if n.endswith("norm.weight") else v for n, v in params.items()}
         return layers(params, x)
 
-    watched = Watched()
-    options = inductor_options() | {"joint_custom_pre_pass": InTurn(watched)}
+    watched = Watched(GainsAtOnce(everywhere=True))
+    options = inductor_options() | {"joint_custom_pre_pass": watched}
     ours = gradients(torch.compile(given, options=options, fullgraph=True), params, x.bfloat16())
     assert watched.calls.count(OPS.scaled_columns.default) == (not offset)
     assert watched.calls.count(OPS.scaled_columns_gradient.default) == (not offset)

@@ -4,12 +4,11 @@ without a bias; what is not the pattern stays."""
 import pytest
 import torch
 import torch.nn.functional as F
+from graph_passes import Watched
 from msfs_kernels import cublaslt
 from msfs_kernels import gelu_product as kernel
-from torch._inductor.custom_graph_pass import get_hash_for_files
 
 from msfs_functional.compiling import inductor_options
-from msfs_functional.epilogues import InTurn
 from msfs_functional.gelu_in_products import GeluInProducts
 from msfs_functional.regions import Regions, region_of
 
@@ -37,24 +36,8 @@ def gradients(fn, params, x):
     return [y.detach(), *grads]
 
 
-class Watched(GeluInProducts):
-    """Notes what ops the graphs have after the pass."""
-
-    def __init__(self):
-        super().__init__(everywhere=True)
-        self.calls: list = []
-
-    def uuid(self):
-        return get_hash_for_files((__file__,), str(id(self)))
-
-    def __call__(self, graph):
-        super().__call__(graph)
-        graph.lint()
-        self.calls += [node.target for node in graph.nodes if node.op == "call_function"]
-
-
 def compiled(fn, watched):
-    options = inductor_options() | {"joint_custom_pre_pass": InTurn(watched)}
+    options = inductor_options() | {"joint_custom_pre_pass": watched}
     return torch.compile(fn, options=options, fullgraph=True)
 
 
@@ -62,7 +45,7 @@ def compiled(fn, watched):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_rewritten_graph_is_the_formula(bias, dtype):
     params, x = inputs(bias, dtype)
-    watched = Watched()
+    watched = Watched(GeluInProducts(everywhere=True))
     ours = gradients(compiled(mlp, watched), params, x)
     assert watched.calls.count(OPS.product_gelu.default) == 1
     assert watched.calls.count(OPS.product_gelu_gradient.default) == 1
@@ -84,7 +67,7 @@ def test_another_gelu_and_another_product_stay():
 
     params, x = inputs(False)
     for fn in (erf, scaled):
-        watched = Watched()
+        watched = Watched(GeluInProducts(everywhere=True))
         for mine, theirs in zip(
             gradients(compiled(fn, watched), params, x), gradients(fn, params, x), strict=True
         ):
@@ -94,8 +77,8 @@ def test_another_gelu_and_another_product_stay():
 
 @pytest.mark.parametrize("thrifty", [False, True])
 def test_a_thrifty_region_keeps_what_it_makes_anew(thrifty, monkeypatch):
-    watched = Watched()
-    options = inductor_options() | {"joint_custom_pre_pass": InTurn(watched)}
+    watched = Watched(GeluInProducts(everywhere=True))
+    options = inductor_options() | {"joint_custom_pre_pass": watched}
     monkeypatch.setattr("msfs_functional.compiling.inductor_options", lambda: options)
     params, x = inputs(False)
     with Regions(False).compiled():
