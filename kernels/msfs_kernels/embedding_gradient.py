@@ -5,7 +5,8 @@
 Tokens are sorted once. A program then takes CHUNK of the sorted items and sums the rows of each
 token among them by one small matrix product. A token whose items all lie in one chunk is done with
 that; the parts of others, at most two of a chunk, are added by a second kernel. Sums are in float32
-and every one has one order: the same numbers each time.
+and every one has one order: the same numbers each time. An infinity or NaN makes NaN of all rows
+whose items share its chunk, as the product there multiplies it by zeros.
 
 Dimension key: n items, V rows of the embedding, D width.
 """
