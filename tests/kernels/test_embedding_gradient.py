@@ -1,10 +1,17 @@
 """An embedding's gradient in sorted order equals the formula, for tokens that are rare and for one
 that fills chunks; its kernels by Triton's interpreter, and compiled for Hopper without one."""
 
+import os
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
 from msfs_kernels.embedding_gradient import embedding_gradient
+
+from msfs_functional import layers
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 CASES = {  # items, rows, width, how tokens are drawn
     "rare": (150, 400, 24, lambda n, V: torch.arange(n) * 7 % V),
@@ -39,6 +46,30 @@ def interpreted(name: str, dtype: torch.dtype) -> float:
 def test_the_kernels_agree_with_the_formula(interpreter, name):
     assert interpreter(interpreted, name, torch.float16) <= 2
     assert interpreter(interpreted, name, torch.float32) <= 2
+
+
+def looked_up() -> None:
+    """lookup's gradient, and the gradient of that, are those of F.embedding."""
+    grad, tokens, rows = inputs("often", torch.float32, "cpu" if INTERPRETED else "cuda")
+    weight = grad[:rows].detach().requires_grad_()
+    patched = mock.patch.object(layers, "on_gpu_alone", lambda *x: True)
+    found, summed = [], []
+    for fn in (layers.lookup, lambda w, t: F.embedding(t, w)):
+        with mock.patch.object(layers, "embedding_gradient", wraps=embedding_gradient) as kernel:
+            with patched:
+                first = torch.autograd.grad(fn(weight, tokens), weight, grad)
+                summed.append(kernel.call_count)
+                y = fn(weight, tokens).square().sum()
+            again = torch.autograd.grad(y, weight, create_graph=True)
+            second = torch.autograd.grad(again[0].square().sum(), weight)
+        found.append((*first, *again, *second))
+    assert summed == [1, 0]
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-4)
+
+
+def test_lookup_has_its_gradient_from_the_kernels(on_kernels):
+    on_kernels(looked_up)
 
 
 def test_the_kernels_compile_for_hopper_without_spills():

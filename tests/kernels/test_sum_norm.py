@@ -1,9 +1,17 @@
 """The norm of a sum equals the formula, value and gradients; its kernels by Triton's interpreter,
 and compiled for Hopper without one."""
 
+import os
+from typing import Any
+from unittest import mock
+
 import pytest
 import torch
 from msfs_kernels import sum_norm as norms
+
+from msfs_functional.models import decoder as decoders
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 SHAPES = [(2, 19, 24), (1, 7, 768), (3, 1, 64)]  # ..., D
 
@@ -52,6 +60,33 @@ def second_order() -> float:
 
 def test_a_gradient_of_the_gradient_is_the_formulas(interpreter):
     assert interpreter(second_order) < 1e-5
+
+
+def last_norm(norm: Any, offset: bool) -> None:
+    """A decoder's norm of the last sum and its gradients, by the kernel and one after another."""
+    config = decoders.DecoderConfig(
+        vocab=8, width=24, heads=2, hidden=8, depth=1, norm=norm, norm_offset=offset
+    )
+    model = decoders.decoder(config)
+    (a, b, gain), dy = inputs((2, 19, 24), "cpu" if INTERPRETED else "cuda")
+    params = {**model.init(0, device=dy.device), "norm.weight": gain}
+    found, calls = [], []
+    for by_kernel in (True, False):
+        with (
+            mock.patch.object(decoders, "on_gpu_alone", lambda *x, on=by_kernel: on),
+            mock.patch.object(norms, "sum_norm", wraps=norms.sum_norm) as kernel,
+        ):
+            y = model.apply(params, (a, b), method="_final")
+            calls.append(kernel.call_count)
+        found.append([y.detach(), *torch.autograd.grad(y, (a, b, gain), dy)])
+    assert calls == [1, 0]
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("norm", "offset"), [("layer", False), ("rms", False), ("rms", True)])
+def test_a_decoder_s_last_norm_is_the_same_by_the_kernel(on_kernels, norm, offset):
+    on_kernels(last_norm, norm, offset)
 
 
 def test_the_kernels_compile_for_hopper_without_spills():
