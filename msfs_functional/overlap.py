@@ -128,9 +128,9 @@ class Pipeline:
             for unit in self.units
             for inside, name in unit.names.items()
         ]
-        outside, *blocks = self.units
-        sums = [*(outside.part(names) for names in self.outside), *blocks]
-        return PeerCopies(wholes, self.device, [unit.names.values() for unit in sums])
+        first, *blocks = self.units
+        outside = [first.part(names).names.values() for names in self.outside]
+        return PeerCopies(wholes, self.device, outside, [unit.names.values() for unit in blocks])
 
     def _to_gather(self, name: str, way: Way, device: torch.device) -> Whole:
         shard = self.shards[name]

@@ -7,16 +7,24 @@ one that wants all of them takes a second turn for a few tiles. Here ranks see o
     gather    lay the shards, in the dtype of the products | all have | copy the others' shards
     sum       copy each chunk of the gradient to its rank  | all have | add up what came, in order
 
-What is laid in the forward pass stays for the backward. A gradient travels in the dtype that it
-has, and is added up in that of the sums. What is received lies in two places by turns: who comes to
-the second sum knows that all are done with the first, and may send the third where that was.
+What blocks lay in the forward pass stays for the backward. What stands outside of them is gathered
+once, first of all, and lies where the last blocks' shards will:
+
+    laid      | block 0 | block 1 | ...   | block 22 | block 23 |
+                                               | outside, before |
+
+A gradient travels in the dtype that it has, and is added up in that of the sums. What is received
+lies in two places by turns, each as large as a block's sum: who comes to the second sum knows that
+all are done with the first, and may send the third where that was. Larger sums come in parts.
 """
 
 import functools
+import itertools
+import math
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,6 +36,7 @@ from msfs_functional.transport import Collectives, Term, Whole, by_group, in_chu
 
 GATHERS, SUMS = 0, 1  # channels of barriers: two streams wait apart
 LAID, RECEIVED = 0, (1, 2)  # places in memory
+SMALL = 2**24  # elements of a whole gradient: up to so many are summed at once
 _kept: dict[Any, "Shared"] = {}
 
 
@@ -43,6 +52,8 @@ class Shared:
         self, group: str, dtype: torch.dtype, device: torch.device, sizes: tuple[int, int]
     ):
         self.process_group = pg(group)
+        timeout = self.process_group._get_backend(device).options._timeout
+        self.timeout = math.ceil(timeout.total_seconds() * 1000)  # [ms]
         self.rank, self.size = group_rank(group), group_size(group)
         self.others = [(self.rank + i) % self.size for i in range(1, self.size)]
         # Nothing here is sent to all at once; torch would set up NVLink's multicast all the same.
@@ -60,8 +71,12 @@ class Shared:
             ) from error
 
     def barrier(self, channel: int) -> None:
-        """All ranks have come here, on the stream of this channel."""
-        self.handles[0].barrier(channel=channel)
+        """All ranks have come here, on the stream of this channel.
+
+        A GPU whose peers do not come in the time of the process group stops with an error, as the
+        collectives' waits do.
+        """
+        self.handles[0].barrier(channel=channel, timeout_ms=self.timeout)
 
     def of(self, rank: int, place: int) -> Tensor:
         """A rank's memory."""
@@ -112,30 +127,69 @@ def sees(a: int, b: int) -> bool:
     return torch.cuda.can_device_access_peer(a, b)
 
 
+class Sent(NamedTuple):
+    """What a rank's part of a sum comes from."""
+
+    out: Tensor
+    chunks: Sequence[Tensor]  # of this rank's gradient, for each rank one as large as `out`
+
+
 class PeerCopies(Collectives):
     """The transport of one step.
 
     Args:
         wholes: one for each parameter of the model; of `out` only shape and dtype are looked at.
         device: where the memory is to be.
-        sums: names of the parameters whose gradients are summed together, set by set.
+        outside: sets of names, those outside of blocks whose gradients are summed together.
+        blocks: the same of blocks, in the order in which they are gathered.
     """
 
     def __init__(
-        self, wholes: Sequence[Whole], device: torch.device, sums: Sequence[Collection[str]]
+        self,
+        wholes: Sequence[Whole],
+        device: torch.device,
+        outside: Sequence[Collection[str]],
+        blocks: Sequence[Collection[str]],
     ):
         self.memory: dict[str, Shared] = {}
         self.starts: dict[str, int] = {}  # where a parameter's chunk is laid
         self.here: dict[str, set[str]] = {}  # by group: parameters that all ranks have laid
+        self.rivals: dict[str, tuple[set[str], set[str]]] = {}  # the ones lie where the others do
         self.summed: Counter[str] = Counter()  # by group: sums so far
         for group, some in by_group(wholes).items():
             of = {x.name: x.chunk(0).numel() for x in some}
-            starts, laid = places(list(of.values()))
-            self.starts |= dict(zip(of, starts, strict=True))
-            received = max(places([of[name] for name in names if name in of])[1] for names in sums)
+            size, row = group_size(group), max(x.chunk(0)[0].numel() for x in some)
+            small = places([max(row, SMALL // size)])[1]
+            sums, larger = (
+                max((places([of[n] for n in names if n in of])[1] for names in sets), default=0)
+                for sets in (blocks, outside)
+            )
+            received = max(sums, min(larger, small))
             dtype = functools.reduce(torch.promote_types, (x.out.dtype for x in some))
-            sizes = laid, received * group_size(group)
-            self.memory[group], self.here[group] = shared(group, dtype, device, sizes), set()
+            laid = self._place(group, of, outside, blocks)
+            self.memory[group] = shared(group, dtype, device, (laid, received * size))
+            self.here[group] = set()
+
+    def _place(
+        self,
+        group: str,
+        sizes: Mapping[str, int],
+        outside: Sequence[Collection[str]],
+        blocks: Sequence[Collection[str]],
+    ) -> int:
+        """Says where chunks of these sizes are laid, and how much memory they take."""
+        first, then = (
+            [name for names in sets for name in names if name in sizes]
+            for sets in (outside, blocks)
+        )
+        starts, total = places([sizes[name] for name in then])
+        before, more = places([sizes[name] for name in first])
+        begin = max(total - more, 0)
+        self.starts |= dict(zip(then, starts, strict=True))
+        self.starts |= {name: begin + start for name, start in zip(first, before, strict=True)}
+        last = {name for name in then if self.starts[name] + sizes[name] > begin}
+        self.rivals[group] = set(first), last
+        return max(total, more)
 
     def gather(self, wholes: Sequence[Whole]) -> None:
         if rest := [x for x in wholes if x.way.group is None]:
@@ -143,9 +197,10 @@ class PeerCopies(Collectives):
         for group, some in by_group(wholes).items():
             memory, here = self.memory[group], self.here[group]
             mine = self._laid(memory.of(memory.rank, LAID), some)
-            if not here:  # all are done with the step before
-                memory.barrier(GATHERS)
-            if new := [i for i, x in enumerate(some) if x.name not in here]:
+            new = [i for i, x in enumerate(some) if x.name not in here]
+            if self._make_room(group, {some[i].name for i in new}):
+                memory.barrier(GATHERS)  # all have read what lay there
+            if new:
                 shards = [some[i].shard for i in new]
                 into = [mine[i][: len(x)] for i, x in zip(new, shards, strict=True)]
                 torch._foreach_copy_(into, shards)
@@ -157,6 +212,16 @@ class PeerCopies(Collectives):
                 for x, chunk in zip(some, theirs, strict=True):
                     x.chunk(rank).copy_(chunk)
 
+    def _make_room(self, group: str, names: set[str]) -> bool:
+        """Forgets what lies where these are to be laid; whether something may have lain there."""
+        here = self.here[group]
+        before = bool(names) and not here  # in the step before
+        for some, others in itertools.permutations(self.rivals[group]):
+            if names & some and here & others:
+                here -= others
+                before = True
+        return before
+
     def _laid(self, laid: Tensor, wholes: Sequence[Whole]) -> list[Tensor]:
         """A rank's chunks of these parameters, in the memory where it lays them."""
         shapes = [x.chunk(0).shape for x in wholes]
@@ -165,18 +230,25 @@ class PeerCopies(Collectives):
         return [laid[start : start + shape.numel()].view(shape) for start, shape in pairs]
 
     def scatter(self, group: str, terms: Sequence[Term]) -> None:
-        memory, place = self.memory[group], RECEIVED[self.summed[group] % 2]
-        self.summed[group] += 1
-        starts, total = places([x.out.numel() for x in terms])
-        grads = in_chunks(terms, [memory.places[place].dtype] * len(terms))
+        memory = self.memory[group]
+        grads = in_chunks(terms, [memory.places[RECEIVED[0]].dtype] * len(terms))
+        sent = [
+            Sent(term.out, g.split(term.way.each)) for term, g in zip(terms, grads, strict=True)
+        ]
+        room = memory.places[RECEIVED[0]].numel() // memory.size
+        for some in in_parts(sent, room):
+            place = RECEIVED[self.summed[group] % 2]
+            self.summed[group] += 1
+            self._exchange(memory, place, some)
+
+    def _exchange(self, memory: Shared, place: int, sent: Sequence[Sent]) -> None:
+        """Chunks to their ranks, and what came added up; `out` lie side by side."""
+        starts, total = places([x.out.numel() for x in sent])
 
         def copies(rank: int) -> tuple[list[Tensor], list[Tensor]]:
             """(where, what) of the chunks that this rank sends to that one."""
             row = memory.of(rank, place)[memory.rank * total : (memory.rank + 1) * total]
-            chunks = [
-                g.narrow(0, rank * term.way.each, term.way.each)
-                for term, g in zip(terms, grads, strict=True)
-            ]
+            chunks = [x.chunks[rank] for x in sent]
             pairs = zip(starts, chunks, strict=True)
             return [row[start : start + x.numel()].view(x.shape) for start, x in pairs], chunks
 
@@ -186,5 +258,27 @@ class PeerCopies(Collectives):
         torch._foreach_copy_(*copies(memory.rank))
         memory.barrier(SUMS)
         rows = memory.places[place][: memory.size * total].view(memory.size, total)
-        added = terms[0].out.as_strided((total,), (1,))  # all of them, side by side
-        torch.sum(rows, 0, dtype=added.dtype, out=added)
+        used = starts[-1] + sent[-1].out.numel()  # beyond it the next part may begin
+        added = sent[0].out.as_strided((used,), (1,))  # all of them, side by side
+        torch.sum(rows[:, :used], 0, dtype=added.dtype, out=added)
+
+
+def in_parts(sent: Sequence[Sent], room: int) -> Iterator[list[Sent]]:
+    """The same in order, in lists that take no more than so many elements of each rank.
+
+    What alone takes more is cut by rows, of which each fits.
+    """
+    part: list[Sent] = []
+    for x in sent:
+        if part and places([y.out.numel() for y in [*part, x]])[1] > room:
+            yield part
+            part = []
+        if x.out.numel() <= room:
+            part.append(x)
+            continue
+        most = room // x.out[0].numel()
+        rows = math.ceil(len(x.out) / math.ceil(len(x.out) / most))
+        cut = [x.out.split(rows), *(chunk.split(rows) for chunk in x.chunks)]
+        yield from ([Sent(out, chunks)] for out, *chunks in zip(*cut, strict=True))
+    if part:
+        yield part

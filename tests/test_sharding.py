@@ -371,7 +371,7 @@ class SeenByAll:
         self.group = transport.pg(group)
         self.barrier(0)
 
-    def barrier(self, channel):
+    def barrier(self, channel, timeout_ms=0):
         dist.barrier(self.group)
 
     def get_buffer(self, rank, shape, dtype):
@@ -396,9 +396,9 @@ def memory_that_all_see():
     peer_copies.forget()
 
 
-def equal_by_copies_and_by_collectives(layout, on, dtype):
+def equal_by_copies_and_by_collectives(layout, on, dtype, vocab=CONFIG.vocab):
     """Two steps, bit for bit: two numbers have one order of adding."""
-    plain = decoder(dataclasses.replace(UNNORMED, depth=3, tied=False))
+    plain = decoder(dataclasses.replace(UNNORMED, depth=3, tied=False, vocab=vocab))
     call = share(batches(1)[0], on), random.key(0)
     found = {}
     for how in ("copies", "collectives"):
@@ -414,11 +414,14 @@ def equal_by_copies_and_by_collectives(layout, on, dtype):
 
 
 def copies_give_what_collectives_give():
-    """Of shards of uneven sizes too."""
+    """Of shards of uneven sizes too; of matrices of a vocabulary that is larger than the blocks,
+    in whose memory they are laid, and whose sums come in parts."""
     on = mesh(dp_shard=2)
     with memory_that_all_see():
-        for dtype in (None, torch.bfloat16):
-            equal_by_copies_and_by_collectives(DECODER, on, dtype)
+        equal_by_copies_and_by_collectives(DECODER, on, None)
+    with memory_that_all_see(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peer_copies, "SMALL", 0)
+        equal_by_copies_and_by_collectives(DECODER, on, torch.bfloat16, vocab=301)
 
 
 def copies_of_two_groups_give_what_collectives_give():
