@@ -396,14 +396,21 @@ def memory_that_all_see():
     peer_copies.forget()
 
 
-def equal_by_copies_and_by_collectives(layout, on, dtype, vocab=CONFIG.vocab):
+def added_twice(loss_fn, params, tokens, key):
+    """What stands outside of blocks is gathered for each time."""
+    loss, rest = loss_fn(params, tokens, key)
+    return loss + loss_fn(params, tokens, key)[0], rest
+
+
+def equal_by_copies_and_by_collectives(layout, on, dtype, vocab=CONFIG.vocab, once=True):
     """Two steps, bit for bit: two numbers have one order of adding."""
     plain = decoder(dataclasses.replace(UNNORMED, depth=3, tied=False, vocab=vocab))
     call = share(batches(1)[0], on), random.key(0)
     found = {}
     for how in ("copies", "collectives"):
         model = sharded(plain, layout, on, dtype=dtype, transport=how)
-        loss_fn, params = gathered(functools.partial(next_token, model), model), model.init(0)
+        one, params = functools.partial(next_token, model), model.init(0)
+        loss_fn = gathered(one, model) if once else functools.partial(added_twice, one)
         for _ in range(2):
             found[how] = model.gradient(loss_fn, params, [call])
             params = {name: p - found[how][1][name] for name, p in params.items()}
@@ -421,7 +428,8 @@ def copies_give_what_collectives_give():
         equal_by_copies_and_by_collectives(DECODER, on, None)
     with memory_that_all_see(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(peer_copies, "SMALL", 0)
-        equal_by_copies_and_by_collectives(DECODER, on, torch.bfloat16, vocab=301)
+        for once in (True, False):
+            equal_by_copies_and_by_collectives(DECODER, on, torch.bfloat16, 301, once)
 
 
 def copies_of_two_groups_give_what_collectives_give():
