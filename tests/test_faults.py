@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -107,6 +108,30 @@ def test_a_process_in_which_nothing_happens_ends_in_time(tmp_path):
     assert ended.returncode == 2
     assert ended.stderr == "error: nothing has happened for 0.5 s: rank 0 in a dream; bye\n"
     assert "line 5 in <module>" in (tmp_path / "stack-0.txt").read_text()
+
+
+def test_a_process_that_does_not_hear_sigterm_ends_before_it_is_killed():
+    """It waits for what a dead one would have done; one that does something has all its time."""
+    program = (
+        "import time\nfrom msfs_functional import errors, watchdog\n"
+        "watchdog.PATIENCE = 0.5\n"
+        "with watchdog.Watchdog(60) as dog, errors.interruptible(launched=True) as stop:\n"
+        "    dog.joined()\n    dog.at('step 1')\n    print('ready', flush=True)\n"
+        "    while not stop:\n        time.sleep(0.01)\n"
+        "    dog.at('saving')\n    time.sleep(3)\n    print('saved', flush=True)\n"
+        "    import signal, os\n    signal.signal(signal.SIGTERM, lambda *_: None)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(60)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{HERE.parent}:{HERE.parent / 'kernels'}"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", program], env=environment, **pipes)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.terminate()
+    out, told = process.communicate(timeout=60)
+    assert (process.returncode, out) == (2, "saved\n"), told
+    assert re.search(
+        r"^error: nothing has happened for \d+ s, since SIGTERM came: rank 0 in saving$", told, re.M
+    ), told
 
 
 def test_the_watchdog_says_who_is_where():
