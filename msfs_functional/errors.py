@@ -9,16 +9,19 @@ everything else is a bug and keeps its traceback. `--debug` keeps it always.
 
 import contextlib
 import errno
+import io
 import os
 import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
 EXPECTED = 2  # exit code; tyro and argparse use the same for a bad command line
+FIRST_SPEAKS = 5.0  # seconds that the others of a machine wait with what they have to say
 _NETWORK_LIBRARIES = {"aiohttp", "httpcore", "httpx", "httpx2", "requests", "urllib3"}
 _REMEDIES = {
     errno.ENOSPC: "free some space or choose another directory",
@@ -95,6 +98,27 @@ def friendly(debug: bool = False) -> Iterator[None]:
         sys.exit(EXPECTED)
 
 
+@contextlib.contextmanager
+def after_the_first() -> Iterator[None]:
+    """Of processes that torchrun starts, not yet joined, the first of each machine tells errors.
+
+    What is wrong with the command line is wrong with that of all: the others wait before they
+    speak, and when the first has ended torchrun ends them.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        yield
+        return
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            yield
+    except BaseException:
+        time.sleep(FIRST_SPEAKS)
+        raise
+    finally:
+        sys.stderr.write(told.getvalue())
+
+
 def run(main: Callable[[Any], object], config: Any, *, debug: bool | None = None) -> None:
     """Call `main(config)` with errors for people; the last line of every recipe.
 
@@ -109,7 +133,8 @@ def run(main: Callable[[Any], object], config: Any, *, debug: bool | None = None
             f"config ({config.__name__}) must be an instance or a function, not a class"
         )
     if callable(config):
-        with friendly("--debug" in sys.argv[1:] if debug is None else debug):
+        shown = "--debug" in sys.argv[1:] if debug is None else debug
+        with friendly(shown), after_the_first():
             config = config()
     with friendly(getattr(config, "debug", False) if debug is None else debug):
         main(config)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -229,3 +230,21 @@ def test_an_error_in_the_loop_gives_the_handlers_back() -> None:
 def test_importing_errors_is_cheap() -> None:
     script = "import sys, msfs_functional.errors; print('torch' in sys.modules)"
     assert finish(script)[1] == "False\n"
+
+
+def test_of_processes_that_torchrun_starts_the_first_tells_what_is_wrong(monkeypatch, capsys):
+    """The others wait with it, and speak if nobody ends them meanwhile."""
+
+    def bad() -> None:
+        print("usage", file=sys.stderr)
+        raise ValueError("3 is odd: use 4")
+
+    monkeypatch.setattr(errors, "FIRST_SPEAKS", 0.2)
+    for rank, seconds in (("0", 0.0), ("1", 0.2)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        begin = time.monotonic()
+        with pytest.raises(SystemExit):
+            errors.run(print, bad, debug=False)
+        told = capsys.readouterr().err
+        assert told == "usage\nerror: 3 is odd: use 4 (--debug shows the traceback)\n"
+        assert (time.monotonic() - begin >= 0.2) == (seconds > 0)
