@@ -52,7 +52,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from msfs_kernels.gluon_program import (
-    CONSUMERS,
     ROWS,
     barriers_for,
     buffers_for,
@@ -76,12 +75,38 @@ def load(x, coordinates, full, buffer):
 
 
 @gluon.jit
-def producer(
-    q, k, v, buffers, barriers, work, CAUSAL: gl.constexpr, STAGES: gl.constexpr,
+def load_two(
+    x, second, coordinates, full, index, buffers, second_buffers, FIRST: gl.constexpr,
+    TWO: gl.constexpr,
 ):  # fmt: skip
+    """The same of a head's first columns and of the others."""
+    barrier = full.index(index)
+    if TWO:
+        mbarrier.expect(barrier, x.block_type.nbytes + second.block_type.nbytes)
+        batch, head, row = coordinates
+        copy_in(x, [batch, head, row, 0], barrier, buffers.index(index))
+        copy_in(second, [batch, head, row, FIRST], barrier, second_buffers.index(index))
+    else:
+        batch, head, row = coordinates
+        load(x, [batch, head, row, 0], barrier, buffers.index(index))
+
+
+@gluon.jit
+def producer(
+    given, CAUSAL: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, TWO: gl.constexpr
+):
+    descriptors, buffers, barriers, work = given
     tiles, blocks, heads, H, group, T, S, wave = work
+    if TWO:
+        q, k, v, q2, k2, v2 = descriptors
+        q_s, k_s, v_s, o_s, q2_s, k2_s, v2_s, o2_s = buffers
+    else:
+        q, k, v = descriptors
+        q_s, k_s, v_s, o_s = buffers
+        q2, k2, v2 = descriptors
+        q2_s, k2_s, v2_s, o2_s = buffers
     BN: gl.constexpr = k.block_type.shape[2]
-    q_s, k_s, v_s, o_s = buffers
+    FIRST: gl.constexpr = k.block_type.shape[3]
     q_full, q_free, k_full, k_free, v_full, v_free = barriers
     BM: gl.constexpr = ROWS * CONSUMERS
     count = 0
@@ -93,15 +118,17 @@ def producer(
         row = block * BM
         for c in gl.static_range(CONSUMERS):
             mbarrier.wait(q_free.index(c), (step & 1) ^ 1)
-            load(q, [batch, head, row + c * ROWS, 0], q_full.index(c), q_s.index(c))
+            at = (batch, head, row + c * ROWS)
+            load_two(q, q2, at, q_full, c, q_s, q2_s, FIRST, TWO)
         n, full = key_blocks(row, T, S, CAUSAL, BM, BN)
         for j in range(n - 1, -1, -1):
             stage = count % STAGES
             phase = (count // STAGES) & 1
             mbarrier.wait(k_free.index(stage), phase ^ 1)
-            load(k, [batch, head // group, j * BN, 0], k_full.index(stage), k_s.index(stage))
+            at = (batch, head // group, j * BN)
+            load_two(k, k2, at, k_full, stage, k_s, k2_s, FIRST, TWO)
             mbarrier.wait(v_free.index(stage), phase ^ 1)
-            load(v, [batch, head // group, j * BN, 0], v_full.index(stage), v_s.index(stage))
+            load_two(v, v2, at, v_full, stage, v_s, v2_s, FIRST, TWO)
             count += 1
         step += 1
         block, flat_head = place(step, tiles, blocks, heads, wave)
@@ -137,43 +164,94 @@ def softmax(
 
 
 @gluon.jit
+def scores_of(q_t, q2_t, k_s, k2_s, stage, TWO: gl.constexpr):
+    """Starts S = Q K'."""
+    BN: gl.constexpr = k_s.shape[3]
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    s = gl.zeros([ROWS, BN], gl.float32, S_LAYOUT)
+    k_t = k_s.index(stage).reshape([BN, k_s.shape[4]]).permute((1, 0))
+    s = warpgroup_mma(q_t, k_t, s, use_acc=False, is_async=True)
+    if TWO:
+        k_t = k2_s.index(stage).reshape([BN, k2_s.shape[4]]).permute((1, 0))
+        s = warpgroup_mma(q2_t, k_t, s, is_async=True)
+    return s
+
+
+@gluon.jit
+def values_by(p, out, rest, v_s, v2_s, stage, TWO: gl.constexpr):
+    """Starts O += P V, of the first columns and of the others."""
+    BN: gl.constexpr = v_s.shape[3]
+    out = warpgroup_mma(p, v_s.index(stage).reshape([BN, v_s.shape[4]]), out, is_async=True)
+    if TWO:
+        R_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, rest.type.layout, 2)
+        p = gl.convert_layout(p, R_LAYOUT)
+        v_t = v2_s.index(stage).reshape([BN, v2_s.shape[4]])
+        rest = warpgroup_mma(p, v_t, rest, is_async=True)
+    return out, rest
+
+
+@gluon.jit
+def waited(out, rest, p, TWO: gl.constexpr):
+    if TWO:
+        out, rest, p = warpgroup_mma_wait(0, [out, rest, p])
+    else:
+        out, p = warpgroup_mma_wait(0, [out, p])
+    return out, rest, p
+
+
+@gluon.jit
+def times(x, by):
+    return x * gl.convert_layout(by, gl.SliceLayout(1, x.type.layout))[:, None]
+
+
+@gluon.jit
 def round_of(
-    out, p, top, total, q_t, k_s, v_s, k_full, k_free, v_full, v_free, count, start, row, T, S,
-    scale_log2, CAUSAL: gl.constexpr, MASKED: gl.constexpr, STAGES: gl.constexpr,
+    out, rest, p, top, total, q_t, q2_t, rings, barriers, count, start, row, T, S, scale_log2,
+    CAUSAL: gl.constexpr, MASKED: gl.constexpr, STAGES: gl.constexpr, TWO: gl.constexpr,
 ):  # fmt: skip
     """One round of the loop above: block `count` of the ring by K, the one before it by V."""
-    BN: gl.constexpr = k_s.shape[3]
-    D: gl.constexpr = k_s.shape[4]
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    k_s, v_s, k2_s, v2_s = rings
+    q_full, q_free, k_full, k_free, v_full, v_free = barriers
     stage = count % STAGES
     before = count - 1
     old = before % STAGES
     mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
-    zero = gl.zeros([ROWS, BN], gl.float32, S_LAYOUT)
-    k_t = k_s.index(stage).reshape([BN, D]).permute((1, 0))
-    s = warpgroup_mma(q_t, k_t, zero, use_acc=False, is_async=True)
+    s = scores_of(q_t, q2_t, k_s, k2_s, stage, TWO)
     mbarrier.wait(v_full.index(old), (before // STAGES) & 1)
-    out = warpgroup_mma(p, v_s.index(old).reshape([BN, D]), out, is_async=True)
-    s = warpgroup_mma_wait(1, [s])
+    out, rest = values_by(p, out, rest, v_s, v2_s, old, TWO)
+    if TWO:
+        s = warpgroup_mma_wait(2, [s])
+    else:
+        s = warpgroup_mma_wait(1, [s])
     mbarrier.arrive(k_free.index(stage), count=1)
     new_p, shrink, top, total = softmax(s, top, total, row, start, T, S, scale_log2, CAUSAL, MASKED)
     new_p = gl.convert_layout(new_p.to(v_s.dtype), p.type.layout)
     # This barrier is open already. The assembler likes to move the exponentials behind the wait
     # for O, where nothing runs under them; past this it does not move them.
     mbarrier.wait(v_full.index(old), (before // STAGES) & 1)
-    out, p = warpgroup_mma_wait(0, [out, p])
+    out, rest, p = waited(out, rest, p, TWO)
     mbarrier.arrive(v_free.index(old), count=1)
-    out = out * gl.convert_layout(shrink, gl.SliceLayout(1, out.type.layout))[:, None]
-    return out, new_p, top, total
+    out = times(out, shrink)
+    if TWO:
+        rest = times(rest, shrink)
+    return out, rest, new_p, top, total
 
 
 @gluon.jit
 def consumer(
-    given, C: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr, EVEN: gl.constexpr
-):
-    o, lse, buffers, barriers, work, scale_log2 = given
+    given, C: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr, EVEN: gl.constexpr,
+    CONSUMERS: gl.constexpr, TWO: gl.constexpr,
+):  # fmt: skip
+    outs, lse, buffers, barriers, work, scale_log2 = given
     tiles, blocks, heads, H, group, T, S, wave = work
-    q_s, k_s, v_s, o_s = buffers
+    if TWO:
+        o, o2 = outs
+        q_s, k_s, v_s, o_s, q2_s, k2_s, v2_s, o2_s = buffers
+    else:
+        o = outs[0]
+        q_s, k_s, v_s, o_s = buffers
+        o2 = outs[0]
+        q2_s, k2_s, v2_s, o2_s = buffers
     q_full, q_free, k_full, k_free, v_full, v_free = barriers
     BM: gl.constexpr = ROWS * CONSUMERS
     BN: gl.constexpr = k_s.shape[3]
@@ -182,24 +260,26 @@ def consumer(
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     S_ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    D2: gl.constexpr = k2_s.shape[4]
+    R_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D2, 16])
+    rings = (k_s, v_s, k2_s, v2_s)
     count = 0
     step = 0
     q_t = q_s.index(C).reshape([ROWS, D])
-    o_t = o_s.index(C)
+    q2_t = q2_s.index(C).reshape([ROWS, D2])
     block, flat_head = place(step, tiles, blocks, heads, wave)
     while block >= 0:
         n, full = key_blocks(block * BM, T, S, CAUSAL, BM, BN)
         row = block * BM + C * ROWS
         out = gl.zeros([ROWS, D], gl.float32, O_LAYOUT)
+        rest = gl.zeros([ROWS, D2], gl.float32, R_LAYOUT) if TWO else 0
         top = gl.full([ROWS], float("-inf"), gl.float32, S_ROWS)
         total = gl.zeros([ROWS], gl.float32, S_ROWS)
 
         mbarrier.wait(q_full.index(C), step & 1)
         stage = count % STAGES
         mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
-        zero = gl.zeros([ROWS, BN], gl.float32, S_LAYOUT)
-        k_t = k_s.index(stage).reshape([BN, D]).permute((1, 0))
-        s = warpgroup_mma(q_t, k_t, zero, use_acc=False, is_async=True)
+        s = scores_of(q_t, q2_t, k_s, k2_s, stage, TWO)
         next_block, next_head = place(step + 1, tiles, blocks, heads, wave)
         s = warpgroup_mma_wait(0, [s])
         mbarrier.arrive(k_free.index(stage), count=1)
@@ -210,23 +290,23 @@ def consumer(
         count += 1
         if CAUSAL:
             for j in range(n - 2, full - 1, -1):
-                out, p, top, total = round_of(
-                    out, p, top, total, q_t, k_s, v_s, k_full, k_free, v_full, v_free, count,
-                    j * BN, row, T, S, scale_log2, CAUSAL, True, STAGES,
+                out, rest, p, top, total = round_of(
+                    out, rest, p, top, total, q_t, q2_t, rings, barriers, count, j * BN, row, T, S,
+                    scale_log2, CAUSAL, True, STAGES, TWO,
                 )  # fmt: skip
                 count += 1
         for j in range(gl.minimum(n - 1, full) - 1, -1, -1):
-            out, p, top, total = round_of(
-                out, p, top, total, q_t, k_s, v_s, k_full, k_free, v_full, v_free, count, j * BN,
-                row, T, S, scale_log2, CAUSAL, False, STAGES,
+            out, rest, p, top, total = round_of(
+                out, rest, p, top, total, q_t, q2_t, rings, barriers, count, j * BN, row, T, S,
+                scale_log2, CAUSAL, False, STAGES, TWO,
             )  # fmt: skip
             count += 1
         mbarrier.arrive(q_free.index(C), count=1)
         before = count - 1
         old = before % STAGES
         mbarrier.wait(v_full.index(old), (before // STAGES) & 1)
-        out = warpgroup_mma(p, v_s.index(old).reshape([BN, D]), out, is_async=True)
-        out, p = warpgroup_mma_wait(0, [out, p])
+        out, rest = values_by(p, out, rest, v_s, v2_s, old, TWO)
+        out, rest, p = waited(out, rest, p, TWO)
         mbarrier.arrive(v_free.index(old), count=1)
 
         seen = total != 0.0
@@ -234,11 +314,15 @@ def consumer(
         i = row + gl.arange(0, ROWS, S_ROWS)
         log_sum = gl.where(seen, (top + gl.log2(total)) * LN2, float("-inf"))
         gl.store(lse + flat_head.to(gl.int64) * T + i, log_sum, mask=i < T)
-        out = out * gl.convert_layout(1.0 / total, gl.SliceLayout(1, O_LAYOUT))[:, None]
+        share = 1.0 / total
         tma.store_wait(0)
-        o_t.reshape([ROWS, D]).store(out.to(o_s.dtype))
+        o_s.index(C).reshape([ROWS, D]).store(times(out, share).to(o_s.dtype))
+        if TWO:
+            o2_s.index(C).reshape([ROWS, D2]).store(times(rest, share).to(o_s.dtype))
         fence_async_shared()
-        copy_out(o, [flat_head // H, flat_head % H, row, 0], o_t)
+        copy_out(o, [flat_head // H, flat_head % H, row, 0], o_s.index(C))
+        if TWO:
+            copy_out(o2, [flat_head // H, flat_head % H, row, D], o2_s.index(C))
         step += 1
         block, flat_head = next_block, next_head
     tma.store_wait(0)
@@ -248,50 +332,87 @@ def consumer(
     do_not_specialize=["tiles", "blocks", "heads", "H", "group", "T", "S", "wave"]
 )  # one compilation for all shapes
 def forward_kernel(
-    q, k, v, o, lse, tiles, blocks, heads, H, group, T, S, scale_log2, wave,
-    CAUSAL: gl.constexpr, STAGES: gl.constexpr, EVEN: gl.constexpr,
+    q, k, v, o, q2, k2, v2, o2, lse, tiles, blocks, heads, H, group, T, S, scale_log2, wave,
+    CAUSAL: gl.constexpr, STAGES: gl.constexpr, EVEN: gl.constexpr, CONSUMERS: gl.constexpr,
+    TWO: gl.constexpr,
 ):  # fmt: skip
-    """q, k, v, o are descriptors of tiles of one head; tiles = blocks * heads, heads = B * H, group
-    = H / G. EVEN promises that no key block has an edge.
+    """q, k, v, o are descriptors of tiles of one head, with TWO of its first columns, q2, k2, v2,
+    o2 of the others; tiles = blocks * heads, heads = B * H, group = H / G. EVEN promises that no
+    key block has an edge.
     """
     q_s, o_s = buffers_for(q, CONSUMERS), buffers_for(o, CONSUMERS)
     k_s, v_s = buffers_for(k, STAGES), buffers_for(v, STAGES)
+    if TWO:
+        q2_s, o2_s = buffers_for(q2, CONSUMERS), buffers_for(o2, CONSUMERS)
+        k2_s, v2_s = buffers_for(k2, STAGES), buffers_for(v2, STAGES)
+        buffers = (q_s, k_s, v_s, o_s, q2_s, k2_s, v2_s, o2_s)
+        descriptors = (q, k, v, q2, k2, v2)
+        outs = (o, o2)
+    else:
+        buffers = (q_s, k_s, v_s, o_s)
+        descriptors = (q, k, v)
+        outs = (o,)
     q_full, q_free = barriers_for(CONSUMERS, 1)
     k_full, k_free = barriers_for(STAGES, CONSUMERS)
     v_full, v_free = barriers_for(STAGES, CONSUMERS)
     fence_async_shared()
-    buffers = (q_s, k_s, v_s, o_s)
     barriers = (q_full, q_free, k_full, k_free, v_full, v_free)
     work = (tiles, blocks, heads, H, group, T, S, wave)
-    given = (o, lse, buffers, barriers, work, scale_log2)
+    given = (outs, lse, buffers, barriers, work, scale_log2)
+    asks = (descriptors, buffers, barriers, work)
     # A program has 512 registers for one thread of each of its warpgroups.
-    gl.warp_specialize(
-        [
-            (consumer, (given, 0, CAUSAL, STAGES, EVEN)),
-            (consumer, (given, 1, CAUSAL, STAGES, EVEN)),
-            (producer, (q, k, v, buffers, barriers, work, CAUSAL, STAGES)),
-        ],
-        [4, 1],
-        [240, 24],
-    )
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (consumer, (given, 0, CAUSAL, STAGES, EVEN, CONSUMERS, TWO)),
+                (consumer, (given, 1, CAUSAL, STAGES, EVEN, CONSUMERS, TWO)),
+                (producer, (asks, CAUSAL, STAGES, CONSUMERS, TWO)),
+            ],
+            [4, 1],
+            [240, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (consumer, (given, 0, CAUSAL, STAGES, EVEN, CONSUMERS, TWO)),
+                (consumer, (given, 1, CAUSAL, STAGES, EVEN, CONSUMERS, TWO)),
+                (consumer, (given, 2, CAUSAL, STAGES, EVEN, CONSUMERS, TWO)),
+                (producer, (asks, CAUSAL, STAGES, CONSUMERS, TWO)),
+            ],
+            [4, 4, 1],
+            [160, 160, 24],
+        )
 
 
 BLOCK = 128  # keys
-STAGES = {64: 4, 128: 2}  # by head dim
+STAGES = {64: 4, 128: 2}  # by the lanes of a head
+
+
+def columns_of(head_dim: int) -> tuple[int, int]:
+    """A head as one or two tiles of columns; the copy engine fills up with zeros."""
+    first = 1 << (head_dim.bit_length() - 1)
+    rest = head_dim - first
+    rest = max(16, 1 << (rest - 1).bit_length()) if rest else 0
+    return (first, rest) if rest < first else (2 * first, 0)
 
 
 def plan_forward(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, options: Options
-) -> Launch:
-    programs, sizes, wave = work_of(q, v, options)
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, options: Options,
+    consumers: int | None = None, two: bool | None = None, stages: int | None = None,
+) -> Launch:  # fmt: skip
+    K = q.shape[-1]
+    first, rest = columns_of(K)
+    if two is False and rest:
+        first, rest = 2 * first, 0
+    consumers = consumers or (3 if first + rest <= 64 and not options.causal else 2)
+    programs, sizes, wave = work_of(q, v, options, 64 * consumers)
+    given = ((q, 64), (k, BLOCK), (v, BLOCK), (o, 64))
     return Launch(
         forward_kernel,
         (programs,),
         (
-            descriptor(q, 64),
-            descriptor(k, BLOCK),
-            descriptor(v, BLOCK),
-            descriptor(o, 64),
+            *(descriptor(x, rows, first) for x, rows in given),
+            *(descriptor(x, rows, rest) if rest else None for x, rows in given),
             lse,
             *sizes,
             options.scale * LOG2E.value,
@@ -299,8 +420,10 @@ def plan_forward(
         ),
         dict(
             CAUSAL=options.causal,
-            STAGES=STAGES[q.shape[-1]],
+            STAGES=stages or STAGES[64 if first + rest <= 64 else 128],
             EVEN=not options.causal and v.shape[2] % BLOCK == 0,
+            CONSUMERS=consumers,
+            TWO=rest > 0,
             num_warps=4,
         ),
     )

@@ -66,6 +66,16 @@ def transformer_heads(config: UNetConfig) -> dict[str, int]:
     return found
 
 
+def as_it_is(x: Tensor, width: int) -> bool:
+    """Whether the op's forward wants no zeros beside heads of this width, of x's dtype and device.
+    Its backward does, and so `lane` adds them in training."""
+    if not x.is_cuda:
+        return False
+    from msfs_kernels import gluon_support
+
+    return gluon_support.reads(x, width)
+
+
 def padded(weight: Tensor, heads: int, width: int) -> Tensor:
     """Rows of each head, zeros added up to `width` (`denoising.lane`)."""
     weight = weight.unflatten(0, (heads, -1))
@@ -88,8 +98,9 @@ def prepare(config: UNetConfig, params: Params, implementation: Implementation =
     made["shifts.weight"] = torch.cat([params[f"{name}.time.weight"] for name in names])
     made["shifts.bias"] = torch.cat(bias)
     for transformer, heads in transformer_heads(config).items():
-        width = params[f"{transformer}.norm.weight"].shape[0] // heads
-        lanes = lane(width, params[f"{transformer}.norm.weight"], implementation)
+        norm = params[f"{transformer}.norm.weight"]
+        width = norm.shape[0] // heads
+        lanes = width if as_it_is(norm, width) else lane(width, norm, implementation)
         for i in range(config.transformer_depth):
             block = f"{transformer}.blocks.{i}"
             for which, joined in (("self", "qkv"), ("cross", "kv")):
