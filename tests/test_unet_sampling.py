@@ -111,15 +111,19 @@ def test_images_of_an_arranged_model_are_the_model_s_and_see_new_parameters(monk
     model = tiny_model(UNETS["two levels"])
     given = (model, some(2, 5, 12, seed=1), some(2, 5, 12, seed=2), random.key(0))
 
-    def both() -> tuple[torch.Tensor, torch.Tensor]:
+    def both(**options: Any) -> tuple[torch.Tensor, torch.Tensor]:
         images = []
         for arranges in (False, True):
             monkeypatch.setattr(stable_diffusion, "_arranges", lambda *_, a=arranges: a)
-            images.append(stable_diffusion.images_of(*given, steps=2, height=16, width=16))
+            sizes: Any = {"steps": 2, "height": 16, "width": 16}
+            images.append(stable_diffusion.images_of(*given, **sizes, **options))
         return images[0].int(), images[1].int()
 
     first, found = both()
     assert (first - found).abs().max() <= 1
+    for options in ({"guidance": 1.5}, {"guidance": 1.5, "sampler": "ddim"}, {"rescale": 0.5}):
+        other, found = both(**options)
+        assert (other - found).abs().max() <= 1 and (first - other).abs().max() > 5
     with torch.no_grad():
         for value in model.unet[1].values():
             value.mul_(0.8)
@@ -137,8 +141,9 @@ def test_a_gpu_draws_the_same_images_arranged_recorded_and_replayed(implementati
     prompts, negative = some(3, 7, 24, seed=1).cuda(), some(3, 7, 24, seed=2).cuda()
     options: Any = {"steps": 3, "height": 32, "width": 32, "implementation": implementation}
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        for these, those in ((prompts, negative), (negative, prompts)):
-            given = (model, these, those, random.key(0))
+        for these, those, scale in ((prompts, negative, 7.5), (negative, prompts, 7.5),
+                                    (prompts, negative, 1.5)):  # fmt: skip
+            given, options["guidance"] = (model, these, those, random.key(0)), scale
             plain = stable_diffusion.images_of(*given, **options).int()
             for _ in range(2):
                 found = stable_diffusion.images_of(*given, **options, compile=True).int()
