@@ -40,6 +40,7 @@ Source: Shah et al. 2024 (FlashAttention-3), sections 3.1 and 3.2.
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
 # pyright: reportAssignmentType=false, reportGeneralTypeIssues=false
 
+import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -396,6 +397,13 @@ def columns_of(head_dim: int) -> tuple[int, int]:
     return (first, rest) if rest < first else (2 * first, 0)
 
 
+def consumers_of(head_dim: int, T: int, causal: bool) -> int:
+    """Three consumers are 10% faster, where their registers hold a tile and few rows are empty."""
+    rows_of_two, rows_of_three = (rows * triton.cdiv(T, rows) for rows in (128, 192))
+    narrow = sum(columns_of(head_dim)) <= 64
+    return 3 if narrow and not causal and rows_of_three <= 1.04 * rows_of_two else 2
+
+
 def plan_forward(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, options: Options,
     consumers: int | None = None, two: bool | None = None, stages: int | None = None,
@@ -404,7 +412,7 @@ def plan_forward(
     first, rest = columns_of(K)
     if two is False and rest:
         first, rest = 2 * first, 0
-    consumers = consumers or (3 if first + rest <= 64 and not options.causal else 2)
+    consumers = consumers or consumers_of(K, q.shape[2], options.causal)
     programs, sizes, wave = work_of(q, v, options, 64 * consumers)
     given = ((q, 64), (k, BLOCK), (v, BLOCK), (o, 64))
     return Launch(

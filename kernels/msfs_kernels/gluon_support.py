@@ -63,7 +63,7 @@ def reads(x: Tensor, head_dim: int) -> bool:
     return (
         (head_dim, False) in FASTER
         and x.element_size() == 2
-        and here("forward", x, head_dim, causal=False)
+        and here("forward", x, head_dim, 192, causal=False)
     )
 
 
@@ -75,15 +75,16 @@ def suits(q: Tensor, k: Tensor, v: Tensor, options: Options, kernel: str = "forw
         and q.element_size() == 2
         and plain_options(options)
         and tma_ready(q, k, v)
-        and here(kernel, q, q.shape[-1], causal=options.causal)
+        and here(kernel, q, q.shape[-1], q.shape[2], causal=options.causal)
     )
 
 
-def here(kernel: str, x: Tensor, head_dim: int, *, causal: bool) -> bool:
+def here(kernel: str, x: Tensor, head_dim: int, T: int, *, causal: bool) -> bool:
     """Whether x's device runs what Gluon makes."""
-    if not x.is_cuda or INTERPRETED:
+    if not x.is_cuda or INTERPRETED or gluon_forward is None:
         return False
-    return compiled(kernel, x.dtype, head_dim, causal, x.device)
+    consumers = gluon_forward.consumers_of(head_dim, T, causal) if kernel == "forward" else 2
+    return compiled(kernel, x.dtype, head_dim, causal, x.device, consumers)
 
 
 def plain_options(options: Options) -> bool:
@@ -99,19 +100,25 @@ def plain_options(options: Options) -> bool:
 
 @functools.cache
 def compiled(
-    kernel: str, dtype: torch.dtype, head_dim: int, causal: bool, device: torch.device
+    kernel: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    causal: bool,
+    device: torch.device,
+    consumers: int = 2,
 ) -> bool:
     """Whether the kernel for this dtype, head dim and mask compiles here; it is kept if so."""
     if gluon_forward is None or torch.cuda.get_device_capability(device) != (9, 0):
         return False
     with torch.cuda.device(device):
-        x = torch.empty((1, 128, 1, head_dim), dtype=dtype, device=device).transpose(1, 2)
-        rows = torch.empty((1, 1, 128), device=device)
+        length = 64 * consumers
+        x = torch.empty((1, length, 1, head_dim), dtype=dtype, device=device).transpose(1, 2)
+        rows = torch.empty((1, 1, length), device=device)
         options = Options(causal=causal)
         if kernel == "dual":
             results = (x, rows, x, rows)
             return compiles(gluon_dual.plan_dual(x, x, x, x, x, x, *results, options))
-        return compiles(gluon_forward.plan_forward(x, x, x, x, rows, options))
+        return compiles(gluon_forward.plan_forward(x, x, x, x, rows, options, consumers))
 
 
 def compiles(launch: Launch) -> bool:
