@@ -96,16 +96,12 @@ def load_two(
 def producer(
     given, CAUSAL: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, TWO: gl.constexpr
 ):
-    descriptors, buffers, barriers, work = given
+    first, rest, buffers, rest_buffers, barriers, work = given
     tiles, blocks, heads, H, group, T, S, wave = work
-    if TWO:
-        q, k, v, q2, k2, v2 = descriptors
-        q_s, k_s, v_s, o_s, q2_s, k2_s, v2_s, o2_s = buffers
-    else:
-        q, k, v = descriptors
-        q_s, k_s, v_s, o_s = buffers
-        q2, k2, v2 = descriptors
-        q2_s, k2_s, v2_s, o2_s = buffers
+    q, k, v, o = first
+    q2, k2, v2, o2 = rest
+    q_s, k_s, v_s, o_s = buffers
+    q2_s, k2_s, v2_s, o2_s = rest_buffers
     BN: gl.constexpr = k.block_type.shape[2]
     FIRST: gl.constexpr = k.block_type.shape[3]
     q_full, q_free, k_full, k_free, v_full, v_free = barriers
@@ -243,16 +239,10 @@ def consumer(
     given, C: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr, EVEN: gl.constexpr,
     CONSUMERS: gl.constexpr, TWO: gl.constexpr,
 ):  # fmt: skip
-    outs, lse, buffers, barriers, work, scale_log2 = given
+    o, o2, lse, buffers, rest_buffers, barriers, work, scale_log2 = given
     tiles, blocks, heads, H, group, T, S, wave = work
-    if TWO:
-        o, o2 = outs
-        q_s, k_s, v_s, o_s, q2_s, k2_s, v2_s, o2_s = buffers
-    else:
-        o = outs[0]
-        q_s, k_s, v_s, o_s = buffers
-        o2 = outs[0]
-        q2_s, k2_s, v2_s, o2_s = buffers
+    q_s, k_s, v_s, o_s = buffers
+    q2_s, k2_s, v2_s, o2_s = rest_buffers
     q_full, q_free, k_full, k_free, v_full, v_free = barriers
     BM: gl.constexpr = ROWS * CONSUMERS
     BN: gl.constexpr = k_s.shape[3]
@@ -329,6 +319,13 @@ def consumer(
     tma.store_wait(0)
 
 
+@gluon.jit
+def all_buffers(descriptors, CONSUMERS: gl.constexpr, STAGES: gl.constexpr):
+    q, k, v, o = descriptors
+    q_s, o_s = buffers_for(q, CONSUMERS), buffers_for(o, CONSUMERS)
+    return q_s, buffers_for(k, STAGES), buffers_for(v, STAGES), o_s
+
+
 @gluon.jit(
     do_not_specialize=["tiles", "blocks", "heads", "H", "group", "T", "S", "wave"]
 )  # one compilation for all shapes
@@ -341,26 +338,21 @@ def forward_kernel(
     o2 of the others; tiles = blocks * heads, heads = B * H, group = H / G. EVEN promises that no
     key block has an edge.
     """
-    q_s, o_s = buffers_for(q, CONSUMERS), buffers_for(o, CONSUMERS)
-    k_s, v_s = buffers_for(k, STAGES), buffers_for(v, STAGES)
+    first = (q, k, v, o)
+    rest = first
+    buffers = all_buffers(first, CONSUMERS, STAGES)
+    rest_buffers = buffers
     if TWO:
-        q2_s, o2_s = buffers_for(q2, CONSUMERS), buffers_for(o2, CONSUMERS)
-        k2_s, v2_s = buffers_for(k2, STAGES), buffers_for(v2, STAGES)
-        buffers = (q_s, k_s, v_s, o_s, q2_s, k2_s, v2_s, o2_s)
-        descriptors = (q, k, v, q2, k2, v2)
-        outs = (o, o2)
-    else:
-        buffers = (q_s, k_s, v_s, o_s)
-        descriptors = (q, k, v)
-        outs = (o,)
+        rest = (q2, k2, v2, o2)
+        rest_buffers = all_buffers(rest, CONSUMERS, STAGES)
     q_full, q_free = barriers_for(CONSUMERS, 1)
     k_full, k_free = barriers_for(STAGES, CONSUMERS)
     v_full, v_free = barriers_for(STAGES, CONSUMERS)
     fence_async_shared()
     barriers = (q_full, q_free, k_full, k_free, v_full, v_free)
     work = (tiles, blocks, heads, H, group, T, S, wave)
-    given = (outs, lse, buffers, barriers, work, scale_log2)
-    asks = (descriptors, buffers, barriers, work)
+    given = (o, rest[3], lse, buffers, rest_buffers, barriers, work, scale_log2)
+    asks = (first, rest, buffers, rest_buffers, barriers, work)
     # A program has 512 registers for one thread of each of its warpgroups.
     if CONSUMERS == 2:
         gl.warp_specialize(
