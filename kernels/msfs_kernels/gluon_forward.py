@@ -15,12 +15,17 @@ block are taken in different rounds, so that one of them runs while exponentials
         O *= e^{m_old - m}
     O += P_last V_last
 
-**Roles.** A program is two consumer warpgroups with 64 queries each and one producer warp, which
-does nothing but ask the copy engine (TMA) for tiles. Tiles of keys and values go round in rings of
-STAGES buffers in shared memory. Two barriers (mbarrier) guard a buffer: `full` opens when the bytes
-have arrived, `free` when every reader is done with them. The n-th use of a barrier has phase n & 1;
-waiting for phase 1 of a new barrier passes at once, which is how the first round finds its buffers
-free. The producer needs few registers and hands its share to the consumers.
+**Roles.** A program is two or three consumer warpgroups with 64 queries each and one producer warp,
+which does nothing but ask the copy engine (TMA) for tiles. With three, more exponentials find a
+product to run under; their registers hold heads of up to 64. Tiles of keys and values go round in
+rings of STAGES buffers in shared memory. Two barriers (mbarrier) guard a buffer: `full` opens when
+the bytes have arrived, `free` when every reader is done with them. The n-th use of a barrier has
+phase n & 1; waiting for phase 1 of a new barrier passes at once, which is how the first round finds
+its buffers free. The producer needs few registers and hands its share to the consumers.
+
+**Heads between powers of two.** Tiles are powers of two wide, so that a head of 40 is one of 32
+columns and one of 16, where the copy engine fills up with zeros: a quarter less to multiply than by
+64, and nothing to pad in memory. Both products are two, of the first columns and of the rest.
 
 **Persistent.** One program a multiprocessor walks over the query tiles, so that the producer loads
 the next tile while the consumers store the last result. `place` says in which order.
@@ -69,27 +74,17 @@ from msfs_kernels.triton_common import LN2, LOG2E
 
 
 @gluon.jit
-def load(x, coordinates, full, buffer):
-    """Asks the copy engine for a (1, 1, rows, head dim) tile; `full` opens when it is there."""
-    mbarrier.expect(full, x.block_type.nbytes)
-    copy_in(x, coordinates, full, buffer)
-
-
-@gluon.jit
-def load_two(
-    x, second, coordinates, full, index, buffers, second_buffers, FIRST: gl.constexpr,
-    TWO: gl.constexpr,
-):  # fmt: skip
-    """The same of a head's first columns and of the others."""
-    barrier = full.index(index)
+def load(x, rest, coordinates, full, buffer, rest_buffer, TWO: gl.constexpr):
+    """Asks the copy engine for rows of one head, with TWO also for those of its other columns;
+    `full` opens when they are there.
+    """
+    batch, head, row = coordinates
     if TWO:
-        mbarrier.expect(barrier, x.block_type.nbytes + second.block_type.nbytes)
-        batch, head, row = coordinates
-        copy_in(x, [batch, head, row, 0], barrier, buffers.index(index))
-        copy_in(second, [batch, head, row, FIRST], barrier, second_buffers.index(index))
+        mbarrier.expect(full, x.block_type.nbytes + rest.block_type.nbytes)
+        copy_in(rest, [batch, head, row, x.block_type.shape[3]], full, rest_buffer)
     else:
-        batch, head, row = coordinates
-        load(x, [batch, head, row, 0], barrier, buffers.index(index))
+        mbarrier.expect(full, x.block_type.nbytes)
+    copy_in(x, [batch, head, row, 0], full, buffer)
 
 
 @gluon.jit
@@ -103,7 +98,6 @@ def producer(
     q_s, k_s, v_s, o_s = buffers
     q2_s, k2_s, v2_s, o2_s = rest_buffers
     BN: gl.constexpr = k.block_type.shape[2]
-    FIRST: gl.constexpr = k.block_type.shape[3]
     q_full, q_free, k_full, k_free, v_full, v_free = barriers
     BM: gl.constexpr = ROWS * CONSUMERS
     count = 0
@@ -116,16 +110,16 @@ def producer(
         for c in gl.static_range(CONSUMERS):
             mbarrier.wait(q_free.index(c), (step & 1) ^ 1)
             at = (batch, head, row + c * ROWS)
-            load_two(q, q2, at, q_full, c, q_s, q2_s, FIRST, TWO)
+            load(q, q2, at, q_full.index(c), q_s.index(c), q2_s.index(c), TWO)
         n, full = key_blocks(row, T, S, CAUSAL, BM, BN)
         for j in range(n - 1, -1, -1):
             stage = count % STAGES
             phase = (count // STAGES) & 1
             mbarrier.wait(k_free.index(stage), phase ^ 1)
             at = (batch, head // group, j * BN)
-            load_two(k, k2, at, k_full, stage, k_s, k2_s, FIRST, TWO)
+            load(k, k2, at, k_full.index(stage), k_s.index(stage), k2_s.index(stage), TWO)
             mbarrier.wait(v_free.index(stage), phase ^ 1)
-            load_two(v, v2, at, v_full, stage, v_s, v2_s, FIRST, TWO)
+            load(v, v2, at, v_full.index(stage), v_s.index(stage), v2_s.index(stage), TWO)
             count += 1
         step += 1
         block, flat_head = place(step, tiles, blocks, heads, wave)

@@ -23,7 +23,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from msfs_kernels.options import Options
 
 ROWS = gl.constexpr(64)  # queries of a consumer: the height of a warpgroup's product
-CONSUMERS = gl.constexpr(2)
 # Triton 3.7 renamed them.
 copy_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 copy_out = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
