@@ -148,3 +148,24 @@ def test_a_gpu_draws_the_same_images_arranged_recorded_and_replayed(implementati
             for _ in range(2):
                 found = stable_diffusion.images_of(*given, **options, compile=True).int()
                 assert (found - plain).abs().max() <= 1
+
+
+@pytest.mark.gpu
+def test_heads_of_40_and_80_in_16_bits_are_as_near_as_torch_s():
+    config = UNetConfig(
+        widths=(80, 160), depth=1, attention=(True, True), heads=(2, 2), context=24, groups=8
+    )
+    network, t = unet(config), torch.tensor([700.0], device="cuda")
+    params = {name: value.cuda() for name, value in trained(network).items()}
+    x, context = some(1, 4, 64, 64, seed=1).cuda(), some(2, 7, 24, seed=2).cuda()
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        exact = network.apply(params, x, t, context, implementation="reference")
+        params, x, context = ({n: p.bfloat16() for n, p in params.items()}, x.bfloat16(),
+                              context.bfloat16())  # fmt: skip
+        plain = network.apply(params, x, t, context, implementation="sdpa")
+        prepared = unet_sampling.prepare(config, params)
+        memory = unet_sampling.memory_of(config, prepared, context)
+        found = unet_sampling.predict(config, prepared, x, t, memory)
+    if torch.cuda.get_device_capability() == (9, 0):  # nothing lies beside a head
+        assert prepared["down.0.transformers.0.blocks.0.self_attention.q.weight"].shape[0] == 80
+    assert (found - exact).abs().max() <= 2 * (plain - exact).abs().max()
