@@ -13,8 +13,7 @@ image -> latents and noise -> the last steps of the same      (strength; repaint
 import functools
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -220,27 +219,18 @@ def encode_prompts(
     return tower.apply(params, ids, method="hidden_states", implementation=implementation)
 
 
-@contextmanager
-def _searching() -> Iterator[None]:
-    """cuDNN times all the ways it has for a convolution, at its first call, and takes the fastest.
-    The ten that torch would have it try are up to 40% slower for kernels of 1000 channels and more.
-    """
-    cudnn = torch.backends.cudnn
-    before = cudnn.benchmark, cudnn.benchmark_limit
-    cudnn.benchmark, cudnn.benchmark_limit = True, 0
-    try:
-        yield
-    finally:
-        cudnn.benchmark, cudnn.benchmark_limit = before
-
-
 def _compiled(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """fn with its blocks compiled, one of each shape, and with the fastest convolutions."""
+    """fn with its blocks compiled, one of each shape, and with the fastest of cuDNN's convolutions,
+    which its first call searches."""
     regions = Regions(dynamic=False)
 
     def run(*args: Any) -> Tensor:
-        with _searching(), regions.compiled():
-            return fn(*args)
+        before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+        try:
+            with regions.compiled():
+                return fn(*args)
+        finally:
+            torch.backends.cudnn.benchmark = before
 
     return run
 
@@ -386,7 +376,7 @@ def images_of(
             between the schedule's ends, for samplers over sigma.
         compile: for many images. On a GPU UNet and decoder are arranged for sampling, a
             prediction of x_0 is one CUDA graph, and the fastest convolutions are searched, which
-            takes half a minute and may round otherwise from run to run. On a CPU blocks are
+            takes some seconds and may round otherwise from run to run. On a CPU blocks are
             compiled.
 
     Raises:

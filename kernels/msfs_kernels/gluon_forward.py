@@ -23,9 +23,9 @@ the bytes have arrived, `free` when every reader is done with them. The n-th use
 phase n & 1; waiting for phase 1 of a new barrier passes at once, which is how the first round finds
 its buffers free. The producer needs few registers and hands its share to the consumers.
 
-**Heads between powers of two.** Tiles are powers of two wide, so that a head of 40 is one of 32
-columns and one of 16, where the copy engine fills up with zeros: a quarter less to multiply than by
-64, and nothing to pad in memory. Both products are two, of the first columns and of the rest.
+**Heads between powers of two.** Tiles are powers of two wide. The copy engine fills up with zeros
+those of 64 columns that a head of 40 has not; a head of 80 is a tile of 64 and one of 16, and both
+products are two, of the first columns and of the rest.
 
 **Persistent.** One program a multiprocessor walks over the query tiles, so that the producer loads
 the next tile while the consumers store the last result. `place` says in which order.
@@ -372,33 +372,22 @@ def forward_kernel(
 
 
 BLOCK = 128  # keys
-STAGES = {64: 4, 128: 2}  # by the lanes of a head
-
-
-def columns_of(head_dim: int) -> tuple[int, int]:
-    """A head as one or two tiles of columns; the copy engine fills up with zeros."""
-    first = 1 << (head_dim.bit_length() - 1)
-    rest = head_dim - first
-    rest = max(16, 1 << (rest - 1).bit_length()) if rest else 0
-    return (first, rest) if rest < first else (2 * first, 0)
+# Of a head: its first tile of columns, and the second. 40 as 32 and 16 is no faster than as 64.
+COLUMNS = {40: (64, 0), 64: (64, 0), 80: (64, 16), 128: (128, 0)}
 
 
 def consumers_of(head_dim: int, T: int, causal: bool) -> int:
-    """Three consumers are 10% faster, where their registers hold a tile and few rows are empty."""
+    """Three consumers are 10% faster for heads of 40, where few of their rows are empty."""
     rows_of_two, rows_of_three = (rows * triton.cdiv(T, rows) for rows in (128, 192))
-    narrow = sum(columns_of(head_dim)) <= 64
-    return 3 if narrow and not causal and rows_of_three <= 1.04 * rows_of_two else 2
+    return 3 if head_dim < 64 and not causal and rows_of_three <= 1.04 * rows_of_two else 2
 
 
 def plan_forward(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, options: Options,
-    consumers: int | None = None, two: bool | None = None, stages: int | None = None,
+    consumers: int | None = None,
 ) -> Launch:  # fmt: skip
-    K = q.shape[-1]
-    first, rest = columns_of(K)
-    if two is False and rest:
-        first, rest = 2 * first, 0
-    consumers = consumers or consumers_of(K, q.shape[2], options.causal)
+    first, rest = COLUMNS[q.shape[-1]]
+    consumers = consumers or consumers_of(q.shape[-1], q.shape[2], options.causal)
     programs, sizes, wave = work_of(q, v, options, 64 * consumers)
     given = ((q, 64), (k, BLOCK), (v, BLOCK), (o, 64))
     return Launch(
@@ -414,7 +403,7 @@ def plan_forward(
         ),
         dict(
             CAUSAL=options.causal,
-            STAGES=stages or STAGES[64 if first + rest <= 64 else 128],
+            STAGES=4 if first + rest == 64 else 2,
             EVEN=not options.causal and v.shape[2] % BLOCK == 0,
             CONSUMERS=consumers,
             TWO=rest > 0,

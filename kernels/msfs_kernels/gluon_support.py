@@ -70,7 +70,7 @@ def reads(x: Tensor, head_dim: int) -> bool:
 def suits(q: Tensor, k: Tensor, v: Tensor, options: Options, kernel: str = "forward") -> bool:
     """Whether Gluon's forward, or that with its tangent, can do this work on this device."""
     return (
-        q.shape[-1] in ((40, 64, 80, 128) if kernel == "forward" else (64, 128))
+        q.shape[-1] in ((64, 128) if kernel == "dual" else (40, 64, 80, 128))
         and q.shape[-1] == v.shape[-1]
         and q.element_size() == 2
         and plain_options(options)
