@@ -23,16 +23,12 @@ the bytes have arrived, `free` when every reader is done with them. The n-th use
 phase n & 1; waiting for phase 1 of a new barrier passes at once, which is how the first round finds
 its buffers free. The producer needs few registers and hands its share to the consumers.
 
-**Heads between powers of two.** Tiles are powers of two wide. The copy engine fills up with zeros
-those of 64 columns that a head of 40 has not; a head of 80 is a tile of 64 and one of 16, and both
-products are two, of the first columns and of the rest.
-
 **Persistent.** One program a multiprocessor walks over the query tiles, so that the producer loads
 the next tile while the consumers store the last result. `place` says in which order.
 
 Key blocks are visited from the last to the first, those with an edge (the causal diagonal, the end
 of the keys) first and with a mask. The copy engine fills what lies outside a tensor with zeros and
-stores nothing there.
+stores nothing there: of rows behind the last one, and of columns that a head of 40 or 80 has not.
 
 Source: Shah et al. 2024 (FlashAttention-3), sections 3.1 and 3.2.
 """
@@ -74,30 +70,20 @@ from msfs_kernels.triton_common import LN2, LOG2E
 
 
 @gluon.jit
-def load(x, rest, coordinates, full, buffer, rest_buffer, TWO: gl.constexpr):
-    """Asks the copy engine for rows of one head, with TWO also for those of its other columns;
-    `full` opens when they are there.
-    """
-    batch, head, row = coordinates
-    if TWO:
-        mbarrier.expect(full, x.block_type.nbytes + rest.block_type.nbytes)
-        copy_in(rest, [batch, head, row, x.block_type.shape[3]], full, rest_buffer)
-    else:
-        mbarrier.expect(full, x.block_type.nbytes)
-    copy_in(x, [batch, head, row, 0], full, buffer)
+def load(x, coordinates, full, buffer):
+    """Asks the copy engine for a (1, 1, rows, head dim) tile; `full` opens when it is there."""
+    mbarrier.expect(full, x.block_type.nbytes)
+    copy_in(x, coordinates, full, buffer)
 
 
 @gluon.jit
 def producer(
-    given, CAUSAL: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, TWO: gl.constexpr
-):
-    first, rest, buffers, rest_buffers, barriers, work = given
+    q, k, v, buffers, barriers, work, CAUSAL: gl.constexpr, STAGES: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+):  # fmt: skip
     tiles, blocks, heads, H, group, T, S, wave = work
-    q, k, v, o = first
-    q2, k2, v2, o2 = rest
-    q_s, k_s, v_s, o_s = buffers
-    q2_s, k2_s, v2_s, o2_s = rest_buffers
     BN: gl.constexpr = k.block_type.shape[2]
+    q_s, k_s, v_s, o_s = buffers
     q_full, q_free, k_full, k_free, v_full, v_free = barriers
     BM: gl.constexpr = ROWS * CONSUMERS
     count = 0
@@ -109,17 +95,15 @@ def producer(
         row = block * BM
         for c in gl.static_range(CONSUMERS):
             mbarrier.wait(q_free.index(c), (step & 1) ^ 1)
-            at = (batch, head, row + c * ROWS)
-            load(q, q2, at, q_full.index(c), q_s.index(c), q2_s.index(c), TWO)
+            load(q, [batch, head, row + c * ROWS, 0], q_full.index(c), q_s.index(c))
         n, full = key_blocks(row, T, S, CAUSAL, BM, BN)
         for j in range(n - 1, -1, -1):
             stage = count % STAGES
             phase = (count // STAGES) & 1
             mbarrier.wait(k_free.index(stage), phase ^ 1)
-            at = (batch, head // group, j * BN)
-            load(k, k2, at, k_full.index(stage), k_s.index(stage), k2_s.index(stage), TWO)
+            load(k, [batch, head // group, j * BN, 0], k_full.index(stage), k_s.index(stage))
             mbarrier.wait(v_free.index(stage), phase ^ 1)
-            load(v, v2, at, v_full.index(stage), v_s.index(stage), v2_s.index(stage), TWO)
+            load(v, [batch, head // group, j * BN, 0], v_full.index(stage), v_s.index(stage))
             count += 1
         step += 1
         block, flat_head = place(step, tiles, blocks, heads, wave)
@@ -155,88 +139,44 @@ def softmax(
 
 
 @gluon.jit
-def scores_of(q_t, q2_t, k_s, k2_s, stage, TWO: gl.constexpr):
-    """Starts S = Q K'."""
-    BN: gl.constexpr = k_s.shape[3]
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
-    s = gl.zeros([ROWS, BN], gl.float32, S_LAYOUT)
-    k_t = k_s.index(stage).reshape([BN, k_s.shape[4]]).permute((1, 0))
-    s = warpgroup_mma(q_t, k_t, s, use_acc=False, is_async=True)
-    if TWO:
-        k_t = k2_s.index(stage).reshape([BN, k2_s.shape[4]]).permute((1, 0))
-        s = warpgroup_mma(q2_t, k_t, s, is_async=True)
-    return s
-
-
-@gluon.jit
-def values_by(p, out, rest, v_s, v2_s, stage, TWO: gl.constexpr):
-    """Starts O += P V, of the first columns and of the others."""
-    BN: gl.constexpr = v_s.shape[3]
-    out = warpgroup_mma(p, v_s.index(stage).reshape([BN, v_s.shape[4]]), out, is_async=True)
-    if TWO:
-        R_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, rest.type.layout, 2)
-        p = gl.convert_layout(p, R_LAYOUT)
-        v_t = v2_s.index(stage).reshape([BN, v2_s.shape[4]])
-        rest = warpgroup_mma(p, v_t, rest, is_async=True)
-    return out, rest
-
-
-@gluon.jit
-def waited(out, rest, p, TWO: gl.constexpr):
-    if TWO:
-        out, rest, p = warpgroup_mma_wait(0, [out, rest, p])
-    else:
-        out, p = warpgroup_mma_wait(0, [out, p])
-    return out, rest, p
-
-
-@gluon.jit
-def times(x, by):
-    return x * gl.convert_layout(by, gl.SliceLayout(1, x.type.layout))[:, None]
-
-
-@gluon.jit
 def round_of(
-    out, rest, p, top, total, q_t, q2_t, rings, barriers, count, start, row, T, S, scale_log2,
-    CAUSAL: gl.constexpr, MASKED: gl.constexpr, STAGES: gl.constexpr, TWO: gl.constexpr,
+    out, p, top, total, q_t, k_s, v_s, k_full, k_free, v_full, v_free, count, start, row, T, S,
+    scale_log2, CAUSAL: gl.constexpr, MASKED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One round of the loop above: block `count` of the ring by K, the one before it by V."""
-    k_s, v_s, k2_s, v2_s = rings
-    q_full, q_free, k_full, k_free, v_full, v_free = barriers
+    BN: gl.constexpr = k_s.shape[3]
+    D: gl.constexpr = k_s.shape[4]
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     stage = count % STAGES
     before = count - 1
     old = before % STAGES
     mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
-    s = scores_of(q_t, q2_t, k_s, k2_s, stage, TWO)
+    zero = gl.zeros([ROWS, BN], gl.float32, S_LAYOUT)
+    k_t = k_s.index(stage).reshape([BN, D]).permute((1, 0))
+    s = warpgroup_mma(q_t, k_t, zero, use_acc=False, is_async=True)
     mbarrier.wait(v_full.index(old), (before // STAGES) & 1)
-    out, rest = values_by(p, out, rest, v_s, v2_s, old, TWO)
-    if TWO:
-        s = warpgroup_mma_wait(2, [s])
-    else:
-        s = warpgroup_mma_wait(1, [s])
+    out = warpgroup_mma(p, v_s.index(old).reshape([BN, D]), out, is_async=True)
+    s = warpgroup_mma_wait(1, [s])
     mbarrier.arrive(k_free.index(stage), count=1)
     new_p, shrink, top, total = softmax(s, top, total, row, start, T, S, scale_log2, CAUSAL, MASKED)
     new_p = gl.convert_layout(new_p.to(v_s.dtype), p.type.layout)
     # This barrier is open already. The assembler likes to move the exponentials behind the wait
     # for O, where nothing runs under them; past this it does not move them.
     mbarrier.wait(v_full.index(old), (before // STAGES) & 1)
-    out, rest, p = waited(out, rest, p, TWO)
+    out, p = warpgroup_mma_wait(0, [out, p])
     mbarrier.arrive(v_free.index(old), count=1)
-    out = times(out, shrink)
-    if TWO:
-        rest = times(rest, shrink)
-    return out, rest, new_p, top, total
+    out = out * gl.convert_layout(shrink, gl.SliceLayout(1, out.type.layout))[:, None]
+    return out, new_p, top, total
 
 
 @gluon.jit
 def consumer(
     given, C: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr, EVEN: gl.constexpr,
-    CONSUMERS: gl.constexpr, TWO: gl.constexpr,
+    CONSUMERS: gl.constexpr,
 ):  # fmt: skip
-    o, o2, lse, buffers, rest_buffers, barriers, work, scale_log2 = given
+    o, lse, buffers, barriers, work, scale_log2 = given
     tiles, blocks, heads, H, group, T, S, wave = work
     q_s, k_s, v_s, o_s = buffers
-    q2_s, k2_s, v2_s, o2_s = rest_buffers
     q_full, q_free, k_full, k_free, v_full, v_free = barriers
     BM: gl.constexpr = ROWS * CONSUMERS
     BN: gl.constexpr = k_s.shape[3]
@@ -245,26 +185,24 @@ def consumer(
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     S_ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
-    D2: gl.constexpr = k2_s.shape[4]
-    R_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D2, 16])
-    rings = (k_s, v_s, k2_s, v2_s)
     count = 0
     step = 0
     q_t = q_s.index(C).reshape([ROWS, D])
-    q2_t = q2_s.index(C).reshape([ROWS, D2])
+    o_t = o_s.index(C)
     block, flat_head = place(step, tiles, blocks, heads, wave)
     while block >= 0:
         n, full = key_blocks(block * BM, T, S, CAUSAL, BM, BN)
         row = block * BM + C * ROWS
         out = gl.zeros([ROWS, D], gl.float32, O_LAYOUT)
-        rest = gl.zeros([ROWS, D2], gl.float32, R_LAYOUT) if TWO else 0
         top = gl.full([ROWS], float("-inf"), gl.float32, S_ROWS)
         total = gl.zeros([ROWS], gl.float32, S_ROWS)
 
         mbarrier.wait(q_full.index(C), step & 1)
         stage = count % STAGES
         mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
-        s = scores_of(q_t, q2_t, k_s, k2_s, stage, TWO)
+        zero = gl.zeros([ROWS, BN], gl.float32, S_LAYOUT)
+        k_t = k_s.index(stage).reshape([BN, D]).permute((1, 0))
+        s = warpgroup_mma(q_t, k_t, zero, use_acc=False, is_async=True)
         next_block, next_head = place(step + 1, tiles, blocks, heads, wave)
         s = warpgroup_mma_wait(0, [s])
         mbarrier.arrive(k_free.index(stage), count=1)
@@ -275,23 +213,23 @@ def consumer(
         count += 1
         if CAUSAL:
             for j in range(n - 2, full - 1, -1):
-                out, rest, p, top, total = round_of(
-                    out, rest, p, top, total, q_t, q2_t, rings, barriers, count, j * BN, row, T, S,
-                    scale_log2, CAUSAL, True, STAGES, TWO,
+                out, p, top, total = round_of(
+                    out, p, top, total, q_t, k_s, v_s, k_full, k_free, v_full, v_free, count,
+                    j * BN, row, T, S, scale_log2, CAUSAL, True, STAGES,
                 )  # fmt: skip
                 count += 1
         for j in range(gl.minimum(n - 1, full) - 1, -1, -1):
-            out, rest, p, top, total = round_of(
-                out, rest, p, top, total, q_t, q2_t, rings, barriers, count, j * BN, row, T, S,
-                scale_log2, CAUSAL, False, STAGES, TWO,
+            out, p, top, total = round_of(
+                out, p, top, total, q_t, k_s, v_s, k_full, k_free, v_full, v_free, count, j * BN,
+                row, T, S, scale_log2, CAUSAL, False, STAGES,
             )  # fmt: skip
             count += 1
         mbarrier.arrive(q_free.index(C), count=1)
         before = count - 1
         old = before % STAGES
         mbarrier.wait(v_full.index(old), (before // STAGES) & 1)
-        out, rest = values_by(p, out, rest, v_s, v2_s, old, TWO)
-        out, rest, p = waited(out, rest, p, TWO)
+        out = warpgroup_mma(p, v_s.index(old).reshape([BN, D]), out, is_async=True)
+        out, p = warpgroup_mma_wait(0, [out, p])
         mbarrier.arrive(v_free.index(old), count=1)
 
         seen = total != 0.0
@@ -299,61 +237,43 @@ def consumer(
         i = row + gl.arange(0, ROWS, S_ROWS)
         log_sum = gl.where(seen, (top + gl.log2(total)) * LN2, float("-inf"))
         gl.store(lse + flat_head.to(gl.int64) * T + i, log_sum, mask=i < T)
-        share = 1.0 / total
+        out = out * gl.convert_layout(1.0 / total, gl.SliceLayout(1, O_LAYOUT))[:, None]
         tma.store_wait(0)
-        o_s.index(C).reshape([ROWS, D]).store(times(out, share).to(o_s.dtype))
-        if TWO:
-            o2_s.index(C).reshape([ROWS, D2]).store(times(rest, share).to(o_s.dtype))
+        o_t.reshape([ROWS, D]).store(out.to(o_s.dtype))
         fence_async_shared()
-        copy_out(o, [flat_head // H, flat_head % H, row, 0], o_s.index(C))
-        if TWO:
-            copy_out(o2, [flat_head // H, flat_head % H, row, D], o2_s.index(C))
+        copy_out(o, [flat_head // H, flat_head % H, row, 0], o_t)
         step += 1
         block, flat_head = next_block, next_head
     tma.store_wait(0)
-
-
-@gluon.jit
-def all_buffers(descriptors, CONSUMERS: gl.constexpr, STAGES: gl.constexpr):
-    q, k, v, o = descriptors
-    q_s, o_s = buffers_for(q, CONSUMERS), buffers_for(o, CONSUMERS)
-    return q_s, buffers_for(k, STAGES), buffers_for(v, STAGES), o_s
 
 
 @gluon.jit(
     do_not_specialize=["tiles", "blocks", "heads", "H", "group", "T", "S", "wave"]
 )  # one compilation for all shapes
 def forward_kernel(
-    q, k, v, o, q2, k2, v2, o2, lse, tiles, blocks, heads, H, group, T, S, scale_log2, wave,
+    q, k, v, o, lse, tiles, blocks, heads, H, group, T, S, scale_log2, wave,
     CAUSAL: gl.constexpr, STAGES: gl.constexpr, EVEN: gl.constexpr, CONSUMERS: gl.constexpr,
-    TWO: gl.constexpr,
 ):  # fmt: skip
-    """q, k, v, o are descriptors of tiles of one head, with TWO of its first columns, q2, k2, v2,
-    o2 of the others; tiles = blocks * heads, heads = B * H, group = H / G. EVEN promises that no
-    key block has an edge.
+    """q, k, v, o are descriptors of tiles of one head; tiles = blocks * heads, heads = B * H, group
+    = H / G. EVEN promises that no key block has an edge.
     """
-    first = (q, k, v, o)
-    rest = first
-    buffers = all_buffers(first, CONSUMERS, STAGES)
-    rest_buffers = buffers
-    if TWO:
-        rest = (q2, k2, v2, o2)
-        rest_buffers = all_buffers(rest, CONSUMERS, STAGES)
+    q_s, o_s = buffers_for(q, CONSUMERS), buffers_for(o, CONSUMERS)
+    k_s, v_s = buffers_for(k, STAGES), buffers_for(v, STAGES)
     q_full, q_free = barriers_for(CONSUMERS, 1)
     k_full, k_free = barriers_for(STAGES, CONSUMERS)
     v_full, v_free = barriers_for(STAGES, CONSUMERS)
     fence_async_shared()
+    buffers = (q_s, k_s, v_s, o_s)
     barriers = (q_full, q_free, k_full, k_free, v_full, v_free)
     work = (tiles, blocks, heads, H, group, T, S, wave)
-    given = (o, rest[3], lse, buffers, rest_buffers, barriers, work, scale_log2)
-    asks = (first, rest, buffers, rest_buffers, barriers, work)
+    given = (o, lse, buffers, barriers, work, scale_log2)
     # A program has 512 registers for one thread of each of its warpgroups.
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (consumer, (given, 0, CAUSAL, STAGES, EVEN, CONSUMERS, TWO)),
-                (consumer, (given, 1, CAUSAL, STAGES, EVEN, CONSUMERS, TWO)),
-                (producer, (asks, CAUSAL, STAGES, CONSUMERS, TWO)),
+                (consumer, (given, 0, CAUSAL, STAGES, EVEN, CONSUMERS)),
+                (consumer, (given, 1, CAUSAL, STAGES, EVEN, CONSUMERS)),
+                (producer, (q, k, v, buffers, barriers, work, CAUSAL, STAGES, CONSUMERS)),
             ],
             [4, 1],
             [240, 24],
@@ -361,10 +281,10 @@ def forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (consumer, (given, 0, CAUSAL, STAGES, EVEN, CONSUMERS, TWO)),
-                (consumer, (given, 1, CAUSAL, STAGES, EVEN, CONSUMERS, TWO)),
-                (consumer, (given, 2, CAUSAL, STAGES, EVEN, CONSUMERS, TWO)),
-                (producer, (asks, CAUSAL, STAGES, CONSUMERS, TWO)),
+                (consumer, (given, 0, CAUSAL, STAGES, EVEN, CONSUMERS)),
+                (consumer, (given, 1, CAUSAL, STAGES, EVEN, CONSUMERS)),
+                (consumer, (given, 2, CAUSAL, STAGES, EVEN, CONSUMERS)),
+                (producer, (q, k, v, buffers, barriers, work, CAUSAL, STAGES, CONSUMERS)),
             ],
             [4, 4, 1],
             [160, 160, 24],
@@ -372,12 +292,11 @@ def forward_kernel(
 
 
 BLOCK = 128  # keys
-# Of a head: its first tile of columns, and the second. 40 as 32 and 16 is no faster than as 64.
-COLUMNS = {40: (64, 0), 64: (64, 0), 80: (64, 16), 128: (128, 0)}
+STAGES = {64: 4, 128: 2}  # by the width of a tile
 
 
 def consumers_of(head_dim: int, T: int, causal: bool) -> int:
-    """Three consumers are 10% faster for heads of 40, where few of their rows are empty."""
+    """Three are 10% faster for heads of 40, where few of their rows are empty."""
     rows_of_two, rows_of_three = (rows * triton.cdiv(T, rows) for rows in (128, 192))
     return 3 if head_dim < 64 and not causal and rows_of_three <= 1.04 * rows_of_two else 2
 
@@ -386,16 +305,17 @@ def plan_forward(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, options: Options,
     consumers: int | None = None,
 ) -> Launch:  # fmt: skip
-    first, rest = COLUMNS[q.shape[-1]]
+    width = 64 if q.shape[-1] <= 64 else 128
     consumers = consumers or consumers_of(q.shape[-1], q.shape[2], options.causal)
     programs, sizes, wave = work_of(q, v, options, 64 * consumers)
-    given = ((q, 64), (k, BLOCK), (v, BLOCK), (o, 64))
     return Launch(
         forward_kernel,
         (programs,),
         (
-            *(descriptor(x, rows, first) for x, rows in given),
-            *(descriptor(x, rows, rest) if rest else None for x, rows in given),
+            descriptor(q, 64, width),
+            descriptor(k, BLOCK, width),
+            descriptor(v, BLOCK, width),
+            descriptor(o, 64, width),
             lse,
             *sizes,
             options.scale * LOG2E.value,
@@ -403,10 +323,9 @@ def plan_forward(
         ),
         dict(
             CAUSAL=options.causal,
-            STAGES=4 if first + rest == 64 else 2,
+            STAGES=STAGES[width],
             EVEN=not options.causal and v.shape[2] % BLOCK == 0,
             CONSUMERS=consumers,
-            TWO=rest > 0,
             num_warps=4,
         ),
     )

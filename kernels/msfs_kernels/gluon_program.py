@@ -77,8 +77,8 @@ def barriers_for(COUNT: gl.constexpr, READERS: gl.constexpr):
 
 
 def descriptor(x: Tensor, rows: int, columns: int | None = None) -> TensorDescriptor:
-    """A copy-engine descriptor of (B, H, T, K) for tiles of `rows` of one head, and of so many of
-    its columns, by default all.
+    """A copy-engine descriptor of (B, H, T, K) for tiles of `rows` of one head and of that many
+    columns, by default K.
     """
     unit = x.shape[-1]  # any aligned stride will do for a dim of size 1
     strides = [
