@@ -121,7 +121,13 @@ def test_images_of_an_arranged_model_are_the_model_s_and_see_new_parameters(monk
 
     first, found = both()
     assert (first - found).abs().max() <= 1
-    for options in ({"guidance": 1.5}, {"guidance": 1.5, "sampler": "ddim"}, {"rescale": 0.5}):
+    several: Any = (
+        {"guidance": 1.5},
+        {"guidance": 1.5, "sampler": "ddim"},
+        {"rescale": 0.5},
+        {"interval": (100.0, 600.0)},  # the first of two steps alone
+    )
+    for options in several:
         other, found = both(**options)
         assert (other - found).abs().max() <= 1 and (first - other).abs().max() > 5
     with torch.no_grad():
@@ -141,9 +147,14 @@ def test_a_gpu_draws_the_same_images_arranged_recorded_and_replayed(implementati
     prompts, negative = some(3, 7, 24, seed=1).cuda(), some(3, 7, 24, seed=2).cuda()
     options: Any = {"steps": 3, "height": 32, "width": 32, "implementation": implementation}
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        for these, those, scale in ((prompts, negative, 7.5), (negative, prompts, 7.5),
-                                    (prompts, negative, 1.5)):  # fmt: skip
-            given, options["guidance"] = (model, these, those, random.key(0)), scale
+        for these, those, scale, interval in (
+            (prompts, negative, 7.5, None),
+            (negative, prompts, 7.5, None),
+            (prompts, negative, 1.5, None),
+            (prompts, negative, 7.5, (100.0, 600.0)),  # the second of three steps alone
+        ):
+            given = (model, these, those, random.key(0))
+            options |= {"guidance": scale, "interval": interval}
             plain = stable_diffusion.images_of(*given, **options).int()
             for _ in range(2):
                 found = stable_diffusion.images_of(*given, **options, compile=True).int()
