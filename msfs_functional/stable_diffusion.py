@@ -26,7 +26,7 @@ from msfs_functional import noise_schedules as ns
 from msfs_functional import random, samplers
 from msfs_functional.attention import Implementation
 from msfs_functional.clip_tokenizer import ClipTokenizer
-from msfs_functional.diffusion import Target, denoiser
+from msfs_functional.diffusion import DenoiseFn, Target, denoiser
 from msfs_functional.guidance import (
     classifier_free_guidance,
     clip_x0,
@@ -47,6 +47,7 @@ from msfs_functional.models.unet import UNetConfig, unet
 from msfs_functional.models.weight_files import read_json, read_tensors
 from msfs_functional.params import Params, cast
 from msfs_functional.published_process import (
+    OVER_ALPHA_BAR,
     Process,
     Sampler,
     Spacing,
@@ -262,8 +263,8 @@ class Arranged(NamedTuple):
     source: tuple[Params, Params]  # kept, so that no others come to lie there
     unet: Params
     decoder: Params
-    predict: Callable[..., Tensor]  # (unet, x, t, memory) -> prediction, one CUDA graph
     images: Callable[..., Tensor]  # (decoder, latents) -> images
+    steps: dict[Any, Callable[..., Tensor]]  # the last settings' (unet, x, level, memory) -> x_0
 
 
 _ARRANGED: dict[Any, Arranged] = {}  # the last model's: a second copy of most of its weights
@@ -286,9 +287,6 @@ def arrangement(model: StableDiffusion, implementation: Implementation) -> Arran
     key = config, decoder_config, implementation, *((x.data_ptr(), x._version) for x in every)
     if key not in _ARRANGED:
 
-        def predict(params: Params, x: Tensor, t: Tensor, memory: Any) -> Tensor:
-            return unet_sampling.predict(config, params, x, t, memory, implementation)
-
         def images(params: Params, latents: Tensor) -> Tensor:
             return decoder_sampling.images(decoder_config, params, latents, implementation)
 
@@ -297,10 +295,30 @@ def arrangement(model: StableDiffusion, implementation: Implementation) -> Arran
             (params, decoder_params),
             unet_sampling.prepare(config, params, implementation),
             decoder_sampling.prepare(decoder_params),
-            replayed(_compiled(predict)),
             _compiled(images),
+            {},
         )
     return _ARRANGED[key]
+
+
+def _recorded(
+    arranged: Arranged, memory: Any, denoise_fn: DenoiseFn, read: dict[str, Any], settings: Any
+) -> DenoiseFn:
+    """denoise_fn as one CUDA graph, guidance and all, kept for later calls of the same settings.
+
+    Args:
+        read: where denoise_fn finds "params" and "memory": in a graph, memory of its own.
+    """
+
+    def step(params: Params, x: Tensor, level: Tensor, memory: Any) -> Tensor:
+        read.update(params=params, memory=memory)
+        return denoise_fn(x, level)
+
+    if settings not in arranged.steps:
+        arranged.steps.clear()  # and its memory
+        arranged.steps[settings] = replayed(_compiled(step))
+    step_fn = arranged.steps[settings]
+    return lambda x, level: step_fn(arranged.unet, x, level, memory)
 
 
 def _check_image(
@@ -356,9 +374,10 @@ def images_of(
         repaint: True where the image is painted anew; all other pixels come out as they are.
         spacing: of the steps; default: the published scheduler's. "karras" falls as EDM's sigmas
             between the schedule's ends, for samplers over sigma.
-        compile: for many images. On a GPU UNet and decoder are arranged for sampling, a call of
-            the UNet is one CUDA graph, and the fastest convolutions are searched, which takes some
-            seconds and may round otherwise from run to run. On a CPU blocks are compiled.
+        compile: for many images. On a GPU UNet and decoder are arranged for sampling, a
+            prediction of x_0 is one CUDA graph, and the fastest convolutions are searched, which
+            takes some seconds and may round otherwise from run to run. On a CPU blocks are
+            compiled.
 
     Raises:
         ValueError: a size that the autoencoder cannot make; steps, guidance, rescale, interval or
@@ -373,33 +392,37 @@ def images_of(
         )
     _check_image(image, repaint, (height, width), len(context))
     some, process = next(iter(unet_params.values())), model.process
-    conditions: list[Any] = [context, negative]
-    if _arranges(model, compile):
-        found = arrangement(model, implementation)
-        predict_fn, unet_params = found.predict, found.unet
-        images_fn, decoder_params = found.images, found.decoder
-        memory_fn = functools.partial(unet_sampling.memory_of, unet_config, unet_params)
-        conditions = [memory_fn(each) for each in conditions]
-    else:
-        predict_fn = _predict_fn(unet_config, implementation, compile)
-        images_fn, decoder_params = _images_fn(config, implementation, compile), params
+    found = arrangement(model, implementation) if _arranges(model, compile) else None
+    read: dict[str, Any] = {}
 
     def predict(x: Tensor, t: Tensor, condition: Any) -> Tensor:
-        return predict_fn(unet_params, x.to(some.dtype), t, condition).float()
+        if found is None:
+            predict_fn = _predict_fn(unet_config, implementation, compile)
+            return predict_fn(unet_params, x.to(some.dtype), t, condition).float()
+        given = (read["params"], x.to(some.dtype), t, read["memory"], implementation)
+        return unet_sampling.predict(unet_config, *given).float()
 
     options: dict[str, Any] = {"rescale": rescale, "interval": interval, "repeat": False}
-    prompts, negatives = conditions
-    guided_fn = classifier_free_guidance(predict, prompts, negatives, guidance, **options)
+    conditions = (context, negative) if found is None else (None, None)
+    guided_fn = classifier_free_guidance(predict, *conditions, guidance, **options)
     denoise_fn = denoiser(
         *(guided_fn, ns.variance_preserving, process.target),
-        alpha_bar=process.alpha_bar.to(some.device),  # once, not at every step
+        alpha_bar=process.alpha_bar,
+        device=some.device,
     )
     if process.clip is not None:
         denoise_fn = clip_x0(denoise_fn, process.clip)
     denoise_fn, grid, coordinates = steps_of(
         denoise_fn, process, sampler, steps, spacing or process.spacing
     )
-    keys = torch.stack([random.fold_in(key, i) for i in range(len(context))]).to(some.device)
+    images_fn, decoder_params = _images_fn(config, implementation, compile), params
+    if found is not None:
+        images_fn, decoder_params = found.images, found.decoder
+        memory = unet_sampling.memory_of(unet_config, found.unet, torch.cat([context, negative]))
+        settings = process, sampler in OVER_ALPHA_BAR, guidance, rescale, interval
+        denoise_fn = _recorded(found, memory, denoise_fn, read, settings)
+    numbers = torch.arange(len(context), device=key.device)
+    keys = random.fold_in(key, numbers).to(some.device, non_blocking=some.is_cuda)
     noise_keys, step_keys = torch.func.vmap(random.split)(keys).unbind(1)
     shape = (len(context), config.latent, height // config.factor, width // config.factor)
     noise = torch.empty(shape, device=some.device)
