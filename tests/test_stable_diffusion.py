@@ -3,6 +3,7 @@
 import json
 import runpy
 import sys
+import types
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -322,14 +323,27 @@ def test_single_files_of_version_2_load_as_the_folder_does(folder_2, tmp_path):
     assert torch.equal(made, expected)
 
 
+def lightning_class(patch) -> type:
+    """Named beside the weights of checkpoints of 2022, by a package that may be missing."""
+    name = "pytorch_lightning.callbacks.model_checkpoint"
+    kind = type("ModelCheckpoint", (), {"__module__": name})
+    parts = name.split(".")
+    for i in range(len(parts)):
+        patch.setitem(sys.modules, ".".join(parts[: i + 1]), types.ModuleType(name))
+    sys.modules[name].ModelCheckpoint = kind  # pyright: ignore[reportAttributeAccessIssue]
+    return kind
+
+
 @pytest.mark.parametrize("kind", ("safetensors", "ckpt"))
-def test_single_files_load_as_the_folder_does(kind, folder, model, tmp_path):
+def test_single_files_load_as_the_folder_does(kind, folder, model, tmp_path, monkeypatch):
     path = tmp_path / f"model.{kind}"
     weights = original(model)
     if kind == "safetensors":
         save_file(weights, path)
     else:
-        torch.save({"state_dict": weights, "global_step": 5}, path)
+        with monkeypatch.context() as patch:  # a class that is not there when the file is read
+            kept = {"state_dict": weights, "callbacks": {lightning_class(patch): {"step": 5}}}
+            torch.save(kept, path)
     heads = model.unet[0].heads
     again = stable_diffusion.load_file(path, folder / "tokenizer", heads=heads, text_heads=2)
     assert again.unet[0] == model.unet[0]
@@ -474,6 +488,13 @@ def change(path: Path, **entries) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
 
 
+def retake(folder: Path, **options) -> None:
+    """Another UNet of the same sizes but for these."""
+    config = replace(diffusers_format.load_unet(folder / "unet")[0], outputs=4, **options)
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    diffusers_format.save_unet(folder / "unet", config, unet(config).init(0))
+
+
 def copied(folder: Path, to: Path) -> Path:
     for path in folder.rglob("*"):
         if path.is_file():
@@ -496,6 +517,8 @@ def copied(folder: Path, to: Path) -> Path:
             "none of .*fetch the weights",
         ),
         (lambda p: change(p / "unet" / "config.json", cross_attention_dim=8), "do not belong"),
+        (lambda p: retake(p, channels=9), "takes 9 channels and makes 4, latents have 4: .* plain"),
+        (lambda p: retake(p, context=8), "contexts of width 8, the text tower makes 16: .* from"),
         (
             lambda p: change(p / "scheduler" / "scheduler_config.json", beta_schedule="new"),
             r"beta_schedule \('new'\)",
