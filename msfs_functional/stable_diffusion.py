@@ -156,8 +156,8 @@ def _fitting(model: StableDiffusion) -> StableDiffusion:
     if channels != (latent, latent):
         raise ValueError(
             f"the UNet takes {channels[0]} channels and makes {channels[1]}, latents have {latent}"
-            f": models for inpainting, depth or instructions are not known here; take the plain one, "
-            f"which an image and a mask steer, too"
+            f": models for inpainting, depth or instructions are not known here; take the plain "
+            f"one, which an image and a mask steer, too"
         )
     if config.context != width:
         raise ValueError(

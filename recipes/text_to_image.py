@@ -482,12 +482,15 @@ def run(config: Config) -> None:
         sample(config)
         return
     config = replace(config, name=agreement.from_all(config.name)[0])
+    fresh = config.mode == "train" and not config.resume and agreement.rank() == 0
     with agreement.together():
-        if config.mode == "train" and not config.resume and agreement.rank() == 0:
-            configs.new_run(folder_of(config), config, overwrite=config.overwrite)
-    with agreement.together():
+        if fresh:
+            configs.check_free(folder_of(config), overwrite=config.overwrite)
         data = read_data(config)
         check_extractor(config, data)
+    with agreement.together():
+        if fresh:  # not earlier: what cannot be read leaves no run behind, and deletes none
+            configs.new_run(folder_of(config), config, overwrite=config.overwrite)
     trained = train(config, data) if config.mode == "train" else load(config)
     if trained is not None:
         evaluate(config, trained, data)

@@ -180,6 +180,7 @@ def as_on_one_process(tmp_path: Path) -> None:
 def test_bad_options_are_named(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         recipe.main(tiny(tmp_path, **{"name": "run", **options}))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_configuration_of_a_run_is_kept(tmp_path):
