@@ -111,7 +111,7 @@ def read_data(config: Config) -> image_sets.ImageSet:
     data = config.data
     if data.source != "shapes":
         options: dict[str, Any] = {"limit": data.pictures, "split": data.split}
-        options |= {"picture": data.picture, "caption": data.caption}
+        options |= {"config": data.config, "picture": data.picture, "caption": data.caption}
         return image_sets.load(data.source, data.size, **options)
     scenes = shapes.scenes(config.seed, data.pictures or 12_000)
     drawn = np.stack([shapes.render(scene) for scene in scenes])
@@ -424,7 +424,11 @@ def compare(config: Config, trained: Trained, data: image_sets.ImageSet) -> dict
     made = draw(config, trained, wished, random.fold_in(random.key(config.seed), 9))
     extractor = extractor_of(config, data)
     if extractor is None:
-        say("no captions or classes to train an extractor on: --features inception has its own")
+        say(
+            "no captions or classes that differ, to train an extractor on: --features inception "
+            "has its own"
+        )
+        show(folder_of(config), "samples", made[:64])
         return {}
     rows = fidelity.evenly(len(data), max(2000, config.measured))
     real = fidelity.features_of(data.pictures[rows].to(device), extractor.feature_fn)
@@ -449,6 +453,8 @@ def extractor_of(config: Config, data: image_sets.ImageSet) -> features.Extracto
     elif data.labels is not None:
         targets, what = F.one_hot(data.labels, len(data.classes)).float(), "classes"
     else:
+        return None
+    if not bool((targets != targets[:1]).any()):  # nothing tells one picture from another
         return None
     return features.trained(data.pictures.to(device), targets.to(device), what)
 

@@ -24,6 +24,7 @@ class Data:
     # shapes: rendered here; mnist:DIR or cifar10:DIR: their files; a folder of pictures with
     # metadata.jsonl, with a text beside each, or in one folder a class; else a name on the Hub
     source: str = "shapes"
+    config: str | None = None  # configuration of a Hub data set
     # columns of a Hub data set; None: the first one with a usual name. Classes may be captions
     picture: str | None = None
     caption: str | None = None
@@ -158,6 +159,17 @@ def checked(config: Config) -> Config:
         raise ValueError("--lpips is a loss of --coder kl: add it, or leave --lpips out")
     if config.coder == "kl" and config.pixels % 4:
         raise ValueError(f"--pixels ({config.pixels}) must be a multiple of 4: groups of a norm")
+    if config.gan != Config.gan and config.coder != "kl":
+        raise ValueError("--gan is a loss of --coder kl: add it, or leave --gan out")
+    if config.prompts and config.mode != "sample":
+        raise ValueError("--prompts is of sample: text_to_image.py sample --prompts ...")
+    if config.weights is not None and config.features == "trained":
+        raise ValueError("--weights is of --features resnet or inception: add one of them")
+    choices = {name: getattr(config.data, name) for name in ("config", "picture", "caption")}
+    given = [f"--data.{name}" for name, value in choices.items() if value]
+    given += ["--data.split"] if config.data.split != Data.split else []
+    if config.data.source == "shapes" and given:
+        raise ValueError(f"{', '.join(given)}: shapes are rendered, name a --data.source, too")
     if config.features == "resnet" and config.weights is None:
         raise ValueError("--features resnet needs --weights, the file of a ResNet for CIFAR-10")
     world = int(os.environ.get("WORLD_SIZE", 1))
