@@ -70,6 +70,7 @@ from msfs_functional import (
     launching,
     meshes,
     optim,
+    perceptual,
     pictures,
     random,
     samplers,
@@ -459,8 +460,10 @@ def extractor_of(config: Config, data: image_sets.ImageSet) -> features.Extracto
     return features.trained(data.pictures.to(device), targets.to(device), what)
 
 
-def check_extractor(config: Config, data: image_sets.ImageSet) -> None:
-    """Tries a published extractor before hours of training that it should measure."""
+def check_files(config: Config, data: image_sets.ImageSet) -> None:
+    """Reads the weights that training or its measure need, before hours of it."""
+    if config.lpips and config.mode == "train":
+        perceptual.load(*config.lpips)
     if config.measured and config.features != "trained":
         extractor = extractor_of(config, data)
         assert extractor is not None
@@ -493,7 +496,7 @@ def run(config: Config) -> None:
         if fresh:
             configs.check_free(folder_of(config), overwrite=config.overwrite)
         data = read_data(config)
-        check_extractor(config, data)
+        check_files(config, data)
     with agreement.together():
         if fresh:  # not earlier: what cannot be read leaves no run behind, and deletes none
             configs.new_run(folder_of(config), config, overwrite=config.overwrite)

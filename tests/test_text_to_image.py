@@ -175,6 +175,7 @@ def as_on_one_process(tmp_path: Path) -> None:
         ({"features": "resnet", "weights": Path("/nowhere"), "measured": 8}, "no file /nowhere"),
         ({"coder": "kl", "latents": False}, "give one of them"),
         ({"lpips": (Path("vgg"),)}, "is a loss of --coder kl"),
+        ({"lpips": (Path("/nowhere/vgg.pth"),), "coder": "kl"}, "no file /nowhere/vgg.pth"),
         ({"gan": 0.5}, "is a loss of --coder kl"),
         ({"prompts": ("a cat",)}, "is of sample"),
         ({"weights": Path("resnet.th")}, "is of --features resnet or inception"),
