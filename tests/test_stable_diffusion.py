@@ -155,14 +155,15 @@ def test_folders_sample_what_diffusers_samples(sampler, version, request):
     folder = request.getfixturevalue("folder_2" if version == 2 else "folder")
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    options = {"num_inference_steps": 5, "guidance_scale": 4.0, **SIZE}
-    steps = {"sampler": sampler, "spacing": "leading"}
+    rescale = 0.7 if version == 2 else 0.0
+    options = {"num_inference_steps": 5, "guidance_scale": 4.0, "guidance_rescale": rescale, **SIZE}
+    steps = {"sampler": sampler, "spacing": "leading", "rescale": rescale}
     if sampler == "dpmpp_2m":
         prediction = pipeline.scheduler.config.prediction_type
         pipeline.scheduler = diffusers.DPMSolverMultistepScheduler(
             **SCHEDULE, timestep_spacing="trailing", prediction_type=prediction
         )
-        steps = {"sampler": sampler, "spacing": "trailing"}
+        steps["spacing"] = "trailing"
     expected = pipeline(
         PROMPTS, negative_prompt=["a"] * 2, latents=start(2), output_type="np", **options
     ).images
