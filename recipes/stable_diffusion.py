@@ -84,11 +84,15 @@ def load(config: Config) -> sd.StableDiffusion:
     """The model that the configuration names.
 
     Raises:
-        ValueError: neither or both of folder and file; a file without a tokenizer.
+        ValueError: neither or both of folder and file; a file without a tokenizer; what a file
+            needs beside a folder, which has its own.
     """
     if (config.folder is None) == (config.file is None):
         raise ValueError("give --folder or --file, one of them: where the weights lie on this disk")
     where = {"dtype": getattr(torch, config.dtype), "device": device(config.device)}
+    of_file = {"--tokenizer": config.tokenizer, "--target": config.target}
+    if config.folder is not None and (given := [name for name, x in of_file.items() if x]):
+        raise ValueError(f"{' and '.join(given)}: a folder has its own, leave it out")
     if config.folder is not None:
         return sd.load(config.folder, **where)
     if config.tokenizer is None:

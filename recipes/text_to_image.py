@@ -5,7 +5,7 @@
     python recipes/text_to_image.py --until latents      # stage by stage: then --resume
     python recipes/text_to_image.py sample --prompts "a small red circle above a large blue square"
     python recipes/text_to_image.py evaluate             # the newest run again
-    torchrun --nproc-per-node 4 recipes/text_to_image.py --mesh.dp-shard 4
+    torchrun --nproc-per-node 4 recipes/text_to_image.py     # any number, the same pictures
     python recipes/text_to_image.py --objective meanflow --sample-steps 1    # or a few
 
     --data.source mnist:DIR | cifar10:DIR | FOLDER | HUB-NAME [--data.caption COLUMN]

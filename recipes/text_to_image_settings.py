@@ -50,7 +50,7 @@ class Mesh:
     """Ranks along each axis, under torchrun; one may be -1 and takes the rest."""
 
     dp_replicate: int = 1  # equal parameters, other pictures
-    dp_shard: int = 1  # shards of the parameters, other pictures
+    dp_shard: int = -1  # shards of the parameters, other pictures
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,8 @@ def checked(config: Config) -> Config:
     """
     if config.width % (4 * HEADS):
         raise ValueError(f"--width ({config.width}) must be a multiple of {4 * HEADS}")
-    configs.check_numbers(replace(config, mesh=Mesh()), ("seed", "warmup", "measured", "gan"))
+    numbers = replace(config, mesh=Mesh(dp_shard=1))  # whose -1 is a number, too
+    configs.check_numbers(numbers, ("seed", "warmup", "measured", "gan"))
     configs.check_run(config)
     for name in ("caption_dropout", "ema"):
         if not 0 <= getattr(config, name) < 1:

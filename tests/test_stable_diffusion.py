@@ -596,7 +596,7 @@ def test_autoencoders_of_either_layout_are_one_model(model):
 # The command
 
 
-def test_one_command_samples_a_folder(folder, tmp_path, monkeypatch):
+def test_one_command_samples_a_folder(folder, tmp_path, monkeypatch, capsys):
     path = Path(__file__).parents[1] / "recipes" / "stable_diffusion.py"
     size = ("--height", "16", "--width", "16", "--steps", "2", "--device", "cpu")
     where = ("--folder", str(folder), "--out", str(tmp_path))
@@ -609,7 +609,16 @@ def test_one_command_samples_a_folder(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(path), *where, *kept, "--prompts", "a", *size])
     runpy.run_path(str(path), run_name="__main__")
     assert list(Image.open(tmp_path / "000.png").getdata()) == list(images[0].getdata())
-    monkeypatch.setattr(sys, "argv", [str(path)])
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(path), run_name="__main__")
-    assert stopped.value.code == 2
+    for bad in (
+        (),
+        (*where, "--target", "v"),
+        (*where, "--strength", "0.5"),
+        (*where, "--mask", "m"),
+    ):
+        monkeypatch.setattr(sys, "argv", [str(path), *bad])
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(path), run_name="__main__")
+        assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    for words in ("give --folder or --file", "has its own", "(0.5) needs --image", "(m) needs"):
+        assert words in said
