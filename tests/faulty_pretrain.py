@@ -1,8 +1,8 @@
 """recipes/pretrain.py, with a fault of one rank; torchrun starts it in place of the recipe.
 
 FAULTS is JSON, an element for each attempt: [kind, rank, step of the attempt] or null. The kinds:
-"die" in the middle of a step and "die saving" with SIGKILL, "hang" in a step, "preempt" in one with
-SIGTERM.
+"die" in the middle of a step, when the save before it has landed, and "die saving" with SIGKILL,
+"hang" in a step, "preempt" in one with SIGTERM.
 """
 
 import functools
@@ -26,6 +26,7 @@ from msfs_functional.watchdog import Watchdog  # noqa: E402
 attempt, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
 kind, of_rank, at_step = json.loads(os.environ["FAULTS"])[attempt] or ("", -1, -1)
 make_loss, write_data = pretrain.make_loss, distributed_checkpoint.Parts.write_data
+save = distributed_checkpoint.Writer.save
 joined = Watchdog.joined
 HANG = 4.0  # seconds that the watchdogs wait once a rank hangs
 
@@ -62,10 +63,17 @@ def faulty_loss(config, model, **options):
             if step == at_step and kind == "hang":
                 faulty_loss.watchdog.timeout = HANG
             if step == at_step and kind in happens and rank == of_rank:
+                if kind == "die":
+                    faulty_loss.writer.pending.result()  # on a busy machine it takes several steps
                 happens[kind]()
         return out
 
     return run
+
+
+def faulty_save(self, *args, **kwargs):
+    faulty_loss.writer = self
+    save(self, *args, **kwargs)
 
 
 def faulty_write(self, plan, planner):
@@ -80,6 +88,7 @@ happens = {"die": die, "hang": hang, "preempt": preempt}
 faulty_loss.steps = faulty_loss.saves = 0  # of this attempt
 pretrain.make_loss, Watchdog.joined = faulty_loss, joining
 distributed_checkpoint.Parts.write_data = faulty_write
+distributed_checkpoint.Writer.save = faulty_save
 pretrain.report = pretrain.draw = lambda *args: None
 pretrain.Tracker = functools.partial(tracking.Tracker, tensorboard=False)
 torch.set_num_threads(1)
