@@ -283,6 +283,7 @@ def of_table(
     options: dict[str, Any] = {"channels": channels, "limit": limit, "where": where}
     found, notes = gathered(sources, size, **options)
     if told is None:
+        print(f"note: {where}: pictures alone, no usual name among {columns}", file=sys.stderr)
         return ImageSet(found)
     feature = data.features[told]
     names = getattr(feature, "names", None)
@@ -309,7 +310,8 @@ def hub(name: str, size: int, *, config: str | None = None, split: str = "train"
     except Exception as error:  # whatever its loader, the network or the files lead to
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"data set {name!r} (config {config!r}, split {split!r}) cannot be loaded: {reason}"
+            f"data set {name!r} (config {config!r}, split {split!r}) cannot be loaded: {reason}; "
+            f"check these names and the network, or name a folder with its files"
         ) from None
     return of_table(data, size, where=f"data set {name!r}", **options)
 

@@ -74,7 +74,7 @@ def test_captions_come_from_metadata_or_from_texts_beside_the_pictures(tmp_path,
     assert alone.captions is None and alone.labels is None and alone.pictures.shape == (1, 1, 4, 4)
 
 
-def test_tables_have_captions_or_classes():
+def test_tables_have_captions_or_classes(capsys):
     rows = [{"bytes": png(i), "path": None} for i in range(3)]
     captions = [["one", "eins"], ["two"], []]
     data = datasets.Dataset.from_dict({"image": rows, "captions": captions, "label": [1, 0, 1]})
@@ -90,6 +90,9 @@ def test_tables_have_captions_or_classes():
         image_sets.of_table(data, 4, caption="words")
     with pytest.raises(ValueError, match="no column of images"):
         image_sets.of_table(data.remove_columns("image"), 4)
+    alone = image_sets.of_table(data.remove_columns(["captions", "label"]), 4)
+    assert alone.captions is None and alone.labels is None
+    assert "pictures alone" in capsys.readouterr().err
 
 
 def test_a_copy_of_a_hub_data_set_is_read_as_one(tmp_path, monkeypatch):
