@@ -7,6 +7,7 @@
     python recipes/text_to_image.py evaluate             # the newest run again
     torchrun --nproc-per-node 4 recipes/text_to_image.py     # any number, the same pictures
     python recipes/text_to_image.py --objective meanflow --sample-steps 1    # or a few
+    python recipes/text_to_image.py --objective v                            # or eps, x0
 
     --data.source mnist:DIR | cifar10:DIR | FOLDER | HUB-NAME [--data.caption COLUMN]
 
@@ -46,11 +47,12 @@ from text_to_image_models import (
     About,
     Models,
     coder_loss,
+    denoiser_loss,
     describe,
-    flow_loss,
     kl_loss,
     make_models,
     predict_of,
+    process_of,
     to_bytes,
     to_signed,
     told_of,
@@ -85,6 +87,7 @@ from msfs_functional.compiling import graphed
 from msfs_functional.gathering import Layout, gathered, sharded
 from msfs_functional.guidance import classifier_free_guidance
 from msfs_functional.params import Functional, Params
+from msfs_functional.published_process import steps_of
 from msfs_functional.sharding import gather
 from msfs_functional.stages import CHECKPOINTS, run_stage
 from msfs_functional.synthetic import shapes
@@ -191,7 +194,7 @@ def train_stage(
     else:
         params = model.init(config.seed, device=device)
     # A block is compiled once, not once for each; under MeanFlow's jvp a region would not be one.
-    how: Any = "regions" if config.compile and config.objective == "flow" else False
+    how: Any = "regions" if config.compile and config.objective != "meanflow" else False
     options: dict[str, Any] = {"clip_norm": 1.0, "ema_decay": ema, "compile": how}
     step = make_step(loss_fn, optimizer, dynamic=False, **options)
     if config.compile and device.startswith("cuda") and share[1] == 1:
@@ -280,7 +283,8 @@ def train(config: Config, data: image_sets.ImageSet) -> Trained | None:
         return {"right": shapes.shares(made.permute(0, 2, 3, 1).numpy(), scenes)["all"]}
 
     dtype = getattr(torch, str(config.dtype))
-    loss_fn = functools.partial(flow_loss, models.denoiser, config, dtype, nothing)
+    told_once = models.denoiser, config, dtype, nothing, process_of(config, device)
+    loss_fn = functools.partial(denoiser_loss, *told_once)
     learnt, options = {"latents": latents, **given}, {"ema": config.ema, "draw_fn": draw_fn}
     denoiser = train_stage(
         config, config.denoiser, "denoiser", loss_fn, models.denoiser, learnt, **options
@@ -346,8 +350,8 @@ def drawn(config: Config, trained: Trained, told: Sequence[str], keys: Tensor) -
     side = about.size // (FACTOR if models.coder else 1)
     shape = (len(told), trained.mean.shape[1], side, side)
     x = samplers.draw(keys, torch.empty(shape, device=device))
-    times = ns.flow_times(config.sample_steps)
     if config.objective == "meanflow":
+        times = ns.flow_times(config.sample_steps)
         predict = predict_of(models.denoiser, trained.denoiser, given)
         z = samplers.meanflow_sample(lambda z, r, t: predict(z, t, t - r), x, times.tolist())
     else:
@@ -358,11 +362,31 @@ def drawn(config: Config, trained: Trained, told: Sequence[str], keys: Tensor) -
         guided: Any = functools.partial(conditional, given=given)
         if given and config.guidance != 1:
             guided = classifier_free_guidance(conditional, given, nothing, config.guidance)
-        z = samplers.flow_euler(df.denoiser(guided, ns.rectified_flow, "flow"), x, times)
+        z = walked(config, guided, x, keys)
     z = z * trained.std + trained.mean
     if models.coder is not None:
         z = models.coder.apply(trained.coder, "autoencoder.images", z)
     return to_bytes(z).cpu()
+
+
+def walked(config: Config, predict: Callable[..., Tensor], x: Tensor, keys: Tensor) -> Tensor:
+    """Latents from noise x by the sampler of what the network predicts of (x, time in [0, 1])."""
+    process = process_of(config, x.device)
+    if process is None:
+        denoise_fn = df.denoiser(predict, ns.rectified_flow, "flow")
+        return samplers.flow_euler(denoise_fn, x, ns.flow_times(config.sample_steps))
+    count, sampler = len(process.alpha_bar), config.sampler or "ddim"
+    denoise_fn = df.denoiser(
+        lambda x, step: predict(x, step / count),
+        *(ns.variance_preserving, process.target),
+        alpha_bar=process.alpha_bar,
+    )
+    denoise_fn, grid, coordinates = steps_of(
+        denoise_fn, process, sampler, config.sample_steps, process.spacing
+    )
+    start = coordinates(grid[0])
+    x = float((start.alpha**2 + start.sigma**2).sqrt()) * x  # data of variance 1 and the noise
+    return getattr(samplers, sampler)(denoise_fn, x, grid, keys)
 
 
 def show(run: Path, name: str, made: Tensor, told: Sequence[str] = (), *, columns: int = 8) -> None:

@@ -11,6 +11,7 @@ import tyro
 
 from msfs_functional import config as configs
 from msfs_functional import meshes
+from msfs_functional.published_process import OVER_ALPHA_BAR, Sampler
 from msfs_functional.synthetic import shapes
 
 FACTOR, LATENT = 4, 4  # pixels along a latent, its channels
@@ -83,7 +84,10 @@ class Config:
     gan: float = 0.1  # weight of the discriminator, of kl
     lpips: tuple[Path, ...] = ()  # of kl: files of a VGG-16 and its calibration; else left out
     backbone: Literal["dit", "unet"] = "dit"
-    objective: Literal["flow", "meanflow"] = "flow"  # meanflow draws in few steps, or one
+    # meanflow draws in few steps, or one; eps, x0 and v are learnt on Stable Diffusion's schedule
+    objective: Literal["flow", "meanflow", "eps", "x0", "v"] = "flow"
+    # of eps, x0 and v, see samplers; None: ddim. Others than it and ddpm start at eps's last step
+    sampler: Sampler | None = None
     width: int = 128  # of the denoiser (its first level's, of a UNet) and the text tower
     depth: int = 4  # blocks of the transformer; of a UNet's level
     patch: int = 2  # latents along one side of the transformer's tokens
@@ -167,6 +171,20 @@ def checked(config: Config) -> Config:
     if config.weights is not None and config.features == "trained":
         raise ValueError("--weights is of --features resnet or inception: add one of them")
     choices = {name: getattr(config.data, name) for name in ("config", "picture", "caption")}
+    flows = config.objective in ("flow", "meanflow")
+    if config.sampler and flows:
+        raise ValueError(
+            f"--sampler is of --objective eps, x0 or v: {config.objective} has its own"
+        )
+    if config.sampler not in (None, *OVER_ALPHA_BAR) and config.objective != "eps":
+        raise ValueError(
+            f"--sampler ({config.sampler}) must be one of {', '.join(OVER_ALPHA_BAR)}: the "
+            f"schedule of {config.objective} starts in pure noise, which has no sigma"
+        )
+    if not flows and config.sample_steps > 1000:
+        raise ValueError(
+            f"--sample-steps ({config.sample_steps}) must be at most 1000, all there are"
+        )
     given = [f"--data.{name}" for name, value in choices.items() if value]
     given += ["--data.split"] if config.data.split != Data.split else []
     if config.data.source == "shapes" and given:
