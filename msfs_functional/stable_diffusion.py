@@ -81,7 +81,8 @@ def load(
     """A local folder in diffusers' layout: unet/, vae/, text_encoder/, tokenizer/, scheduler/.
 
     Raises:
-        ValueError: not such a folder; a part or option that is not known here.
+        ValueError: not such a folder; a part or option that is not known here; parts of different
+            models.
     """
     folder = Path(folder)
     index = read_json(folder / "model_index.json")
@@ -98,7 +99,7 @@ def load(
         read_process(read_json(folder / "scheduler" / "scheduler_config.json")),
         _pad(folder / "tokenizer", tokenizer),
     )
-    return place(model, dtype, device)
+    return place(_fitting(model), dtype, device)
 
 
 def load_file(
@@ -119,7 +120,8 @@ def load_file(
         heads, text_heads: of other sizes than the published, see `single_file.read_unet`.
 
     Raises:
-        ValueError: a broken file, or another layout; version 2 without a target.
+        ValueError: a broken file, or another layout; version 2 without a target; a model that
+            needs more than noise and a text.
     """
     weights = read_tensors(path)
     found = single_file.inside(weights, single_file.UNET)
@@ -140,7 +142,30 @@ def load_file(
         Process(ns.scaled_linear(), target or "eps", final=float(ns.scaled_linear()[0])),
         0 if open_clip else words.end,
     )
-    return place(model, dtype, device)
+    return place(_fitting(model), dtype, device)
+
+
+def _fitting(model: StableDiffusion) -> StableDiffusion:
+    """The model, if its parts are of one and make images of noise.
+
+    Raises:
+        ValueError: a UNet that takes or makes other channels than latents have, or contexts of
+            another width than the text tower's.
+    """
+    config, latent, width = model.unet[0], model.autoencoder[0].latent, model.text[0].width
+    channels = config.channels, config.outputs or config.channels
+    if channels != (latent, latent):
+        raise ValueError(
+            f"the UNet takes {channels[0]} channels and makes {channels[1]}, latents have {latent}"
+            f": models for inpainting, depth or instructions are not known here; take the plain "
+            f"one, which an image and a mask steer, too"
+        )
+    if config.context != width:
+        raise ValueError(
+            f"the UNet reads contexts of width {config.context}, the text tower makes {width}: "
+            f"they are of different models, fetch both from one"
+        )
+    return model
 
 
 def save(folder: str | Path, model: StableDiffusion) -> None:
