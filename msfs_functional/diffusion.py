@@ -38,6 +38,11 @@ Target = Literal["eps", "x0", "v", "flow"]
 DenoiseFn = Callable[[Tensor, Tensor], Tensor]  # (x, level 0-d) -> x_0, the mean of data given x
 
 
+def moved(levels: Tensor, device: torch.device) -> Tensor:
+    """Levels on this device. A copy to a GPU that waits would wait for all that it has to do."""
+    return levels.to(device, non_blocking=device.type == "cuda")
+
+
 def per_example(level: Tensor, x: Tensor) -> Tensor:
     """A level 0-d or (B,) in x's dtype and device, shaped to broadcast over x (B, ...)."""
     level = level.to(x.device, x.dtype)
@@ -136,6 +141,7 @@ def denoiser(
     target: Target,
     *,
     alpha_bar: Float[Tensor, "N"] | None = None,
+    device: torch.device | None = None,
 ) -> DenoiseFn:
     """The denoise_fn of a network: its prediction of `target`, turned into x_0.
 
@@ -144,6 +150,7 @@ def denoiser(
         coordinates: of the x and of the levels, as the network was trained.
         alpha_bar: the training schedule of a network that is told the step: its time is then the
             step whose alpha_bar is the level; without it, the time is the level itself.
+        device: of the levels, where alpha_bar is copied once; default: where it lies.
 
     Raises:
         ValueError: an unknown target; eps with a schedule that ends in pure noise.
@@ -154,6 +161,8 @@ def denoiser(
             "target ('eps') says nothing of x_0 where alpha_bar is 0, the last step of this "
             "schedule (zero terminal SNR): train on v, x0 or flow"
         )
+    if alpha_bar is not None and device is not None:
+        alpha_bar = moved(alpha_bar, device)
 
     def denoise_fn(x: Tensor, level: Tensor) -> Tensor:
         time = level if alpha_bar is None else step_of(alpha_bar, level)

@@ -11,6 +11,7 @@ Dimension key: N pictures, C channels, K targets.
 
 import functools
 import importlib.util
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from msfs_functional import optim, random, schedules
 from msfs_functional.fidelity import FeatureFn
 from msfs_functional.models import cifar_resnet as resnet
 from msfs_functional.models.convolutions import Norm, group_norm
+from msfs_functional.models.weight_files import read_tensors
 from msfs_functional.params import (
     Functional,
     Params,
@@ -67,8 +69,12 @@ def inception(
             FeatureExtractorInceptionV3,
         )
 
-        where = None if weights is None else str(weights)
-        net: Any = FeatureExtractorInceptionV3("inception", ["2048"], where)
+        with tempfile.TemporaryDirectory() as folder:
+            where = None
+            if weights is not None:  # read as data alone: the package would unpickle anything
+                where = f"{folder}/inception.pth"
+                torch.save(read_tensors(weights), where)
+            net: Any = FeatureExtractorInceptionV3("inception", ["2048"], where)
         net = net.to(device).eval()
         return Extractor(lambda x: net(_colour(x))[0], "Inception of torch-fidelity")
     if importlib.util.find_spec("torchvision"):
@@ -77,8 +83,6 @@ def inception(
         if weights is None:
             net = inception_v3(weights=Inception_V3_Weights.DEFAULT)
         else:
-            from msfs_functional.models.weight_files import read_tensors
-
             net = inception_v3(weights=None, init_weights=False)
             net.load_state_dict(read_tensors(weights))
         net.fc = nn.Identity()

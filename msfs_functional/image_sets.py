@@ -4,19 +4,23 @@
     mnist(folder)              idx files, gzipped or not
     folder(path)               pictures with captions: metadata.jsonl or .csv, or a .txt beside
                                each; else the folder that a picture lies in is its class
-    hub(name)                  columns of pictures and of captions or classes
+    hub(name)                  columns of pictures and of captions or classes; a name on the Hub,
+                               or a folder with its parquet files
     load("cifar10:DIR", 32)    whichever of these a string names
 
 All pictures get one size and 8 bits: 60,000 of 32 x 32 x 3 take 176 MiB, those of 256 x 256 11 GiB,
 which `limit` bounds. Files that cannot be read are left out, counted, told (`images.Unreadable`).
 """
 
+import contextlib
 import csv
 import gzip
 import io
+import itertools
 import json
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -57,14 +61,43 @@ def gathered(
     return found, notes
 
 
-def _in_zip(path: Path) -> Iterator[tuple[str, bytes]]:
+def _opened(path: Path) -> zipfile.ZipFile:
     try:
-        with zipfile.ZipFile(path) as archive:
-            for name in sorted(archive.namelist()):
-                if PurePosixPath(name).suffix.lower() in SUFFIXES:
-                    yield name, archive.read(name)
+        return zipfile.ZipFile(path)
     except (zipfile.BadZipFile, EOFError, OSError) as error:
         raise ValueError(f"{path} cannot be read as a zip ({error}): fetch it again") from None
+
+
+def _files_of(path: Path) -> list[tuple[Path, str]]:
+    """(path, name in it) of every picture in a folder or zip, sorted."""
+    if path.is_dir():
+        names = (file.relative_to(path).as_posix() for file in path.rglob("*"))
+    else:
+        with _opened(path) as archive:
+            names = archive.namelist()
+    return [(path, n) for n in sorted(names) if PurePosixPath(n).suffix.lower() in SUFFIXES]
+
+
+def _read(files: Sequence[tuple[Path, str]]) -> Iterator[tuple[images.Source, str]]:
+    """(picture, name of the folder that it lies in) of each."""
+    for path, group in itertools.groupby(files, lambda file: file[0]):
+        with contextlib.nullcontext() if path.is_dir() else _opened(path) as archive:
+            for _, name in group:
+                if archive is None:
+                    yield path / name, (path / name).parent.name
+                    continue
+                try:
+                    content = archive.read(name)
+                except (zipfile.BadZipFile, zlib.error, EOFError, OSError):
+                    content = b""  # a picture that cannot be read, as others are told of
+                source = {"path": f"{path}:{name}", "bytes": content}
+                yield source, PurePosixPath(name).parent.name
+
+
+def _evenly(count: int, limit: int | None) -> Sequence[int]:
+    """At most `limit` of 0, ..., count - 1, evenly: sets often lie class by class."""
+    n = count if limit is None else min(count, limit)
+    return [i * count // n for i in range(n)]
 
 
 def by_folder(
@@ -78,24 +111,16 @@ def by_folder(
     """Pictures in zips or folders whose class is the name of the folder that they lie in.
 
     Args:
+        limit: at most so many pictures, evenly taken.
         classes: names in the order of their labels; default: those found, sorted.
 
     Raises:
         ValueError: nothing there; a class that is not among `classes`.
     """
-
-    def sources() -> Iterator[tuple[images.Source, str]]:
-        for path in paths:
-            if path.is_dir():
-                for file in sorted(path.rglob("*")):
-                    if file.suffix.lower() in SUFFIXES:
-                        yield file, file.parent.name
-            else:
-                for name, content in _in_zip(path):
-                    yield content, PurePosixPath(name).parent.name
-
     where = ", ".join(map(str, paths))
-    pictures, names = gathered(sources(), size, channels=channels, limit=limit, where=where)
+    files = [file for path in paths for file in _files_of(path)]
+    chosen = [files[i] for i in _evenly(len(files), limit)]
+    pictures, names = gathered(_read(chosen), size, channels=channels, limit=limit, where=where)
     known = tuple(classes) if classes else tuple(sorted(set(names)))
     if strange := sorted(set(names) - set(known)):
         raise ValueError(f"{where} holds classes {strange[:4]} that are not among {list(known)}")
@@ -241,6 +266,7 @@ def of_table(
     Args:
         picture, caption: names of the columns; default: the first one with a usual name. A column
             of class labels may stand for the captions.
+        limit: at most so many rows, evenly taken.
 
     Raises:
         ValueError: no such columns, or nothing that can be read.
@@ -250,15 +276,14 @@ def of_table(
     told = None
     if caption is not None or any(name in columns for name in usual):
         told = column_of(columns, caption, usual, "captions or classes")
-    sources = (
-        (row[pictures_in], None if told is None else row[told])
-        for row in undecoded(data, pictures_in).select_columns(
-            [c for c in (pictures_in, told) if c]
-        )
-    )
+    rows = undecoded(data, pictures_in).select_columns([c for c in (pictures_in, told) if c])
+    if limit is not None and limit < len(rows):
+        rows = rows.select(_evenly(len(rows), limit))
+    sources = ((row[pictures_in], None if told is None else row[told]) for row in rows)
     options: dict[str, Any] = {"channels": channels, "limit": limit, "where": where}
     found, notes = gathered(sources, size, **options)
     if told is None:
+        print(f"note: {where}: pictures alone, no usual name among {columns}", file=sys.stderr)
         return ImageSet(found)
     feature = data.features[told]
     names = getattr(feature, "names", None)
@@ -285,7 +310,8 @@ def hub(name: str, size: int, *, config: str | None = None, split: str = "train"
     except Exception as error:  # whatever its loader, the network or the files lead to
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"data set {name!r} (config {config!r}, split {split!r}) cannot be loaded: {reason}"
+            f"data set {name!r} (config {config!r}, split {split!r}) cannot be loaded: {reason}; "
+            f"check these names and the network, or name a folder with its files"
         ) from None
     return of_table(data, size, where=f"data set {name!r}", **options)
 
@@ -294,6 +320,7 @@ def load(
     source: str,
     size: int,
     *,
+    config: str | None = None,
     split: str = "train",
     channels: int = 3,
     limit: int | None = None,
@@ -302,17 +329,32 @@ def load(
 ) -> ImageSet:
     """What a string names: "cifar10:DIR", "mnist:DIR", a folder of this disk, else the Hub.
 
+    A folder with parquet files, a copy of a data set of the Hub, is read as that.
+
+    Args:
+        config, picture, caption: of a data set of the Hub.
+        split: of one, of CIFAR-10 or of MNIST.
+        limit: at most so many pictures.
+
     Raises:
-        ValueError: as the functions above.
+        ValueError: as the functions above; an option that the source does not have.
     """
     kind, _, path = source.partition(":")
-    if kind == "cifar10" and path:
-        return cifar10(path, split, size=size, limit=limit)
-    if kind == "mnist" and path:
-        return mnist(path, split, size=size, limit=limit)
-    if Path(source).is_dir():
-        return folder(source, size, channels=channels, limit=limit)
-    if "\\" in source or source.startswith((".", "/", "~")):
+    known = kind if kind in ("cifar10", "mnist") and path else ""
+    here = Path(source).is_dir()
+    local = bool(known) or (here and not any(Path(source).rglob("*.parquet")))
+    if not local and not here and ("\\" in source or source.startswith((".", "/", "~"))):
         raise ValueError(f"no folder {source}: check the path")
+    given = {"config": config, "picture": picture, "caption": caption}
+    given |= {} if known else {"split": None if split == "train" else split}
+    if local and (strange := [f"{name} ({value})" for name, value in given.items() if value]):
+        raise ValueError(f"{', '.join(strange)}: {source} has no such choice, leave it out")
+    if known == "cifar10":
+        return cifar10(path, split, size=size, limit=limit)
+    if known == "mnist":
+        return mnist(path, split, size=size, limit=limit)
     options: dict[str, Any] = {"channels": channels, "limit": limit}
-    return hub(source, size, split=split, picture=picture, caption=caption, **options)
+    if local:
+        return folder(source, size, **options)
+    options |= {"picture": picture, "caption": caption}
+    return hub(source, size, config=config, split=split, **options)

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 MAX_PIXELS = 2**26  # 67 million: a 192 MiB tensor
@@ -125,6 +125,8 @@ def _open(source: Source) -> tuple[str, Image.Image]:
 
 
 def _text(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):  # it would tell of an object at an address
+        return "of no kind that Pillow knows"
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 

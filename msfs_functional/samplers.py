@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from msfs_functional import random
-from msfs_functional.diffusion import DenoiseFn
+from msfs_functional.diffusion import DenoiseFn, moved
 
 Key = Int64[Tensor, "2"] | Int64[Tensor, "B 2"]
 
@@ -110,7 +110,7 @@ def ddpm(
     if variance not in ("small", "large"):
         raise ValueError(f"variance ({variance!r}) must be 'small' or 'large'")
     levels = check_grid(alpha_bars, "alpha_bars", rising=True, most=1.0)
-    alpha_bars = alpha_bars.to(x.device)
+    alpha_bars = moved(alpha_bars, x.device)
     for i, (bar_t, bar_s) in enumerate(itertools.pairwise(levels)):
         x_0 = denoise_fn(x, alpha_bars[i])
         alpha = bar_t / bar_s
@@ -141,7 +141,7 @@ def ddim(
     if not 0 <= eta <= 1:
         raise ValueError(f"eta ({eta}) must be in [0, 1]: 0 is deterministic, 1 is ddpm")
     levels = check_grid(alpha_bars, "alpha_bars", rising=True, most=1.0)
-    alpha_bars = alpha_bars.to(x.device)
+    alpha_bars = moved(alpha_bars, x.device)
     for i, (bar_t, bar_s) in enumerate(itertools.pairwise(levels)):
         x_0 = denoise_fn(x, alpha_bars[i])
         eps = (x - math.sqrt(bar_t) * x_0) / math.sqrt(1 - bar_t)
@@ -174,7 +174,7 @@ def _edm(
     *,
     correct: bool,
 ) -> Tensor:
-    levels, sigmas = check_grid(sigmas, "sigmas"), sigmas.to(x.device)
+    levels, sigmas = check_grid(sigmas, "sigmas"), moved(sigmas, x.device)
     if churn is not None and (churn.amount < 0 or churn.noise < 0):
         raise ValueError(f"amount and noise of {churn} must not be negative: 0 adds nothing")
     for i, (sigma, sigma_next) in enumerate(itertools.pairwise(levels)):
@@ -247,7 +247,7 @@ def euler_ancestral(
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta ({eta}) must be in [0, 1]: 0 is euler")
-    levels, sigmas = check_grid(sigmas, "sigmas"), sigmas.to(x.device)
+    levels, sigmas = check_grid(sigmas, "sigmas"), moved(sigmas, x.device)
     for i, (sigma, sigma_next) in enumerate(itertools.pairwise(levels)):
         up = eta * sigma_next * math.sqrt(1 - (sigma_next / sigma) ** 2)
         down = math.sqrt(sigma_next**2 - up**2)
@@ -261,7 +261,7 @@ def euler_ancestral(
 def _multistep(
     denoise_fn: DenoiseFn, x: Tensor, sigmas: Tensor, key: Key | None, eta: float
 ) -> Tensor:
-    levels, sigmas = check_grid(sigmas, "sigmas"), sigmas.to(x.device)
+    levels, sigmas = check_grid(sigmas, "sigmas"), moved(sigmas, x.device)
     x_0_before, h_before = None, 0.0
     for i, (sigma, sigma_next) in enumerate(itertools.pairwise(levels)):
         x_0 = denoise_fn(x, sigmas[i])
@@ -326,7 +326,7 @@ def flow_euler(
     Raises:
         ValueError: a grid of no steps, or not falling in [0, 1].
     """
-    levels, times = check_grid(times, "times", most=1.0), times.to(x.device)
+    levels, times = check_grid(times, "times", most=1.0), moved(times, x.device)
     for i, (t, t_next) in enumerate(itertools.pairwise(levels)):
         u = (x - denoise_fn(x, times[i])) / t
         x = x + (t_next - t) * u

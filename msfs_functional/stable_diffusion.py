@@ -26,7 +26,7 @@ from msfs_functional import noise_schedules as ns
 from msfs_functional import random, samplers
 from msfs_functional.attention import Implementation
 from msfs_functional.clip_tokenizer import ClipTokenizer
-from msfs_functional.diffusion import Target, denoiser
+from msfs_functional.diffusion import DenoiseFn, Target, denoiser
 from msfs_functional.guidance import (
     classifier_free_guidance,
     clip_x0,
@@ -47,6 +47,7 @@ from msfs_functional.models.unet import UNetConfig, unet
 from msfs_functional.models.weight_files import read_json, read_tensors
 from msfs_functional.params import Params, cast
 from msfs_functional.published_process import (
+    OVER_ALPHA_BAR,
     Process,
     Sampler,
     Spacing,
@@ -80,7 +81,8 @@ def load(
     """A local folder in diffusers' layout: unet/, vae/, text_encoder/, tokenizer/, scheduler/.
 
     Raises:
-        ValueError: not such a folder; a part or option that is not known here.
+        ValueError: not such a folder; a part or option that is not known here; parts of different
+            models.
     """
     folder = Path(folder)
     index = read_json(folder / "model_index.json")
@@ -97,7 +99,7 @@ def load(
         read_process(read_json(folder / "scheduler" / "scheduler_config.json")),
         _pad(folder / "tokenizer", tokenizer),
     )
-    return place(model, dtype, device)
+    return place(_fitting(model), dtype, device)
 
 
 def load_file(
@@ -118,7 +120,8 @@ def load_file(
         heads, text_heads: of other sizes than the published, see `single_file.read_unet`.
 
     Raises:
-        ValueError: a broken file, or another layout; version 2 without a target.
+        ValueError: a broken file, or another layout; version 2 without a target; a model that
+            needs more than noise and a text.
     """
     weights = read_tensors(path)
     found = single_file.inside(weights, single_file.UNET)
@@ -139,7 +142,30 @@ def load_file(
         Process(ns.scaled_linear(), target or "eps", final=float(ns.scaled_linear()[0])),
         0 if open_clip else words.end,
     )
-    return place(model, dtype, device)
+    return place(_fitting(model), dtype, device)
+
+
+def _fitting(model: StableDiffusion) -> StableDiffusion:
+    """The model, if its parts are of one and make images of noise.
+
+    Raises:
+        ValueError: a UNet that takes or makes other channels than latents have, or contexts of
+            another width than the text tower's.
+    """
+    config, latent, width = model.unet[0], model.autoencoder[0].latent, model.text[0].width
+    channels = config.channels, config.outputs or config.channels
+    if channels != (latent, latent):
+        raise ValueError(
+            f"the UNet takes {channels[0]} channels and makes {channels[1]}, latents have {latent}"
+            f": models for inpainting, depth or instructions are not known here; take the plain "
+            f"one, which an image and a mask steer, too"
+        )
+    if config.context != width:
+        raise ValueError(
+            f"the UNet reads contexts of width {config.context}, the text tower makes {width}: "
+            f"they are of different models, fetch both from one"
+        )
+    return model
 
 
 def save(folder: str | Path, model: StableDiffusion) -> None:
@@ -262,8 +288,8 @@ class Arranged(NamedTuple):
     source: tuple[Params, Params]  # kept, so that no others come to lie there
     unet: Params
     decoder: Params
-    predict: Callable[..., Tensor]  # (unet, x, t, memory) -> prediction, one CUDA graph
     images: Callable[..., Tensor]  # (decoder, latents) -> images
+    steps: dict[Any, Callable[..., Tensor]]  # the last settings' (unet, x, level, memory) -> x_0
 
 
 _ARRANGED: dict[Any, Arranged] = {}  # the last model's: a second copy of most of its weights
@@ -286,9 +312,6 @@ def arrangement(model: StableDiffusion, implementation: Implementation) -> Arran
     key = config, decoder_config, implementation, *((x.data_ptr(), x._version) for x in every)
     if key not in _ARRANGED:
 
-        def predict(params: Params, x: Tensor, t: Tensor, memory: Any) -> Tensor:
-            return unet_sampling.predict(config, params, x, t, memory, implementation)
-
         def images(params: Params, latents: Tensor) -> Tensor:
             return decoder_sampling.images(decoder_config, params, latents, implementation)
 
@@ -297,10 +320,30 @@ def arrangement(model: StableDiffusion, implementation: Implementation) -> Arran
             (params, decoder_params),
             unet_sampling.prepare(config, params, implementation),
             decoder_sampling.prepare(decoder_params),
-            replayed(_compiled(predict)),
             _compiled(images),
+            {},
         )
     return _ARRANGED[key]
+
+
+def _recorded(
+    arranged: Arranged, memory: Any, denoise_fn: DenoiseFn, read: dict[str, Any], settings: Any
+) -> DenoiseFn:
+    """denoise_fn as one CUDA graph, guidance and all, kept for later calls of the same settings.
+
+    Args:
+        read: where denoise_fn finds "params" and "memory": in a graph, memory of its own.
+    """
+
+    def step(params: Params, x: Tensor, level: Tensor, memory: Any) -> Tensor:
+        read.update(params=params, memory=memory)
+        return denoise_fn(x, level)
+
+    if settings not in arranged.steps:
+        arranged.steps.clear()  # and its memory
+        arranged.steps[settings] = replayed(_compiled(step))
+    step_fn = arranged.steps[settings]
+    return lambda x, level: step_fn(arranged.unet, x, level, memory)
 
 
 def _check_image(
@@ -356,9 +399,10 @@ def images_of(
         repaint: True where the image is painted anew; all other pixels come out as they are.
         spacing: of the steps; default: the published scheduler's. "karras" falls as EDM's sigmas
             between the schedule's ends, for samplers over sigma.
-        compile: for many images. On a GPU UNet and decoder are arranged for sampling, a call of
-            the UNet is one CUDA graph, and the fastest convolutions are searched, which takes some
-            seconds and may round otherwise from run to run. On a CPU blocks are compiled.
+        compile: for many images. On a GPU UNet and decoder are arranged for sampling, a
+            prediction of x_0 is one CUDA graph, and the fastest convolutions are searched, which
+            takes some seconds and may round otherwise from run to run. On a CPU blocks are
+            compiled.
 
     Raises:
         ValueError: a size that the autoencoder cannot make; steps, guidance, rescale, interval or
@@ -373,33 +417,37 @@ def images_of(
         )
     _check_image(image, repaint, (height, width), len(context))
     some, process = next(iter(unet_params.values())), model.process
-    conditions: list[Any] = [context, negative]
-    if _arranges(model, compile):
-        found = arrangement(model, implementation)
-        predict_fn, unet_params = found.predict, found.unet
-        images_fn, decoder_params = found.images, found.decoder
-        memory_fn = functools.partial(unet_sampling.memory_of, unet_config, unet_params)
-        conditions = [memory_fn(each) for each in conditions]
-    else:
-        predict_fn = _predict_fn(unet_config, implementation, compile)
-        images_fn, decoder_params = _images_fn(config, implementation, compile), params
+    found = arrangement(model, implementation) if _arranges(model, compile) else None
+    read: dict[str, Any] = {}
 
     def predict(x: Tensor, t: Tensor, condition: Any) -> Tensor:
-        return predict_fn(unet_params, x.to(some.dtype), t, condition).float()
+        if found is None:
+            predict_fn = _predict_fn(unet_config, implementation, compile)
+            return predict_fn(unet_params, x.to(some.dtype), t, condition).float()
+        given = (read["params"], x.to(some.dtype), t, read["memory"], implementation)
+        return unet_sampling.predict(unet_config, *given).float()
 
     options: dict[str, Any] = {"rescale": rescale, "interval": interval, "repeat": False}
-    prompts, negatives = conditions
-    guided_fn = classifier_free_guidance(predict, prompts, negatives, guidance, **options)
+    conditions = (context, negative) if found is None else (None, None)
+    guided_fn = classifier_free_guidance(predict, *conditions, guidance, **options)
     denoise_fn = denoiser(
         *(guided_fn, ns.variance_preserving, process.target),
-        alpha_bar=process.alpha_bar.to(some.device),  # once, not at every step
+        alpha_bar=process.alpha_bar,
+        device=some.device,
     )
     if process.clip is not None:
         denoise_fn = clip_x0(denoise_fn, process.clip)
     denoise_fn, grid, coordinates = steps_of(
         denoise_fn, process, sampler, steps, spacing or process.spacing
     )
-    keys = torch.stack([random.fold_in(key, i) for i in range(len(context))]).to(some.device)
+    images_fn, decoder_params = _images_fn(config, implementation, compile), params
+    if found is not None:
+        images_fn, decoder_params = found.images, found.decoder
+        memory = unet_sampling.memory_of(unet_config, found.unet, torch.cat([context, negative]))
+        settings = process, sampler in OVER_ALPHA_BAR, guidance, rescale, interval
+        denoise_fn = _recorded(found, memory, denoise_fn, read, settings)
+    numbers = torch.arange(len(context), device=key.device)
+    keys = random.fold_in(key, numbers).to(some.device, non_blocking=some.is_cuda)
     noise_keys, step_keys = torch.func.vmap(random.split)(keys).unbind(1)
     shape = (len(context), config.latent, height // config.factor, width // config.factor)
     noise = torch.empty(shape, device=some.device)

@@ -98,7 +98,7 @@ def run_stage(
         tokens: how many tokens a batch has.
         evaluate: figures to record, every `evaluate_every` steps and at the end.
         most_skipped: steps whose loss or gradient was not finite, after which the stage stops; it
-            looks before each checkpoint. None: it never does.
+            looks at each record and before each checkpoint. None: it never does.
 
     Raises:
         SystemExit: after a checkpoint, when Ctrl-C or SIGTERM came.
@@ -122,6 +122,8 @@ def run_stage(
             state, metrics = step(state, batch)
             metrics.pop("weight", None)
             tracker.log(count, metrics, tokens=tokens(batch))
+            if count % every == 0:  # the record has just waited for the device
+                check_skipped(state, most_skipped, folder.name)
             if evaluate and (count == steps or count % (evaluate_every or steps) == 0):
                 with tracker.paused():
                     tracker.record(count, evaluate(count, state))

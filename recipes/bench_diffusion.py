@@ -292,6 +292,7 @@ def sample(config: Config, device: str) -> None:
     for batch in config.batches:
         context = random.normal(random.key(2), (2 * batch, 77, 768)).to(device, theirs.dtype)
         prompts, negative = context.chunk(2)
+        key = random.key(3, device=device)
         common: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": 7.5, **options}
         embeds = {"prompt_embeds": prompts, "negative_prompt_embeds": negative}
         runs: dict[str, Callable[[], Any]] = {
@@ -299,7 +300,7 @@ def sample(config: Config, device: str) -> None:
                 ours,
                 prompts,  # noqa: B023
                 negative,  # noqa: B023
-                random.key(3, device=device),
+                key,  # noqa: B023
                 steps=steps,
                 compile=not config.small,
                 implementation=config.attention,

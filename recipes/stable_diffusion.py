@@ -17,7 +17,9 @@ this project's UNet, autoencoder and text tower; image i is a pure function of t
 Writes OUT/000.png, OUT/001.png, ... in the order of the prompts.
 """
 
+import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -54,8 +56,8 @@ class Config:
     """Training steps, of 0 to 999, between which guidance acts; default: always."""
     image: Path | None = None
     """To start from, cut to height and width."""
-    strength: float = 0.75
-    """Share of the steps taken from the image on, in (0, 1]; 1 forgets it."""
+    strength: float | None = None
+    """Share of the steps taken from the image on, in (0, 1]; 1 forgets it; default: 0.75."""
     mask: Path | None = None
     """Of the image: what is white is painted anew, what is black stays as it is."""
     height: int = 512
@@ -82,11 +84,15 @@ def load(config: Config) -> sd.StableDiffusion:
     """The model that the configuration names.
 
     Raises:
-        ValueError: neither or both of folder and file; a file without a tokenizer.
+        ValueError: neither or both of folder and file; a file without a tokenizer; what a file
+            needs beside a folder, which has its own.
     """
     if (config.folder is None) == (config.file is None):
         raise ValueError("give --folder or --file, one of them: where the weights lie on this disk")
     where = {"dtype": getattr(torch, config.dtype), "device": device(config.device)}
+    of_file = {"--tokenizer": config.tokenizer, "--target": config.target}
+    if config.folder is not None and (given := [name for name, x in of_file.items() if x]):
+        raise ValueError(f"{' and '.join(given)}: a folder has its own, leave it out")
     if config.folder is not None:
         return sd.load(config.folder, **where)
     if config.tokenizer is None:
@@ -99,22 +105,32 @@ def given(config: Config) -> dict[str, Any]:
     """The image and the mask to start from, at height and width.
 
     Raises:
-        ValueError: a mask without an image; files that cannot be read.
+        ValueError: a mask or strength without an image; files that cannot be read.
     """
     if config.image is None:
         if config.mask is not None:
             raise ValueError(f"--mask ({config.mask}) needs --image, whose black parts it keeps")
+        if config.strength is not None:
+            raise ValueError(f"--strength ({config.strength}) needs --image, which it changes")
         return {}
     size = config.height, config.width
     image = images.resize(images.read(config.image), size)
-    found = {"image": image.permute(1, 2, 0)[None], "strength": config.strength}
+    found: dict[str, Any] = {"image": image.permute(1, 2, 0)[None]}
+    if config.strength is not None:
+        found["strength"] = config.strength
     if config.mask is not None:
         mask = images.resize(images.read(config.mask, channels=1), size)
         found["repaint"] = mask >= 128
     return found
 
 
+def note(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning, as a user of the command reads it."""
+    print(f"note: {message}", file=sys.stderr)
+
+
 def main(config: Config) -> None:
+    warnings.showwarning = note
     start_from = given(config)
     model = load(config)
     if config.save is not None:

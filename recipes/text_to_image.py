@@ -5,8 +5,9 @@
     python recipes/text_to_image.py --until latents      # stage by stage: then --resume
     python recipes/text_to_image.py sample --prompts "a small red circle above a large blue square"
     python recipes/text_to_image.py evaluate             # the newest run again
-    torchrun --nproc-per-node 4 recipes/text_to_image.py --mesh.dp-shard 4
+    torchrun --nproc-per-node 4 recipes/text_to_image.py     # any number, the same pictures
     python recipes/text_to_image.py --objective meanflow --sample-steps 1    # or a few
+    python recipes/text_to_image.py --objective v                            # or eps, x0
 
     --data.source mnist:DIR | cifar10:DIR | FOLDER | HUB-NAME [--data.caption COLUMN]
 
@@ -46,11 +47,12 @@ from text_to_image_models import (
     About,
     Models,
     coder_loss,
+    denoiser_loss,
     describe,
-    flow_loss,
     kl_loss,
     make_models,
     predict_of,
+    process_of,
     to_bytes,
     to_signed,
     told_of,
@@ -70,6 +72,7 @@ from msfs_functional import (
     launching,
     meshes,
     optim,
+    perceptual,
     pictures,
     random,
     samplers,
@@ -84,6 +87,7 @@ from msfs_functional.compiling import graphed
 from msfs_functional.gathering import Layout, gathered, sharded
 from msfs_functional.guidance import classifier_free_guidance
 from msfs_functional.params import Functional, Params
+from msfs_functional.published_process import steps_of
 from msfs_functional.sharding import gather
 from msfs_functional.stages import CHECKPOINTS, run_stage
 from msfs_functional.synthetic import shapes
@@ -111,7 +115,7 @@ def read_data(config: Config) -> image_sets.ImageSet:
     data = config.data
     if data.source != "shapes":
         options: dict[str, Any] = {"limit": data.pictures, "split": data.split}
-        options |= {"picture": data.picture, "caption": data.caption}
+        options |= {"config": data.config, "picture": data.picture, "caption": data.caption}
         return image_sets.load(data.source, data.size, **options)
     scenes = shapes.scenes(config.seed, data.pictures or 12_000)
     drawn = np.stack([shapes.render(scene) for scene in scenes])
@@ -190,7 +194,7 @@ def train_stage(
     else:
         params = model.init(config.seed, device=device)
     # A block is compiled once, not once for each; under MeanFlow's jvp a region would not be one.
-    how: Any = "regions" if config.compile and config.objective == "flow" else False
+    how: Any = "regions" if config.compile and config.objective != "meanflow" else False
     options: dict[str, Any] = {"clip_norm": 1.0, "ema_decay": ema, "compile": how}
     step = make_step(loss_fn, optimizer, dynamic=False, **options)
     if config.compile and device.startswith("cuda") and share[1] == 1:
@@ -279,7 +283,8 @@ def train(config: Config, data: image_sets.ImageSet) -> Trained | None:
         return {"right": shapes.shares(made.permute(0, 2, 3, 1).numpy(), scenes)["all"]}
 
     dtype = getattr(torch, str(config.dtype))
-    loss_fn = functools.partial(flow_loss, models.denoiser, config, dtype, nothing)
+    told_once = models.denoiser, config, dtype, nothing, process_of(config, device)
+    loss_fn = functools.partial(denoiser_loss, *told_once)
     learnt, options = {"latents": latents, **given}, {"ema": config.ema, "draw_fn": draw_fn}
     denoiser = train_stage(
         config, config.denoiser, "denoiser", loss_fn, models.denoiser, learnt, **options
@@ -345,8 +350,8 @@ def drawn(config: Config, trained: Trained, told: Sequence[str], keys: Tensor) -
     side = about.size // (FACTOR if models.coder else 1)
     shape = (len(told), trained.mean.shape[1], side, side)
     x = samplers.draw(keys, torch.empty(shape, device=device))
-    times = ns.flow_times(config.sample_steps)
     if config.objective == "meanflow":
+        times = ns.flow_times(config.sample_steps)
         predict = predict_of(models.denoiser, trained.denoiser, given)
         z = samplers.meanflow_sample(lambda z, r, t: predict(z, t, t - r), x, times.tolist())
     else:
@@ -357,11 +362,31 @@ def drawn(config: Config, trained: Trained, told: Sequence[str], keys: Tensor) -
         guided: Any = functools.partial(conditional, given=given)
         if given and config.guidance != 1:
             guided = classifier_free_guidance(conditional, given, nothing, config.guidance)
-        z = samplers.flow_euler(df.denoiser(guided, ns.rectified_flow, "flow"), x, times)
+        z = walked(config, guided, x, keys)
     z = z * trained.std + trained.mean
     if models.coder is not None:
         z = models.coder.apply(trained.coder, "autoencoder.images", z)
     return to_bytes(z).cpu()
+
+
+def walked(config: Config, predict: Callable[..., Tensor], x: Tensor, keys: Tensor) -> Tensor:
+    """Latents from noise x by the sampler of what the network predicts of (x, time in [0, 1])."""
+    process = process_of(config, x.device)
+    if process is None:
+        denoise_fn = df.denoiser(predict, ns.rectified_flow, "flow")
+        return samplers.flow_euler(denoise_fn, x, ns.flow_times(config.sample_steps))
+    count, sampler = len(process.alpha_bar), config.sampler or "ddim"
+    denoise_fn = df.denoiser(
+        lambda x, step: predict(x, step / count),
+        *(ns.variance_preserving, process.target),
+        alpha_bar=process.alpha_bar,
+    )
+    denoise_fn, grid, coordinates = steps_of(
+        denoise_fn, process, sampler, config.sample_steps, process.spacing
+    )
+    start = coordinates(grid[0])
+    x = float((start.alpha**2 + start.sigma**2).sqrt()) * x  # data of variance 1 and the noise
+    return getattr(samplers, sampler)(denoise_fn, x, grid, keys)
 
 
 def show(run: Path, name: str, made: Tensor, told: Sequence[str] = (), *, columns: int = 8) -> None:
@@ -424,7 +449,11 @@ def compare(config: Config, trained: Trained, data: image_sets.ImageSet) -> dict
     made = draw(config, trained, wished, random.fold_in(random.key(config.seed), 9))
     extractor = extractor_of(config, data)
     if extractor is None:
-        say("no captions or classes to train an extractor on: --features inception has its own")
+        say(
+            "no captions or classes that differ, to train an extractor on: --features inception "
+            "has its own"
+        )
+        show(folder_of(config), "samples", made[:64])
         return {}
     rows = fidelity.evenly(len(data), max(2000, config.measured))
     real = fidelity.features_of(data.pictures[rows].to(device), extractor.feature_fn)
@@ -450,11 +479,15 @@ def extractor_of(config: Config, data: image_sets.ImageSet) -> features.Extracto
         targets, what = F.one_hot(data.labels, len(data.classes)).float(), "classes"
     else:
         return None
+    if not bool((targets != targets[:1]).any()):  # nothing tells one picture from another
+        return None
     return features.trained(data.pictures.to(device), targets.to(device), what)
 
 
-def check_extractor(config: Config, data: image_sets.ImageSet) -> None:
-    """Tries a published extractor before hours of training that it should measure."""
+def check_files(config: Config, data: image_sets.ImageSet) -> None:
+    """Reads the weights that training or its measure need, before hours of it."""
+    if config.lpips and config.mode == "train":
+        perceptual.load(*config.lpips)
     if config.measured and config.features != "trained":
         extractor = extractor_of(config, data)
         assert extractor is not None
@@ -482,12 +515,15 @@ def run(config: Config) -> None:
         sample(config)
         return
     config = replace(config, name=agreement.from_all(config.name)[0])
+    fresh = config.mode == "train" and not config.resume and agreement.rank() == 0
     with agreement.together():
-        if config.mode == "train" and not config.resume and agreement.rank() == 0:
-            configs.new_run(folder_of(config), config, overwrite=config.overwrite)
-    with agreement.together():
+        if fresh:
+            configs.check_free(folder_of(config), overwrite=config.overwrite)
         data = read_data(config)
-        check_extractor(config, data)
+        check_files(config, data)
+    with agreement.together():
+        if fresh:  # not earlier: what cannot be read leaves no run behind, and deletes none
+            configs.new_run(folder_of(config), config, overwrite=config.overwrite)
     trained = train(config, data) if config.mode == "train" else load(config)
     if trained is not None:
         evaluate(config, trained, data)

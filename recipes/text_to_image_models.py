@@ -20,6 +20,7 @@ from msfs_functional.models.joined import joined
 from msfs_functional.models.tiny_autoencoder import TinyAutoencoderConfig, tiny_autoencoder
 from msfs_functional.models.unet import UNetConfig, unet
 from msfs_functional.params import Functional, Params, cast
+from msfs_functional.published_process import Process
 from msfs_functional.words import Words
 
 
@@ -161,20 +162,34 @@ def kl_loss(config: Config, about: About) -> Callable[..., Any]:
     return loss_fn
 
 
-def flow_loss(
+def process_of(config: Config, device: torch.device | str) -> Process | None:
+    """The schedule that eps, x0 or v is learnt on: Stable Diffusion's, down to pure noise where
+    the target tells something there; None for flows."""
+    if config.objective in ("flow", "meanflow"):
+        return None
+    alpha_bar = ns.scaled_linear()
+    if config.objective != "eps":
+        alpha_bar = ns.zero_terminal_snr(alpha_bar)
+    return Process(alpha_bar.to(device), config.objective, spacing="trailing", offset=0)
+
+
+def denoiser_loss(
     model: Functional,
     config: Config,
     dtype: torch.dtype,
     nothing: dict[str, Tensor],
+    process: Process | None,
     params: Params,
     batch: dict[str, Tensor],
     key: Tensor,
 ):
-    """Squared error of the velocity eps - x_0 at logit-normal times, some captions left out; or
-    MeanFlow's, guided in training, so that sampling needs one call a step.
+    """Squared error of the velocity eps - x_0 at logit-normal times, some captions left out; or of
+    eps, x0 or v at even steps, weighted by min-SNR; or MeanFlow's, guided in training, so that
+    sampling needs one call a step.
 
     Args:
         nothing: conditions of the empty caption, one row.
+        process: of `process_of`.
         batch: keys, latents, and what else it holds are conditions.
     """
     noise_keys, time_keys, drop_keys = vmap(lambda k: random.split(k, 3))(batch["keys"]).unbind(1)
@@ -191,6 +206,14 @@ def flow_loss(
         x_t = df.add_noise(x_0, eps, ns.rectified_flow(t)).to(dtype)
         y = predict_of(model, params, given)(x_t, t)
         return df.weighted_mse(y.float(), eps - x_0), {}
+    if process is not None:
+        count = len(process.alpha_bar)
+        step = vmap(lambda k: random.integers(k, (), 0, count))(time_keys)
+        level = ns.variance_preserving(process.alpha_bar[step].float())
+        x_t = df.add_noise(x_0, eps, level).to(dtype)
+        y = predict_of(model, params, given)(x_t, step / count)
+        target = df.target_of(x_0, eps, level, process.target)
+        return df.weighted_mse(y.float(), target, df.min_snr_weight(level, process.target)), {}
     r, t = (x[:, 0] for x in vmap(lambda k: df.meanflow_times(k, 1))(time_keys))
     velocity, w = eps - x_0, config.guidance
     if w != 1 and given:

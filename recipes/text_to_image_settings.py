@@ -11,6 +11,7 @@ import tyro
 
 from msfs_functional import config as configs
 from msfs_functional import meshes
+from msfs_functional.published_process import OVER_ALPHA_BAR, Sampler
 from msfs_functional.synthetic import shapes
 
 FACTOR, LATENT = 4, 4  # pixels along a latent, its channels
@@ -24,6 +25,7 @@ class Data:
     # shapes: rendered here; mnist:DIR or cifar10:DIR: their files; a folder of pictures with
     # metadata.jsonl, with a text beside each, or in one folder a class; else a name on the Hub
     source: str = "shapes"
+    config: str | None = None  # configuration of a Hub data set
     # columns of a Hub data set; None: the first one with a usual name. Classes may be captions
     picture: str | None = None
     caption: str | None = None
@@ -49,7 +51,7 @@ class Mesh:
     """Ranks along each axis, under torchrun; one may be -1 and takes the rest."""
 
     dp_replicate: int = 1  # equal parameters, other pictures
-    dp_shard: int = 1  # shards of the parameters, other pictures
+    dp_shard: int = -1  # shards of the parameters, other pictures
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,10 @@ class Config:
     gan: float = 0.1  # weight of the discriminator, of kl
     lpips: tuple[Path, ...] = ()  # of kl: files of a VGG-16 and its calibration; else left out
     backbone: Literal["dit", "unet"] = "dit"
-    objective: Literal["flow", "meanflow"] = "flow"  # meanflow draws in few steps, or one
+    # meanflow draws in few steps, or one; eps, x0 and v are learnt on Stable Diffusion's schedule
+    objective: Literal["flow", "meanflow", "eps", "x0", "v"] = "flow"
+    # of eps, x0 and v, see samplers; None: ddim. Others than it and ddpm start at eps's last step
+    sampler: Sampler | None = None
     width: int = 128  # of the denoiser (its first level's, of a UNet) and the text tower
     depth: int = 4  # blocks of the transformer; of a UNet's level
     patch: int = 2  # latents along one side of the transformer's tokens
@@ -134,7 +139,8 @@ def checked(config: Config) -> Config:
     """
     if config.width % (4 * HEADS):
         raise ValueError(f"--width ({config.width}) must be a multiple of {4 * HEADS}")
-    configs.check_numbers(replace(config, mesh=Mesh()), ("seed", "warmup", "measured", "gan"))
+    numbers = replace(config, mesh=Mesh(dp_shard=1))  # whose -1 is a number, too
+    configs.check_numbers(numbers, ("seed", "warmup", "measured", "gan"))
     configs.check_run(config)
     for name in ("caption_dropout", "ema"):
         if not 0 <= getattr(config, name) < 1:
@@ -158,6 +164,31 @@ def checked(config: Config) -> Config:
         raise ValueError("--lpips is a loss of --coder kl: add it, or leave --lpips out")
     if config.coder == "kl" and config.pixels % 4:
         raise ValueError(f"--pixels ({config.pixels}) must be a multiple of 4: groups of a norm")
+    if config.gan != Config.gan and config.coder != "kl":
+        raise ValueError("--gan is a loss of --coder kl: add it, or leave --gan out")
+    if config.prompts and config.mode != "sample":
+        raise ValueError("--prompts is of sample: text_to_image.py sample --prompts ...")
+    if config.weights is not None and config.features == "trained":
+        raise ValueError("--weights is of --features resnet or inception: add one of them")
+    choices = {name: getattr(config.data, name) for name in ("config", "picture", "caption")}
+    flows = config.objective in ("flow", "meanflow")
+    if config.sampler and flows:
+        raise ValueError(
+            f"--sampler is of --objective eps, x0 or v: {config.objective} has its own"
+        )
+    if config.sampler not in (None, *OVER_ALPHA_BAR) and config.objective != "eps":
+        raise ValueError(
+            f"--sampler ({config.sampler}) must be one of {', '.join(OVER_ALPHA_BAR)}: the "
+            f"schedule of {config.objective} starts in pure noise, which has no sigma"
+        )
+    if not flows and config.sample_steps > 1000:
+        raise ValueError(
+            f"--sample-steps ({config.sample_steps}) must be at most 1000, all there are"
+        )
+    given = [f"--data.{name}" for name, value in choices.items() if value]
+    given += ["--data.split"] if config.data.split != Data.split else []
+    if config.data.source == "shapes" and given:
+        raise ValueError(f"{', '.join(given)}: shapes are rendered, name a --data.source, too")
     if config.features == "resnet" and config.weights is None:
         raise ValueError("--features resnet needs --weights, the file of a ResNet for CIFAR-10")
     world = int(os.environ.get("WORLD_SIZE", 1))

@@ -1,6 +1,7 @@
 """Extractors: the published ResNet scores what it should, a trained one tells its classes apart."""
 
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -74,3 +75,38 @@ def test_without_its_packages_inception_says_what_to_install(monkeypatch):
     monkeypatch.setattr(features.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install torch-fidelity"):
         features.inception()
+
+
+PACKAGE = """
+import torch
+class FeatureExtractorInceptionV3(torch.nn.Module):
+    def __init__(self, name, features, path):
+        super().__init__()
+        self.weight = torch.load(path, weights_only=False)["weight"]
+    def forward(self, x):
+        return (x.float().mean((2, 3)) * self.weight,)
+"""
+
+
+class Harmful:
+    def __reduce__(self):
+        return (print, ("unpickled",))
+
+
+def test_weights_of_inception_are_not_unpickled(tmp_path, monkeypatch, capsys):
+    package = tmp_path / "torch_fidelity"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "feature_extractor_inceptionv3.py").write_text(PACKAGE)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("torch_fidelity", "torch_fidelity.feature_extractor_inceptionv3"):
+        monkeypatch.setitem(sys.modules, name, None)  # so that none stays there afterwards
+        del sys.modules[name]
+    torch.save({"weight": torch.tensor([1.0, 2.0, 3.0])}, tmp_path / "good.pth")
+    extractor = features.inception(tmp_path / "good.pth")
+    grey = torch.full((2, 1, 4, 4), 5, dtype=torch.uint8)
+    assert extractor.feature_fn(grey).tolist() == [[5.0, 10.0, 15.0]] * 2
+    torch.save({"weight": Harmful()}, tmp_path / "bad.pth")
+    with pytest.raises(ValueError, match="nothing else is unpickled"):
+        features.inception(tmp_path / "bad.pth")
+    assert "unpickled" not in capsys.readouterr().out

@@ -24,7 +24,7 @@ def png(shade: int, size: tuple[int, int] = (6, 6)) -> bytes:
     return file.getvalue()
 
 
-def test_classes_are_the_folders_in_a_zip_and_on_disk(tmp_path):
+def test_classes_are_the_folders_in_a_zip_and_on_disk(tmp_path, capsys):
     files = {"train/dog/b.png": png(2), "train/cat/a.png": png(1), "train/readme.txt": b"hello"}
     with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
         for name, content in files.items():
@@ -40,6 +40,16 @@ def test_classes_are_the_folders_in_a_zip_and_on_disk(tmp_path):
     assert found.pictures[:, 0, 0, 0].tolist() == [1, 2]
     with pytest.raises(ValueError, match=r"classes \['dog'\] that are not among"):
         image_sets.by_folder([tmp_path / "set.zip"], 6, classes=["cat"])
+    with zipfile.ZipFile(tmp_path / "set.zip", "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("train/cat/b.png", b"no picture")
+        archive.writestr("train/cat/c.png", bytes(500))
+    whole = (tmp_path / "set.zip").read_bytes()
+    where = whole.rindex(b"train/cat/c.png", 0, whole.index(b"PK\1\2")) + 15
+    (tmp_path / "set.zip").write_bytes(whole[:where] + b"\xff" + whole[where + 1 :])
+    capsys.readouterr()
+    assert len(image_sets.by_folder([tmp_path / "set.zip"], 6)) == 2
+    said = capsys.readouterr().err
+    assert "2 images could not be read" in said and "set.zip:train/cat/c.png is no image" in said
 
 
 def test_captions_come_from_metadata_or_from_texts_beside_the_pictures(tmp_path, capsys):
@@ -64,7 +74,7 @@ def test_captions_come_from_metadata_or_from_texts_beside_the_pictures(tmp_path,
     assert alone.captions is None and alone.labels is None and alone.pictures.shape == (1, 1, 4, 4)
 
 
-def test_tables_have_captions_or_classes():
+def test_tables_have_captions_or_classes(capsys):
     rows = [{"bytes": png(i), "path": None} for i in range(3)]
     captions = [["one", "eins"], ["two"], []]
     data = datasets.Dataset.from_dict({"image": rows, "captions": captions, "label": [1, 0, 1]})
@@ -73,12 +83,28 @@ def test_tables_have_captions_or_classes():
     assert found.captions == ("one", "two", "") and found.labels is None
     found = image_sets.of_table(data, 4, caption="label", limit=2)
     assert found.labels is not None and found.labels.tolist() == [1, 0]
+    assert found.pictures[:, 0, 0, 0].tolist() == [0, 1]
     named = data.cast_column("label", datasets.ClassLabel(names=["cat", "dog"]))
     assert image_sets.of_table(named, 4, caption="label").classes == ("cat", "dog")
     with pytest.raises(ValueError, match=r"no column of captions or classes \('words'\)"):
         image_sets.of_table(data, 4, caption="words")
     with pytest.raises(ValueError, match="no column of images"):
         image_sets.of_table(data.remove_columns("image"), 4)
+    alone = image_sets.of_table(data.remove_columns(["captions", "label"]), 4)
+    assert alone.captions is None and alone.labels is None
+    assert "pictures alone" in capsys.readouterr().err
+
+
+def test_a_copy_of_a_hub_data_set_is_read_as_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [{"bytes": content, "path": None} for content in (png(1), b"no picture", png(3))]
+    data = datasets.Dataset.from_dict({"image": rows, "text": ["one", "two", "three"]})
+    data = data.cast_column("image", datasets.Image())
+    data.to_parquet(tmp_path / "set" / "data" / "train-00000-of-00001.parquet")
+    found = image_sets.load(str(tmp_path / "set"), 4)
+    assert found.captions == ("one", "three") and found.pictures[:, 0, 0, 0].tolist() == [1, 3]
+    with pytest.raises(ValueError, match=r"set' \(config None, split 'test'\) cannot be loaded"):
+        image_sets.load(str(tmp_path / "set"), 4, split="test")
 
 
 def idx(values: np.ndarray) -> bytes:
@@ -109,7 +135,8 @@ def test_mnist_is_read_from_idx_files_and_centred(tmp_path):
 def test_cifar_10_as_it_is_laid_out():
     found = image_sets.load(f"cifar10:{DATA / 'cifar10'}", 32, split="test", limit=30)
     assert found.pictures.shape == (30, 3, 32, 32) and len(found.classes) == 10
-    assert found.labels is not None and set(found.labels.tolist()) == {0}  # airplanes come first
+    assert found.labels is not None  # evenly, though airplanes come first
+    assert torch.equal(found.labels.bincount(), torch.full((10,), 3))
 
 
 def test_places_that_hold_nothing_are_named(tmp_path):
@@ -117,6 +144,10 @@ def test_places_that_hold_nothing_are_named(tmp_path):
         image_sets.load("/nowhere", 8)
     with pytest.raises(ValueError, match="holds no image that can be read"):
         image_sets.load(str(tmp_path), 8)
+    with pytest.raises(ValueError, match=r"caption \(text\), split \(test\): .* leave it out"):
+        image_sets.load(str(tmp_path), 8, caption="text", split="test")
+    with pytest.raises(ValueError, match=r"config \(b\): mnist:.* has no such choice"):
+        image_sets.load(f"mnist:{tmp_path}", 32, config="b")
     with pytest.raises(ValueError, match=r"no \*train\*.zip and no folder train"):
         image_sets.load(f"cifar10:{tmp_path}", 32)
     (tmp_path / "broken_train.zip").write_bytes(b"PK no zip")

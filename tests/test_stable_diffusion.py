@@ -3,6 +3,7 @@
 import json
 import runpy
 import sys
+import types
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -54,28 +55,32 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """A Stable Diffusion folder of random weights, as diffusers saves it."""
-    root = tmp_path_factory.mktemp("diffusers")
+def write_folder(root: Path, version: int) -> Path:
+    """A Stable Diffusion folder of random weights, as diffusers saves it.
+
+    Version 2 has OpenCLIP's text tower, heads of 64, linear projections, and predicts v.
+    """
     torch.manual_seed(0)
+    second = version == 2
     text = transformers.CLIPTextConfig(
-        hidden_size=16,
+        hidden_size=64 if second else 16,
         intermediate_size=24,
         num_hidden_layers=2,
-        num_attention_heads=2,
+        num_attention_heads=1 if second else 2,
         max_position_embeddings=12,
         eos_token_id=2,
+        hidden_act="gelu" if second else "quick_gelu",
     )
     network = diffusers.UNet2DConditionModel(
         sample_size=64,
-        block_out_channels=(8, 16),
+        block_out_channels=(64, 128) if second else (8, 16),
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         layers_per_block=1,
-        cross_attention_dim=16,
-        attention_head_dim=4,
-        norm_num_groups=8,
+        cross_attention_dim=64 if second else 16,
+        attention_head_dim=[1, 2] if second else 4,
+        norm_num_groups=32 if second else 8,
+        use_linear_projection=second,
     )
     vae = diffusers.AutoencoderKL(
         block_out_channels=(8, 16),
@@ -84,7 +89,11 @@ def folder(tmp_path_factory) -> Path:
         norm_num_groups=8,
     )
     scheduler = diffusers.DDIMScheduler(
-        **SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1
+        **SCHEDULE,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="v_prediction" if second else "epsilon",
     )
     write_tokenizer(root / "tokenizer")
     pipeline = diffusers.StableDiffusionPipeline(
@@ -101,6 +110,16 @@ def folder(tmp_path_factory) -> Path:
     for file in (root / "tokenizer").iterdir():  # newer versions save other files than published
         (root / "model" / "tokenizer" / file.name).write_bytes(file.read_bytes())
     return root / "model"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("diffusers"), version=1)
+
+
+@pytest.fixture(scope="module")
+def folder_2(tmp_path_factory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("version_2"), version=2)
 
 
 @pytest.fixture(scope="module")
@@ -128,21 +147,27 @@ SIZE = {"height": 16, "width": 16}
 IMAGE = torch.zeros(1, 16, 16, 3, dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("sampler", ("ddim", "dpmpp_2m"))
+@pytest.mark.parametrize(
+    ("sampler", "version"), (("ddim", 1), ("dpmpp_2m", 1), ("ddim", 2), ("dpmpp_2m", 2))
+)
 @torch.no_grad()
-def test_folders_sample_what_diffusers_samples(sampler, folder, model):
+def test_folders_sample_what_diffusers_samples(sampler, version, request):
+    folder = request.getfixturevalue("folder_2" if version == 2 else "folder")
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    options = {"num_inference_steps": 5, "guidance_scale": 4.0, **SIZE}
-    steps = {"sampler": sampler, "spacing": "leading"}
+    rescale = 0.7 if version == 2 else 0.0
+    options = {"num_inference_steps": 5, "guidance_scale": 4.0, "guidance_rescale": rescale, **SIZE}
+    steps = {"sampler": sampler, "spacing": "leading", "rescale": rescale}
     if sampler == "dpmpp_2m":
+        prediction = pipeline.scheduler.config.prediction_type
         pipeline.scheduler = diffusers.DPMSolverMultistepScheduler(
-            **SCHEDULE, timestep_spacing="trailing"
+            **SCHEDULE, timestep_spacing="trailing", prediction_type=prediction
         )
-        steps = {"sampler": sampler, "spacing": "trailing"}
+        steps["spacing"] = "trailing"
     expected = pipeline(
         PROMPTS, negative_prompt=["a"] * 2, latents=start(2), output_type="np", **options
     ).images
+    model = stable_diffusion.load(folder)
     ours = stable_diffusion.text_to_image(
         model, PROMPTS, KEY, negative="a", steps=5, guidance=4.0, **steps, **SIZE
     )
@@ -250,30 +275,76 @@ def test_prompts_beyond_the_context_are_cut_with_a_note(model):
 
 def original(model) -> dict[str, torch.Tensor]:
     """The model's weights as the original code would save them, and what lies beside them."""
-    (unet_config, unet_params), (config, params), (_, text) = model[:3]
+    (unet_config, unet_params), (config, params), (config_of_text, text) = model[:3]
     names = single_file.unet_names(unet_config)
     weights = {f"{single_file.UNET}{names[n]}": value for n, value in unet_params.items()}
     for name, value in params.items():
         theirs = single_file.autoencoder_name(name, len(config.widths))
         square = value.ndim == 2  # attention is made of 1 x 1 convolutions there
         weights[f"{single_file.AUTOENCODER}{theirs}"] = value[:, :, None, None] if square else value
-    for name, value in text.items():
-        theirs = single_file.clip_name(name)
-        weights[f"{single_file.TEXT}{single_file.CLIP}{theirs}"] = value
-    weights["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(12)
+    if config_of_text.activation == "gelu":
+        weights |= open_clip(text, config_of_text)
+    else:
+        for name, value in text.items():
+            theirs = single_file.clip_name(name)
+            weights[f"{single_file.TEXT}{single_file.CLIP}{theirs}"] = value
+        ids = f"{single_file.TEXT}{single_file.CLIP}embeddings.position_ids"
+        weights[ids] = torch.arange(12)
     weights["first_stage_model.loss.logvar"] = torch.zeros(())
     weights["model_ema.decay"] = torch.ones(())
     return {name: value.contiguous() for name, value in weights.items()}
 
 
+def open_clip(text, config) -> dict[str, torch.Tensor]:
+    """A text tower as version 2 has it: q, k and v in one, and what comes after the tower."""
+    prefix = f"{single_file.TEXT}{single_file.OPEN_CLIP}"
+    weights = {f"{prefix}{single_file.open_clip_name(name)}": x for name, x in text.items()}
+    for name in [name for name in weights if name.endswith(".q")]:
+        packed = [weights.pop(f"{name.removesuffix('q')}{part}") for part in "qkv"]
+        weights[name.removesuffix(".q")] = torch.cat(packed)
+    last = f"resblocks.{config.depth - 1}."
+    for name in [name for name in weights if last in name]:  # not read by the UNet
+        weights[name.replace(last, f"resblocks.{config.depth}.")] = torch.ones_like(weights[name])
+    ones = torch.ones(config.width, config.width)
+    return weights | {f"{prefix}text_projection": ones, f"{prefix}logit_scale": torch.ones(())}
+
+
+def test_single_files_of_version_2_load_as_the_folder_does(folder_2, tmp_path):
+    model = stable_diffusion.load(folder_2)
+    save_file(original(model), tmp_path / "model.safetensors")
+    files = tmp_path / "model.safetensors", folder_2 / "tokenizer"
+    with pytest.raises(ValueError, match="must be given for version 2"):
+        stable_diffusion.load_file(*files)
+    again = stable_diffusion.load_file(*files, target="v")
+    assert again.unet[0] == model.unet[0] and again.pad == model.pad == 0
+    made, expected = (
+        stable_diffusion.text_to_image(each, PROMPTS, KEY, steps=2, **SIZE)
+        for each in (again, model)
+    )
+    assert torch.equal(made, expected)
+
+
+def lightning_class(patch) -> type:
+    """Named beside the weights of checkpoints of 2022, by a package that may be missing."""
+    name = "pytorch_lightning.callbacks.model_checkpoint"
+    kind = type("ModelCheckpoint", (), {"__module__": name})
+    parts = name.split(".")
+    for i in range(len(parts)):
+        patch.setitem(sys.modules, ".".join(parts[: i + 1]), types.ModuleType(name))
+    sys.modules[name].ModelCheckpoint = kind  # pyright: ignore[reportAttributeAccessIssue]
+    return kind
+
+
 @pytest.mark.parametrize("kind", ("safetensors", "ckpt"))
-def test_single_files_load_as_the_folder_does(kind, folder, model, tmp_path):
+def test_single_files_load_as_the_folder_does(kind, folder, model, tmp_path, monkeypatch):
     path = tmp_path / f"model.{kind}"
     weights = original(model)
     if kind == "safetensors":
         save_file(weights, path)
     else:
-        torch.save({"state_dict": weights, "global_step": 5}, path)
+        with monkeypatch.context() as patch:  # a class that is not there when the file is read
+            kept = {"state_dict": weights, "callbacks": {lightning_class(patch): {"step": 5}}}
+            torch.save(kept, path)
     heads = model.unet[0].heads
     again = stable_diffusion.load_file(path, folder / "tokenizer", heads=heads, text_heads=2)
     assert again.unet[0] == model.unet[0]
@@ -418,6 +489,13 @@ def change(path: Path, **entries) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
 
 
+def retake(folder: Path, **options) -> None:
+    """Another UNet of the same sizes but for these."""
+    config = replace(diffusers_format.load_unet(folder / "unet")[0], outputs=4, **options)
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    diffusers_format.save_unet(folder / "unet", config, unet(config).init(0))
+
+
 def copied(folder: Path, to: Path) -> Path:
     for path in folder.rglob("*"):
         if path.is_file():
@@ -440,6 +518,8 @@ def copied(folder: Path, to: Path) -> Path:
             "none of .*fetch the weights",
         ),
         (lambda p: change(p / "unet" / "config.json", cross_attention_dim=8), "do not belong"),
+        (lambda p: retake(p, channels=9), "takes 9 channels and makes 4, latents have 4: .* plain"),
+        (lambda p: retake(p, context=8), "contexts of width 8, the text tower makes 16: .* from"),
         (
             lambda p: change(p / "scheduler" / "scheduler_config.json", beta_schedule="new"),
             r"beta_schedule \('new'\)",
@@ -516,7 +596,7 @@ def test_autoencoders_of_either_layout_are_one_model(model):
 # The command
 
 
-def test_one_command_samples_a_folder(folder, tmp_path, monkeypatch):
+def test_one_command_samples_a_folder(folder, tmp_path, monkeypatch, capsys):
     path = Path(__file__).parents[1] / "recipes" / "stable_diffusion.py"
     size = ("--height", "16", "--width", "16", "--steps", "2", "--device", "cpu")
     where = ("--folder", str(folder), "--out", str(tmp_path))
@@ -529,7 +609,16 @@ def test_one_command_samples_a_folder(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(path), *where, *kept, "--prompts", "a", *size])
     runpy.run_path(str(path), run_name="__main__")
     assert list(Image.open(tmp_path / "000.png").getdata()) == list(images[0].getdata())
-    monkeypatch.setattr(sys, "argv", [str(path)])
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(path), run_name="__main__")
-    assert stopped.value.code == 2
+    for bad in (
+        (),
+        (*where, "--target", "v"),
+        (*where, "--strength", "0.5"),
+        (*where, "--mask", "m"),
+    ):
+        monkeypatch.setattr(sys, "argv", [str(path), *bad])
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(path), run_name="__main__")
+        assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    for words in ("give --folder or --file", "has its own", "(0.5) needs --image", "(m) needs"):
+        assert words in said

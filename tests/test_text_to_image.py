@@ -12,7 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+from msfs_functional import diffusion as df
 from msfs_functional import distributed_checkpoint as checkpoints
+from msfs_functional import noise_schedules as ns
+from msfs_functional import random, samplers
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 import text_to_image as recipe
@@ -88,13 +91,41 @@ def test_the_large_autoencoder_trains_beside_its_discriminator_and_a_unet_learns
     tmp_path, monkeypatch
 ):
     monkeypatch.setattr(recipe, "curves", lambda config: None)
-    config = tiny(tmp_path, "run", coder="kl", backbone="unet", draw_every=100, **SHORT)
+    config = tiny(
+        *(tmp_path, "run"), coder="kl", backbone="unet", objective="v", draw_every=100, **SHORT
+    )
     recipe.main(config)
     coder, place = recipe.make_models(config, recipe.About(3, 32)).coder, tmp_path / "run"
     like, start = {"params": dict(coder.shapes)}, coder.init(0)
     state = checkpoints.load(place / "autoencoder" / "checkpoints", like, partial=True).state
     for name in ("discriminator.output.weight", "autoencoder.decoder.output.weight"):
         assert not torch.equal(state["params"][name], start[name])
+
+
+@pytest.mark.parametrize(
+    ("objective", "sampler"), (("eps", "dpmpp_2m"), ("eps", "ddpm"), ("x0", None), ("v", None))
+)
+def test_a_perfect_network_of_each_target_has_no_loss_and_samples_the_data(
+    objective, sampler, monkeypatch
+):
+    """Data of one point: what a network should say of x_t is known exactly."""
+    config = settings.Config(objective=objective, sampler=sampler, sample_steps=20)
+    process, point = networks.process_of(config, "cpu"), torch.full((5, 4, 2, 2), 0.7)
+    assert process is not None
+
+    def predict(x, time, interval=None):
+        level = ns.variance_preserving(process.alpha_bar[(1000 * time).round().long()].float())
+        over = ns.Level(*(df.per_example(part, x) for part in level))
+        eps = (x - over.alpha * point) / over.sigma
+        return df.target_of(point, eps, level, process.target)
+
+    keys = random.split(random.key(0), 5)
+    x = samplers.draw(keys, torch.empty_like(point))
+    torch.testing.assert_close(recipe.walked(config, predict, x, keys), point, rtol=0, atol=2e-3)
+    monkeypatch.setattr(networks, "predict_of", lambda *_: predict)
+    batch = {"keys": keys, "latents": point}
+    options = (None, config, torch.float32, {}, process, {}, batch, keys[0])
+    assert networks.denoiser_loss(*options)[0] < 1e-8
 
 
 def idx(values: np.ndarray) -> bytes:
@@ -175,11 +206,20 @@ def as_on_one_process(tmp_path: Path) -> None:
         ({"features": "resnet", "weights": Path("/nowhere"), "measured": 8}, "no file /nowhere"),
         ({"coder": "kl", "latents": False}, "give one of them"),
         ({"lpips": (Path("vgg"),)}, "is a loss of --coder kl"),
+        ({"lpips": (Path("/nowhere/vgg.pth"),), "coder": "kl"}, "no file /nowhere/vgg.pth"),
+        ({"sampler": "ddim"}, "flow has its own"),
+        ({"objective": "v", "sampler": "heun"}, "must be one of ddpm, ddim: .* pure noise"),
+        ({"objective": "eps", "sample_steps": 2000}, "must be at most 1000"),
+        ({"gan": 0.5}, "is a loss of --coder kl"),
+        ({"prompts": ("a cat",)}, "is of sample"),
+        ({"weights": Path("resnet.th")}, "is of --features resnet or inception"),
+        ({"data": settings.Data(caption="text", split="test")}, "--data.caption, --data.split: sh"),
     ),
 )
 def test_bad_options_are_named(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         recipe.main(tiny(tmp_path, **{"name": "run", **options}))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_configuration_of_a_run_is_kept(tmp_path):

@@ -111,15 +111,25 @@ def test_images_of_an_arranged_model_are_the_model_s_and_see_new_parameters(monk
     model = tiny_model(UNETS["two levels"])
     given = (model, some(2, 5, 12, seed=1), some(2, 5, 12, seed=2), random.key(0))
 
-    def both() -> tuple[torch.Tensor, torch.Tensor]:
+    def both(**options: Any) -> tuple[torch.Tensor, torch.Tensor]:
         images = []
         for arranges in (False, True):
             monkeypatch.setattr(stable_diffusion, "_arranges", lambda *_, a=arranges: a)
-            images.append(stable_diffusion.images_of(*given, steps=2, height=16, width=16))
+            sizes: Any = {"steps": 2, "height": 16, "width": 16}
+            images.append(stable_diffusion.images_of(*given, **sizes, **options))
         return images[0].int(), images[1].int()
 
     first, found = both()
     assert (first - found).abs().max() <= 1
+    several: Any = (
+        {"guidance": 1.5},
+        {"guidance": 1.5, "sampler": "ddim"},
+        {"rescale": 0.5},
+        {"interval": (0.0, 100.0)},  # the last of two steps alone
+    )
+    for options in several:
+        other, found = both(**options)
+        assert (other - found).abs().max() <= 1 and (first - other).abs().max() > 5
     with torch.no_grad():
         for value in model.unet[1].values():
             value.mul_(0.8)
@@ -137,9 +147,36 @@ def test_a_gpu_draws_the_same_images_arranged_recorded_and_replayed(implementati
     prompts, negative = some(3, 7, 24, seed=1).cuda(), some(3, 7, 24, seed=2).cuda()
     options: Any = {"steps": 3, "height": 32, "width": 32, "implementation": implementation}
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        for these, those in ((prompts, negative), (negative, prompts)):
+        for these, those, scale, interval in (
+            (prompts, negative, 7.5, None),
+            (negative, prompts, 7.5, None),
+            (prompts, negative, 1.5, None),
+            (prompts, negative, 7.5, (100.0, 600.0)),  # the second of three steps alone
+        ):
             given = (model, these, those, random.key(0))
+            options |= {"guidance": scale, "interval": interval}
             plain = stable_diffusion.images_of(*given, **options).int()
             for _ in range(2):
                 found = stable_diffusion.images_of(*given, **options, compile=True).int()
                 assert (found - plain).abs().max() <= 1
+
+
+@pytest.mark.gpu
+def test_heads_of_40_and_80_in_16_bits_are_as_near_as_torch_s():
+    config = UNetConfig(
+        widths=(80, 160), depth=1, attention=(True, True), heads=(2, 2), context=24, groups=8
+    )
+    network, t = unet(config), torch.tensor([700.0], device="cuda")
+    params = {name: value.cuda() for name, value in trained(network).items()}
+    x, context = some(1, 4, 64, 64, seed=1).cuda(), some(2, 7, 24, seed=2).cuda()
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        exact = network.apply(params, x, t, context, implementation="reference")
+        params, x, context = ({n: p.bfloat16() for n, p in params.items()}, x.bfloat16(),
+                              context.bfloat16())  # fmt: skip
+        plain = network.apply(params, x, t, context, implementation="sdpa")
+        prepared = unet_sampling.prepare(config, params)
+        memory = unet_sampling.memory_of(config, prepared, context)
+        found = unet_sampling.predict(config, prepared, x, t, memory)
+    if torch.cuda.get_device_capability() == (9, 0):  # nothing lies beside a head
+        assert prepared["down.0.transformers.0.blocks.0.self_attention.q.weight"].shape[0] == 80
+    assert (found - exact).abs().max() <= 2 * (plain - exact).abs().max()

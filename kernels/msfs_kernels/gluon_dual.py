@@ -39,7 +39,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from msfs_kernels.gluon_forward import softmax
 from msfs_kernels.gluon_program import (
-    CONSUMERS,
     ROWS,
     barriers_for,
     buffers_for,
@@ -53,6 +52,8 @@ from msfs_kernels.gluon_program import (
 from msfs_kernels.launching import Launch
 from msfs_kernels.options import Options
 from msfs_kernels.triton_common import LN2, LOG2E
+
+CONSUMERS = gl.constexpr(2)
 
 
 @gluon.jit

@@ -23,7 +23,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from msfs_kernels.options import Options
 
 ROWS = gl.constexpr(64)  # queries of a consumer: the height of a warpgroup's product
-CONSUMERS = gl.constexpr(2)
 # Triton 3.7 renamed them.
 copy_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 copy_out = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
@@ -77,14 +76,16 @@ def barriers_for(COUNT: gl.constexpr, READERS: gl.constexpr):
     return full, free
 
 
-def descriptor(x: Tensor, rows: int) -> TensorDescriptor:
-    """A copy-engine descriptor of (B, H, T, K) for tiles of `rows` of one head."""
+def descriptor(x: Tensor, rows: int, columns: int | None = None) -> TensorDescriptor:
+    """A copy-engine descriptor of (B, H, T, K) for tiles of `rows` of one head and of that many
+    columns, by default K.
+    """
     unit = x.shape[-1]  # any aligned stride will do for a dim of size 1
     strides = [
         stride if size > 1 else unit
         for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)
     ]
-    block = [1, 1, rows, x.shape[-1]]
+    block = [1, 1, rows, columns or x.shape[-1]]
     dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
     layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
     return TensorDescriptor(x, list(x.shape), [*strides, 1], block, layout)
@@ -102,10 +103,13 @@ def balanced_wave(blocks: int, programs: int) -> int:
     return 2 * programs // math.gcd(blocks, 2 * programs)
 
 
-def work_of(q: Tensor, v: Tensor, options: Options) -> tuple[int, tuple[int, ...], int]:
-    """Programs; tiles, blocks, heads, H, group, T, S as the kernels take them; and the wave."""
+def work_of(
+    q: Tensor, v: Tensor, options: Options, rows: int = 128
+) -> tuple[int, tuple[int, ...], int]:
+    """Programs; tiles, blocks, heads, H, group, T, S as the kernels take them; and the wave. A tile
+    is `rows` queries."""
     (B, H, T, _), (_, G, S, _) = q.shape, v.shape
-    blocks = triton.cdiv(T, 128)
+    blocks = triton.cdiv(T, rows)
     tiles = blocks * B * H
     programs = min(multiprocessors(q), tiles)
     wave = balanced_wave(blocks, programs) if options.causal else 1

@@ -1,8 +1,9 @@
 """Where the Gluon kernels take over from the plain Triton kernels, and where they step back.
 
-They do the common case on one generation of chips: 16-bit inputs of head dim 64 or 128, causal or
-full, any lengths, strides and head groups, on Hopper, with a Triton that can compile them (Gluon is
-young and renames things). All else is the plain kernels' work.
+They do the common case on one generation of chips: 16-bit inputs of head dim 64 or 128 (the
+forward: 40 and 80, too), causal or full, any lengths, strides and head groups, on Hopper, with a
+Triton that can compile them (Gluon is young and renames things). All else is the plain kernels'
+work.
 """
 
 import functools
@@ -26,7 +27,7 @@ except (ImportError, AttributeError):  # a Triton without Gluon, or with other n
     pass
 
 # (head dim, causal), kernels/LOG.md
-FASTER = {(64, False), (128, False), (128, True)}
+FASTER = {(40, False), (64, False), (80, False), (128, False), (128, True)}
 FASTER_DUAL = {(64, False), (64, True), (128, False), (128, True)}
 
 
@@ -55,23 +56,35 @@ def dual_is_faster(
     )
 
 
+def reads(x: Tensor, head_dim: int) -> bool:
+    """Whether the forward, of lengths that are worth it, takes heads of x's dtype and device as
+    they are, of this width: those between powers of two want zeros beside them elsewhere.
+    """
+    return (
+        (head_dim, False) in FASTER
+        and x.element_size() == 2
+        and here("forward", x, head_dim, 192, causal=False)
+    )
+
+
 def suits(q: Tensor, k: Tensor, v: Tensor, options: Options, kernel: str = "forward") -> bool:
     """Whether Gluon's forward, or that with its tangent, can do this work on this device."""
     return (
-        q.shape[-1] in (64, 128)
+        q.shape[-1] in ((64, 128) if kernel == "dual" else (40, 64, 80, 128))
         and q.shape[-1] == v.shape[-1]
         and q.element_size() == 2
         and plain_options(options)
         and tma_ready(q, k, v)
-        and here(kernel, q, options)
+        and here(kernel, q, q.shape[-1], q.shape[2], causal=options.causal)
     )
 
 
-def here(kernel: str, q: Tensor, options: Options) -> bool:
-    """Whether q's device runs what Gluon makes."""
-    if not q.is_cuda or INTERPRETED:
+def here(kernel: str, x: Tensor, head_dim: int, T: int, *, causal: bool) -> bool:
+    """Whether x's device runs what Gluon makes."""
+    if not x.is_cuda or INTERPRETED or gluon_forward is None:
         return False
-    return compiled(kernel, q.dtype, q.shape[-1], options.causal, q.device)
+    consumers = gluon_forward.consumers_of(head_dim, T, causal) if kernel == "forward" else 2
+    return compiled(kernel, x.dtype, head_dim, causal, x.device, consumers)
 
 
 def plain_options(options: Options) -> bool:
@@ -87,19 +100,25 @@ def plain_options(options: Options) -> bool:
 
 @functools.cache
 def compiled(
-    kernel: str, dtype: torch.dtype, head_dim: int, causal: bool, device: torch.device
+    kernel: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    causal: bool,
+    device: torch.device,
+    consumers: int = 2,
 ) -> bool:
     """Whether the kernel for this dtype, head dim and mask compiles here; it is kept if so."""
     if gluon_forward is None or torch.cuda.get_device_capability(device) != (9, 0):
         return False
     with torch.cuda.device(device):
-        x = torch.empty((1, 128, 1, head_dim), dtype=dtype, device=device).transpose(1, 2)
-        rows = torch.empty((1, 1, 128), device=device)
+        length = 64 * consumers
+        x = torch.empty((1, length, 1, head_dim), dtype=dtype, device=device).transpose(1, 2)
+        rows = torch.empty((1, 1, length), device=device)
         options = Options(causal=causal)
         if kernel == "dual":
             results = (x, rows, x, rows)
             return compiles(gluon_dual.plan_dual(x, x, x, x, x, x, *results, options))
-        return compiles(gluon_forward.plan_forward(x, x, x, x, rows, options))
+        return compiles(gluon_forward.plan_forward(x, x, x, x, rows, options, consumers))
 
 
 def compiles(launch: Launch) -> bool:

@@ -146,20 +146,23 @@ def add_norm(
     bias: Tensor,
     eps: float,
     out: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(y + more, its LayerNorm).
+    """(y + more, the LayerNorm of it + shift).
 
     Args:
         y: (N, C), or fewer rows, which are repeated.
         more: (N, C); None adds nothing and the first result is y.
         out: (N, C) of any distance between rows, where the first result goes; default: a new one.
+        shift: (C,); None adds nothing.
     """
     if fused(y):
         from . import triton_image_passes
 
-        return triton_image_passes.add_norm(y, more, gain, bias, eps, out)
+        return triton_image_passes.add_norm(y, more, gain, bias, eps, out, shift)
     total = y if more is None else repeated(y, len(more)) + more
-    normed = F.layer_norm(total, gain.shape, gain, bias, eps)
+    moved = total if shift is None else (total + shift).to(total.dtype)
+    normed = F.layer_norm(moved, gain.shape, gain, bias, eps)
     return total if out is None else out.copy_(total), normed
 
 

@@ -143,10 +143,10 @@ def scaled_kernel(
 
 @triton.jit(do_not_specialize=["REPEATED"])
 def add_norm_kernel(
-    y, more, gain, bias, out, normed, N, C, REPEATED, out_stride, eps, ROWS: tl.constexpr,
+    y, more, shift, gain, bias, out, normed, N, C, REPEATED, out_stride, eps, ROWS: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """y + more and its LayerNorm; y has REPEATED rows."""
+    """y + more and the LayerNorm of it + shift; y has REPEATED rows."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, WIDE)
     inside = (rows < N)[:, None] & (c < C)[None, :]
@@ -156,6 +156,8 @@ def add_norm_kernel(
     if more is not None:
         total += tl.load(more + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(out + rows[:, None] * out_stride + c[None, :], total, mask=inside)
+    if shift is not None:
+        total += tl.load(shift + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
     mean = tl.sum(total, 1) / C
     apart = tl.where(inside, total - mean[:, None], 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(apart * apart, 1) / C + eps)
@@ -245,7 +247,13 @@ def scaled(images: Sequence[Tensor], scale: Tensor, offset: Tensor, silu: bool) 
 
 
 def add_norm(
-    y: Tensor, more: Tensor | None, gain: Tensor, bias: Tensor, eps: float, out: Tensor | None
+    y: Tensor,
+    more: Tensor | None,
+    gain: Tensor,
+    bias: Tensor,
+    eps: float,
+    out: Tensor | None,
+    shift: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     N, C = y.shape if more is None else more.shape
     normed = torch.empty((N, C), dtype=y.dtype, device=y.device)
@@ -253,8 +261,9 @@ def add_norm(
         out = torch.empty_like(normed)
     wide = triton.next_power_of_2(C)
     tile = {"ROWS": max(1, 2048 // wide), "WIDE": wide, "num_warps": 4}
-    given = (y, more, gain, bias, out, normed, N, C, len(y), 0 if out is None else out.stride(0))
-    Launch(add_norm_kernel, (triton.cdiv(N, tile["ROWS"]),), (*given, eps), tile).run()
+    sizes = (N, C, len(y), 0 if out is None else out.stride(0))
+    given = (y, more, shift, gain, bias, out, normed, *sizes, eps)
+    Launch(add_norm_kernel, (triton.cdiv(N, tile["ROWS"]),), given, tile).run()
     return y if out is None else out, normed
 
 

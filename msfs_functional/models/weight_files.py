@@ -14,6 +14,16 @@ from torch import Tensor
 
 from msfs_functional.params import Params
 
+# Classes that Lightning's checkpoints of 2022 name in a dict beside the weights, and nothing more.
+LIGHTNING = tuple(
+    f"{package}.callbacks.model_checkpoint.ModelCheckpoint"
+    for package in ("pytorch_lightning", "lightning.pytorch")
+)
+
+
+class Named:
+    """Stands for a class that a file names; it does nothing."""
+
 
 def translate(name: str, words: Mapping[str, str]) -> str:
     """A dotted name with each of its words, or runs of words, replaced; longer ones first."""
@@ -93,12 +103,15 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         except SafetensorError as error:
             raise ValueError(f"{path} is no safetensors file ({error}): fetch it again") from None
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([(Named, name) for name in LIGHTNING]):
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # Torch tells first how to unpickle all the same; what it found comes after that.
+        text = str(error).partition("WeightsUnpickler error:")[2].strip() or str(error)
+        text = text.partition(" was not an allowed")[0] or type(error).__name__
         raise ValueError(
-            f"{path} cannot be read as tensors alone ({reason}): nothing else is unpickled; take "
-            f"its safetensors version"
+            f"{path} cannot be read as tensors alone ({text.splitlines()[0]}): nothing else is "
+            f"unpickled; take its safetensors version"
         ) from None
     found = found.get("state_dict", found) if isinstance(found, dict) else {}
     tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}

@@ -28,7 +28,8 @@ def make(B: int, heads: int, length: int, head_dim: int, dtype=torch.bfloat16, d
 
 @needs_gluon
 @pytest.mark.parametrize(
-    ("head_dim", "causal", "dtype"), [(64, True, torch.bfloat16), (128, False, torch.float16)]
+    ("head_dim", "causal", "dtype"),
+    [(64, True, torch.bfloat16), (128, False, torch.float16), (40, False, torch.bfloat16)],
 )
 def test_the_forward_compiles_for_hopper(head_dim, causal, dtype):
     q, o = (make(2, 4, 300, head_dim, dtype) for _ in range(2))
@@ -40,7 +41,9 @@ def test_the_forward_compiles_for_hopper(head_dim, causal, dtype):
     took = resources(compiled, 90)
     assert took.wgmma > 0
     assert took.shared <= 227 * 1024
-    assert took.spills <= 64  # bytes a thread, none of them in the loop over keys
+    # Bytes a thread, none of them in the loop over keys. Three consumers have 160 registers each: 8
+    # with Triton 3.6, 80 with 3.9.
+    assert took.spills <= (128 if head_dim == 40 else 64)
 
 
 @needs_gluon
@@ -59,7 +62,7 @@ def test_the_forward_with_its_tangent_compiles_for_hopper():
 
 @pytest.mark.gpu
 @needs_gluon
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [40, 64, 80, 128])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(
     ("B", "H", "G", "T", "S"),
@@ -139,7 +142,7 @@ import torch
 from msfs_kernels import gluon_dual, gluon_forward
 from msfs_kernels.options import Options
 
-for head_dim in (64, 128):
+for head_dim in (40, 64, 128):
     for B, H, G, T, S in ((1, 2, 2, 130, 1000), (2, 40, 8, 500, 700), (1, 16, 16, 2048, 2048)):
         q, k, v = (
             torch.randn(B, n, h, head_dim, device="cuda").bfloat16().transpose(1, 2)
@@ -151,13 +154,17 @@ for head_dim in (64, 128):
                 o, lse = torch.full_like(q, float("nan")), torch.empty((B, H, T), device="cuda")
                 options = Options(causal=causal, scale=head_dim**-0.5)
                 gluon_forward.plan_forward(q, k, v, o, lse, options).run()
+                results.append([o, lse])
+                if head_dim == 40:  # the forward alone
+                    continue
                 p, to = (torch.full_like(q, float("nan")) for _ in range(2))
                 rows = [torch.empty_like(lse) for _ in range(2)]
                 x = (q, k, v)
                 gluon_dual.plan_dual(*x, *x, p, rows[0], to, rows[1], options).run()
-                results.append((o, lse, p, to, *rows))
+                results[-1] += [p, to, *rows]
             case = (head_dim, B, H, G, T, S, causal)
-            assert not any(results[0][i].isnan().any() for i in (0, 2, 3)), case
+            outs = [x for x in results[0] if x.shape == q.shape]
+            assert not any(x.isnan().any() for x in outs), case
             for found in results:
                 assert all(torch.equal(a, b) for a, b in zip(found, results[0])), case
             print(case, "the same bits", flush=True)

@@ -101,14 +101,16 @@ def check_rows():
     y, more = some(6, 40), some(12, 40, seed=1)
     gain, bias = some(40, seed=2), some(40, seed=3)
 
-    def run(y, more, gain, bias):
+    def run(y, more, gain, bias, shift):
         out = more.new_zeros(12, 50)
         total, inside = passes.add_norm(y, more, gain, bias, 1e-5, out[:, 3:43])
         alone, first = passes.add_norm(y, None, gain, bias, 1e-5)
         assert torch.equal(total, out[:, 3:43]) and not out[:, :3].any() and alone is y
-        return torch.cat([total, inside, first])
+        same, moved = passes.add_norm(y, more, gain, bias, 1e-5, shift=shift)
+        assert torch.equal(same, total)
+        return torch.cat([total, inside, first, moved])
 
-    check(run, y, more, gain, bias)
+    check(run, y, more, gain, bias, some(40, seed=4))
 
     def gated(x):
         out = x.new_zeros(5, 45)
