@@ -54,6 +54,7 @@ class Watchdog:
         self.told = math.inf  # when SIGTERM came, if nothing has happened since
         self.took: collections.deque[float] = collections.deque([0.0], maxlen=4)
         self.signals: tuple[int, int] | None = None  # a pipe, on which C tells of signals at once
+        self.before = -1  # what it told before
         self.closed = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -72,7 +73,7 @@ class Watchdog:
         self.since = time.monotonic()
         if threading.current_thread() is threading.main_thread():
             self.signals = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-            signal.set_wakeup_fd(self.signals[1], warn_on_full_buffer=False)
+            self.before = signal.set_wakeup_fd(self.signals[1], warn_on_full_buffer=False)
         self.thread.start()
         return self
 
@@ -80,7 +81,7 @@ class Watchdog:
         self.close()
         self.thread.join()
         if self.signals is not None:
-            signal.set_wakeup_fd(-1)
+            signal.set_wakeup_fd(self.before)
             for end in self.signals:
                 os.close(end)
             self.signals = None

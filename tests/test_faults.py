@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from ranks import free_port
 from test_pretrain import TINY, metrics_without_time, pretrain, recipe
 
 from msfs_functional import checkpoint
-from msfs_functional.watchdog import describe
+from msfs_functional.watchdog import Watchdog, describe
 
 HERE = Path(__file__).parent
 SHORT = [*TINY, "--train.steps", "8", "--train.eval-every", "2", "--mesh.timeout", "77"]
@@ -132,6 +133,14 @@ def test_a_process_that_does_not_hear_sigterm_ends_before_it_is_killed():
     assert re.search(
         r"^error: nothing has happened for \d+ s, since SIGTERM came: rank 0 in saving$", told, re.M
     ), told
+
+
+def test_the_watchdog_gives_back_who_hears_of_signals():
+    ends = os.pipe2(os.O_NONBLOCK)
+    before = signal.set_wakeup_fd(ends[1])
+    with Watchdog(60):
+        pass
+    assert signal.set_wakeup_fd(before) == ends[1]
 
 
 def test_the_watchdog_says_who_is_where():
