@@ -29,7 +29,12 @@ def make(B: int, heads: int, length: int, head_dim: int, dtype=torch.bfloat16, d
 @needs_gluon
 @pytest.mark.parametrize(
     ("head_dim", "causal", "dtype"),
-    [(64, True, torch.bfloat16), (128, False, torch.float16), (40, False, torch.bfloat16)],
+    [
+        (64, True, torch.bfloat16),
+        (128, False, torch.float16),
+        (40, False, torch.bfloat16),
+        (64, False, torch.bfloat16),
+    ],
 )
 def test_the_forward_compiles_for_hopper(head_dim, causal, dtype):
     q, o = (make(2, 4, 300, head_dim, dtype) for _ in range(2))
@@ -43,7 +48,7 @@ def test_the_forward_compiles_for_hopper(head_dim, causal, dtype):
     assert took.shared <= 227 * 1024
     # Bytes a thread, none of them in the loop over keys. Three consumers have 160 registers each: 8
     # with Triton 3.6, 80 with 3.9.
-    assert took.spills <= (128 if head_dim == 40 else 64)
+    assert took.spills <= (128 if head_dim <= 64 and not causal else 64)
 
 
 @needs_gluon
