@@ -63,7 +63,7 @@ def reads(x: Tensor, head_dim: int) -> bool:
     return (
         (head_dim, False) in FASTER
         and x.element_size() == 2
-        and here("forward", x, head_dim, 192, causal=False)
+        and here("forward", x, head_dim, 4096, causal=False)
     )
 
 

@@ -28,19 +28,19 @@ def make(B: int, heads: int, length: int, head_dim: int, dtype=torch.bfloat16, d
 
 @needs_gluon
 @pytest.mark.parametrize(
-    ("head_dim", "causal", "dtype"),
+    ("head_dim", "causal", "dtype", "consumers"),
     [
-        (64, True, torch.bfloat16),
-        (128, False, torch.float16),
-        (40, False, torch.bfloat16),
-        (64, False, torch.bfloat16),
+        (64, True, torch.bfloat16, 2),
+        (128, False, torch.float16, 2),
+        (40, False, torch.bfloat16, 3),
     ],
 )
-def test_the_forward_compiles_for_hopper(head_dim, causal, dtype):
+def test_the_forward_compiles_for_hopper(head_dim, causal, dtype, consumers):
     q, o = (make(2, 4, 300, head_dim, dtype) for _ in range(2))
     k, v = (make(2, 2, 300, head_dim, dtype) for _ in range(2))
     options = Options(causal=causal, scale=head_dim**-0.5)
-    launch = gluon_support.gluon_forward.plan_forward(q, k, v, o, torch.empty(2, 4, 300), options)
+    plan, lse = gluon_support.gluon_forward.plan_forward, torch.empty(2, 4, 300)
+    launch = plan(q, k, v, o, lse, options, consumers)
     compiled = compile_launch(launch, 90)
     assert parameters_agree(launch, compiled)
     took = resources(compiled, 90)
@@ -48,7 +48,7 @@ def test_the_forward_compiles_for_hopper(head_dim, causal, dtype):
     assert took.shared <= 227 * 1024
     # Bytes a thread, none of them in the loop over keys. Three consumers have 160 registers each: 8
     # with Triton 3.6, 80 with 3.9.
-    assert took.spills <= (128 if head_dim <= 64 and not causal else 64)
+    assert took.spills <= (128 if consumers == 3 else 64)
 
 
 @needs_gluon
@@ -67,23 +67,26 @@ def test_the_forward_with_its_tangent_compiles_for_hopper():
 
 @pytest.mark.gpu
 @needs_gluon
-@pytest.mark.parametrize("head_dim", [40, 64, 80, 128])
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("head_dim", "causal", "consumers"),
+    [(d, causal, 2) for d in (40, 64, 80, 128) for causal in (False, True)]
+    + [(40, False, 3), (64, False, 3)],
+)
 @pytest.mark.parametrize(
     ("B", "H", "G", "T", "S"),
     [(1, 1, 1, 1, 1), (2, 4, 4, 127, 300), (1, 4, 1, 300, 200), (2, 40, 8, 257, 513)],
 )
-def test_the_forward_equals_the_formula(monkeypatch, head_dim, B, H, G, T, S, causal):
+def test_the_forward_equals_the_formula(monkeypatch, head_dim, B, H, G, T, S, causal, consumers):
     monkeypatch.setattr(triton_common, "LEAST_LOGITS_FOR_TMA", 0)  # small work is work here
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the Gluon kernels are for compute capability 9.0")
     options = Options(causal=causal, scale=head_dim**-0.5)
     q = make(B, H, T, head_dim, device="cuda")
     k, v = (make(B, G, S, head_dim, device="cuda") for _ in range(2))
-    assert gluon_support.compiled("forward", q.dtype, head_dim, causal, q.device)
+    assert gluon_support.compiled("forward", q.dtype, head_dim, causal, q.device, consumers)
     o = torch.full_like(q, float("nan"))
     lse = torch.full((B, H, T), float("nan"), device="cuda")
-    gluon_support.gluon_forward.plan_forward(q, k, v, o, lse, options).run()
+    gluon_support.gluon_forward.plan_forward(q, k, v, o, lse, options, consumers).run()
     masks = {"is_causal": causal, "scale": options.scale, "return_lse": True}
     exact, exact_lse = textbook(*(x.double() for x in (q, k, v)), **masks)
     plain, _ = textbook(q, k, v, **masks)
@@ -148,7 +151,9 @@ from msfs_kernels import gluon_dual, gluon_forward
 from msfs_kernels.options import Options
 
 for head_dim in (40, 64, 128):
-    for B, H, G, T, S in ((1, 2, 2, 130, 1000), (2, 40, 8, 500, 700), (1, 16, 16, 2048, 2048)):
+    for B, H, G, T, S in (
+        (1, 2, 2, 130, 1000), (2, 40, 8, 500, 700), (1, 16, 16, 2048, 2048), (1, 4, 2, 4100, 700)
+    ):
         q, k, v = (
             torch.randn(B, n, h, head_dim, device="cuda").bfloat16().transpose(1, 2)
             for h, n in ((H, T), (G, S), (G, S))
