@@ -1,4 +1,5 @@
-"""Shared set-up: hypothesis without deadlines, one thread a worker, GPU tests where a GPU is."""
+"""Shared set-up: hypothesis without deadlines, one thread a worker, GPU tests where a GPU is, tests
+of several processes first."""
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Three minutes of one test at the end would leave the other worker without work.
+    items.sort(key=lambda item: "ranks" not in item.keywords)
     if torch.cuda.is_available():
         return
     for item in items:
