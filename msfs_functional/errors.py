@@ -112,7 +112,7 @@ def after_the_first() -> Iterator[None]:
     try:
         with contextlib.redirect_stderr(told):
             yield
-    except BaseException:
+    except (Exception, SystemExit):  # Ctrl-C is not kept waiting
         time.sleep(FIRST_SPEAKS)
         raise
     finally:
