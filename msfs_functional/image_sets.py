@@ -88,8 +88,10 @@ def _read(files: Sequence[tuple[Path, str]]) -> Iterator[tuple[images.Source, st
                     continue
                 try:
                     content = archive.read(name)
-                except (zipfile.BadZipFile, zlib.error, EOFError, OSError):
-                    content = b""  # a picture that cannot be read, as others are told of
+                except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError):
+                    # Broken, under a password or in no known compression: told of as other
+                    # pictures that cannot be read.
+                    content = b""
                 source = {"path": f"{path}:{name}", "bytes": content}
                 yield source, PurePosixPath(name).parent.name
 

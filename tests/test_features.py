@@ -1,6 +1,7 @@
 """Extractors: the published ResNet scores what it should, a trained one tells its classes apart."""
 
 import os
+import random
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from msfs_functional import features, image_sets
 from msfs_functional.fidelity import features_of, frechet_distance
 from msfs_functional.models import cifar_resnet
+from msfs_functional.models.weight_files import read_tensors
 from msfs_functional.synthetic import shapes
 
 DATA = Path(os.environ.get("MSFS_DATA", "../shared/data"))
@@ -71,12 +73,33 @@ def test_bad_targets_and_weights_are_refused(tmp_path):
         features.cifar_resnet(tmp_path / "other.th")
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("zipped", [False, True])
+def test_damaged_weights_are_refused_in_a_line_or_read_as_tensors(tmp_path, zipped):
+    path, draw = tmp_path / "damaged.ckpt", random.Random(0)
+    content = {"state_dict": {"a": torch.ones(3)}, "step": [1, 2.0, "x"]}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    whole, refused = path.read_bytes(), 0
+    for _ in range(200):
+        damaged = bytearray(whole)
+        for _ in range(3):
+            damaged[draw.randrange(len(whole))] = draw.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            assert all(isinstance(x, torch.Tensor) for x in read_tensors(path).values())
+        except ValueError as error:
+            refused += 1
+            assert "damaged.ckpt" in str(error) and "\n" not in str(error)
+    assert refused > 50
+
+
 def test_without_its_packages_inception_says_what_to_install(monkeypatch):
     monkeypatch.setattr(features.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install torch-fidelity"):
         features.inception()
 
 
+# torch-fidelity's interface; like it, this unpickles whatever it is given.
 PACKAGE = """
 import torch
 class FeatureExtractorInceptionV3(torch.nn.Module):

@@ -50,6 +50,11 @@ def test_classes_are_the_folders_in_a_zip_and_on_disk(tmp_path, capsys):
     assert len(image_sets.by_folder([tmp_path / "set.zip"], 6)) == 2
     said = capsys.readouterr().err
     assert "2 images could not be read" in said and "set.zip:train/cat/c.png is no image" in said
+    locked = bytearray(whole)
+    locked[whole.index(b"PK\1\2") + 8] |= 1  # of the first picture: it is under a password
+    (tmp_path / "set.zip").write_bytes(locked)
+    assert len(image_sets.by_folder([tmp_path / "set.zip"], 6)) == 1
+    assert "3 images could not be read" in capsys.readouterr().err
 
 
 def test_captions_come_from_metadata_or_from_texts_beside_the_pictures(tmp_path, capsys):

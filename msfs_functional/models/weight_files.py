@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,11 @@ from msfs_functional.params import Params
 LIGHTNING = tuple(
     f"{package}.callbacks.model_checkpoint.ModelCheckpoint"
     for package in ("pytorch_lightning", "lightning.pytorch")
+)
+# What torch's reader of a damaged file runs into, beside its own error.
+DAMAGED = (
+    *(pickle.UnpicklingError, RuntimeError, EOFError, LookupError, AssertionError),
+    *(TypeError, ValueError, AttributeError, OverflowError, struct.error),
 )
 
 
@@ -105,7 +111,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     try:
         with torch.serialization.safe_globals([(Named, name) for name in LIGHTNING]):
             found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+    except DAMAGED as error:
         # Torch tells first how to unpickle all the same; what it found comes after that.
         text = str(error).partition("WeightsUnpickler error:")[2].strip() or str(error)
         text = text.partition(" was not an allowed")[0] or type(error).__name__
